@@ -1,0 +1,61 @@
+"""Scalpel: cut a neural network open, name the algorithm inside, and find where it breaks.
+
+The public names are listed here and resolved on first use, so that `import scalpel` and
+`scalpel --help` do not pay for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import experiments, reference, semigroup
+    from ._info import __version__, show_config
+    from .covariance import StreamingCovariance
+    from .jacobian import jacobian
+    from .models.circuitgpt import CircuitGPT
+    from .models.config import CircuitGPTConfig
+    from .ops import AbsTopK, keep_topk, topk_indices, topk_mask
+
+_HOME = {
+    "__version__": "_info",
+    "show_config": "_info",
+    "topk_mask": "ops",
+    "keep_topk": "ops",
+    "topk_indices": "ops",
+    "AbsTopK": "ops",
+    "jacobian": "jacobian",
+    "StreamingCovariance": "covariance",
+    "CircuitGPT": "models.circuitgpt",
+    "CircuitGPTConfig": "models.config",
+}
+_SUBPACKAGES = ("experiments", "reference", "semigroup")
+
+__all__ = [
+    "AbsTopK",
+    "CircuitGPT",
+    "CircuitGPTConfig",
+    "StreamingCovariance",
+    "__version__",
+    "experiments",
+    "jacobian",
+    "keep_topk",
+    "reference",
+    "semigroup",
+    "show_config",
+    "topk_indices",
+    "topk_mask",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    if name in _SUBPACKAGES:
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module 'scalpel' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

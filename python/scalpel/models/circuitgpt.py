@@ -1,0 +1,379 @@
+"""CircuitGPT: the weight-sparse transformer of Gao et al. 2025 (arXiv 2511.13653), every variant of it.
+
+The forward pass names each value at a hook (``0.attn.q``, ``1.mlp.post_act``, ..., ``final_resid``) and hands it
+to a *tap*, which may record it or give another in its place. Caching, interventions, ablation and Jacobians are
+all taps; the mathematics stands here once.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops import keep_topk
+from .config import CircuitGPTConfig
+
+if TYPE_CHECKING:
+    import contextlib
+
+    from .edges import EdgeTable
+    from .logit_attribution import LogitAttribution
+    from .tokenizer import Tokenizer
+
+Tap = Callable[[str, Tensor], Tensor]
+
+
+class _LayerNorm(nn.LayerNorm):
+    def __init__(self, width: int, bias: bool) -> None:
+        super().__init__(width, eps=1e-5, bias=bias)
+
+
+def _norm(config: CircuitGPTConfig, width: int) -> nn.Module:
+    return nn.RMSNorm(width) if config.rms_norm else _LayerNorm(width, config.ln_bias)
+
+
+class _Sparsifier:
+    """AbsTopK at a named location, or nothing where the config leaves that location off."""
+
+    def __init__(self, config: CircuitGPTConfig) -> None:
+        self.config = config
+
+    def __call__(self, x: Tensor, location: str) -> Tensor:
+        k = self.config.k_at(location, x.shape[-1])
+        return x if k is None else keep_topk(x, k)
+
+
+class _Sink(nn.Module):
+    """One slot per head that takes attention and gives nothing: logit ``sink_logit``, value zero."""
+
+    def __init__(self, n_head: int) -> None:
+        super().__init__()
+        self.sink_logit = nn.Parameter(torch.zeros(n_head))
+
+
+class Attention(nn.Module):
+    """Causal self-attention with an optional sink. Input (B, L, d_in), output (B, L, d_model)."""
+
+    def __init__(self, config: CircuitGPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.c_attn = nn.Linear(config.d_in, 3 * config.d_attn, bias=config.bias)
+        self.c_proj = nn.Linear(config.d_attn, config.d_model, bias=config.bias)
+        if config.sink:
+            self.attn_imp = _Sink(config.n_head)
+        self._sparsify = _Sparsifier(config)
+
+    def forward(self, x: Tensor, allowed: Tensor, tap: Tap, at: str) -> Tensor:
+        x = tap(f"{at}.act_in", self._sparsify(x, "attn_in"))
+        q, k, v = self.c_attn(x).split(self.config.d_attn, dim=-1)
+        k = tap(f"{at}.k", self._sparsify(k, "attn_k"))
+        q = tap(f"{at}.q", self._sparsify(q, "attn_q"))
+        v = tap(f"{at}.v", self._sparsify(v, "attn_v"))
+        weights = self.weights(q, k, allowed)
+        y = (weights @ self._heads(v)).transpose(-3, -2).flatten(-2)
+        y = tap(f"{at}.y", y)
+        return self._sparsify(self.c_proj(y), "attn_out")
+
+    def weights(self, q: Tensor, k: Tensor, allowed: Tensor) -> Tensor:
+        """Attention weights over real keys (B, n_head, L, L); with a sink they sum to less than one."""
+        scores = self._heads(q) @ self._heads(k).transpose(-2, -1) / math.sqrt(q.shape[-1] // self.config.n_head)
+        scores = scores.masked_fill(~allowed, float("-inf"))
+        if not self.config.sink:
+            return scores.softmax(-1)
+        sink = self.attn_imp.sink_logit.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
+        return torch.cat([sink, scores], dim=-1).softmax(-1)[..., 1:]
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.config.n_head, -1)).transpose(-3, -2)
+
+
+class MLP(nn.Module):
+    """One hidden layer. Input (B, L, d_in), output (B, L, d_model)."""
+
+    def __init__(self, config: CircuitGPTConfig) -> None:
+        super().__init__()
+        assert config.d_mlp is not None
+        self.c_fc = nn.Linear(config.d_in, config.d_mlp, bias=config.bias)
+        self.c_proj = nn.Linear(config.d_mlp, config.d_model, bias=config.bias)
+        self.activation = F.gelu if config.activation_type == "gelu" else F.relu
+        self._sparsify = _Sparsifier(config)
+
+    def forward(self, x: Tensor, tap: Tap, at: str) -> Tensor:
+        x = tap(f"{at}.act_in", self._sparsify(x, "mlp_in"))
+        x = tap(f"{at}.post_act", self._sparsify(self.activation(self.c_fc(x)), "mlp_neuron"))
+        return self._sparsify(self.c_proj(x), "mlp_out")
+
+
+class Block(nn.Module):
+    """A layer: attention then MLP, each reading the normed residual and adding to it."""
+
+    def __init__(self, config: CircuitGPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.ln_1 = _norm(config, config.d_model)
+        self.attn = Attention(config)
+        self.ln_2 = _norm(config, config.d_model)
+        self.mlp = MLP(config)
+        if config.d_pos_emb is not None:
+            self.ln_p1 = _norm(config, config.d_pos_emb)
+            self.ln_p2 = _norm(config, config.d_pos_emb)
+        self._sparsify = _Sparsifier(config)
+
+    def forward(self, x: Tensor, positions: Tensor | None, allowed: Tensor, tap: Tap, at: str) -> Tensor:
+        x = tap(f"{at}.resid_in", x)
+        read = self.ln_1(x)
+        if positions is not None:
+            read = torch.cat([read, self.ln_p1(positions).expand(*read.shape[:-1], -1)], dim=-1)
+        delta = self.attn(read, allowed, tap, f"{at}.attn")
+        x = self._settle(x + tap(f"{at}.attn.resid_delta", delta), "resid_post_attn")
+        x = tap(f"{at}.resid_mid", x)
+        read = self.ln_2(x)
+        if positions is not None:
+            read = torch.cat([read, self.ln_p2(positions).expand(*read.shape[:-1], -1)], dim=-1)
+        delta = self.mlp(read, tap, f"{at}.mlp")
+        return self._settle(x + tap(f"{at}.mlp.resid_delta", delta), "resid_post_mlp")
+
+    def _settle(self, x: Tensor, location: str) -> Tensor:
+        if self.config.residual_activation_type == "relu":
+            x = x.relu()
+        return self._sparsify(x, location)
+
+
+class CircuitGPT(nn.Module):
+    """A weight-sparse transformer.
+
+    ``model(input_ids)`` gives the logits (B, L, vocab). Parameter names are those of the public checkpoints.
+    Build an untrained one from a :class:`CircuitGPTConfig` and a seed, or load one with :meth:`from_pretrained`.
+    """
+
+    def __init__(self, config: CircuitGPTConfig, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer: Tokenizer | None = None
+        self.card: dict[str, Any] = {}
+        self._interventions: list[Tap] = []
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.transformer = nn.ModuleDict(
+                {
+                    "wte": nn.Embedding(config.vocab_size, config.d_model),
+                    "wpe": nn.Embedding(config.block_size, config.d_pos_emb or config.d_model),
+                    "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                    "ln_f": _norm(config, config.d_model),
+                }
+            )
+            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+            if config.tied_unembed:
+                self.lm_head.weight = self.transformer.wte.weight
+            self._initialise()
+        self.register_buffer("final_logits_bias", torch.zeros(config.vocab_size))
+        self.bigram_table: Tensor | None
+        if not config.enable_bigram_table:
+            self.bigram_table = None
+        elif config.extra.get("learnable_bigram_table"):
+            self.bigram_table = nn.Parameter(torch.zeros(config.vocab_size, config.vocab_size))
+        else:
+            self.register_buffer("bigram_table", torch.zeros(config.vocab_size, config.vocab_size))
+
+    def _initialise(self) -> None:
+        """Normal weights of deviation 0.02, projections into the residual scaled by depth (GPT-2's rule)."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * max(1, self.config.n_layer)))
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+        if self.config.sinusoidal_cat_pos_emb:
+            with torch.no_grad():
+                self.transformer.wpe.weight.copy_(sinusoids(self.config.block_size, self.config.d_pos_emb or 0))
+            self.transformer.wpe.weight.requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head.weight.dtype
+
+    @property
+    def hook_names(self) -> list[str]:
+        """Every hook in the order in which the forward pass reaches it: 11 a layer and ``final_resid``."""
+        return hook_names(self.config.n_layer)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        tap: Tap | None = None,
+    ) -> Tensor:
+        """Logits (B, L, vocab) of ``input_ids`` (B, L) of integers.
+
+        ``attention_mask``: (B, L) with 1 at real tokens, or (B, L, L) with 1 where a query may read a key; causality
+        always holds. No masked key enters any head, so batches of unequal length are exact on either side of
+        padding. ``position_ids`` (B, L) or (L,): by default each real token's rank in its row.
+        Raises ValueError for an empty text, one longer than ``block_size``, or an id outside the vocabulary.
+        """
+        input_ids = self._checked_ids(input_ids)
+        at = self._composed_tap(tap)
+        allowed = allowed_keys(input_ids, attention_mask)
+        positions = self._positions(input_ids, attention_mask, position_ids)
+        x = self.transformer.wte(input_ids)
+        concatenated = self.config.d_pos_emb is not None
+        if not concatenated:
+            x = x + positions
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, positions if concatenated else None, allowed, at, str(i))
+        x = at("final_resid", x)
+        logits = self.lm_head(self.transformer.ln_f(x)) + self.final_logits_bias.to(x.dtype)
+        if self.bigram_table is not None:
+            logits = logits + self.bigram_table[input_ids].to(x.dtype)
+        return logits
+
+    def _composed_tap(self, tap: Tap | None) -> Tap:
+        chain = [*self._interventions, *([tap] if tap is not None else [])]
+
+        def at(name: str, value: Tensor) -> Tensor:
+            for each in chain:
+                value = each(name, value)
+            return value
+
+        return at
+
+    def _checked_ids(self, input_ids: Tensor) -> Tensor:
+        if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+            given = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+            raise TypeError(f"input_ids is {given}; it must be an int64 tensor (batch, length)")
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it must be (batch, length)")
+        if input_ids.numel() == 0:
+            raise ValueError(f"input_ids is empty, shape {tuple(input_ids.shape)}: give at least one token")
+        if input_ids.shape[1] > self.config.block_size:
+            raise ValueError(
+                f"the text has {input_ids.shape[1]} tokens and the model's context holds {self.config.block_size}; "
+                "shorten it or split it"
+            )
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"input_ids holds {low if low < 0 else high}; ids run from 0 to {self.config.vocab_size - 1}: "
+                "was the text encoded with this model's tokenizer?"
+            )
+        return input_ids
+
+    def _positions(self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+        length = input_ids.shape[1]
+        if position_ids is None:
+            if mask is None or mask.dim() == 3:
+                return self.transformer.wpe.weight[:length]
+            position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        elif position_ids.shape[-1] != length or int(position_ids.max()) >= self.config.block_size:
+            raise ValueError(
+                f"position_ids has shape {tuple(position_ids.shape)} and maximum {int(position_ids.max())}; "
+                f"it needs {length} positions a row, each below {self.config.block_size}"
+            )
+        return self.transformer.wpe(position_ids)
+
+    # Each of the following is a file of its own; the methods are the flat way in.
+
+    def run_with_cache(
+        self, input_ids: Tensor, names: Any = ".*", stop_at: str | None = None, **inputs: Any
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Logits and the values at the hooks that ``names`` picks: a regex (re.match), a list, or a callable.
+
+        ``stop_at``: a hook after which nothing more is computed; the logits are then None.
+        """
+        from .hooks import run_with_cache
+
+        return run_with_cache(self, input_ids, names, stop_at, **inputs)
+
+    def run_with_hooks(
+        self, input_ids: Tensor, fwd_hooks: Sequence[tuple[str, Callable[..., Any]]], **inputs: Any
+    ) -> Tensor:
+        """Logits with ``fn(value, name) → value or None`` called at each named hook (None leaves the value)."""
+        from .hooks import run_with_hooks
+
+        return run_with_hooks(self, input_ids, fwd_hooks, **inputs)
+
+    def ablate(
+        self, nodes: Sequence[str], kind: str = "mean", **options: Any
+    ) -> "contextlib.AbstractContextManager[CircuitGPT]":
+        """A context in which the named nodes (``2.attn.v:2012``) are replaced; see :mod:`.ablation`."""
+        from .ablation import ablate
+
+        return ablate(self, nodes, kind, **options)
+
+    def logit_attribution(self, input_ids: Tensor, tokens: Any, **inputs: Any) -> "LogitAttribution":
+        """What each head, MLP and node adds to the logits of ``tokens``; see :mod:`.logit_attribution`."""
+        from .logit_attribution import logit_attribution
+
+        return logit_attribution(self, input_ids, tokens, **inputs)
+
+    def edges(self) -> "EdgeTable":
+        """The non-zero weights as a table with columns src, dst, weight, layer, param."""
+        from .edges import edges
+
+        return edges(self)
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+        """``input_ids`` (B, L) continued by ``max_new_tokens`` tokens; see :mod:`.generation`."""
+        from .generation import generate
+
+        return generate(self, input_ids, max_new_tokens, **options)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> "CircuitGPT":
+        """Load a shipped model's name, a folder of the public format, or a Hugging Face hub id; see :mod:`.checkpoint`."""
+        from .checkpoint import from_pretrained
+
+        return from_pretrained(source, **options)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the public folder format (``beeg_config.json``, ``final_model.pt``), atomically."""
+        from .checkpoint import save_pretrained
+
+        save_pretrained(self, folder)
+
+
+def hook_names(n_layer: int) -> list[str]:
+    """Hook names of a model of ``n_layer`` layers, in the order of the forward pass."""
+    in_layer = ("resid_in", "attn.act_in", "attn.k", "attn.q", "attn.v", "attn.y", "attn.resid_delta", "resid_mid")
+    in_layer += ("mlp.act_in", "mlp.post_act", "mlp.resid_delta")
+    return [f"{i}.{hook}" for i in range(n_layer) for hook in in_layer] + ["final_resid"]
+
+
+def allowed_keys(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Which keys each query may read, bool (L, L) or (B, 1, L, L).
+
+    A query always may read itself: a padding token's own row stays finite, and no real query sees it.
+    """
+    batch, length = input_ids.shape
+    itself = torch.eye(length, dtype=torch.bool, device=input_ids.device)
+    causal = torch.ones_like(itself).tril()
+    if attention_mask is None:
+        return causal
+    if attention_mask.shape not in ((batch, length), (batch, length, length)):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {(batch, length)} "
+            f"or {(batch, length, length)}"
+        )
+    mask = attention_mask.bool()
+    if mask.dim() == 2:
+        return (causal & mask[:, None, :] | itself)[:, None]
+    return (causal & mask)[:, None]
+
+
+def sinusoids(block_size: int, width: int) -> Tensor:
+    """The fixed position table (block_size, width): [sin | cos] of max(1, width // 2) periods from 4 to block_size."""
+    count = max(1, width // 2)
+    periods = torch.logspace(math.log10(4.0), math.log10(float(block_size)), count)
+    angles = 2 * math.pi * torch.arange(block_size, dtype=torch.float32)[:, None] / periods
+    table = torch.cat([angles.sin(), angles.cos()], dim=-1)[:, :width]
+    return F.pad(table, (0, width - table.shape[1]))

@@ -1,0 +1,186 @@
+"""The configuration of a weight-sparse transformer, read strictly.
+
+Fields and defaults follow the public inference code of Gao et al. 2025 (arXiv 2511.13653).
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+ABS_TOPK_LOCATIONS = (
+    "attn_in",
+    "attn_q",
+    "attn_k",
+    "attn_v",
+    "attn_out",
+    "mlp_in",
+    "mlp_neuron",
+    "mlp_out",
+    "resid_post_attn",
+    "resid_post_mlp",
+)
+
+# Training or speed switches: they don't change what the model computes in evaluation.
+_HARMLESS = frozenset(
+    {
+        "dropout",
+        "dropout_cat_pos_emb",
+        "enable_sparse_kernels",
+        "flash",
+        "grad_checkpointing",
+        "debug_nans",
+        "learnable_bigram_table",
+        # written by transformers beside the model's own fields
+        "architectures",
+        "auto_map",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "model_type",
+        "pad_token_id",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "_name_or_path",
+        "is_decoder",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+    }
+)
+
+# Fields of checkpoints whose code was never published: only at these values is the model the published one.
+_ONLY_AT: dict[str, tuple[Any, ...]] = {
+    "unembed_rank": (None,),
+    "bigram_table_rank": (None,),
+    "mup_width_multiplier": (None,),
+    "afrac_ste": (None, False),
+    "afrac_ste_only_non_neurons": (None, False),
+    "afrac_approx": (None, False),
+    "rtopk": (None, False),
+    "mup": (None, False),
+    "enable_fp8_linear": (None, False),
+    "scale_invariance": (None, False),
+    "use_tied_aux_matrix": (None, False),
+}
+
+
+@dataclass
+class CircuitGPTConfig:
+    """Shape and variants of a :class:`scalpel.CircuitGPT`.
+
+    ``afrac`` is the fraction that AbsTopK keeps at each of ``afrac_loctypes`` (``None``: no AbsTopK anywhere);
+    k = int(afrac · width). ``d_pos_emb`` set means that positions are concatenated to the inputs of attention
+    and MLP instead of being added to the embedding. ``extra`` keeps fields that were read and don't change
+    the mathematics, so that saving gives them back.
+    """
+
+    block_size: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 12
+    d_head: int | None = None
+    d_model: int = 768
+    d_mlp: int | None = None
+    bias: bool = True
+    ln_bias: bool = True
+    rms_norm: bool = False
+    residual_activation_type: str = "identity"
+    activation_type: str = "gelu"
+    afrac: float | None = None
+    afrac_loctypes: str = "attn_in,attn_out,mlp_in,mlp_out"
+    tied_unembed: bool = True
+    tokenizer_name: str = "tinypython_2k"
+    enable_bigram_table: bool = False
+    d_pos_emb: int | None = None
+    sinusoidal_cat_pos_emb: bool = False
+    sink: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "d_model"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < (0 if name == "n_layer" else 1):
+                raise ValueError(f"config field {name!r} is {value!r}; it must be a positive integer")
+        if self.d_head is None:
+            if self.d_model % self.n_head:
+                raise ValueError(
+                    f"d_model {self.d_model} is not a multiple of n_head {self.n_head}; give d_head explicitly"
+                )
+            self.d_head = self.d_model // self.n_head
+        if self.d_mlp is None:
+            self.d_mlp = 4 * self.d_model
+        _one_of("residual_activation_type", self.residual_activation_type, ("identity", "relu"))
+        _one_of("activation_type", self.activation_type, ("gelu", "relu"))
+        if self.afrac is not None and not 0 <= self.afrac <= 1:
+            raise ValueError(f"config field 'afrac' is {self.afrac!r}; it is a fraction from 0 to 1, or null")
+        for location in self.topk_locations:
+            _one_of("afrac_loctypes", location, ABS_TOPK_LOCATIONS)
+        if self.sinusoidal_cat_pos_emb and self.d_pos_emb is None:
+            raise ValueError("sinusoidal_cat_pos_emb needs d_pos_emb: it concerns concatenated positions only")
+
+    @property
+    def topk_locations(self) -> tuple[str, ...]:
+        """The AbsTopK locations that are on; empty where ``afrac`` is None."""
+        if self.afrac is None:
+            return ()
+        return tuple(part.strip() for part in self.afrac_loctypes.split(",") if part.strip())
+
+    @property
+    def d_attn(self) -> int:
+        """Width of q, of k and of v: all heads side by side."""
+        assert self.d_head is not None
+        return self.n_head * self.d_head
+
+    @property
+    def d_in(self) -> int:
+        """Width that attention and MLP read: the residual, and the positions where they are concatenated."""
+        return self.d_model + (self.d_pos_emb or 0)
+
+    def k_at(self, location: str, width: int) -> int | None:
+        """How many entries AbsTopK keeps at ``location``, or None where it is off."""
+        if location not in self.topk_locations:
+            return None
+        assert self.afrac is not None
+        return int(self.afrac * width)
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> "CircuitGPTConfig":
+        """Read a ``beeg_config.json``; an unknown field that could change the mathematics is an error naming it."""
+        own = {f.name for f in fields(cls)} - {"extra"}
+        known: dict[str, Any] = {}
+        extra: dict[str, Any] = {}
+        for key, value in given.items():
+            name = "d_mlp" if key == "n_mlp" else key
+            if name in own:
+                if name in known and known[name] != value:
+                    raise ValueError(f"config gives {name!r} twice: {known[name]!r} and {value!r} (as {key!r})")
+                known[name] = value
+            elif name in _HARMLESS:
+                extra[name] = value
+            elif name in _ONLY_AT:
+                if value not in _ONLY_AT[name]:
+                    raise ValueError(
+                        f"config field {name!r} is {value!r}, which the published model cannot express; "
+                        f"allowed: {', '.join(map(repr, _ONLY_AT[name]))}"
+                    )
+                extra[name] = value
+            elif value is None or value is False:
+                extra[name] = value  # a switch that is off changes nothing, whatever it is called
+            else:
+                raise ValueError(
+                    f"unknown config field {name!r} = {value!r}: it may change what the model computes, so the "
+                    "checkpoint is refused. Remove the field if you know that it is harmless."
+                )
+        if known.get("d_mlp", 0) is None:
+            del known["d_mlp"]
+        return cls(**known, extra=extra)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as ``beeg_config.json`` carries them, harmless extras included."""
+        own = asdict(self)
+        return {**own.pop("extra"), **own}
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"config field {name!r} has {value!r}; allowed: {', '.join(allowed)}")
