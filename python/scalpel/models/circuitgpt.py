@@ -352,7 +352,7 @@ def hook_names(n_layer: int) -> list[str]:
 def allowed_keys(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Which keys each query may read, bool (L, L) or (B, 1, L, L).
 
-    A query always may read itself: a padding token's own row stays finite, and no real query sees it.
+    A query that is left no key reads itself: a padding token's own row stays finite, and no real query sees it.
     """
     batch, length = input_ids.shape
     itself = torch.eye(length, dtype=torch.bool, device=input_ids.device)
@@ -365,9 +365,8 @@ def allowed_keys(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
             f"or {(batch, length, length)}"
         )
     mask = attention_mask.bool()
-    if mask.dim() == 2:
-        return (causal & mask[:, None, :] | itself)[:, None]
-    return (causal & mask)[:, None]
+    allowed = causal & (mask[:, None, :] if mask.dim() == 2 else mask)
+    return (allowed | (~allowed.any(-1, keepdim=True) & itself))[:, None]
 
 
 def sinusoids(block_size: int, width: int) -> Tensor:
