@@ -1,0 +1,18 @@
+// scalpel._core: one init_ function for each op.
+#include "bindings/arrays.h"
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() =
+      "The native core of scalpel. Internal: arrays are (address, dtype, shape, strides) and nobody checks "
+      "lifetimes.";
+  pybind11::register_local_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const scalpel::DTypeError& e) {
+      PyErr_SetString(PyExc_TypeError, e.what());
+    }
+  });
+  scalpel::bindings::init_core(m);
+  scalpel::bindings::init_topk(m);
+  scalpel::bindings::init_covariance(m);
+}

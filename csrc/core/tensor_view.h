@@ -1,0 +1,101 @@
+// A tensor that somebody else owns: address, dtype, device, shape and strides. Plain data, no ownership.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+
+namespace scalpel {
+
+enum class DType : std::uint8_t { kBool, kFloat16, kBFloat16, kFloat32, kFloat64, kInt64 };
+enum class Device : std::uint8_t { kCpu };
+
+constexpr std::int64_t item_size(DType dtype) {
+  switch (dtype) {
+    case DType::kBool:
+      return 1;
+    case DType::kFloat16:
+    case DType::kBFloat16:
+      return 2;
+    case DType::kFloat32:
+      return 4;
+    default:
+      return 8;
+  }
+}
+
+constexpr const char* name_of(DType dtype) {
+  switch (dtype) {
+    case DType::kBool:
+      return "bool";
+    case DType::kFloat16:
+      return "float16";
+    case DType::kBFloat16:
+      return "bfloat16";
+    case DType::kFloat32:
+      return "float32";
+    case DType::kFloat64:
+      return "float64";
+    default:
+      return "int64";
+  }
+}
+
+// A dtype that an op does not take; TypeError in Python.
+struct DTypeError : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+
+struct TensorView {
+  static constexpr int kMaxDims = 16;
+
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  Device device = Device::kCpu;
+  int ndim = 0;
+  std::int64_t shape[kMaxDims] = {};
+  std::int64_t strides[kMaxDims] = {};  // in elements, not bytes
+
+  // A row-major matrix, the usual case in C++.
+  static TensorView matrix(void* data, DType dtype, std::int64_t rows, std::int64_t width) {
+    TensorView view;
+    view.data = data;
+    view.dtype = dtype;
+    view.ndim = 2;
+    view.shape[0] = rows;
+    view.shape[1] = width;
+    view.strides[0] = width;
+    view.strides[1] = 1;
+    return view;
+  }
+
+  std::int64_t width() const { return ndim == 0 ? 1 : shape[ndim - 1]; }
+
+  // The number of rows along the last dimension, that is the product of the leading shape.
+  std::int64_t rows() const {
+    std::int64_t n = 1;
+    for (int i = 0; i + 1 < ndim; ++i) n *= shape[i];
+    return n;
+  }
+
+  // Where row r starts, in elements from data.
+  std::int64_t row_offset(std::int64_t r) const {
+    std::int64_t offset = 0;
+    for (int i = ndim - 2; i >= 0; --i) {
+      offset += (r % shape[i]) * strides[i];
+      r /= shape[i];
+    }
+    return offset;
+  }
+
+  // True when row r starts at r * row_stride() for every r.
+  bool uniform_rows() const {
+    for (int i = ndim - 3; i >= 0; --i) {
+      if (shape[i] > 1 && strides[i] != strides[i + 1] * shape[i + 1]) return false;
+    }
+    return true;
+  }
+  std::int64_t row_stride() const { return ndim < 2 ? 0 : strides[ndim - 2]; }
+};
+
+}  // namespace scalpel

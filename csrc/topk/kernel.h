@@ -1,0 +1,38 @@
+// What topk.cpp and the files of the targets agree on. Internal; raw pointers only, everything is checked
+// before.
+#pragma once
+
+#include <cstdint>
+
+namespace scalpel {
+
+enum class TopKOutput : std::uint8_t { kMask, kKept, kIndex };
+
+// A block of rows, each `*_stride` elements after the one before.
+struct TopKBlock {
+  const void* x;
+  std::int64_t x_stride;
+  void* out;
+  std::int64_t out_stride;
+  std::int64_t rows;
+  std::int64_t width;
+  std::int64_t k;
+  bool by_value;
+  void* keys;  // scratch: `width` keys, as wide as an element of x
+};
+
+struct TopKKernels {
+  const char* compiled_for;
+  std::uint64_t* calls;
+  // One function for each element width; `infinity` is the bit pattern of +inf, which alone tells float16
+  // from bfloat16.
+  void (*run16)(const TopKBlock&, TopKOutput, std::uint16_t infinity);
+  void (*run32)(const TopKBlock&, TopKOutput, std::uint32_t infinity);
+  void (*run64)(const TopKBlock&, TopKOutput, std::uint64_t infinity);
+};
+
+const TopKKernels& topk_portable();
+const TopKKernels& topk_avx2();
+const TopKKernels& topk_avx512();
+
+}  // namespace scalpel

@@ -1,0 +1,211 @@
+// Checks, picks a target and hands it blocks of rows.
+#include "topk/topk.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "core/parallel.h"
+#include "topk/kernel.h"
+
+namespace scalpel {
+namespace {
+
+const TopKKernels* kernels_of(Target target) {
+  switch (target) {
+#if defined(SCALPEL_X86_TARGETS)
+    case Target::kAvx512:
+      return &topk_avx512();
+    case Target::kAvx2:
+      return &topk_avx2();
+#endif
+    case Target::kPortable:
+      return &topk_portable();
+    default:
+      return nullptr;
+  }
+}
+
+[[noreturn]] void refuse(const std::string& why) { throw std::invalid_argument(why); }
+
+std::string shape_text(const TensorView& v) {
+  std::string text = "(";
+  for (int i = 0; i < v.ndim; ++i) text += std::to_string(v.shape[i]) + (i + 1 < v.ndim ? ", " : "");
+  return text + (v.ndim == 1 ? ",)" : ")");
+}
+
+bool empty(const TensorView& v) {
+  for (int i = 0; i < v.ndim; ++i) {
+    if (v.shape[i] == 0) return true;
+  }
+  return false;
+}
+
+// The bytes from the first to the last element, as [begin, end). Strides may be negative.
+void extent(const TensorView& v, std::uintptr_t& begin, std::uintptr_t& end) {
+  std::int64_t low = 0;
+  std::int64_t high = 0;
+  for (int i = 0; i < v.ndim; ++i) (v.strides[i] < 0 ? low : high) += (v.shape[i] - 1) * v.strides[i];
+  const auto base = reinterpret_cast<std::uintptr_t>(v.data);
+  begin = base + low * item_size(v.dtype);
+  end = base + (high + 1) * item_size(v.dtype);
+}
+
+void check_memory(const TensorView& x, const TensorView& out, const char* name, bool in_place_allowed) {
+  if (empty(x) || empty(out)) return;
+  bool same_strides = out.dtype == x.dtype;
+  for (int i = 0; i < out.ndim; ++i) {
+    if (out.shape[i] > 1 && out.strides[i] == 0) {
+      refuse(std::string(name) +
+             " has several elements in one place of memory (an expanded tensor?); give a " +
+             "tensor with memory of its own");
+    }
+    same_strides = same_strides && (out.shape[i] == 1 || out.strides[i] == x.strides[i]);
+  }
+  if (in_place_allowed && same_strides && out.data == x.data) return;
+  std::uintptr_t x_begin, x_end, out_begin, out_end;
+  extent(x, x_begin, x_end);
+  extent(out, out_begin, out_end);
+  if (x_begin < out_end && out_begin < x_end) {
+    refuse(std::string(name) + " overlaps x in memory; give a separate tensor" +
+           (in_place_allowed ? ", or x itself to work in place" : ""));
+  }
+}
+
+void check(const TensorView& x, std::int64_t k, const TensorView& out, TopKOutput output) {
+  static constexpr const char* kNames[] = {"out (the mask)", "out (the kept values)", "out (the indices)"};
+  const char* name = kNames[static_cast<int>(output)];
+  if (x.dtype != DType::kFloat16 && x.dtype != DType::kBFloat16 && x.dtype != DType::kFloat32 &&
+      x.dtype != DType::kFloat64) {
+    throw DTypeError(std::string("x is ") + name_of(x.dtype) +
+                     "; allowed: float16, bfloat16, float32, float64");
+  }
+  if (x.ndim < 1) refuse("x has no dimension; TopK needs at least one, of which the last is ranked");
+  if (k < 0 || k > x.width()) {
+    refuse("k is " + std::to_string(k) + ", but the last dimension of x has width " +
+           std::to_string(x.width()) + "; allowed: 0 <= k <= width");
+  }
+  const DType wanted = output == TopKOutput::kMask   ? DType::kBool
+                       : output == TopKOutput::kKept ? x.dtype
+                                                     : DType::kInt64;
+  if (out.dtype != wanted) {
+    throw DTypeError(std::string(name) + " is " + name_of(out.dtype) + "; it must be " + name_of(wanted));
+  }
+  TensorView expected = x;
+  if (output == TopKOutput::kIndex) expected.shape[x.ndim - 1] = k;
+  bool same = out.ndim == expected.ndim;
+  for (int i = 0; same && i < out.ndim; ++i) same = out.shape[i] == expected.shape[i];
+  if (!same)
+    refuse(std::string(name) + " has shape " + shape_text(out) + "; it must be " + shape_text(expected));
+  for (const auto& [view, label] : {std::pair(&x, "x"), std::pair(&out, name)}) {
+    if (view->width() > 1 && view->strides[view->ndim - 1] != 1) {
+      refuse(std::string(label) + " has stride " + std::to_string(view->strides[view->ndim - 1]) +
+             " in its last dimension; it must be 1 (make it contiguous)");
+    }
+  }
+  check_memory(x, out, name, output == TopKOutput::kKept);
+}
+
+// k = 0 and k = width need no ranking, and a row of width 0 has nothing to rank.
+bool is_trivial(const TensorView& x, std::int64_t k) { return k == 0 || k == x.width(); }
+
+void fill_trivial(const TensorView& x, std::int64_t k, const TensorView& out, TopKOutput output,
+                  std::int64_t r) {
+  const std::int64_t n = x.width();
+  const std::int64_t size = item_size(out.dtype);
+  char* const to = static_cast<char*>(out.data) + out.row_offset(r) * size;
+  if (output == TopKOutput::kIndex) {
+    for (std::int64_t i = 0; i < k; ++i) reinterpret_cast<std::int64_t*>(to)[i] = i;
+  } else if (output == TopKOutput::kMask || k == 0) {
+    std::memset(to, k == 0 ? 0 : 1, static_cast<std::size_t>(n * size));
+  } else {
+    const char* from = static_cast<const char*>(x.data) + x.row_offset(r) * size;
+    std::memmove(to, from, static_cast<std::size_t>(n * size));
+  }
+}
+
+void run_block(const TopKKernels& kernels, const TopKBlock& block, TopKOutput output, DType dtype) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return kernels.run16(block, output, 0x7c00);
+    case DType::kBFloat16:
+      return kernels.run16(block, output, 0x7f80);
+    case DType::kFloat32:
+      return kernels.run32(block, output, 0x7f800000);
+    default:
+      return kernels.run64(block, output, 0x7ff0000000000000);
+  }
+}
+
+void run(const TensorView& x, std::int64_t k, RankBy by, const TensorView& out, TopKOutput output,
+         int threads) {
+  check(x, k, out, output);
+  if (empty(x)) return;
+  const std::int64_t rows = x.rows();
+  const std::int64_t width = x.width();
+  const std::int64_t size = item_size(x.dtype);
+  threads = threads_for(rows * width, threads);
+  const std::int64_t grain = std::max<std::int64_t>(1, std::min(rows / (4 * threads), 65536 / width));
+
+  if (is_trivial(x, k)) {
+    auto fill = [&](std::int64_t begin, std::int64_t end, int) {
+      for (std::int64_t r = begin; r < end; ++r) fill_trivial(x, k, out, output, r);
+    };
+    parallel_for(rows, grain, threads, fill);
+    return;
+  }
+
+  const TopKKernels& kernels = *kernels_of(active_target().target);
+  // One line of keys for each thread, apart by a cache line or more. Allocated here: the loop must not throw.
+  const std::int64_t line = (width * size + 127) / 64 * 64;
+  const std::unique_ptr<char[]> keys(new char[static_cast<std::size_t>(line * threads)]);
+  const bool uniform = x.uniform_rows() && out.uniform_rows();
+
+  auto body = [&](std::int64_t begin, std::int64_t end, int thread) {
+    const std::int64_t step = uniform ? end - begin : 1;
+    for (std::int64_t r = begin; r < end; r += step) {
+      TopKBlock block;
+      block.x = static_cast<const char*>(x.data) + x.row_offset(r) * size;
+      block.x_stride = x.row_stride();
+      block.out = static_cast<char*>(out.data) + out.row_offset(r) * item_size(out.dtype);
+      block.out_stride = out.row_stride();
+      block.rows = step;
+      block.width = width;
+      block.k = k;
+      block.by_value = by == RankBy::kValue;
+      block.keys = keys.get() + line * thread;
+      run_block(kernels, block, output, x.dtype);
+    }
+  };
+  parallel_for(rows, grain, threads, body);
+}
+
+}  // namespace
+
+void topk_mask(const TensorView& x, std::int64_t k, RankBy by, const TensorView& mask, int threads) {
+  run(x, k, by, mask, TopKOutput::kMask, threads);
+}
+
+void keep_topk(const TensorView& x, std::int64_t k, RankBy by, const TensorView& kept, int threads) {
+  run(x, k, by, kept, TopKOutput::kKept, threads);
+}
+
+void topk_indices(const TensorView& x, std::int64_t k, RankBy by, const TensorView& index, int threads) {
+  run(x, k, by, index, TopKOutput::kIndex, threads);
+}
+
+const char* topk_compiled_for(Target target) {
+  const TopKKernels* kernels = kernels_of(target);
+  return kernels == nullptr ? nullptr : kernels->compiled_for;
+}
+
+std::uint64_t topk_calls(Target target) {
+  const TopKKernels* kernels = kernels_of(target);
+  return kernels == nullptr ? 0 : __atomic_load_n(kernels->calls, __ATOMIC_RELAXED);
+}
+
+}  // namespace scalpel

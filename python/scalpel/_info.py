@@ -1,0 +1,51 @@
+"""The version, and what this build can do on this machine."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+__all__ = ["__version__", "show_config"]
+
+__version__ = version("semigroup-scalpel")
+
+
+class Config(dict[str, Any]):
+    """A dict whose text is one "key: value" a line."""
+
+    def __str__(self) -> str:
+        width = max(map(len, self))
+        return "\n".join(f"{key + ':':{width + 1}} {_text(value)}" for key, value in self.items())
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def show_config() -> Config:
+    """What this build is and uses here; ``print(scalpel.show_config())`` shows it.
+
+    Keys: version, python, torch, compiler, targets_built, targets_supported, target (the one in use; set
+    SCALPEL_TARGET to force another), threads, parallel, cuda.
+
+    Raises ValueError when SCALPEL_TARGET names a target that can't run here.
+    """
+    import platform
+
+    import torch  # before the core, so that both share one OpenMP
+
+    from . import _core
+
+    targets = _core.targets()
+    return Config(
+        version=__version__,
+        python=platform.python_version(),
+        torch=str(torch.__version__),
+        compiler=_core.compiler(),
+        targets_built=[t["name"] for t in targets if t["built"]],
+        targets_supported=[t["name"] for t in targets if t["supported"]],
+        target=_core.active_target(),
+        threads=torch.get_num_threads(),
+        parallel=_core.parallel_backend(),
+        cuda="not built",
+    )

@@ -1,0 +1,286 @@
+"""TopK along the last dimension: masks, kept values, indices, and the layer that uses them.
+
+Order, ties and NaN are those of csrc/topk/topk.h: NaN ranks above every number, -0.0 equals 0.0, and among
+equals the lower index wins, so exactly k entries of every row are kept, with the same bits for every CPU target
+and any number of threads.
+
+The mask is a property of the primal: derivatives treat it as a constant. That is the derivative wherever it
+exists, that is where the k-th and the (k+1)-th rank differ.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, cast
+
+import numpy as np
+import torch
+from torch.autograd import forward_ad
+
+from . import _core
+
+__all__ = ["AbsTopK", "keep_topk", "topk_indices", "topk_mask"]
+
+By = Literal["magnitude", "value"]
+Array = TypeVar("Array", torch.Tensor, np.ndarray)
+
+_FLOATS = "float16, bfloat16, float32, float64"
+_DTYPE_NAMES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.bool: "bool",
+    torch.int64: "int64",
+}
+
+
+def topk_mask(x: Array, k: int, by: By = "magnitude", out: Array | None = None) -> Array:
+    """Where the k largest entries along the last dimension are.
+
+    x: (..., width), float16, bfloat16, float32 or float64; a CPU tensor or a numpy array, any strides.
+    k: 0 <= k <= width.
+    by: "magnitude" ranks |x|, "value" ranks x.
+    out: a bool tensor (array) of x's shape to write to.
+
+    Returns bool like x with exactly k True a row. Not differentiable.
+    Equals ``torch.zeros_like(x, dtype=torch.bool).scatter(-1, x.abs().topk(k).indices, True)``, ties aside.
+
+    Raises TypeError (k is not an integer, a dtype is not allowed), ValueError (k out of range; device, shape or
+    memory of out).
+    """
+    return _call("topk_mask", _mask_dispatch, x, k, by, out)
+
+
+def keep_topk(x: Array, k: int, by: By = "magnitude", out: Array | None = None) -> Array:
+    """x where it is among the k largest along the last dimension, 0 elsewhere.
+
+    Arguments and errors as for `topk_mask`; out has x's dtype and may be x itself. Kept entries keep every bit.
+    Differentiable without out: the gradient is mask * g, the tangent mask * t (0 where masked, whatever g or t is).
+    With out and a gradient to compute: RuntimeError, as everywhere in torch.
+    """
+    return _call("keep_topk", _keep_dispatch, x, k, by, out)
+
+
+def topk_indices(x: Array, k: int, by: By = "magnitude", out: Array | None = None) -> Array:
+    """The indices of the k largest entries along the last dimension, in ascending order.
+
+    Arguments and errors as for `topk_mask`; out is int64 of shape (..., k). Returns int64 (..., k).
+    Not differentiable.
+    """
+    return _call("topk_indices", _indices_dispatch, x, k, by, out)
+
+
+class AbsTopK(torch.nn.Module):
+    """Keeps the k entries of largest magnitude along the last dimension: ``keep_topk(x, k)`` as a layer.
+
+    Gao et al. 2025 (arXiv 2511.13653), section 2, use it at the nodes of weight-sparse transformers.
+
+    k: at least 0; at most the width of what passes through, which is checked there.
+    """
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = _integer(k)
+        if self.k < 0:
+            raise ValueError(f"k is {self.k}; allowed: 0 <= k <= width")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (..., width) → the same shape, exactly k entries a row kept."""
+        return keep_topk(x, self.k)
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}"
+
+
+# ---- arguments ---------------------------------------------------------------------------------
+
+
+def _integer(k: Any) -> int:
+    if not isinstance(k, (bool, np.bool_, torch.Tensor)):
+        try:
+            return operator.index(k)
+        except TypeError:
+            pass
+    raise TypeError(f"k is {k!r} of type {type(k).__name__}; it must be an integer")
+
+
+def _by_value(by: str) -> bool:
+    if by not in ("magnitude", "value"):
+        raise ValueError(f"by is {by!r}; allowed: 'magnitude', 'value'")
+    return by == "value"
+
+
+def _call(op: str, dispatch: Callable[..., torch.Tensor], x: Any, k: Any, by: str, out: Any) -> Any:
+    k = _integer(k)
+    _by_value(by)
+    if isinstance(x, torch.Tensor):
+        _check_tensor(x, "x", floating=True)
+        if out is None:
+            return dispatch(x, k, by)
+        if not isinstance(out, torch.Tensor):
+            raise TypeError(f"out is a {type(out).__name__}, but x is a tensor; give a tensor")
+        _check_tensor(out, "out")
+        if op == "keep_topk" and torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
+            raise RuntimeError("keep_topk with out= can't be differentiated, but x or out requires grad; leave out away")
+        if _transforms_active():
+            raise RuntimeError(f"{op} with out= can't run under a torch.func transform or forward AD; leave out away")
+        if x.device != out.device:
+            raise ValueError(f"x is on {x.device}, out on {out.device}; they must be on one device")
+        _into(op, x, k, by, out)
+        return out
+    if isinstance(x, np.ndarray):
+        return _call_numpy(op, x, k, by, out)
+    raise TypeError(f"x is a {type(x).__name__}; allowed: a torch tensor or a numpy array")
+
+
+def _check_tensor(x: torch.Tensor, name: str, floating: bool = False) -> None:
+    if x.dtype not in _DTYPE_NAMES or (floating and not x.dtype.is_floating_point):
+        raise TypeError(f"{name} is {str(x.dtype).removeprefix('torch.')}; allowed: {_FLOATS}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} has layout {x.layout}; allowed: torch.strided (call .to_dense())")
+    if x.device.type not in ("cpu", "meta"):
+        raise ValueError(
+            f"{name} is on {x.device}, but this build runs on the CPU only; move it there with {name}.cpu()"
+        )
+
+
+# ---- the core ----------------------------------------------------------------------------------
+
+
+def _view(x: torch.Tensor) -> tuple[int, str, tuple[int, ...], tuple[int, ...]]:
+    return x.data_ptr(), _DTYPE_NAMES[x.dtype], tuple(x.shape), x.stride()
+
+
+def _into(op: str, x: torch.Tensor, k: int, by: str, out: torch.Tensor) -> None:
+    """Runs the core on x's memory, made contiguous along the last dimension if it isn't."""
+    x = x.resolve_neg()
+    if x.dim() > 0 and x.stride(-1) != 1 and x.size(-1) > 1:
+        x = x.contiguous()
+    getattr(_core, op)(_view(x), k, _by_value(by), _view(out), torch.get_num_threads())
+
+
+def _call_numpy(op: str, x: np.ndarray, k: int, by: str, out: Any) -> np.ndarray:
+    if x.dtype not in (np.float16, np.float32, np.float64):
+        raise TypeError(f"x is {x.dtype}; allowed: float16, float32, float64 (bfloat16 as a tensor)")
+    if not x.flags.aligned or not x.dtype.isnative or x.strides[-1:] != (x.itemsize,):
+        x = np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
+    if out is None:
+        shape = (*x.shape[:-1], max(k, 0)) if op == "topk_indices" else x.shape
+        dtype = {"topk_mask": np.bool_, "keep_topk": x.dtype, "topk_indices": np.int64}[op]
+        out = np.empty(shape, dtype=dtype)
+    elif not isinstance(out, np.ndarray):
+        raise TypeError(f"out is a {type(out).__name__}, but x is a numpy array; give a numpy array")
+    elif not out.flags.writeable or not out.flags.aligned or not out.dtype.isnative:
+        raise ValueError("out must be writeable, aligned and of native byte order")
+    getattr(_core, op)(_numpy_view(x), k, _by_value(by), _numpy_view(out), torch.get_num_threads())
+    return cast(np.ndarray, out)
+
+
+def _numpy_view(x: np.ndarray) -> tuple[int, str, tuple[int, ...], tuple[int, ...]]:
+    strides = tuple(s // x.itemsize for s in x.strides)
+    return x.__array_interface__["data"][0], str(x.dtype), x.shape, strides
+
+
+# ---- torch -------------------------------------------------------------------------------------
+# Inside, a custom op: that is what torch.compile and the dispatcher's modes see. Around it an autograd.Function,
+# because a bare custom op loses its place under functorch's transforms without a word. Around that one function
+# that dynamo puts into its graph as it is. keep_topk's derivatives are then those of torch.where.
+
+
+def _result_like(op: str, x: torch.Tensor, k: int) -> torch.Tensor:
+    if op == "topk_indices":
+        return x.new_empty((*x.shape[:-1], k), dtype=torch.int64)
+    return x.new_empty(x.shape, dtype=torch.bool if op == "topk_mask" else x.dtype)
+
+
+def _check_range(x: torch.Tensor, k: int) -> None:
+    """For what happens before the core: the shape of a result, and tensors without memory."""
+    if x.dim() == 0:
+        raise ValueError("x has no dimension; TopK needs at least one, of which the last is ranked")
+    if not 0 <= k <= x.shape[-1]:
+        raise ValueError(
+            f"k is {k}, but the last dimension of x has width {x.shape[-1]}; allowed: 0 <= k <= width"
+        )
+
+
+def _define(op: str) -> Callable[[torch.Tensor, int, str], torch.Tensor]:
+    @torch.library.custom_op(f"scalpel::{op}", mutates_args=(), schema="(Tensor x, SymInt k, str by) -> Tensor")
+    def run(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
+        _check_range(x, k)
+        out = _result_like(op, x, k)
+        _into(op, x, k, by, out)
+        return out
+
+    @run.register_fake
+    def _(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
+        return _result_like(op, x, k)
+
+    @run.register_vmap
+    def _(info: Any, in_dims: Any, x: torch.Tensor, k: int, by: str) -> tuple[torch.Tensor, int | None]:
+        return (run(x, k, by), None) if in_dims[0] is None else (run(x.movedim(in_dims[0], 0), k, by), 0)
+
+    return run
+
+
+_mask_op = _define("topk_mask")
+_keep_op = _define("keep_topk")
+_indices_op = _define("topk_indices")
+
+
+class _Selection(torch.autograd.Function):
+    """The mask or the indices, as a function that has no derivative under any transform."""
+
+    @staticmethod
+    def forward(x: torch.Tensor, k: int, by: str, indices: bool) -> torch.Tensor:
+        return _indices_op(x, k, by) if indices else _mask_op(x, k, by)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: torch.Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[None, None, None, None]:
+        return None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        return None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: torch.Tensor, k: int, by: str, indices: bool) -> tuple[Any, int]:
+        return _Selection.apply(x.movedim(in_dims[0], 0), k, by, indices), 0
+
+
+def _transforms_active() -> bool:
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+
+
+def _needs_derivative(x: torch.Tensor) -> bool:
+    return (x.requires_grad and torch.is_grad_enabled()) or _transforms_active()
+
+
+@torch.compiler.allow_in_graph
+def _mask_dispatch(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
+    _check_range(x, k)
+    if not _needs_derivative(x):
+        return _mask_op(x, k, by)
+    return cast(torch.Tensor, _Selection.apply(x, k, by, False))
+
+
+@torch.compiler.allow_in_graph
+def _indices_dispatch(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
+    _check_range(x, k)
+    if not _needs_derivative(x):
+        return _indices_op(x, k, by)
+    return cast(torch.Tensor, _Selection.apply(x, k, by, True))
+
+
+@torch.compiler.allow_in_graph
+def _keep_dispatch(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
+    _check_range(x, k)
+    if not _needs_derivative(x):
+        return _keep_op(x, k, by)
+    mask = _Selection.apply(x, k, by, False)
+    return torch.where(mask, x, 0)
