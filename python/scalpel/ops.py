@@ -123,9 +123,13 @@ def _call(op: str, dispatch: Callable[..., torch.Tensor], x: Any, k: Any, by: st
             raise TypeError(f"out is a {type(out).__name__}, but x is a tensor; give a tensor")
         _check_tensor(out, "out")
         if op == "keep_topk" and torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
-            raise RuntimeError("keep_topk with out= can't be differentiated, but x or out requires grad; leave out away")
+            raise RuntimeError(
+                "keep_topk with out= can't be differentiated, but x or out requires grad; leave out away"
+            )
         if _transforms_active():
-            raise RuntimeError(f"{op} with out= can't run under a torch.func transform or forward AD; leave out away")
+            raise RuntimeError(
+                f"{op} with out= can't run under a torch.func transform or forward AD; leave out away"
+            )
         if x.device != out.device:
             raise ValueError(f"x is on {x.device}, out on {out.device}; they must be on one device")
         _into(op, x, k, by, out)
@@ -206,7 +210,9 @@ def _check_range(x: torch.Tensor, k: int) -> None:
 
 
 def _define(op: str) -> Callable[[torch.Tensor, int, str], torch.Tensor]:
-    @torch.library.custom_op(f"scalpel::{op}", mutates_args=(), schema="(Tensor x, SymInt k, str by) -> Tensor")
+    @torch.library.custom_op(
+        f"scalpel::{op}", mutates_args=(), schema="(Tensor x, SymInt k, str by) -> Tensor"
+    )
     def run(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
         _check_range(x, k)
         out = _result_like(op, x, k)

@@ -1,0 +1,74 @@
+"""Files of covariance states: safetensors with a JSON header, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+KIND = "scalpel.StreamingCovariance"
+VERSION = 1
+
+
+def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """Replaces path by a new file in one step. Raises OSError when the folder can't be written to."""
+    path = Path(path)
+    header = {**header, "version": VERSION, "crc32": {name: _checksum(t) for name, t in tensors.items()}}
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata={"kind": KIND, "header": json.dumps(header, sort_keys=True)})
+        _flush(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _flush(path.parent)  # the new name, too, must survive a power cut
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The header and the tensors. Raises FileNotFoundError, or ValueError for a truncated, damaged or foreign file."""
+    name = os.fspath(path)
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{name} doesn't exist")
+    try:
+        with safe_open(name, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("kind") != KIND:
+                raise ValueError(
+                    f"{name} is a safetensors file, but not one that StreamingCovariance.save wrote"
+                )
+            header = json.loads(metadata["header"])
+            if header["version"] > VERSION:
+                raise ValueError(
+                    f"{name} has format version {header['version']}, this release reads up to {VERSION}; "
+                    "install a newer scalpel"
+                )
+            tensors = {key: file.get_tensor(key) for key in header["crc32"]}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{name} is truncated or no covariance state at all ({error})") from error
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{name} has a damaged header ({error!r})") from error
+    for key, tensor in tensors.items():
+        if _checksum(tensor) != header["crc32"][key]:
+            raise ValueError(f"{name} is damaged: the checksum of {key} differs from the one in its header")
+    return header, tensors
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    return zlib.crc32(memoryview(tensor.contiguous().numpy()).cast("B"))
+
+
+def _flush(path: str | os.PathLike[str]) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
