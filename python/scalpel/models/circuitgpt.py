@@ -1,8 +1,8 @@
 """CircuitGPT: the weight-sparse transformer of Gao et al. 2025 (arXiv 2511.13653), every variant of it.
 
-The forward pass names each value at a hook (``0.attn.q``, ``1.mlp.post_act``, ..., ``final_resid``) and hands it
-to a *tap*, which may record it or give another in its place. Caching, interventions, ablation and Jacobians are
-all taps; the mathematics stands here once.
+The forward pass names each value at a hook (``0.attn.q``, ``1.mlp.post_act``, ..., ``final_resid``) and hands
+it to a *tap*, which may record it or give another in its place. Caching, interventions, ablation and
+Jacobians are all taps; the mathematics stands here once.
 """
 
 import math
@@ -80,7 +80,8 @@ class Attention(nn.Module):
 
     def weights(self, q: Tensor, k: Tensor, allowed: Tensor) -> Tensor:
         """Attention weights over real keys (B, n_head, L, L); with a sink they sum to less than one."""
-        scores = self._heads(q) @ self._heads(k).transpose(-2, -1) / math.sqrt(q.shape[-1] // self.config.n_head)
+        scores = self._heads(q) @ self._heads(k).transpose(-2, -1)
+        scores = scores / math.sqrt(q.shape[-1] // self.config.n_head)
         scores = scores.masked_fill(~allowed, float("-inf"))
         if not self.config.sink:
             return scores.softmax(-1)
@@ -147,8 +148,14 @@ class CircuitGPT(nn.Module):
     """A weight-sparse transformer.
 
     ``model(input_ids)`` gives the logits (B, L, vocab). Parameter names are those of the public checkpoints.
-    Build an untrained one from a :class:`CircuitGPTConfig` and a seed, or load one with :meth:`from_pretrained`.
+    Build an untrained one from a :class:`CircuitGPTConfig` and a seed, or load one with
+    :meth:`from_pretrained`.
     """
+
+    # torch types what a container holds as Tensor | Module; the names below are what it is
+    transformer: Any
+    final_logits_bias: Tensor
+    bigram_table: Tensor | None
 
     def __init__(self, config: CircuitGPTConfig, *, seed: int = 0) -> None:
         super().__init__()
@@ -171,7 +178,6 @@ class CircuitGPT(nn.Module):
                 self.lm_head.weight = self.transformer.wte.weight
             self._initialise()
         self.register_buffer("final_logits_bias", torch.zeros(config.vocab_size))
-        self.bigram_table: Tensor | None
         if not config.enable_bigram_table:
             self.bigram_table = None
         elif config.extra.get("learnable_bigram_table"):
@@ -189,8 +195,9 @@ class CircuitGPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
         if self.config.sinusoidal_cat_pos_emb:
+            table = sinusoids(self.config.block_size, self.config.d_pos_emb or 0)
             with torch.no_grad():
-                self.transformer.wpe.weight.copy_(sinusoids(self.config.block_size, self.config.d_pos_emb or 0))
+                self.transformer.wpe.weight.copy_(table)
             self.transformer.wpe.weight.requires_grad_(False)
 
     @property
@@ -216,9 +223,9 @@ class CircuitGPT(nn.Module):
     ) -> Tensor:
         """Logits (B, L, vocab) of ``input_ids`` (B, L) of integers.
 
-        ``attention_mask``: (B, L) with 1 at real tokens, or (B, L, L) with 1 where a query may read a key; causality
-        always holds. No masked key enters any head, so batches of unequal length are exact on either side of
-        padding. ``position_ids`` (B, L) or (L,): by default each real token's rank in its row.
+        ``attention_mask``: (B, L) with 1 at real tokens, or (B, L, L) with 1 where a query may read a key;
+        causality always holds. No masked key enters any head, so batches of unequal length are exact on
+        either side of padding. ``position_ids`` (B, L) or (L,): by default each real token's rank in its row.
         Raises ValueError for an empty text, one longer than ``block_size``, or an id outside the vocabulary.
         """
         input_ids = self._checked_ids(input_ids)
@@ -257,27 +264,31 @@ class CircuitGPT(nn.Module):
             raise ValueError(f"input_ids is empty, shape {tuple(input_ids.shape)}: give at least one token")
         if input_ids.shape[1] > self.config.block_size:
             raise ValueError(
-                f"the text has {input_ids.shape[1]} tokens and the model's context holds {self.config.block_size}; "
+                f"the text has {input_ids.shape[1]} tokens and the model's context holds "
+                f"{self.config.block_size}; "
                 "shorten it or split it"
             )
         low, high = int(input_ids.min()), int(input_ids.max())
         if low < 0 or high >= self.config.vocab_size:
             raise ValueError(
-                f"input_ids holds {low if low < 0 else high}; ids run from 0 to {self.config.vocab_size - 1}: "
+                f"input_ids holds {low if low < 0 else high}; ids run from 0 to "
+                f"{self.config.vocab_size - 1}: "
                 "was the text encoded with this model's tokenizer?"
             )
         return input_ids
 
     def _positions(self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
-        length = input_ids.shape[1]
+        length, block_size = input_ids.shape[1], self.config.block_size
         if position_ids is None:
             if mask is None or mask.dim() == 3:
                 return self.transformer.wpe.weight[:length]
-            position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        elif position_ids.shape[-1] != length or int(position_ids.max()) >= self.config.block_size:
+            position_ids = (mask.bool().long().cumsum(-1) - 1).clamp(min=0)
+        rows = ((length,), (1, length), tuple(input_ids.shape))
+        low, high = int(position_ids.min()), int(position_ids.max())
+        if position_ids.shape not in rows or low < 0 or high >= block_size:
             raise ValueError(
-                f"position_ids has shape {tuple(position_ids.shape)} and maximum {int(position_ids.max())}; "
-                f"it needs {length} positions a row, each below {self.config.block_size}"
+                f"position_ids has shape {tuple(position_ids.shape)} and runs from {low} to {high}; "
+                f"it needs {length} positions a row, each from 0 to {block_size - 1}"
             )
         return self.transformer.wpe(position_ids)
 
@@ -297,7 +308,7 @@ class CircuitGPT(nn.Module):
     def run_with_hooks(
         self, input_ids: Tensor, fwd_hooks: Sequence[tuple[str, Callable[..., Any]]], **inputs: Any
     ) -> Tensor:
-        """Logits with ``fn(value, name) → value or None`` called at each named hook (None leaves the value)."""
+        """Logits with ``fn(value, name) → value or None`` called at each named hook (None: unchanged)."""
         from .hooks import run_with_hooks
 
         return run_with_hooks(self, input_ids, fwd_hooks, **inputs)
@@ -330,7 +341,7 @@ class CircuitGPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> "CircuitGPT":
-        """Load a shipped model's name, a folder of the public format, or a Hugging Face hub id; see :mod:`.checkpoint`."""
+        """Load a shipped model by name, a folder, or a hub id; see :mod:`.checkpoint`."""
         from .checkpoint import from_pretrained
 
         return from_pretrained(source, **options)
@@ -344,15 +355,18 @@ class CircuitGPT(nn.Module):
 
 def hook_names(n_layer: int) -> list[str]:
     """Hook names of a model of ``n_layer`` layers, in the order of the forward pass."""
-    in_layer = ("resid_in", "attn.act_in", "attn.k", "attn.q", "attn.v", "attn.y", "attn.resid_delta", "resid_mid")
-    in_layer += ("mlp.act_in", "mlp.post_act", "mlp.resid_delta")
+    in_attention = ("act_in", "k", "q", "v", "y", "resid_delta")
+    in_mlp = ("act_in", "post_act", "resid_delta")
+    in_layer = ["resid_in", *(f"attn.{hook}" for hook in in_attention), "resid_mid"]
+    in_layer += [f"mlp.{hook}" for hook in in_mlp]
     return [f"{i}.{hook}" for i in range(n_layer) for hook in in_layer] + ["final_resid"]
 
 
 def allowed_keys(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Which keys each query may read, bool (L, L) or (B, 1, L, L).
 
-    A query that is left no key reads itself: a padding token's own row stays finite, and no real query sees it.
+    A query that is left no key reads itself: a padding token's own row stays finite, and no real query
+    sees it.
     """
     batch, length = input_ids.shape
     itself = torch.eye(length, dtype=torch.bool, device=input_ids.device)
@@ -370,7 +384,10 @@ def allowed_keys(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 
 def sinusoids(block_size: int, width: int) -> Tensor:
-    """The fixed position table (block_size, width): [sin | cos] of max(1, width // 2) periods from 4 to block_size."""
+    """The fixed position table (block_size, width).
+
+    [sin | cos] of max(1, width // 2) periods from 4 to block_size, cut or padded with zeros to the width.
+    """
     count = max(1, width // 2)
     periods = torch.logspace(math.log10(4.0), math.log10(float(block_size)), count)
     angles = 2 * math.pi * torch.arange(block_size, dtype=torch.float32)[:, None] / periods

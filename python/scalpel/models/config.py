@@ -20,8 +20,8 @@ ABS_TOPK_LOCATIONS = (
     "resid_post_mlp",
 )
 
-# Training or speed switches: they don't change what the model computes in evaluation.
-_HARMLESS = frozenset(
+# Training or speed switches of the published class: they don't change what the model computes in evaluation.
+_SWITCHES = frozenset(
     {
         "dropout",
         "dropout_cat_pos_emb",
@@ -30,7 +30,12 @@ _HARMLESS = frozenset(
         "grad_checkpointing",
         "debug_nans",
         "learnable_bigram_table",
-        # written by transformers beside the model's own fields
+    }
+)
+
+# What transformers writes beside the model's own fields.
+_HUB_FIELDS = frozenset(
+    {
         "architectures",
         "auto_map",
         "bos_token_id",
@@ -68,10 +73,10 @@ _ONLY_AT: dict[str, tuple[Any, ...]] = {
 class CircuitGPTConfig:
     """Shape and variants of a :class:`scalpel.CircuitGPT`.
 
-    ``afrac`` is the fraction that AbsTopK keeps at each of ``afrac_loctypes`` (``None``: no AbsTopK anywhere);
-    k = int(afrac · width). ``d_pos_emb`` set means that positions are concatenated to the inputs of attention
-    and MLP instead of being added to the embedding. ``extra`` keeps fields that were read and don't change
-    the mathematics, so that saving gives them back.
+    ``afrac`` is the fraction that AbsTopK keeps at each of ``afrac_loctypes`` (``None``: no AbsTopK
+    anywhere); k = int(afrac · width). ``d_pos_emb`` set means that positions are concatenated to the inputs
+    of attention and MLP instead of being added to the embedding. ``extra`` keeps fields that were read and
+    don't change the mathematics, so that saving gives them back.
     """
 
     block_size: int = 1024
@@ -97,26 +102,48 @@ class CircuitGPTConfig:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "d_model"):
+        for name in (
+            "block_size",
+            "vocab_size",
+            "n_layer",
+            "n_head",
+            "d_model",
+            "d_head",
+            "d_mlp",
+            "d_pos_emb",
+        ):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < (0 if name == "n_layer" else 1):
+            if value is None and name in ("d_head", "d_mlp", "d_pos_emb"):
+                continue
+            if (
+                not isinstance(value, int)
+                or isinstance(value, bool)
+                or value < (0 if name == "n_layer" else 1)
+            ):
                 raise ValueError(f"config field {name!r} is {value!r}; it must be a positive integer")
+        for name in ("bias", "ln_bias", "rms_norm", "tied_unembed", "enable_bigram_table", "sink"):
+            _one_of(name, getattr(self, name), (True, False))
+        _one_of("sinusoidal_cat_pos_emb", self.sinusoidal_cat_pos_emb, (True, False))
         if self.d_head is None:
             if self.d_model % self.n_head:
                 raise ValueError(
-                    f"d_model {self.d_model} is not a multiple of n_head {self.n_head}; give d_head explicitly"
+                    f"d_model {self.d_model} is not a multiple of n_head {self.n_head}; give d_head "
+                    "explicitly"
                 )
             self.d_head = self.d_model // self.n_head
         if self.d_mlp is None:
             self.d_mlp = 4 * self.d_model
         _one_of("residual_activation_type", self.residual_activation_type, ("identity", "relu"))
         _one_of("activation_type", self.activation_type, ("gelu", "relu"))
-        if self.afrac is not None and not 0 <= self.afrac <= 1:
+        number = isinstance(self.afrac, int | float) and not isinstance(self.afrac, bool)
+        if self.afrac is not None and not (number and 0 <= self.afrac <= 1):
             raise ValueError(f"config field 'afrac' is {self.afrac!r}; it is a fraction from 0 to 1, or null")
         for location in self.topk_locations:
             _one_of("afrac_loctypes", location, ABS_TOPK_LOCATIONS)
         if self.sinusoidal_cat_pos_emb and self.d_pos_emb is None:
-            raise ValueError("sinusoidal_cat_pos_emb needs d_pos_emb: it concerns concatenated positions only")
+            raise ValueError(
+                "sinusoidal_cat_pos_emb needs d_pos_emb: it concerns concatenated positions only"
+            )
 
     @property
     def topk_locations(self) -> tuple[str, ...]:
@@ -145,7 +172,9 @@ class CircuitGPTConfig:
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> "CircuitGPTConfig":
-        """Read a ``beeg_config.json``; an unknown field that could change the mathematics is an error naming it."""
+        """Read a ``beeg_config.json``; an unknown field that could change the mathematics is an error naming
+        it.
+        """
         own = {f.name for f in fields(cls)} - {"extra"}
         known: dict[str, Any] = {}
         extra: dict[str, Any] = {}
@@ -153,12 +182,14 @@ class CircuitGPTConfig:
             name = "d_mlp" if key == "n_mlp" else key
             if name in own:
                 if name in known and known[name] != value:
-                    raise ValueError(f"config gives {name!r} twice: {known[name]!r} and {value!r} (as {key!r})")
+                    raise ValueError(
+                        f"config gives {name!r} twice: {known[name]!r} and {value!r} (as {key!r})"
+                    )
                 known[name] = value
-            elif name in _HARMLESS:
+            elif name in _SWITCHES or name in _HUB_FIELDS:
                 extra[name] = value
             elif name in _ONLY_AT:
-                if value not in _ONLY_AT[name]:
+                if not any(value is allowed for allowed in _ONLY_AT[name]):
                     raise ValueError(
                         f"config field {name!r} is {value!r}, which the published model cannot express; "
                         f"allowed: {', '.join(map(repr, _ONLY_AT[name]))}"
@@ -168,19 +199,34 @@ class CircuitGPTConfig:
                 extra[name] = value  # a switch that is off changes nothing, whatever it is called
             else:
                 raise ValueError(
-                    f"unknown config field {name!r} = {value!r}: it may change what the model computes, so the "
+                    f"unknown config field {name!r} = {value!r}: it may change what the model computes, so "
+                    "the "
                     "checkpoint is refused. Remove the field if you know that it is harmless."
                 )
-        if known.get("d_mlp", 0) is None:
-            del known["d_mlp"]
         return cls(**known, extra=extra)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as ``beeg_config.json`` carries them, harmless extras included."""
+        """All fields, harmless extras included."""
         own = asdict(self)
         return {**own.pop("extra"), **own}
 
+    def to_public_dict(self) -> dict[str, Any]:
+        """The fields of ``beeg_config.json``: those of the published class, which refuses any other."""
+        return {
+            name: value
+            for name, value in self.to_dict().items()
+            if name not in self.extra or name in _SWITCHES
+        }
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"config field {name!r} has {value!r}; allowed: {', '.join(allowed)}")
+    def unknown_fields(self) -> dict[str, Any]:
+        """Extras that no published code has; they are here because they are off."""
+        return {
+            name: value
+            for name, value in self.extra.items()
+            if name not in _SWITCHES and name not in _HUB_FIELDS and name not in _ONLY_AT
+        }
+
+
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if not any(value == each and type(value) is type(each) for each in allowed):
+        raise ValueError(f"config field {name!r} has {value!r}; allowed: {', '.join(map(str, allowed))}")

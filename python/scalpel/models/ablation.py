@@ -1,0 +1,217 @@
+"""Replacing nodes of a :class:`scalpel.CircuitGPT` while a context lasts.
+
+A node is a channel at a hook, written ``2.attn.v:2012``; ``2.attn.v`` alone is the whole hook. The
+replacement is made where the hook stands, after the hook's own AbsTopK, and everything downstream is computed
+from it. Ablations are pure functions of the values, so they count inside Jacobians and ``torch.func``
+transforms too.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .hooks import check_hooks, hook_width
+
+if TYPE_CHECKING:
+    from .circuitgpt import CircuitGPT, Tap
+
+KINDS = ("mean", "zero", "resample")
+_ROWS_AT_ONCE = 16
+
+
+def ablate(
+    model: "CircuitGPT",
+    nodes: str | Sequence[str],
+    kind: str = "mean",
+    *,
+    reference: Any = None,
+    seed: int = 0,
+) -> AbstractContextManager["CircuitGPT"]:
+    """A context in which ``nodes`` are replaced; the model is as before afterwards, whatever happens. They
+    nest.
+
+    ``kind``: "zero"; "mean": each channel's mean over the reference's real tokens (all prompts and
+    positions); "resample": at each token, the values that the nodes have at one real token of the reference,
+    drawn with ``seed``, the same token for all nodes, so that their joint distribution is kept.
+    ``reference``: what the means or samples are taken over, run on the model without any ablation:
+    ``input_ids`` (B, L), a pair ``(input_ids, attention_mask)``, a mapping with these keys, or a list of
+    prompts (texts, or lists of ids). Without it "mean" uses ``model.card["hook_means"]``, if the model came
+    with them. ValueError for an unknown hook or kind, a channel out of range, or a reference that is needed
+    and absent.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"ablation kind is {kind!r}; allowed: {', '.join(KINDS)}")
+    picked = _parse(model, [nodes] if isinstance(nodes, str) else nodes)
+    if kind == "zero":
+        tap = _fixed({name: (mask, torch.zeros(mask.shape)) for name, mask in picked.items()})
+    elif kind == "mean":
+        means = _stored_means(model, picked) if reference is None else hook_means(model, reference, picked)
+        tap = _fixed({name: (mask, means[name]) for name, mask in picked.items()})
+    else:
+        if reference is None:
+            raise ValueError('kind "resample" needs reference: input_ids or prompts to draw activations from')
+        tap = _resampled(picked, _samples(model, reference, picked), seed)
+    return _in_force(model, tap)
+
+
+def hook_means(model: "CircuitGPT", reference: Any, hooks: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Mean activation (width,), float64, of each hook over the reference's real tokens, without any ablation.
+
+    ``reference``: as in :func:`ablate`; ``hooks``: names, all if not given. As lists under
+    ``model.card["hook_means"]`` these are what ``kind="mean"`` uses when it is given no reference.
+    """
+    names = model.hook_names if hooks is None else list(hooks)
+    check_hooks(model, names)
+    sums: dict[str, Tensor] = {}
+    count = 0
+    for values, real in _activations(model, reference, names):
+        count += int(real.sum())
+        for name, value in values.items():
+            total = value[real].double().sum(0)
+            sums[name] = sums[name] + total if name in sums else total
+    return {name: total / count for name, total in sums.items()}
+
+
+@contextmanager
+def _in_force(model: "CircuitGPT", tap: "Tap") -> Iterator["CircuitGPT"]:
+    model._interventions.append(tap)
+    try:
+        yield model
+    finally:
+        # by identity: contexts that are left out of order each take their own away
+        model._interventions[:] = [each for each in model._interventions if each is not tap]
+
+
+def _parse(model: "CircuitGPT", nodes: Iterable[str]) -> dict[str, Tensor]:
+    """Hook name to a bool mask (width,) of the channels that were named."""
+    picked: dict[str, Tensor] = {}
+    for node in nodes:
+        name, colon, channel = str(node).partition(":")
+        check_hooks(model, [name])
+        width = hook_width(model, name)
+        mask = picked.setdefault(name, torch.zeros(width, dtype=torch.bool))
+        if not colon:
+            mask[:] = True
+        elif channel.isdecimal() and int(channel) < width:
+            mask[int(channel)] = True
+        else:
+            raise ValueError(
+                f"node {node!r}: {channel!r} is no channel of {name}, which has 0 to {width - 1}"
+            )
+    return picked
+
+
+def _fixed(plan: Mapping[str, tuple[Tensor, Tensor]]) -> "Tap":
+    def tap(name: str, value: Tensor) -> Tensor:
+        if name not in plan:
+            return value
+        mask, replacement = plan[name]
+        return torch.where(mask.to(value.device), _like(replacement, value), value)
+
+    return tap
+
+
+def _resampled(picked: Mapping[str, Tensor], samples: Mapping[str, Tensor], seed: int) -> "Tap":
+    def tap(name: str, value: Tensor) -> Tensor:
+        if name not in picked:
+            return value
+        pool = samples[name]
+        # seeded at each hook: the draw depends on the shape alone, so all nodes of a token get the same one
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randint(len(pool), value.shape[:-1], generator=generator)
+        return torch.where(picked[name].to(value.device), _like(pool[drawn.to(pool.device)], value), value)
+
+    return tap
+
+
+def _like(replacement: Tensor, value: Tensor) -> Tensor:
+    return replacement.to(device=value.device, dtype=value.dtype)
+
+
+def _samples(model: "CircuitGPT", reference: Any, names: Iterable[str]) -> dict[str, Tensor]:
+    parts: dict[str, list[Tensor]] = {name: [] for name in names}
+    for values, real in _activations(model, reference, list(parts)):
+        for name, value in values.items():
+            parts[name].append(value[real])
+    return {name: torch.cat(rows) for name, rows in parts.items()}
+
+
+def _stored_means(model: "CircuitGPT", names: Iterable[str]) -> dict[str, Tensor]:
+    stored = model.card.get("hook_means", {})
+    means = {}
+    for name in names:
+        if name not in stored:
+            raise ValueError(
+                f'kind "mean" needs reference: input_ids or prompts to take the mean of {name!r} over '
+                "(the model's card has no stored means of it)"
+            )
+        means[name] = torch.as_tensor(stored[name], dtype=torch.float64)
+        if means[name].shape != (hook_width(model, name),):
+            raise ValueError(f"the card's stored mean of {name!r} has shape {tuple(means[name].shape)}")
+    return means
+
+
+@torch.no_grad()
+def _activations(
+    model: "CircuitGPT", reference: Any, names: Sequence[str]
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Values at ``names`` and the mask of real tokens (B, L), some prompts at a time."""
+    input_ids, real = _batch(model, reference)
+    last = max(names, key=model.hook_names.index, default=None)
+    if last is None:
+        return
+    for at in range(0, len(input_ids), _ROWS_AT_ONCE):
+        rows, mask = input_ids[at : at + _ROWS_AT_ONCE], real[at : at + _ROWS_AT_ONCE]
+        standing, model._interventions = model._interventions, []
+        try:
+            _, values = model.run_with_cache(rows, names, stop_at=last, attention_mask=mask)
+        finally:
+            model._interventions = standing
+        yield values, mask
+
+
+def _batch(model: "CircuitGPT", reference: Any) -> tuple[Tensor, Tensor]:
+    mask: Any = None
+    if isinstance(reference, Mapping):
+        reference, mask = reference["input_ids"], reference.get("attention_mask")
+    elif _is_masked_batch(reference):
+        reference, mask = reference
+    if not isinstance(reference, Tensor):
+        if isinstance(reference, str):
+            reference = [reference]
+        reference = list(reference)
+        if reference and all(isinstance(each, int) for each in reference):
+            reference = [reference]  # the ids of one prompt
+        rows = [_ids(model, prompt) for prompt in reference]
+        if not rows:
+            raise ValueError("reference is empty; give at least one prompt")
+        reference = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = torch.arange(reference.shape[1]) < lengths[:, None]
+    reference = (reference if reference.dim() == 2 else reference[None]).to(model.device)
+    mask = torch.ones_like(reference) if mask is None else mask
+    real = mask.bool().to(model.device)
+    if real.shape != reference.shape or not bool(real.any()):
+        raise ValueError(
+            f"reference has shape {tuple(reference.shape)} and a mask of shape {tuple(real.shape)}; "
+            "they must agree, and at least one token must be real"
+        )
+    return reference, real
+
+
+def _is_masked_batch(reference: Any) -> bool:
+    """A pair (input_ids, attention_mask); two prompts of one dimension each are a list of prompts instead."""
+    pair = isinstance(reference, tuple) and len(reference) == 2
+    return pair and all(isinstance(each, Tensor) and each.dim() == 2 for each in reference)
+
+
+def _ids(model: "CircuitGPT", prompt: Any) -> Tensor:
+    if isinstance(prompt, str):
+        if model.tokenizer is None:
+            raise ValueError("reference is text and the model has no tokenizer; give token ids")
+        prompt = model.tokenizer.encode(prompt)
+    row = torch.as_tensor(prompt, dtype=torch.int64)
+    return row if row.dim() == 1 else row.flatten()
