@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -34,7 +35,10 @@ def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[st
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The header and the tensors. Raises FileNotFoundError, or ValueError for a truncated, damaged or foreign file."""
+    """The header and the tensors.
+
+    Raises FileNotFoundError, or ValueError for a truncated, damaged or foreign file.
+    """
     name = os.fspath(path)
     if not Path(path).exists():
         raise FileNotFoundError(f"{name} doesn't exist")
@@ -63,7 +67,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.
 
 
 def _checksum(tensor: torch.Tensor) -> int:
-    return zlib.crc32(memoryview(tensor.contiguous().numpy()).cast("B"))
+    return zlib.crc32(tensor.contiguous().numpy().view(np.uint8).data)
 
 
 def _flush(path: str | os.PathLike[str]) -> None:

@@ -1,4 +1,4 @@
-"""Streaming covariance: a state that is updated, merged, taken apart, saved and resumed, and asked at any time."""
+"""Streaming covariance: a state that is updated, merged, taken apart, saved, resumed, asked at any time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from . import _core, _covariance_file
-from .ops import _integer, _view
+from .ops import Memory, _integer, _view
 
 __all__ = ["Eigen", "StreamingCovariance"]
 
@@ -31,15 +31,16 @@ class StreamingCovariance:
     """Mean and covariance of rows that come in batches.
 
     dim: the width of a row.
-    rank: None, every direction, exactly, in dim² float64. (Sketches of fewer directions aren't in this version.)
+    rank: None, every direction, exactly, in dim² float64. (Sketches of fewer directions aren't in this
+    version.)
     method: how a sketch would be made; without meaning when rank is None.
     center: True for the covariance E[(x - E x)(x - E x)ᵀ], False for the second moment E[x xᵀ].
     dtype: of what is returned, float64 or float32. The state itself is always float64.
 
     Batches join by the pairwise rule of Chan, Golub & LeVeque 1979 and Pébay 2008 (SAND2008-6212); see
     csrc/covariance/covariance.h. A batch is centred by its own mean, so means that are large against the
-    deviations cost no accuracy. The bits of the state don't depend on the number of threads; they depend on how
-    the rows were cut into batches, and on the CPU target, to rounding (1e-12 relative).
+    deviations cost no accuracy. The bits of the state don't depend on the number of threads; they depend on
+    how the rows were cut into batches, and on the CPU target, to rounding (1e-12 relative).
 
     Calls from several threads at once are safe, one after the other.
     """
@@ -60,8 +61,9 @@ class StreamingCovariance:
         if rank is not None:
             _integer_named("rank", rank)
             raise NotImplementedError(
-                f"rank is {rank}, but sketches aren't in this version; use rank=None, which is exact and takes "
-                f"{self._dim**2 * 8 / 2**20:.0f} MiB at dim {self._dim}, and eigh({rank}) for the leading directions"
+                f"rank is {rank}, but sketches aren't in this version; use rank=None, which is exact and "
+                f"takes {self._dim**2 * 8 / 2**20:.1f} MiB at dim {self._dim}, and eigh({rank}) for the "
+                "leading directions"
             )
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype is {dtype}; allowed: torch.float32, torch.float64")
@@ -78,46 +80,42 @@ class StreamingCovariance:
     def update(self, x: torch.Tensor | np.ndarray) -> StreamingCovariance:
         """Adds rows. x: (..., dim), float16, bfloat16, float32 or float64; a CPU tensor or a numpy array.
 
-        Returns self. Raises ValueError for another width, and for a row with a NaN, an infinity or a value beyond
-        1e150 (its index among the flattened rows is named); TypeError for another dtype. The state is unchanged
-        then.
+        Returns self. Raises ValueError for another width, and for a row with a NaN, an infinity or a value
+        beyond 1e150 (its index among the flattened rows is named); TypeError for another dtype. The state is
+        unchanged then.
         """
         rows = self._rows(x)
         with self._lock:
-            bad = _core.update_moments(
-                self._count,
-                _view(self._mean),
-                _view(self._scatter),
-                self._center,
-                _view(rows),
-                torch.get_num_threads(),
-            )
+            bad = _core.update_moments(*self._state(), self._center, _view(rows), torch.get_num_threads())
             if bad >= 0:
-                column = int((~(rows[bad].abs() <= 1e150)).nonzero()[0])
+                column = int((~(rows[bad].double().abs() <= 1e150)).nonzero()[0])
                 raise ValueError(
-                    f"row {bad} of x has {rows[bad, column].item()} in column {column}; rows must be finite and at "
-                    "most 1e150 in size. The state is unchanged: drop such rows and update again"
+                    f"row {bad} of x has {rows[bad, column].item()} in column {column}; rows must be finite "
+                    "and at most 1e150 in size. The state is unchanged: drop such rows and update again"
                 )
             self._count += rows.shape[0]
         return self
 
     def merge(self, other: StreamingCovariance) -> StreamingCovariance:
-        """Adds the rows behind `other`, in place; returns self. Raises ValueError for another dim or centering."""
+        """Adds the rows behind `other`, in place; returns self.
+
+        Raises ValueError for another dim or centering.
+        """
         with self._both(other, "merge"):
-            _core.merge_moments(*self._state(), *other._state()[:3], torch.get_num_threads())
+            _core.merge_moments(*self._state(), self._center, *other._state(), torch.get_num_threads())
             self._count += other._count
         return self
 
     def subtract(self, other: StreamingCovariance) -> StreamingCovariance:
         """Takes the rows behind `other` out again, in place; returns self.
 
-        They must be among the rows of this state; only their number can be checked. Rounding is relative to the
-        larger state, so what is left of almost all rows has fewer digits.
+        They must be among the rows of this state; only their number can be checked. Rounding is relative to
+        the larger state, so what is left of almost all rows has fewer digits.
 
         Raises ValueError for another dim or centering, or when other has more rows.
         """
         with self._both(other, "subtract"):
-            _core.subtract_moments(*self._state(), *other._state()[:3], torch.get_num_threads())
+            _core.subtract_moments(*self._state(), self._center, *other._state(), torch.get_num_threads())
             self._count -= other._count
         return self
 
@@ -145,13 +143,19 @@ class StreamingCovariance:
 
     @property
     def mean(self) -> torch.Tensor:
-        """The mean of the rows, (dim,); known for uncentered states too. Raises ValueError when there are none."""
+        """The mean of the rows, (dim,); known for uncentered states too.
+
+        Raises ValueError when there are none.
+        """
         with self._lock:
             self._need_rows()
             return self._mean.to(self._dtype, copy=True)
 
     def covariance(self) -> torch.Tensor:
-        """(dim, dim), divided by the count: the covariance, or E[x xᵀ] if not center. ValueError without rows."""
+        """(dim, dim), divided by the count: the covariance, or E[x xᵀ] if not center.
+
+        ValueError without rows.
+        """
         return self._covariance().to(self._dtype)
 
     # ---- spectrum ------------------------------------------------------------------------------
@@ -159,9 +163,9 @@ class StreamingCovariance:
     def eigh(self, k: int | None = None) -> Eigen:
         """The k largest eigenvalues of `covariance()` and their eigenvectors; all of them when k is None.
 
-        Returns (values (k,) descending, vectors (k, dim), orthonormal rows). Values are at least 0: rounding below
-        it is cut off. Of the two signs of a vector, the one is taken that makes its entry of largest magnitude
-        positive (the lowest index among equals). Through LAPACK, in float64.
+        Returns (values (k,) descending, vectors (k, dim), orthonormal rows). Values are at least 0: rounding
+        below it is cut off. Of the two signs of a vector, the one is taken that makes its entry of largest
+        magnitude positive (the lowest index among equals). Through LAPACK, in float64.
 
         Raises ValueError unless 1 <= k <= dim, and without rows.
         """
@@ -218,7 +222,8 @@ class StreamingCovariance:
     # ---- files ---------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the state to a file, whole or not at all: what was there stays until the new one is on the disk.
+        """Writes the state to a file, whole or not at all: what was there stays until the new one is on the
+        disk.
 
         The format is safetensors with a versioned JSON header; the rows can't be got back from it.
         """
@@ -234,7 +239,10 @@ class StreamingCovariance:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StreamingCovariance:
-        """Reads what `save` wrote, to the bit. Raises ValueError when the file is truncated, damaged or foreign."""
+        """Reads what `save` wrote, to the bit.
+
+        Raises ValueError when the file is truncated, damaged or foreign.
+        """
         header, tensors = _covariance_file.read(path)
         try:
             state = cls(
@@ -272,7 +280,7 @@ class StreamingCovariance:
 
     def _rows(self, x: Any) -> torch.Tensor:
         if isinstance(x, np.ndarray):
-            if x.dtype not in (np.float16, np.float32, np.float64):
+            if x.dtype.type not in (np.float16, np.float32, np.float64):
                 raise TypeError(f"x is {x.dtype}; allowed: float16, float32, float64 (bfloat16 as a tensor)")
             x = torch.from_numpy(np.array(x, dtype=x.dtype.newbyteorder("="), copy=_copy_needed(x)))
         if not isinstance(x, torch.Tensor):
@@ -290,8 +298,8 @@ class StreamingCovariance:
         x = x.detach().resolve_neg().reshape(-1, self._dim)
         return x if x.stride(-1) == 1 else x.contiguous()
 
-    def _state(self) -> tuple[Any, ...]:
-        return self._count, _view(self._mean), _view(self._scatter), self._center
+    def _state(self) -> tuple[int, Memory, Memory]:
+        return self._count, _view(self._mean), _view(self._scatter)
 
     @contextmanager
     def _both(self, other: StreamingCovariance, verb: str) -> Iterator[None]:
@@ -303,8 +311,8 @@ class StreamingCovariance:
             )
         if other._center != self._center:
             raise ValueError(
-                f"other has center={other._center}, this state has center={self._center}; centered and uncentered "
-                "moments can't be mixed"
+                f"other has center={other._center}, this state has center={self._center}; centered and "
+                "uncentered moments can't be mixed"
             )
         # In one order for all, so that a.merge(b) and b.merge(a) at once don't wait for each other for ever.
         first, second = sorted((self, other), key=id)

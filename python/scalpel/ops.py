@@ -1,8 +1,8 @@
 """TopK along the last dimension: masks, kept values, indices, and the layer that uses them.
 
 Order, ties and NaN are those of csrc/topk/topk.h: NaN ranks above every number, -0.0 equals 0.0, and among
-equals the lower index wins, so exactly k entries of every row are kept, with the same bits for every CPU target
-and any number of threads.
+equals the lower index wins, so exactly k entries of every row are kept, with the same bits for every CPU
+target and any number of threads.
 
 The mask is a property of the primal: derivatives treat it as a constant. That is the derivative wherever it
 exists, that is where the k-th and the (k+1)-th rank differ.
@@ -24,6 +24,8 @@ __all__ = ["AbsTopK", "keep_topk", "topk_indices", "topk_mask"]
 
 By = Literal["magnitude", "value"]
 Array = TypeVar("Array", torch.Tensor, np.ndarray)
+
+Memory = tuple[int, str, tuple[int, ...], tuple[int, ...]]  # address, dtype, shape, strides in elements
 
 _FLOATS = "float16, bfloat16, float32, float64"
 _DTYPE_NAMES = {
@@ -47,8 +49,8 @@ def topk_mask(x: Array, k: int, by: By = "magnitude", out: Array | None = None) 
     Returns bool like x with exactly k True a row. Not differentiable.
     Equals ``torch.zeros_like(x, dtype=torch.bool).scatter(-1, x.abs().topk(k).indices, True)``, ties aside.
 
-    Raises TypeError (k is not an integer, a dtype is not allowed), ValueError (k out of range; device, shape or
-    memory of out).
+    Raises TypeError (k is not an integer, a dtype is not allowed), ValueError (k out of range; device, shape
+    or memory of out).
     """
     return _call("topk_mask", _mask_dispatch, x, k, by, out)
 
@@ -56,9 +58,9 @@ def topk_mask(x: Array, k: int, by: By = "magnitude", out: Array | None = None) 
 def keep_topk(x: Array, k: int, by: By = "magnitude", out: Array | None = None) -> Array:
     """x where it is among the k largest along the last dimension, 0 elsewhere.
 
-    Arguments and errors as for `topk_mask`; out has x's dtype and may be x itself. Kept entries keep every bit.
-    Differentiable without out: the gradient is mask * g, the tangent mask * t (0 where masked, whatever g or t is).
-    With out and a gradient to compute: RuntimeError, as everywhere in torch.
+    Arguments and errors as for `topk_mask`; out has x's dtype and may be x itself. Kept entries keep every
+    bit. Differentiable without out: the gradient is mask * g, the tangent mask * t (0 where masked, whatever
+    g or t is). With out and a gradient to compute: RuntimeError, as everywhere in torch.
     """
     return _call("keep_topk", _keep_dispatch, x, k, by, out)
 
@@ -153,7 +155,7 @@ def _check_tensor(x: torch.Tensor, name: str, floating: bool = False) -> None:
 # ---- the core ----------------------------------------------------------------------------------
 
 
-def _view(x: torch.Tensor) -> tuple[int, str, tuple[int, ...], tuple[int, ...]]:
+def _view(x: torch.Tensor) -> Memory:
     return x.data_ptr(), _DTYPE_NAMES[x.dtype], tuple(x.shape), x.stride()
 
 
@@ -166,10 +168,10 @@ def _into(op: str, x: torch.Tensor, k: int, by: str, out: torch.Tensor) -> None:
 
 
 def _call_numpy(op: str, x: np.ndarray, k: int, by: str, out: Any) -> np.ndarray:
-    if x.dtype not in (np.float16, np.float32, np.float64):
+    if x.dtype.type not in (np.float16, np.float32, np.float64):
         raise TypeError(f"x is {x.dtype}; allowed: float16, float32, float64 (bfloat16 as a tensor)")
     if not x.flags.aligned or not x.dtype.isnative or x.strides[-1:] != (x.itemsize,):
-        x = np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
+        x = np.array(x, dtype=x.dtype.newbyteorder("="), order="C")
     if out is None:
         shape = (*x.shape[:-1], max(k, 0)) if op == "topk_indices" else x.shape
         dtype = {"topk_mask": np.bool_, "keep_topk": x.dtype, "topk_indices": np.int64}[op]
@@ -182,15 +184,16 @@ def _call_numpy(op: str, x: np.ndarray, k: int, by: str, out: Any) -> np.ndarray
     return cast(np.ndarray, out)
 
 
-def _numpy_view(x: np.ndarray) -> tuple[int, str, tuple[int, ...], tuple[int, ...]]:
+def _numpy_view(x: np.ndarray) -> Memory:
     strides = tuple(s // x.itemsize for s in x.strides)
     return x.__array_interface__["data"][0], str(x.dtype), x.shape, strides
 
 
 # ---- torch -------------------------------------------------------------------------------------
-# Inside, a custom op: that is what torch.compile and the dispatcher's modes see. Around it an autograd.Function,
-# because a bare custom op loses its place under functorch's transforms without a word. Around that one function
-# that dynamo puts into its graph as it is. keep_topk's derivatives are then those of torch.where.
+# Inside, a custom op: that is what torch.compile and the dispatcher's modes see. Around it an
+# autograd.Function, because a bare custom op loses its place under functorch's transforms without a word.
+# Around that one function that dynamo puts into its graph as it is. keep_topk's derivatives are then those of
+# torch.where.
 
 
 def _result_like(op: str, x: torch.Tensor, k: int) -> torch.Tensor:

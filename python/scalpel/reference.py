@@ -1,4 +1,7 @@
-"""Slow, obvious twins of the native ops, for tests and for readers. Tensors or arrays in, numpy arrays out."""
+"""Slow, obvious twins of the native ops, for tests and for readers.
+
+Tensors or arrays in, numpy arrays out.
+"""
 
 from __future__ import annotations
 
@@ -46,15 +49,18 @@ def keep_topk(x: Any, k: int, by: str = "magnitude") -> np.ndarray:
 
 
 class Moments(NamedTuple):
-    """count, mean (dim,) and covariance (dim, dim)."""
+    """The number of rows, mean (dim,) and covariance (dim, dim)."""
 
-    count: int
+    rows: int
     mean: np.ndarray
     covariance: np.ndarray
 
 
 def moments(x: Any, center: bool = True) -> Moments:
-    """The twin of `scalpel.StreamingCovariance`, in two passes over all rows, in long double. x: (..., dim)."""
+    """The twin of `scalpel.StreamingCovariance`, in two passes over all rows, in long double.
+
+    x: (..., dim).
+    """
     values = _numpy(x)
     rows = values.reshape(-1, values.shape[-1]).astype(np.longdouble)
     mean = rows.mean(axis=0)

@@ -1,0 +1,80 @@
+"""The table of cases that every op runs on every target (test_cases.py), and the hard rows behind it.
+
+tolerance: the largest allowed difference from the twin in reference.py, relative to the twin's largest entry;
+0 means equal to the bit.
+"""
+
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    tolerance: float
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        return f"{self.op}-{shape}-{str(self.dtype).removeprefix('torch.')}"
+
+
+TOPK_SHAPES = [(7,), (1, 1), (3, 64), (5, 257), (2, 3, 40), (0, 4), (4, 0), (1, 5000), (600, 33)]
+COVARIANCE_SHAPES = [(1, 1), (9, 1), (1, 5), (300, 16), (257, 33), (3, 40, 17), (700, 100)]
+
+CASES = [
+    *(
+        Case(op, shape, dtype, 0.0)
+        for op, shape, dtype in product(("topk_mask", "keep_topk", "topk_indices"), TOPK_SHAPES, DTYPES)
+    ),
+    *(
+        Case(op, shape, dtype, 1e-13)
+        for op, shape, dtype in product(("covariance", "second_moment"), COVARIANCE_SHAPES, DTYPES)
+    ),
+]
+
+
+def hard_rows(width: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Rows (width,) on which a selection can go wrong, by name."""
+    g = torch.Generator().manual_seed(width)
+    normal = torch.randn(width, generator=g, dtype=torch.float64)
+    info = torch.finfo(dtype)
+    smallest = info.smallest_normal * info.eps  # the smallest denormal
+    signs = torch.randint(0, 2, (width,), generator=g) * 2.0 - 1.0
+    places = torch.arange(width)
+
+    def pick(*values: float) -> torch.Tensor:
+        choice = torch.randint(0, len(values), (width,), generator=g)
+        return torch.tensor(values, dtype=torch.float64)[choice]
+
+    rows = {
+        "normal": normal,
+        "all equal": torch.full((width,), 1.5),
+        "all zero": torch.zeros(width),
+        "signed zeros": pick(0.0, -0.0),
+        "signed zeros and tiny": pick(0.0, -0.0, smallest, -smallest),
+        "denormals": signs * smallest * torch.randint(1, 9, (width,), generator=g),
+        "largest and smallest": pick(info.max, info.min, smallest, -smallest, info.smallest_normal),
+        "two values": pick(1.0, -2.0),
+        "same size, both signs": signs * 3.0,
+        "ascending": places.double(),
+        "descending": -places.double(),
+        "one outlier": torch.where(places == width // 2, torch.tensor(1e4), normal * 1e-3),
+        "repeated threshold": torch.where(places % 3 == 0, torch.tensor(0.5), normal),
+        "nan": torch.where(places % 5 == 2, torch.tensor(float("nan")), normal),
+        "all nan": torch.full((width,), float("nan")),
+        "infinities": pick(float("inf"), float("-inf"), 0.0, 1.0),
+        "everything": pick(float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 1.0, -1.0, smallest),
+    }
+    return {name: row.to(dtype) for name, row in rows.items()}
+
+
+def interesting_ks(width: int) -> list[int]:
+    """k at both ends, in the middle, and just beside."""
+    wanted = {0, 1, 2, 3, width // 16, width // 4, width // 2, width - 2, width - 1, width}
+    return sorted(k for k in wanted if 0 <= k <= width)

@@ -1,0 +1,210 @@
+"""TopK under torch's transforms: the mask is a constant of every derivative."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.autograd.forward_ad as fwd
+from torch import Tensor
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+import scalpel
+
+K = 3
+
+
+def keep(x: Tensor) -> Tensor:
+    return scalpel.keep_topk(x, K)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(4, 10, dtype=torch.float64)
+
+
+@pytest.fixture
+def mask(x: Tensor) -> Tensor:
+    return scalpel.topk_mask(x, K)
+
+
+def test_backward(x: Tensor, mask: Tensor) -> None:
+    x.requires_grad_()
+    g = torch.randn_like(x)
+    keep(x).backward(g)
+    assert torch.equal(x.grad, g * mask)
+
+
+def test_gradcheck_and_gradgradcheck(x: Tensor) -> None:
+    x.requires_grad_()
+    options = {"check_batched_grad": True}
+    assert torch.autograd.gradcheck(
+        keep, (x,), check_forward_ad=True, check_batched_forward_grad=True, **options
+    )
+    assert torch.autograd.gradgradcheck(lambda x: keep(x).square(), (x,), check_fwd_over_rev=True, **options)
+
+
+def test_double_backward_has_no_term_of_its_own(x: Tensor, mask: Tensor) -> None:
+    x.requires_grad_()
+    g = torch.randn_like(x, requires_grad=True)
+    (first,) = torch.autograd.grad(keep(x), x, g, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), g)
+    assert torch.equal(second, mask.double())
+
+
+def test_gradient_is_zero_where_masked_whatever_arrives(x: Tensor, mask: Tensor) -> None:
+    x.requires_grad_()
+    keep(x).backward(torch.full_like(x, float("inf")))
+    assert torch.equal(x.grad, torch.zeros_like(x).masked_fill(mask, float("inf")))
+
+
+def test_forward_ad(x: Tensor, mask: Tensor) -> None:
+    t = torch.randn_like(x)
+    with fwd.dual_level():
+        y, tangent = fwd.unpack_dual(keep(fwd.make_dual(x, t)))
+        assert fwd.unpack_dual(scalpel.topk_mask(fwd.make_dual(x, t), K)).tangent is None
+    assert torch.equal(y, x * mask)
+    assert torch.equal(tangent, t * mask)
+
+
+def test_jvp(x: Tensor, mask: Tensor) -> None:
+    # The silent failure: a bare custom op under jvp gives a tangent of zeros, or of the wrong mask.
+    t = torch.randn_like(x)
+    y, tangent = jvp(keep, (x,), (t,))
+    assert torch.equal(y, x * mask)
+    assert torch.equal(tangent, t * mask)
+    assert tangent.count_nonzero() == 4 * K
+
+
+def test_jvp_of_what_comes_after(x: Tensor, mask: Tensor) -> None:
+    t = torch.randn_like(x)
+    _, tangent = jvp(lambda x: keep(2 * x).pow(3).sum(-1), (x,), (t,))
+    torch.testing.assert_close(tangent, (3 * (2 * x) ** 2 * 2 * t * mask).sum(-1))
+
+
+def test_no_grad_does_not_switch_forward_mode_off(x: Tensor, mask: Tensor) -> None:
+    t = torch.randn_like(x)
+    with torch.no_grad():
+        assert torch.equal(jvp(keep, (x,), (t,))[1], t * mask)
+
+
+def test_vjp_and_vmap_of_vjp(x: Tensor, mask: Tensor) -> None:
+    y, pull = vjp(keep, x)
+    u = torch.randn(5, *x.shape, dtype=x.dtype)
+    assert torch.equal(y, x * mask)
+    assert torch.equal(pull(u[0])[0], u[0] * mask)
+    assert torch.equal(vmap(pull)(u)[0], u * mask)
+
+
+def test_vmap_of_jvp(x: Tensor, mask: Tensor) -> None:
+    t = torch.randn(5, *x.shape, dtype=x.dtype)
+    assert torch.equal(vmap(lambda t: jvp(keep, (x,), (t,))[1])(t), t * mask)
+
+
+def test_jvp_of_vmap(x: Tensor, mask: Tensor) -> None:
+    t = torch.randn_like(x)
+    y, tangent = jvp(vmap(keep), (x,), (t,))
+    assert torch.equal(y, x * mask)
+    assert torch.equal(tangent, t * mask)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -1])
+def test_vmap_over_any_dimension(dim: int) -> None:
+    x = torch.randn(5, 6, 7)
+    expected = torch.stack([keep(row) for row in x.unbind(dim)])
+    assert torch.equal(vmap(keep, in_dims=dim)(x), expected)
+    for op in (scalpel.topk_mask, scalpel.topk_indices):
+        expected = torch.stack([op(row, K) for row in x.unbind(dim)])
+        assert torch.equal(vmap(lambda row, op=op: op(row, K), in_dims=dim)(x), expected)
+
+
+def test_vmap_of_vmap(x: Tensor, mask: Tensor) -> None:
+    batch = x.expand(3, 4, 10) * torch.tensor([1.0, -2.0, 3.0]).double()[:, None, None]
+    assert torch.equal(vmap(vmap(keep))(batch), batch * mask)
+
+
+def test_per_sample_gradients(x: Tensor, mask: Tensor) -> None:
+    result = vmap(grad(lambda row: keep(row).pow(3).sum()))(x)
+    torch.testing.assert_close(result, 3 * x**2 * mask)
+
+
+def test_jacobians_and_hessians(x: Tensor, mask: Tensor) -> None:
+    row, kept = x[0], mask[0].double()
+    assert torch.equal(jacfwd(keep)(row), torch.diag(kept))
+    assert torch.equal(jacrev(keep)(row), torch.diag(kept))
+    for h in (hessian(lambda x: keep(x).pow(3).sum()), jacrev(jacrev(lambda x: keep(x).pow(3).sum()))):
+        torch.testing.assert_close(h(row), torch.diag(6 * row * kept))
+
+
+@pytest.mark.parametrize("op", [scalpel.topk_mask, scalpel.topk_indices])
+def test_selections_have_no_derivative(op: Callable, x: Tensor) -> None:
+    selected, tangent = jvp(lambda x: op(x, K), (x,), (torch.randn_like(x),))
+    assert torch.equal(selected, op(x, K))
+    assert not tangent.any()
+    assert not op(x.requires_grad_(), K).requires_grad
+
+
+def test_layer_through_functional_call(x: Tensor, mask: Tensor) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(10, 10).double(), scalpel.AbsTopK(K))
+    parameters = dict(model.named_parameters())
+    grads = grad(lambda p: functional_call(model, p, (x,)).sum())(parameters)
+    kept = scalpel.topk_mask(model[0](x), K).double()
+    torch.testing.assert_close(grads["0.weight"], kept.T @ x)
+    torch.testing.assert_close(grads["0.bias"], kept.sum(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_narrow_dtypes_differentiate(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 8).to(dtype).requires_grad_()
+    keep(x).sum().backward()
+    assert x.grad.dtype == dtype
+    assert torch.equal(x.grad.bool(), scalpel.topk_mask(x, K))
+
+
+def test_out_with_a_gradient_is_refused(x: Tensor) -> None:
+    out = torch.empty_like(x)
+    with pytest.raises(RuntimeError, match="requires grad"):
+        scalpel.keep_topk(x.clone().requires_grad_(), K, out=out)
+    with torch.no_grad():
+        scalpel.keep_topk(x.clone().requires_grad_(), K, out=out)
+    with pytest.raises(RuntimeError, match="torch.func transform"):
+        vmap(lambda x: scalpel.keep_topk(x, K, out=out[0]))(x)
+
+
+def test_errors_come_through_transforms(x: Tensor) -> None:
+    with pytest.raises(ValueError, match="k is 11.*width 10"):
+        jvp(lambda x: scalpel.keep_topk(x, 11), (x,), (x,))
+    with pytest.raises(ValueError, match="k is 11.*width 10"):
+        scalpel.keep_topk(x.requires_grad_(), 11)
+
+
+COMPILED = {
+    "eager": lambda x, t: keep(2 * x),
+    "vmap": lambda x, t: vmap(keep)(x),
+    "grad": lambda x, t: grad(lambda x: keep(x).pow(3).sum())(x),
+    "jvp": lambda x, t: jvp(keep, (x,), (t,))[1],
+    "vmap of jvp": lambda x, t: vmap(lambda s: jvp(keep, (x,), (s * t,))[1])(torch.ones_like(t)),
+    "mask and indices": lambda x, t: scalpel.topk_mask(x, K) * t + scalpel.topk_indices(x, K).sum(),
+}
+
+
+@pytest.mark.parametrize("f", COMPILED.values(), ids=COMPILED.keys())
+def test_compile_in_one_graph(f: Callable, x: Tensor) -> None:
+    torch._dynamo.reset()
+    t = torch.randn_like(x)
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, t), f(x, t))
+
+
+def test_compiled_backward(x: Tensor, mask: Tensor) -> None:
+    torch._dynamo.reset()
+    x.requires_grad_()
+    torch.compile(lambda x: keep(x).pow(3), backend="aot_eager", fullgraph=True)(x).sum().backward()
+    torch.testing.assert_close(x.grad, 3 * x.detach() ** 2 * mask)
+
+
+def test_opcheck() -> None:
+    for name in ("topk_mask", "keep_topk", "topk_indices"):
+        op = getattr(torch.ops.scalpel, name).default
+        torch.library.opcheck(
+            op, (torch.randn(3, 8), K, "magnitude"), test_utils=["test_schema", "test_faketensor"]
+        )
