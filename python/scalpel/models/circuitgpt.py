@@ -386,10 +386,11 @@ def allowed_keys(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
 def sinusoids(block_size: int, width: int) -> Tensor:
     """The fixed position table (block_size, width).
 
-    [sin | cos] of max(1, width // 2) periods from 4 to block_size, cut or padded with zeros to the width.
+    [sin | cos] of max(1, width // 2) periods, log-spaced from 4 to block_size tokens (4 at least), cut or
+    padded with zeros to the width.
     """
     count = max(1, width // 2)
-    periods = torch.logspace(math.log10(4.0), math.log10(float(block_size)), count)
-    angles = 2 * math.pi * torch.arange(block_size, dtype=torch.float32)[:, None] / periods
+    periods = torch.logspace(math.log10(4.0), math.log10(max(4.0, float(block_size))), count)
+    angles = torch.arange(block_size, dtype=torch.float32)[:, None] * (2 * math.pi / periods)
     table = torch.cat([angles.sin(), angles.cos()], dim=-1)[:, :width]
     return F.pad(table, (0, width - table.shape[1]))

@@ -94,7 +94,24 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} can't be read as safetensors: {error}") from error
 
 
+def _check_sums(path: Path) -> None:
+    """CheckpointError for a record with a wrong checksum: torch doesn't look, and a bit flips a weight."""
+    if not zipfile.is_zipfile(path):
+        return  # torch's format before 1.6 has no checksums
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, OSError, NotImplementedError) as error:
+        raise CheckpointError(f"{path} is damaged: {_first_line(error)}") from error
+    if damaged is not None:
+        raise CheckpointError(
+            f"{path} is damaged: the checksum of its record {damaged!r} is wrong. Download or save it again "
+            "(with torch's set_crc32_options at its default, if it was switched off)."
+        )
+
+
 def _read_pickle(path: Path) -> dict[str, Tensor]:
+    _check_sums(path)
     try:
         # weights_only is given explicitly, so that no environment variable can switch it off
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=False)

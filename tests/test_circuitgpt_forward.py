@@ -1,0 +1,94 @@
+"""The forward pass against the slow oracle, and batches of unequal length against one prompt at a time."""
+
+import pytest
+import torch
+
+import circuitgpt_oracle as oracle
+from circuitgpt_cases import CASES, build, one_thread, tokens  # noqa: F401
+from scalpel.models.circuitgpt import sinusoids
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_and_every_hook_equal_the_oracle(name):
+    model = build(name)
+    ids = tokens(model)
+    logits, acts = model.run_with_cache(ids)
+    assert list(acts) == model.hook_names
+    weights = {key: value.numpy() for key, value in model.state_dict().items()}
+    for row in range(len(ids)):
+        expected, hooks = oracle.forward(model.config.to_dict(), weights, ids[row].tolist())
+        torch.testing.assert_close(logits[row], torch.from_numpy(expected), atol=1e-9, rtol=1e-9)
+        assert hooks.keys() == acts.keys()
+        for hook, value in hooks.items():
+            torch.testing.assert_close(acts[hook][row], torch.from_numpy(value), atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    "name", ["plain", "sink", "positions_concatenated", "like_csp_yolo2", "relu_residual"]
+)
+def test_padding_changes_nothing(name, side, dtype, atol):
+    model = build(name, dtype)
+    ids = tokens(model, batch=4, length=9)
+    lengths = [9, 1, 4, 6]
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, slice(0, length) if side == "right" else slice(9 - length, 9)] = 1
+    together = model(ids, attention_mask=mask)
+    other = model(torch.where(mask.bool(), ids, (ids + 5) % model.config.vocab_size), attention_mask=mask)
+    for row in range(4):
+        real = mask[row].bool()
+        alone = model(ids[row][real][None])[0]
+        torch.testing.assert_close(together[row][real], alone, atol=atol, rtol=atol)
+        assert torch.equal(together[row][real], other[row][real])  # what the padding holds doesn't matter
+
+
+def test_a_mask_of_pairs_deletes_keys_for_one_query():
+    model = build("plain")
+    ids = tokens(model, batch=1, length=6)
+    mask = torch.ones(1, 6, 6, dtype=torch.bool)
+    mask[0, 5, :2] = False
+    logits, free = model(ids, attention_mask=mask), model(ids)
+    torch.testing.assert_close(logits[0, :5], free[0, :5], atol=1e-12, rtol=0)
+    assert (logits[0, 5] - free[0, 5]).abs().max() > 1e-3
+
+
+def test_sinusoids_reach_from_four_tokens_to_the_context():
+    table = sinusoids(64, 6)
+    assert table.shape == (64, 6)
+    torch.testing.assert_close(table[0], torch.tensor([0.0, 0, 0, 1, 1, 1]))
+    torch.testing.assert_close(table[4, 0], torch.tensor(0.0), atol=1e-5, rtol=0)  # period 4
+    torch.testing.assert_close(table[32, 5], torch.tensor(-1.0), atol=1e-5, rtol=0)  # period 64
+    assert torch.equal(sinusoids(64, 5)[:, 4], torch.zeros(64))  # odd: the last column is padding
+    assert sinusoids(64, 1).shape == (64, 1)
+
+
+@pytest.mark.parametrize(
+    "ids, error, says",
+    [
+        (torch.zeros(1, 13, dtype=torch.int64), ValueError, "context holds 12"),
+        (torch.zeros(1, 0, dtype=torch.int64), ValueError, "empty"),
+        (torch.tensor([[3, 13]]), ValueError, "13; ids run from 0 to 12"),
+        (torch.tensor([[3, -1]]), ValueError, "-1"),
+        (torch.tensor([1, 2]), ValueError, r"\(batch, length\)"),
+        (torch.zeros(1, 2), TypeError, "float32"),
+        ([[1, 2]], TypeError, "list"),
+    ],
+)
+def test_bad_ids_are_refused(ids, error, says):
+    with pytest.raises(error, match=says):
+        build("plain")(ids)
+
+
+def test_bad_masks_and_positions_are_refused():
+    model = build("plain")
+    ids = tokens(model)
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        model(ids, attention_mask=torch.ones(2, 3))
+    with pytest.raises(ValueError, match="position_ids"):
+        model(ids, position_ids=torch.arange(7) + 6)
+    with pytest.raises(ValueError, match="position_ids"):
+        model(ids, position_ids=torch.arange(7) - 1)
+    shifted = model(ids, position_ids=torch.arange(7) + 2)
+    assert not torch.equal(shifted, model(ids))
