@@ -1,0 +1,46 @@
+"""Experiments: one file a question, each able to come out either way.
+
+``run(name, model, **options)`` gives a :class:`Result`; ``names()`` lists what can be run.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..models.circuitgpt import CircuitGPT
+    from .result import Result
+
+# The registry: an experiment's name and its file, in the order of the report.
+_FILES = {
+    "minimal_simulator": "minimal_simulator",
+    "dilution": "dilution",
+    "distractors": "distractors",
+    "agreement": "agreement",
+}
+
+
+def names() -> list[str]:
+    """The experiments that this version has, in the order of the report."""
+    return list(_FILES)
+
+
+def run(name: str, model: "CircuitGPT | str | None" = "bracket-mini", **options: Any) -> "Result":
+    """Run one experiment on a model (a CircuitGPT, or what from_pretrained takes) and return its Result.
+
+    ``options`` are the keyword arguments of that experiment's ``run``; ValueError for an unknown name or option.
+    """
+    import inspect
+
+    if name not in _FILES:
+        raise ValueError(f"unknown experiment {name!r}; there are {', '.join(names())}")
+    file = import_module(f".{_FILES[name]}", __name__)
+    allowed = [p for p in inspect.signature(file.run).parameters if p != "model"]
+    for option in options:
+        if option not in allowed:
+            raise ValueError(f"experiment {name!r} has no option {option!r}; it has {', '.join(allowed)}")
+    if isinstance(model, str):
+        from ..models.circuitgpt import CircuitGPT
+
+        model = CircuitGPT.from_pretrained(model)
+    result: Result = file.run(model, **options)
+    return result

@@ -1,0 +1,176 @@
+"""Does the seed's simulator answer as the model does, over the whole plane of evidence and context length?
+
+θ is fitted to one amount of evidence; the simulator's answers for every other cell are stored; then the model is
+asked there, on other prompts. A constant critical length is the rival: a simulator that knows nothing of k.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..models.circuitgpt import CircuitGPT
+from ..semigroup import ThresholdCounter
+from . import critical as c
+from .controls import Controls, short_accuracy
+from .dilution import LEAST_ACCURACY
+from .provenance import model_provenance
+from .result import Protocol, Result, Verdict
+
+QUESTION = "Does the seed's simulator 1[k/n > θ] answer as the model does, cell by cell of the (k, n) plane?"
+SEED_FIGURE = "30 lines reproduce the model: “perfect alignment”"
+GOOD = 0.95
+
+
+def run(
+    model: CircuitGPT,
+    *,
+    calibrate: int = 2,
+    amounts: Sequence[int] = (2, 3, 4, 5, 6),
+    prompts: int = 64,
+    offsets: int = 64,
+    width: int = 16,
+    seed: int = 0,
+    controls: Controls | None = None,
+) -> Result:
+    """Agreement of simulator and model on held-out cells (k ≠ ``calibrate``; bins of ``width`` tokens).
+
+    A cell's answer is the model's majority over prompts. Besides plain agreement its balanced form is given, the
+    mean over the cells that the model answers right and those that it answers wrong: where it never fails, a
+    simulator that never fails agrees everywhere and shows nothing.
+    """
+    controls = controls or Controls.of(model)
+    length = model.config.block_size - offsets
+    rng = np.random.default_rng([seed, 2])
+    edges = c.bins(length, width)
+    protocol = Protocol("agreement", QUESTION, SEED_FIGURE, model_provenance(model, seed=seed, prompts=prompts))
+
+    def ask(one: CircuitGPT, k: int, salt: int, depth: int = 2) -> c.Curve:
+        return c.ask_long_lists(one, k, depth=depth, prompts=prompts, length=length, seed=1000 * seed + salt)
+
+    fitted = c.critical(ask(model, calibrate, 2), rng)
+    held = [k for k in amounts if k != calibrate]
+    # A calibration length beyond the context bounds θ from above only; the bound is then the simulator's θ.
+    counter = ThresholdCounter(calibrate / fitted.value)
+    middles = (edges[:-1] + edges[1:]) / 2
+    simulated = {k: np.array([counter.decide(k, int(n)) for n in middles]) for k in amounts}
+    constant = {k: middles < fitted.value for k in amounts}
+    protocol.predict(
+        {
+            "summary": f"θ = {float(counter.theta):.4f} from k={calibrate}: n* = "
+            + ", ".join(f"{counter.critical_length(k)} (k={k})" for k in held),
+            "theta": float(counter.theta),
+            "calibration": c.table({calibrate: fitted}),
+            "simulated_right": simulated,
+        }
+    )
+    curves = {k: ask(model, k, 3) for k in amounts}
+    flat = ask(model, 1, 3, depth=1)
+    shown = {k: curve.binned(edges) for k, curve in curves.items()}
+    score = agreement(curves, held, edges, simulated)
+    rival = agreement(curves, held, edges, constant)
+    draws = _bootstrap(curves, held, edges, {"simulator": simulated, "constant": constant}, rng)
+    low, high = np.percentile([d["simulator"]["plain"] for d in draws], [2.5, 97.5])
+    lead = [d["simulator"]["plain"] - d["constant"]["plain"] for d in draws]
+    lead_low, lead_high = (float(v) for v in np.percentile(lead, [2.5, 97.5]))
+    shuffled = _shuffled(curves, held, edges, simulated, rng)
+    null: dict[str, Any] = {
+        "constant": rival,
+        "simulator_minus_constant": [lead_low, lead_high],
+        "shuffled_evidence": shuffled,
+    }
+    for name, other in controls.models.items():
+        theirs = {k: ask(other, k, 3) for k in amounts}
+        null[name] = {
+            **agreement(theirs, held, edges, simulated),
+            "short_context_accuracy": short_accuracy(theirs, ask(other, 1, 3, depth=1)),
+        }
+    return protocol.conclude(
+        measured={
+            "summary": f"agreement {score['plain']:.3f} on {score['cells']} held-out cells "
+            f"(balanced {_number(score['balanced'])})",
+            "agreement": score,
+            "model_right": shown,
+            "short_context_accuracy": short_accuracy(curves, flat),
+        },
+        interval={"summary": f"[{low:.3f}, {high:.3f}]", "agreement": [float(low), float(high)]},
+        null={
+            "summary": f"constant n*: {rival['plain']:.3f} (simulator − constant in [{lead_low:.3f}, {lead_high:.3f}])"
+            f"; evidence shuffled: {shuffled:.3f}; untrained: {null['untrained']['plain']:.3f}",
+            **null,
+        },
+        verdict=_verdict(fitted, score, float(low), lead_low, lead_high, short_accuracy(curves, flat)),
+        figures={
+            "map": {
+                "kind": "map",
+                "title": "The (k, n) plane: P(correct) of the model, and where the simulator says it fails",
+                "xlabel": "attended keys n (tokens)",
+                "ylabel": "evidence k",
+                "x_edges": edges,
+                "y": [str(k) for k in amounts],
+                "values": [shown[k] for k in amounts],
+                "overlays": [
+                    {"label": "simulator", "x": [counter.critical_length(k) for k in amounts], "style": "line"},
+                    {"label": "constant", "x": [fitted.value for _ in amounts], "style": "dashed"},
+                ],
+            }
+        },
+    )
+
+
+def agreement(
+    curves: dict[int, c.Curve], held: Sequence[int], edges: np.ndarray, said: dict[int, np.ndarray]
+) -> dict[str, Any]:
+    """Share of held-out cells in which ``said`` (right or wrong, by k and bin) is the model's majority answer."""
+    p = np.concatenate([curves[k].binned(edges) for k in held])
+    simulated = np.concatenate([said[k] for k in held])
+    asked = ~np.isnan(p)
+    right, same = p[asked] > 0.5, (p[asked] > 0.5) == simulated[asked]
+    balanced = (same[right].mean() + same[~right].mean()) / 2 if right.any() and not right.all() else float("nan")
+    return {"plain": float(same.mean()), "balanced": float(balanced), "cells": int(asked.sum())}
+
+
+def _bootstrap(
+    curves: dict[int, c.Curve],
+    held: Sequence[int],
+    edges: np.ndarray,
+    rules: dict[str, dict[int, np.ndarray]],
+    rng: np.random.Generator,
+    resamples: int = 200,
+) -> list[dict[str, dict[str, Any]]]:
+    draws = []
+    for _ in range(resamples):
+        part = {k: curves[k].sample(rng.integers(len(curves[k].right), size=len(curves[k].right))) for k in held}
+        draws.append({name: agreement(part, held, edges, said) for name, said in rules.items()})
+    return draws
+
+
+def _shuffled(
+    curves: dict[int, c.Curve],
+    held: Sequence[int],
+    edges: np.ndarray,
+    said: dict[int, np.ndarray],
+    rng: np.random.Generator,
+    resamples: int = 100,
+) -> float:
+    """Mean agreement when each row of the plane is judged by another row's simulator."""
+    scores = []
+    for _ in range(resamples):
+        other = dict(zip(held, [said[k] for k in rng.permutation(held)], strict=True))
+        scores.append(agreement(curves, held, edges, other)["plain"])
+    return float(np.mean(scores))
+
+
+def _verdict(
+    fitted: c.Critical, score: dict[str, Any], low: float, lead_low: float, lead_high: float, short: float
+) -> Verdict:
+    """Reproduced iff agreement is surely 0.95 or more and surely above the constant rival's."""
+    if short < LEAST_ACCURACY or fitted.censored is not None or np.isnan(score["balanced"]):
+        return "not testable here"
+    if low < GOOD or lead_high < 0:
+        return "not reproduced"
+    return "reproduced" if lead_low > 0 else "indistinguishable"
+
+
+def _number(value: float) -> str:
+    return "–" if np.isnan(value) else f"{value:.3f}"

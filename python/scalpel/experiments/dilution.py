@@ -1,0 +1,166 @@
+"""Does a longer list dilute the evidence, and does the length at which the answer fails grow as k/θ?
+
+Laws are fitted to the critical lengths of two small amounts of evidence; their predictions for the other amounts
+are stored; only then are those measured, on other prompts.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..models.circuitgpt import CircuitGPT
+from . import critical as c
+from .controls import Controls, short_accuracy
+from .provenance import model_provenance
+from .result import Protocol, Result, Verdict
+
+QUESTION = "At which context length does the bracket answer fail, and does that length grow as k/θ?"
+SEED_FIGURE = "n* = ⌈k/θ⌉ = 14 for k = 2, θ = 0.15"
+LEAST_ACCURACY = 0.95
+
+
+def run(
+    model: CircuitGPT,
+    *,
+    calibrate: Sequence[int] = (2, 3),
+    predict: Sequence[int] = (4, 5, 6),
+    prompts: int = 64,
+    offsets: int = 64,
+    seed: int = 0,
+    controls: Controls | None = None,
+) -> Result:
+    """Critical lengths n₅₀(k) of ``model`` at depth 2 against the seed's law, the sink's, and two rivals.
+
+    ``calibrate`` and ``predict``: amounts of evidence; ``prompts``: lists per amount, varying filler, head and first
+    position (the last ``offsets`` positions of the context are left free for that); ``controls``: the models to
+    compare with, by default the untrained one and, for a shipped model, those shipped with it.
+    """
+    controls = controls or Controls.of(model)
+    length = model.config.block_size - offsets
+    rng = np.random.default_rng([seed, 1])
+    protocol = Protocol("dilution", QUESTION, SEED_FIGURE, model_provenance(model, seed=seed, prompts=prompts))
+
+    def measure(one: CircuitGPT, k: int, depth: int = 2, salt: int = 0) -> c.Curve:
+        return c.ask_long_lists(one, k, depth=depth, prompts=prompts, length=length, seed=1000 * seed + salt)
+
+    fitted = {k: c.critical(measure(model, k, salt=1), rng) for k in calibrate}
+    usable = {k: one.value for k, one in fitted.items() if one.censored is None}
+    laws = c.fit_laws(usable) if len(usable) == len(fitted) else {}
+    protocol.predict(
+        {
+            "summary": _words({name: {k: law(k) for k in predict} for name, (law, _) in laws.items()}, predict),
+            "calibration": c.table(fitted),
+            "critical_length": {name: {k: law(k) for k in predict} for name, (law, _) in laws.items()},
+            "parameters": {name: parameters for name, (_, parameters) in laws.items()},
+        }
+    )
+    curves = {k: measure(model, k) for k in (*calibrate, *predict)}
+    measured = {k: c.critical(curve, rng) for k, curve in curves.items()}
+    flat = measure(model, 1, depth=1)
+    short = short_accuracy(curves, flat)
+    errors = {
+        name: {k: law(k) - measured[k].value for k in predict if measured[k].censored is None}
+        for name, (law, _) in laws.items()
+    }
+    holds = {name: all(c.within(law(k), measured[k]) for k in predict) for name, (law, _) in laws.items()}
+    null = {name: _null(other, measure, (*calibrate, *predict), rng) for name, other in controls.models.items()}
+    edges = c.bins(length)
+    return protocol.conclude(
+        measured={
+            "summary": "; ".join(f"k={k}: {one.text()}" for k, one in measured.items()),
+            "critical_length": c.table(measured),
+            "error_in_tokens": errors,
+            "law_holds": holds,
+            "short_context_accuracy": short,
+            "depth_1_accuracy_at_any_length": float(flat.right.mean()),
+        },
+        interval={"summary": "95 % bootstrap by prompt", **c.bounds(measured)},
+        null={
+            "summary": "; ".join(f"{name}: {found['words']}" for name, found in null.items()),
+            **null,
+        },
+        verdict=verdict(measured, predict, holds, short),
+        figures={
+            "curves": {
+                "kind": "curves",
+                "title": "P(correct) at depth 2 falls as the list grows",
+                "xlabel": "attended keys n (tokens)",
+                "ylabel": "P(correct)",
+                "series": [
+                    *(c.series(f"k = {k}", curve, edges) for k, curve in curves.items()),
+                    c.series("depth 1", flat, edges, style="dashed"),
+                ],
+                "hlines": [{"y": 0.5, "label": "one half"}],
+            },
+            "laws": _law_figure(measured, laws, calibrate),
+        },
+    )
+
+
+def verdict(
+    measured: dict[int, c.Critical], predict: Sequence[int], holds: dict[str, bool], short: float
+) -> Verdict:
+    """Reproduced iff the seed's law meets every held-out length and no rival does.
+
+    Not testable where the model can't do the task at short contexts, or fewer than two held-out amounts fail inside
+    the context; indistinguishable where a rival meets them all too.
+    """
+    if short < LEAST_ACCURACY or not holds or sum(measured[k].censored is None for k in predict) < 2:
+        return "not testable here"
+    if not holds["seed"]:
+        return "not reproduced"
+    return "indistinguishable" if holds["constant"] or holds["affine"] else "reproduced"
+
+
+def _null(other: CircuitGPT, measure: Any, amounts: Sequence[int], rng: np.random.Generator) -> dict[str, Any]:
+    """Critical lengths of a control and, since an answer that never changes has none, its accuracy at both depths."""
+    curves = {k: measure(other, k) for k in amounts}
+    lengths = {k: c.critical(curve, rng) for k, curve in curves.items()}
+    flat = measure(other, 1, depth=1)
+    short = short_accuracy(curves, flat)
+    words = f"short accuracy {short:.2f}"
+    if short >= LEAST_ACCURACY:
+        words += ", " + " ".join(f"k={k}: {one.text()}" for k, one in lengths.items())
+    return {
+        "words": words,
+        "short_context_accuracy": short,
+        "depth_1_accuracy_at_any_length": float(flat.right.mean()),
+        "critical_length": c.table(lengths),
+    }
+
+
+def _words(predictions: dict[str, dict[int, float]], predict: Sequence[int]) -> str:
+    if not predictions:
+        return "none: a calibration length lies outside the context"
+    by_law = (f"{name} " + "/".join(f"{of[k]:.0f}" for k in predict) for name, of in predictions.items())
+    return f"n* at k={'/'.join(map(str, predict))}: " + ", ".join(by_law)
+
+
+def _law_figure(
+    measured: dict[int, c.Critical], laws: dict[str, tuple[c.Law, dict[str, float]]], calibrate: Sequence[int]
+) -> dict[str, Any]:
+    seen = {k: one for k, one in measured.items() if one.censored is None}
+    amounts = sorted(measured)
+    points = [
+        {
+            "label": "calibration" if part else "held out",
+            "style": "points",
+            "x": [k for k in seen if (k in calibrate) == part],
+            "y": [seen[k].value for k in seen if (k in calibrate) == part],
+            "low": [seen[k].low for k in seen if (k in calibrate) == part],
+            "high": [seen[k].high for k in seen if (k in calibrate) == part],
+        }
+        for part in (True, False)
+    ]
+    lines = [
+        {"label": name, "style": "line" if name == "seed" else "dashed", "x": amounts, "y": [law(k) for k in amounts]}
+        for name, (law, _) in laws.items()
+    ]
+    return {
+        "kind": "curves",
+        "title": "Critical length against evidence: measured, and what each law says",
+        "xlabel": "evidence k (brackets in front of the question)",
+        "ylabel": "critical length n₅₀ (tokens)",
+        "series": [*lines, *points],
+    }

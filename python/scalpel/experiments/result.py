@@ -1,0 +1,121 @@
+"""What an experiment gives: a prediction made first, a measurement, its null, and a verdict computed from them."""
+
+import json
+import math
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+Verdict = Literal["reproduced", "not reproduced", "indistinguishable", "not testable here"]
+VERDICTS: tuple[Verdict, ...] = ("reproduced", "not reproduced", "indistinguishable", "not testable here")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One question, answered.
+
+    ``prediction``, ``measured``, ``interval`` and ``null`` are plain data (numbers, lists, dicts) with their
+    ``summary`` in words; ``interval`` is the 95 % bootstrap interval of the measured figures. ``seed_figure`` is
+    what the founding document states; it is shown and never decides. ``figures`` holds the data of each picture.
+    ``provenance`` says what it was computed from, and when the prediction and the measurement were made.
+    """
+
+    name: str
+    question: str
+    prediction: dict[str, Any]
+    measured: dict[str, Any]
+    interval: dict[str, Any]
+    null: dict[str, Any]
+    verdict: Verdict
+    seed_figure: str
+    figures: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The whole result as JSON; infinities and NaN are written as null, since JSON has neither."""
+        return json.dumps(plain(asdict(self)), indent=indent, allow_nan=False)
+
+
+class Protocol:
+    """Keeps an experiment honest: the prediction is stored before anything is measured, and can't be changed.
+
+    Use: ``protocol = Protocol(name, question, seed_figure, provenance)``, then ``protocol.predict({...})``, then
+    measure, then ``protocol.conclude(...)``. Out of order, it raises RuntimeError.
+    """
+
+    def __init__(self, name: str, question: str, seed_figure: str, provenance: Mapping[str, Any]) -> None:
+        self._name, self._question, self._seed_figure = name, question, seed_figure
+        self._provenance = dict(provenance)
+        self._prediction: str | None = None
+
+    def predict(self, prediction: Mapping[str, Any]) -> None:
+        """Store the prediction. It is frozen as text, so no later change to the dict reaches it."""
+        if self._prediction is not None:
+            raise RuntimeError(f"{self._name}: the prediction was made already; a second one is no prediction")
+        self._prediction = json.dumps(plain(dict(prediction)), allow_nan=False)
+        self._provenance["predicted_at"] = _now()
+
+    def conclude(
+        self,
+        *,
+        measured: Mapping[str, Any],
+        interval: Mapping[str, Any],
+        null: Mapping[str, Any],
+        verdict: Verdict,
+        figures: Mapping[str, Any] | None = None,
+    ) -> Result:
+        if self._prediction is None:
+            raise RuntimeError(f"{self._name}: predict() comes before conclude()")
+        if verdict not in VERDICTS:
+            raise ValueError(f"verdict is {verdict!r}; allowed: {', '.join(VERDICTS)}")
+        return Result(
+            name=self._name,
+            question=self._question,
+            prediction=json.loads(self._prediction),
+            measured=dict(measured),
+            interval=dict(interval),
+            null=dict(null),
+            verdict=verdict,
+            seed_figure=self._seed_figure,
+            figures=dict(figures or {}),
+            provenance={**self._provenance, "measured_at": _now(), **environment()},
+        )
+
+
+def plain(value: Any) -> Any:
+    """``value`` in JSON's types: arrays become lists, fractions text, non-finite numbers None."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    return str(value)
+
+
+def environment() -> dict[str, str]:
+    """Versions that a result depends on."""
+    import torch
+
+    from .. import __version__
+
+    return {
+        "scalpel": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()) + f".{time.time_ns() % 10**9:09d}Z"

@@ -1,0 +1,163 @@
+"""Bracket counting: after a list's last element, does one bracket close it, or do two?
+
+A question stands right after an element, where the next token should be ``]\\n`` (depth 1) or ``]]\\n`` (depth 2).
+Contexts are measured in n, the keys that the answer may attend to: every token of the prompt, the start token and
+the statement's head included. Because the model is causal, one pass over a long list asks the question after each of
+its elements.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..models.circuitgpt import CircuitGPT
+from ..models.tokenizer import Tokenizer
+from .literals import Literal
+
+START = "<s>"
+ONE, TWO = "]\n", "]]\n"
+_FILLERS = tuple("0123456789") + tuple("abcdefghijklmnopqrstuvwxyz")
+_HEADS = ("x", "y", "rows", "data", "values", "a", "expected", "names", "self.args", "list_", "foo", "types")
+
+
+@dataclass(frozen=True)
+class Closers:
+    """Ids of the two answers, and of the start token where the vocabulary has one."""
+
+    one: int
+    two: int
+    start: tuple[int, ...]
+
+
+def closers(tokenizer: Tokenizer) -> Closers:
+    """ValueError where the tokenizer splits an answer: then a next-token question can't be asked."""
+    try:
+        one, two = tokenizer.single(ONE), tokenizer.single(TWO)
+    except ValueError as error:
+        raise ValueError(f"this tokenizer splits an answer of the bracket task: {error}") from error
+    vocabulary = tokenizer.inner.get_vocab()
+    return Closers(one, two, (vocabulary[START],) if START in vocabulary else ())
+
+
+@dataclass(frozen=True)
+class LongLists:
+    """Long lists with one amount of evidence, to be asked after each element.
+
+    ``ids`` (prompts, length); ``asked`` (prompts, questions): the index of each question's last token, so that
+    n = asked + 1; ``positions`` (prompts, length); ``k``: how many "[" stand in front of every question;
+    ``depth``: how many of them are open.
+    """
+
+    k: int
+    depth: int
+    ids: Tensor
+    positions: Tensor
+    asked: Tensor
+
+    @property
+    def n(self) -> Tensor:
+        """Attended keys at each question, (prompts, questions)."""
+        return self.asked + 1
+
+
+def long_lists(
+    tokenizer: Tokenizer, k: int, length: int, count: int, *, block_size: int, depth: int = 2, seed: int = 0
+) -> LongLists:
+    """``count`` lists of ``length`` tokens that vary filler, head and position.
+
+    At depth 2, k - 2 closed rows of one element stand before the open row; at depth 1, k is 1. Each element is one
+    token and its comma another. The first position is drawn from what the context leaves free.
+    """
+    if depth not in (1, 2) or k < depth or (depth == 1 and k != 1):
+        raise ValueError(f"k = {k} at depth {depth}; k is 1 at depth 1, and 2 or more at depth 2")
+    if length > block_size:
+        raise ValueError(f"length {length} is more than the context holds ({block_size})")
+    rng = np.random.default_rng([seed, k, depth])
+    start = closers(tokenizer).start
+    fillers = [f for f in _FILLERS if len(tokenizer.encode(f)) == 1]
+    rows, asked = [], []
+    for _ in range(count):
+        # Lists of one repeated element, and lists of many: what stands in a list must not matter.
+        pool = rng.choice(fillers, size=1 if rng.random() < 0.5 else 8)
+        head = f"{_HEADS[rng.integers(len(_HEADS))]} = " + "[" * (depth - 1)
+        head += "".join(f"[{rng.choice(pool)}], " for _ in range(k - depth)) + "["
+        prefix = [*start, *tokenizer.encode(head)]
+        body = tokenizer.encode(", ".join(rng.choice(pool) for _ in range(length)))
+        row = [*prefix, *body][:length]
+        if len(row) < length or tokenizer.encode(", ".join(pool[:1].repeat(3)))[1::2] != body[1:5:2]:
+            raise ValueError("this tokenizer doesn't give an element and its comma a token each")
+        rows.append(row)
+        asked.append(torch.arange(len(prefix), length, 2))
+    questions = min(map(len, asked))
+    offset = torch.from_numpy(rng.integers(block_size - length + 1, size=(count, 1)))
+    return LongLists(
+        k, depth, torch.tensor(rows), offset + torch.arange(length), torch.stack([a[:questions] for a in asked])
+    )
+
+
+@torch.no_grad()
+def preference(model: CircuitGPT, lists: LongLists, batch: int = 8) -> Tensor:
+    """logit("]]\\n") - logit("]\\n") at every question, float32 (prompts, questions); positive says depth 2."""
+    assert model.tokenizer is not None
+    ids = closers(model.tokenizer)
+    out = []
+    for i in range(0, len(lists.ids), batch):
+        part = slice(i, i + batch)
+        logits = model(lists.ids[part], position_ids=lists.positions[part])
+        difference = logits[..., ids.two] - logits[..., ids.one]
+        out.append(difference.gather(1, lists.asked[part]))
+    return torch.cat(out).float()
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How a model answered single prompts: ``right`` bool (prompts,), ``preference`` its logit difference."""
+
+    right: np.ndarray
+    preference: np.ndarray
+    depth: np.ndarray
+    tokens: np.ndarray
+    skipped_too_long: int
+
+    def accuracy(self, depth: int | None = None) -> float:
+        """Share answered right, at one depth or at all; NaN without prompts."""
+        chosen = self.right if depth is None else self.right[self.depth == depth]
+        return float(chosen.mean()) if chosen.size else float("nan")
+
+
+def answer(model: CircuitGPT, prompts: Sequence[tuple[str, int]], max_tokens: int, batch: int = 32) -> Answers:
+    """Ask single prompts (text, depth of 1 or 2); those of more than ``max_tokens`` tokens are counted and left out."""
+    assert model.tokenizer is not None
+    ids = closers(model.tokenizer)
+    encoded = [([*ids.start, *model.tokenizer.encode(text)], depth) for text, depth in prompts]
+    kept = sorted((e for e in encoded if len(e[0]) <= max_tokens), key=lambda e: len(e[0]))
+    differences = [_ask(model, [row for row, _ in kept[i : i + batch]], ids) for i in range(0, len(kept), batch)]
+    difference = np.concatenate(differences) if differences else np.zeros(0)
+    depth = np.array([d for _, d in kept], dtype=int)
+    return Answers(
+        right=(difference > 0) == (depth == 2),
+        preference=difference,
+        depth=depth,
+        tokens=np.array([len(row) for row, _ in kept], dtype=int),
+        skipped_too_long=len(encoded) - len(kept),
+    )
+
+
+@torch.no_grad()
+def _ask(model: CircuitGPT, rows: list[list[int]], ids: Closers) -> np.ndarray:
+    length = max(map(len, rows))
+    padded = torch.zeros(len(rows), length, dtype=torch.long)
+    mask = torch.zeros(len(rows), length, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = True
+    logits = model(padded, attention_mask=mask)[torch.arange(len(rows)), mask.sum(1) - 1]
+    return (logits[:, ids.two] - logits[:, ids.one]).double().numpy()
+
+
+def questions_from(literals: Sequence[Literal]) -> list[tuple[str, int]]:
+    """Distinct prompts of depth 1 and 2 from real sources, with the depth as the answer."""
+    return sorted({(one.prompt, one.depth) for one in literals if one.depth in (1, 2)})

@@ -1,0 +1,150 @@
+"""bracket-mini: the weight-sparse model that Scalpel ships to be cut open, and its controls."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import __version__
+from ..models.checkpoint import save_pretrained
+from ..models.circuitgpt import CircuitGPT
+from ..models.tokenizer import Tokenizer
+from ..tasks.brackets import Answers, answer, questions_from
+from ..tasks.literals import harvest, python_files
+from .corpus import DEPTH_PROBABILITIES, MAX_ELEMENTS, MEAN_ELEMENTS, Sources, documents, interpreter_sources
+from .loop import train
+from .recipe import Recipe, density_table
+from .tokenizer import train_tokenizer
+
+NAME = "bracket-mini"
+CONTROLS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "no-positions": {"positions": False},
+    "no-topk": {"afrac": None},
+}
+HELD_OUT = ("numpy", "scipy")
+SHORT_TOKENS = 48
+TOKENIZER_TEXTS = 20_000
+
+
+def train_model(
+    out: Path,
+    *,
+    control: str = "none",
+    seed: int = 0,
+    steps: int | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> dict[str, Any]:
+    """Train bracket-mini, or one of its controls, into the folder ``out``; returns the card.
+
+    ``control``: "none", "no-positions" (the position table zero) or "no-topk" (no activation sparsity). Ctrl-C
+    leaves ``out``/training-state.pt, from which the same call resumes; it is removed at the end.
+    """
+    if control not in CONTROLS:
+        raise ValueError(f"control is {control!r}; allowed: {', '.join(CONTROLS)}")
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps is {steps}; it must be 1 or more")
+    recipe = replace(Recipe(seed=seed, **CONTROLS[control]), **({"steps": steps} if steps else {}))
+    out.mkdir(parents=True, exist_ok=True)
+    sources = interpreter_sources()
+    tokenizer = bracket_tokenizer(sources, recipe.vocab_size)
+    state_file = out / "training-state.pt"
+    trained = train(recipe, sources, tokenizer, state_file, progress)
+    model = trained.model.eval()
+    model.tokenizer = tokenizer
+    model.card = {
+        "name": NAME if control == "none" else f"{NAME}-{control}",
+        "control": control,
+        "controls": {c: f"{NAME}-{c}" for c in CONTROLS if c != "none"} if control == "none" else {},
+        "recipe": recipe.to_dict(),
+        "text": text_facts(sources),
+        "commit": commit(),
+        "scalpel": __version__,
+        "torch": torch.__version__,
+        "loss_nats": trained.loss,
+        "longest_list_trained_on_elements": trained.longest,
+        "training_seconds": round(trained.seconds, 1),
+        "matrices": density_table(model),
+        "accuracy": accuracy_card(model),
+    }
+    save_pretrained(model, out)
+    state_file.unlink(missing_ok=True)
+    return model.card
+
+
+def bracket_tokenizer(sources: Sources, vocab_size: int) -> Tokenizer:
+    """The tokenizer, learned from generated training texts; the same for the same sources."""
+    rng = np.random.default_rng(20_000)
+    texts = (document.text for document in islice(documents(sources, rng), TOKENIZER_TEXTS))
+    return Tokenizer(train_tokenizer(texts, vocab_size))
+
+
+def held_out_questions() -> tuple[list[tuple[str, int]], dict[str, str]]:
+    """Bracket prompts from the sources of packages that weren't trained on, and the packages' versions."""
+    literals, versions = [], {}
+    for package in HELD_OUT:
+        spec = find_spec(package)
+        if spec is None or spec.origin is None:
+            raise RuntimeError(f"the package {package} is not installed; its sources are the held-out text")
+        literals += list(harvest(python_files(Path(spec.origin).parent)))
+        versions[package] = version(package)
+    return questions_from(literals), versions
+
+
+def accuracy_card(model: CircuitGPT) -> dict[str, Any]:
+    """Accuracy on held-out prompts from real library sources at short contexts, with the counts it stands on."""
+    questions, versions = held_out_questions()
+    answers = answer(model, questions, SHORT_TOKENS)
+    return {
+        "held_out": versions,
+        "most_tokens": SHORT_TOKENS,
+        "all": answers.accuracy(),
+        "all_interval": _interval(answers),
+        "depth_1": answers.accuracy(1),
+        "depth_2": answers.accuracy(2),
+        "balanced": (answers.accuracy(1) + answers.accuracy(2)) / 2,
+        "prompts_depth_1": int((answers.depth == 1).sum()),
+        "prompts_depth_2": int((answers.depth == 2).sum()),
+        "longer_prompts_left_out": answers.skipped_too_long,
+    }
+
+
+def _interval(answers: Answers, resamples: int = 1000) -> list[float]:
+    rng = np.random.default_rng(0)
+    count = len(answers.right)
+    draws = [answers.right[rng.integers(count, size=count)].mean() for _ in range(resamples)]
+    return [float(v) for v in np.percentile(draws, [2.5, 97.5])]
+
+
+def text_facts(sources: Sources) -> dict[str, Any]:
+    """What the training text was made of."""
+    import platform
+
+    return {
+        "interpreter": platform.python_version(),
+        "heads": len(sources.heads),
+        "element_runs": len(sources.runs),
+        "depth_probabilities": list(DEPTH_PROBABILITIES),
+        "mean_elements": MEAN_ELEMENTS,
+        "max_elements": MAX_ELEMENTS,
+    }
+
+
+def commit() -> str | None:
+    """The commit of the source tree that this code stands in, or None for an installed package."""
+    here = Path(__file__).resolve().parent
+    found = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None if found.returncode == 0 else None
+
+
+def card_json(card: dict[str, Any]) -> str:
+    """The card as it is stored."""
+    return json.dumps(card, indent=1)

@@ -1,0 +1,34 @@
+"""A byte-level BPE tokenizer in which the closers of a list are single tokens, so that depth is one question."""
+
+from collections.abc import Iterable
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+START = "<s>"
+CLOSERS = ("]\n", "]]\n", "]]]\n")
+WHOLE = ("],", *CLOSERS)
+
+# Words, numbers of up to two digits, ", ", line breaks with their indent, runs of blanks, single signs: brackets
+# are never merged, so one "[" is one token and evidence can be counted.
+_PIECES = Regex(r", |\n *| +|[A-Za-z_]+|[0-9]{1,2}|[^\sA-Za-z_0-9]|\s")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A ``tokenizers.Tokenizer`` of at most ``vocab_size`` tokens learned from ``texts``; any text can be encoded."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(_PIECES, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(WHOLE),
+        special_tokens=[START],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in WHOLE])
+    return tokenizer
