@@ -1,0 +1,425 @@
+"""scalpel.jacobian over CircuitGPT: variants, hooks and positions against the dense twin, finite differences."""
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from circuitgpt_cases import CASES, build, tokens
+from scalpel import CircuitGPT, jacobian
+from scalpel.models.circuitgpt import hook_names
+from scalpel.reference_jacobian import jacobian_dense
+
+EXACT = 1e-9
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Thousands of tiny products: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def check(model: CircuitGPT, ids: Tensor, source: str, target: str, positions=None, **inputs) -> Tensor:
+    """Forward and backward products on every unit vector against the dense twin; gives the matrix."""
+    J = jacobian(model, ids, source, target, positions, **inputs)
+    dense = jacobian_dense(model, ids, source, target, positions, **inputs)
+    assert J.shape == dense.shape
+    scale = max(1e-3, float(dense.abs().max()))
+    m, n = J.shape
+    forward = J.jvp(torch.eye(n, dtype=J.dtype).reshape(n, *J.source_shape)).reshape(n, m).T
+    back = J.vjp(torch.eye(m, dtype=J.dtype).reshape(m, *J.target_shape)).reshape(m, n)
+    assert float((forward - dense).abs().max()) <= EXACT * scale
+    assert float((back - dense).abs().max()) <= EXACT * scale
+    return dense
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name != "no_layer"])
+def test_every_variant_matches_the_dense_twin(case: str) -> None:
+    model = build(case)
+    check(model, tokens(model, 1, 4), "0.resid_in", "final_resid")
+    check(model, tokens(model, 2, 4), "0.attn.v", "logits", (slice(0, 2), [-1]))
+
+
+@pytest.mark.parametrize("case", ["plain", "like_csp_yolo2"])
+def test_from_every_hook_and_to_every_hook(case: str) -> None:
+    model = build(case)
+    ids = tokens(model, 1, 3)
+    for source in hook_names(2):
+        dense = check(model, ids, source, "logits", (None, -1))
+        assert bool(dense.any())
+    for target in hook_names(2):
+        check(model, ids, "0.resid_in", target, (1, None))
+
+
+def test_no_layer() -> None:
+    model = build("no_layer")
+    check(model, tokens(model, 2, 3), "final_resid", "logits")
+
+
+def test_a_tangent_is_added_after_the_topk_unmasked_and_parallel_paths_are_fixed() -> None:
+    model = build("topk_everywhere")
+    ids = tokens(model, 1, 4)
+    _, acts = model.run_with_cache(ids)
+    off = int((acts["1.mlp.post_act"][0, 2] == 0).nonzero()[0])
+    J = jacobian(model, ids, "1.mlp.post_act", "1.mlp.post_act")
+    assert torch.equal(
+        J.to_dense(), torch.eye(J.shape[0], dtype=J.dtype)
+    )  # entries that TopK dropped included
+    D = jacobian_dense(build("plain"), ids, "1.mlp.post_act", "final_resid", 2)
+    assert bool((D[:, off] != 0).any())
+    # q moves, k and v stay: the value at v doesn't come into it
+    into_v = jacobian(model, ids, "0.attn.q", "1.attn.v").to_dense()
+    assert into_v.shape == (4 * 12, 4 * 12)
+    with pytest.raises(ValueError, match="no path"):
+        jacobian(model, ids, "0.attn.q", "0.attn.v")
+
+
+@pytest.mark.parametrize(
+    "case", ["topk_everywhere", "like_csp_yolo2", "relu_residual", "positions_concatenated"]
+)
+def test_finite_differences_with_the_supports_fixed(case: str) -> None:
+    model = build(case)
+    ids = tokens(model, 1, 5)
+    J = jacobian(model, ids, "0.attn.act_in", "logits")
+    direction = torch.randn(J.source_shape, dtype=torch.float64)
+    step = 1e-6
+    values, supports = [], []
+    for sign in (1, -1):
+        move = [("0.attn.act_in", lambda value, name, sign=sign: value + sign * step * direction)]
+        logits, acts = model.run_with_cache(ids, fwd_hooks=move)
+        values.append(logits.detach())
+        supports.append({name: value != 0 for name, value in acts.items() if name != "0.attn.act_in"})
+    assert all(torch.equal(supports[0][name], supports[1][name]) for name in supports[0])
+    slope = (values[0] - values[1]) / (2 * step)
+    torch.testing.assert_close(J.jvp(direction[None])[0], slope, rtol=1e-6, atol=1e-7)
+
+
+def test_the_primal_is_what_the_hook_records() -> None:
+    model = build("like_csp_yolo2")
+    ids = tokens(model)
+    logits, acts = model.run_with_cache(ids)
+    for name in (*hook_names(2), "logits"):
+        J = jacobian(model, ids, "0.resid_in", name, (None, [4, 1]))
+        value = logits if name == "logits" else acts[name]
+        assert torch.equal(J.primal, value[:, [4, 1]])
+        assert not J.primal.requires_grad
+        assert J.target_shape == J.primal.shape
+    assert torch.equal(J.T.primal, acts["0.resid_in"])
+
+
+@pytest.mark.parametrize(
+    "given,chosen",
+    [
+        (None, range(7)),
+        (3, [3]),
+        (-1, [6]),
+        (torch.tensor(2), [2]),
+        (slice(2, 5), [2, 3, 4]),
+        (slice(None, None, -2), [6, 4, 2, 0]),
+        ([5, 0, -3], [5, 0, 4]),
+        (range(1, 3), [1, 2]),
+        (torch.tensor([1, 4]), [1, 4]),
+    ],
+)
+def test_positions_are_columns_and_rows_of_the_whole(given, chosen) -> None:
+    model = build("sink")
+    ids = tokens(model)
+    whole = jacobian(model, ids, "0.resid_in", "1.mlp.act_in")
+    W = whole.to_dense().reshape(*whole.target_shape, *whole.source_shape)
+    chosen = list(chosen)
+    both = jacobian(model, ids, "0.resid_in", "1.mlp.act_in", given)
+    assert both.source_shape == (2, len(chosen), 12)
+    expected = W[:, chosen][:, :, :, :, chosen]
+    torch.testing.assert_close(both.to_dense(), expected.reshape(both.shape), rtol=EXACT, atol=1e-12)
+    pair = jacobian(model, ids, "0.resid_in", "1.mlp.act_in", ([0, 1], given))
+    if max(chosen) > 1:
+        torch.testing.assert_close(
+            pair.to_dense(), W[:, chosen][:, :, :, :, [0, 1]].reshape(pair.shape), rtol=EXACT, atol=1e-12
+        )
+
+
+@pytest.mark.parametrize(
+    "positions,error,words",
+    [
+        (7, ValueError, "source position 7 is outside the text of 7 tokens; allowed: -7 to 6"),
+        ((0, -8), ValueError, "target position -8"),
+        ([], ValueError, "no token"),
+        (slice(5, 2), ValueError, "no token"),
+        ([1, 1], ValueError, "twice"),
+        ([1, -6], ValueError, "twice"),
+        ((1, 2, 3), ValueError, "pair"),
+        (1.0, TypeError, "positions are 1.0"),
+        ("1", TypeError, "positions are '1'"),
+        ([True], TypeError, "hold True"),
+        (True, TypeError, "positions are True"),
+    ],
+)
+def test_bad_positions(positions, error, words: str) -> None:
+    model = build("plain")
+    with pytest.raises(error, match=words):
+        jacobian(model, tokens(model), positions=positions)
+
+
+@pytest.mark.parametrize(
+    "source,target,positions",
+    [
+        ("final_resid", "0.resid_in", None),
+        ("1.resid_in", "0.mlp.post_act", None),
+        ("0.attn.k", "0.attn.q", None),
+        ("0.attn.q", "0.attn.v", None),
+        ("0.resid_in", "logits", (3, 2)),
+        ("0.resid_in", "logits", ([5, 6], slice(0, 5))),
+        ("0.attn.q", "0.attn.y", (1, 2)),  # a query moves its own token only
+        ("1.resid_mid", "logits", (1, 2)),  # after the last attention tokens are apart
+        ("0.mlp.post_act", "0.mlp.post_act", (1, 2)),
+    ],
+)
+def test_no_path(source: str, target: str, positions) -> None:
+    model = build("topk_everywhere")
+    with pytest.raises(ValueError, match="no path"):
+        jacobian(model, tokens(model), source, target, positions)
+    if source in hook_names(2)[: hook_names(2).index(target) if target != "logits" else None]:
+        assert not jacobian_dense(model, tokens(model), source, target, positions).any()
+
+
+def test_the_wiring_is_the_one_that_the_gradients_show() -> None:
+    """Pairs of hooks and tokens: an error just where the dense twin is zero (nothing is zero by luck)."""
+    model = build("plain")
+    ids = tokens(model, 1, 3)
+    names = hook_names(2)[:12]
+    for i, source in enumerate(names):
+        for target in names[i:]:
+            D = jacobian_dense(model, ids, source, target).reshape(
+                3, -1, 3, jacobian(model, ids, source, source, 0).shape[1]
+            )
+            for s in range(3):
+                for t in range(3):
+                    linked = bool(D[t, :, s].any())
+                    try:
+                        jacobian(model, ids, source, target, (s, t))
+                    except ValueError:
+                        assert not linked or (s == 0 == t and "attn" in source), (source, target, s, t)
+                    else:
+                        # token 0 has one key, so its softmax is flat: a path of zero slope
+                        assert linked or (t == 0 and ".attn." in source), (source, target, s, t)
+
+
+def test_active_ablations_count_and_stay_with_the_operator() -> None:
+    model = build("like_csp_yolo2")
+    ids = tokens(model)
+    free = jacobian(model, ids).to_dense()
+    with model.ablate(["0.attn.v:1", "0.attn.v:4", "1.mlp.post_act:2"], kind="zero"):
+        inside = jacobian(model, ids)
+        dense = jacobian_dense(model, ids)
+        assert float((inside.to_dense() - dense).abs().max()) < EXACT
+    assert float((inside.to_dense() - dense).abs().max()) < EXACT  # also after the context was left
+    assert not torch.allclose(free, dense)
+    with model.ablate(["1.mlp.post_act:2"], kind="zero"), pytest.raises(ValueError, match="ablations"):
+        jacobian(model, ids, "1.resid_in", "final_resid") @ jacobian_outside(model, ids)
+    with model.ablate(["0.attn.v:1"], kind="zero"):  # at the source: the tangent comes after it
+        J = jacobian(model, ids, "0.attn.v", "0.attn.y")
+        assert bool(J.to_dense().reshape(-1, 2, 7, 12)[..., 1].any())
+
+
+def jacobian_outside(model: CircuitGPT, ids: Tensor):
+    active, model._interventions = model._interventions, []
+    try:
+        return jacobian(model, ids, "0.resid_in", "1.resid_in")
+    finally:
+        model._interventions = active
+
+
+def test_user_hooks_on_modules_count() -> None:
+    model = build("plain")
+    ids = tokens(model, 1, 3)
+    handle = model.transformer["h"][0].mlp.register_forward_hook(lambda module, given, output: 3 * output)
+    check(model, ids, "0.resid_mid", "1.resid_in")
+    handle.remove()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding(side: str) -> None:
+    model = build("like_csp_yolo2")
+    ids = tokens(model)
+    mask = torch.ones_like(ids)
+    mask[1, : 3 if side == "left" else None] = 0
+    if side == "right":
+        mask[1] = torch.tensor([1, 1, 1, 1, 0, 0, 0])
+    check(model, ids, "0.resid_in", "final_resid", (None, -1), attention_mask=mask)
+    real = slice(3, 7) if side == "left" else slice(0, 4)
+    padded = jacobian(model, ids, "0.resid_in", "logits", real, attention_mask=mask).to_dense()
+    alone = jacobian(model, ids[1:, real], "0.resid_in", "logits").to_dense()
+    half = (padded.shape[0] // 2, padded.shape[1] // 2)
+    torch.testing.assert_close(padded[half[0] :, half[1] :], alone, rtol=EXACT, atol=1e-12)
+    assert not padded[: half[0], half[1] :].any()  # rows of the batch are apart
+    first, last = (0, 6) if side == "left" else (4, 6)
+    if side == "left":
+        with pytest.raises(ValueError, match="no path"):
+            jacobian(model, ids[1:], "0.resid_in", "logits", (first, last), attention_mask=mask[1:])
+
+
+def test_a_batch_as_tokenizers_give_it() -> None:
+    model = build("plain")
+    ids = tokens(model)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    places = torch.arange(7).flip(0).expand(2, 7)
+    beside = jacobian(model, ids, attention_mask=mask, position_ids=places).to_dense()
+    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": places, "token_type_ids": 0 * ids}
+    assert torch.equal(jacobian(model, batch).to_dense(), beside)
+    assert (
+        float((jacobian_dense(model, ids, attention_mask=mask, position_ids=places) - beside).abs().max())
+        < EXACT
+    )
+    with pytest.raises(ValueError, match="attention_mask is given twice"):
+        jacobian(model, batch, attention_mask=mask)
+    with pytest.raises(ValueError, match="inputs_embeds"):
+        jacobian(model, {"inputs_embeds": mask})
+
+
+def test_a_function_of_the_value_is_a_target() -> None:
+    model = build("sink")
+    ids = tokens(model)
+    difference = lambda logits: logits[:, -1, 3] - logits[:, -1, 5]  # noqa: E731
+    J = jacobian(model, ids, target=difference)
+    assert (J.target_shape, J.shape) == ((2,), (2, 2 * 7 * 12))
+    dense = jacobian_dense(model, ids, target="logits", function=difference)
+    assert float((J.to_dense() - dense).abs().max()) < EXACT
+    total = jacobian(model, ids, "1.attn.q", ("1.attn.y", lambda y: (y**2).sum()), (None, [1, 2]))
+    assert total.primal.shape == ()
+    dense = jacobian_dense(
+        model, ids, "1.attn.q", "1.attn.y", (slice(None), [1, 2]), function=lambda y: (y**2).sum()
+    )
+    assert float((total.to_dense() - dense).abs().max()) < EXACT
+    assert total.jvp(torch.zeros(3, *total.source_shape, dtype=torch.float64)).shape == (3,)
+    assert total.vjp(torch.ones(2, dtype=torch.float64)).shape == (2, 2, 7, 12)
+    with pytest.raises(TypeError, match="must give a tensor"):
+        jacobian(model, ids, target=lambda logits: 3)
+    with pytest.raises(TypeError, match=r"int64.*floating"):
+        jacobian(model, ids, target=lambda logits: logits.argmax(-1))
+    with pytest.raises(TypeError, match="target is 3"):
+        jacobian(model, ids, target=3)
+
+
+def test_one_token_and_full_context() -> None:
+    model = build("like_csp_yolo2")
+    check(model, tokens(model, 1, 1), "0.resid_in", "logits")
+    check(model, tokens(model, 1, 12), "0.resid_in", "1.resid_in")
+
+
+def test_bad_names_and_inputs() -> None:
+    model = build("plain")
+    ids = tokens(model)
+    with pytest.raises(ValueError, match=r"unknown source '0.resid_inn'.*'0.resid_in'"):
+        jacobian(model, ids, "0.resid_inn")
+    with pytest.raises(ValueError, match="unknown source 'logits'"):
+        jacobian(model, ids, "logits", "logits")
+    with pytest.raises(ValueError, match="unknown target '7.resid_in'"):
+        jacobian(model, ids, target="7.resid_in")
+    with pytest.raises(TypeError, match="source is 0"):
+        jacobian(model, ids, source=0)
+    with pytest.raises(TypeError, match="input_ids"):
+        jacobian(model, ids.double())
+    with pytest.raises(ValueError, match="empty"):
+        jacobian(model, ids[:, :0])
+    with pytest.raises(TypeError, match="model is str"):
+        jacobian("gpt2", ids)
+
+
+def test_nan_in_the_primal() -> None:
+    model = build("plain")
+    ids = tokens(model)
+    with torch.no_grad():
+        model.transformer["h"][1].mlp.c_proj.bias[4] = float("nan")
+    with pytest.raises(ValueError, match=r"14 NaN at 'final_resid', the first at index \(0, 0, 4\)"):
+        jacobian(model, ids)
+    jacobian(model, ids, target="1.mlp.post_act")  # the pass stops before the NaN
+
+
+def test_the_pass_stops_at_the_target() -> None:
+    model = build("plain")
+    J = jacobian(model, tokens(model), "0.resid_in", "0.resid_mid")
+    handle = model.transformer["h"][1].register_forward_pre_hook(lambda *_: pytest.fail("went on"))
+    V = torch.ones(1, *J.source_shape, dtype=J.dtype)
+    assert J.jvp(V).shape == J.vjp(V).shape
+    handle.remove()
+
+
+def test_a_changed_weight_is_noticed() -> None:
+    model = build("plain")
+    J = jacobian(model, tokens(model))
+    V = torch.ones(1, *J.source_shape, dtype=J.dtype)
+    J.jvp(V)
+    with torch.no_grad():
+        model.transformer["h"][0].mlp.c_fc.weight.mul_(2)
+    for product in (J.jvp, J.vjp):
+        with pytest.raises(RuntimeError, match="weights changed"):
+            product(V)
+
+
+def test_the_callers_state_is_left_alone_and_does_not_matter() -> None:
+    model = build("topk_everywhere").train()
+    ids = tokens(model)
+    V = torch.randn(2, 2, 7, 12, dtype=torch.float64)
+    state = torch.random.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        J = jacobian(model, ids)
+        out = J.jvp(V), J.vjp(V)
+    assert not any(each.requires_grad for each in out)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert model.training and all(p.grad is None and p.requires_grad for p in model.parameters())
+    for context in (torch.no_grad(), torch.enable_grad(), torch.inference_mode()):
+        with context:
+            K = jacobian(model, ids.clone())
+            assert torch.equal(K.jvp(V), out[0]) and torch.equal(K.vjp(V.clone()), out[1])
+    ids[0, 0] = (ids[0, 0] + 1) % 13  # the operator keeps its own copy
+    assert torch.equal(J.jvp(V), out[0])
+
+
+def test_float32() -> None:
+    double, single = build("sink"), build("sink", torch.float32)
+    ids = tokens(double)
+    J = jacobian(single, ids)
+    assert J.dtype == J.primal.dtype == J.to_dense().dtype == torch.float32
+    torch.testing.assert_close(J.to_dense().double(), jacobian(double, ids).to_dense(), rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    case=st.sampled_from([name for name in CASES if name != "no_layer"]),
+    seed=st.integers(0, 2**16),
+    batch=st.integers(1, 2),
+    length=st.integers(1, 5),
+    data=st.data(),
+)
+def test_random_configurations(case: str, seed: int, batch: int, length: int, data) -> None:
+    model = build(case, seed=seed)
+    names = [*model.hook_names, "logits"]
+    source = data.draw(st.sampled_from(names[:-1]))
+    target = data.draw(st.sampled_from(names[names.index(source) :]))
+    picks = st.one_of(st.none(), st.lists(st.integers(0, length - 1), min_size=1, max_size=2, unique=True))
+    positions = (data.draw(picks), data.draw(picks))
+    ids = tokens(model, batch, length, seed)
+    dense = jacobian_dense(model, ids, source, target, positions)
+    try:
+        J = jacobian(model, ids, source, target, positions)
+    except ValueError as error:
+        assert "no path" in str(error)
+        assert not dense.any()
+        return
+    T = data.draw(st.integers(0, 3))
+    V = torch.randn(T, *J.source_shape, dtype=torch.float64)
+    U = torch.randn(T, *J.target_shape, dtype=torch.float64)
+    scale = max(1e-3, float(dense.abs().max()))
+    assert J.jvp(V).shape == (T, *J.target_shape) and J.vjp(U).shape == (T, *J.source_shape)
+    for got, want in ((J.jvp(V), V.flatten(1) @ dense.T), (J.vjp(U), U.flatten(1) @ dense)):
+        if T:
+            assert float((got.flatten(1) - want).abs().max()) <= 1e-9 * scale * dense.shape[1]
