@@ -169,6 +169,11 @@ ERRORS = {
         ValueError,
         "k is 9.*width 8",
     ),
+    "k beyond int64": (
+        lambda: scalpel.topk_mask(X.numpy(), 2**70),
+        ValueError,
+        "k is 1180591620717411303424",
+    ),
     "k a float": (lambda: scalpel.topk_mask(X, 2.0), TypeError, "k is 2.0 of type float"),
     "k a bool": (lambda: scalpel.topk_mask(X, True), TypeError, "k is True of type bool"),
     "k a numpy bool": (lambda: scalpel.topk_mask(X, np.True_), TypeError, "integer"),

@@ -15,11 +15,11 @@ constexpr std::int64_t kMinWorkPerThread = 16384;
 std::atomic<bool> forked{false};
 
 // fork() copies only the calling thread: the child has OpenMP's bookkeeping without its threads.
-const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
 
 }  // namespace
 
-int max_threads() { return forked.load() || fork_handler != 0 ? 1 : std::max(1, omp_get_max_threads()); }
+int max_threads() { return forked.load() ? 1 : std::max(1, omp_get_max_threads()); }
 
 int threads_for(std::int64_t work, int threads) {
   const int allowed = forked.load() ? 1 : (threads > 0 ? threads : max_threads());

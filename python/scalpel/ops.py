@@ -108,6 +108,16 @@ def _integer(k: Any) -> int:
     raise TypeError(f"k is {k!r} of type {type(k).__name__}; it must be an integer")
 
 
+def _check_range(shape: tuple[int, ...], k: int) -> None:
+    """The core's own check, for what comes before it: the shape of a result, and tensors without memory."""
+    if len(shape) == 0:
+        raise ValueError("x has no dimension; TopK needs at least one, of which the last is ranked")
+    if not 0 <= k <= shape[-1]:
+        raise ValueError(
+            f"k is {k}, but the last dimension of x has width {shape[-1]}; allowed: 0 <= k <= width"
+        )
+
+
 def _by_value(by: str) -> bool:
     if by not in ("magnitude", "value"):
         raise ValueError(f"by is {by!r}; allowed: 'magnitude', 'value'")
@@ -119,6 +129,7 @@ def _call(op: str, dispatch: Callable[..., torch.Tensor], x: Any, k: Any, by: st
     _by_value(by)
     if isinstance(x, torch.Tensor):
         _check_tensor(x, "x", floating=True)
+        _check_range(x.shape, k)
         if out is None:
             return dispatch(x, k, by)
         if not isinstance(out, torch.Tensor):
@@ -170,10 +181,11 @@ def _into(op: str, x: torch.Tensor, k: int, by: str, out: torch.Tensor) -> None:
 def _call_numpy(op: str, x: np.ndarray, k: int, by: str, out: Any) -> np.ndarray:
     if x.dtype.type not in (np.float16, np.float32, np.float64):
         raise TypeError(f"x is {x.dtype}; allowed: float16, float32, float64 (bfloat16 as a tensor)")
+    _check_range(x.shape, k)
     if not x.flags.aligned or not x.dtype.isnative or x.strides[-1:] != (x.itemsize,):
         x = np.array(x, dtype=x.dtype.newbyteorder("="), order="C")
     if out is None:
-        shape = (*x.shape[:-1], max(k, 0)) if op == "topk_indices" else x.shape
+        shape = (*x.shape[:-1], k) if op == "topk_indices" else x.shape
         dtype = {"topk_mask": np.bool_, "keep_topk": x.dtype, "topk_indices": np.int64}[op]
         out = np.empty(shape, dtype=dtype)
     elif not isinstance(out, np.ndarray):
@@ -202,22 +214,11 @@ def _result_like(op: str, x: torch.Tensor, k: int) -> torch.Tensor:
     return x.new_empty(x.shape, dtype=torch.bool if op == "topk_mask" else x.dtype)
 
 
-def _check_range(x: torch.Tensor, k: int) -> None:
-    """For what happens before the core: the shape of a result, and tensors without memory."""
-    if x.dim() == 0:
-        raise ValueError("x has no dimension; TopK needs at least one, of which the last is ranked")
-    if not 0 <= k <= x.shape[-1]:
-        raise ValueError(
-            f"k is {k}, but the last dimension of x has width {x.shape[-1]}; allowed: 0 <= k <= width"
-        )
-
-
 def _define(op: str) -> Callable[[torch.Tensor, int, str], torch.Tensor]:
     @torch.library.custom_op(
         f"scalpel::{op}", mutates_args=(), schema="(Tensor x, SymInt k, str by) -> Tensor"
     )
     def run(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
-        _check_range(x, k)
         out = _result_like(op, x, k)
         _into(op, x, k, by, out)
         return out
@@ -272,7 +273,6 @@ def _needs_derivative(x: torch.Tensor) -> bool:
 
 @torch.compiler.allow_in_graph
 def _mask_dispatch(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
-    _check_range(x, k)
     if not _needs_derivative(x):
         return _mask_op(x, k, by)
     return cast(torch.Tensor, _Selection.apply(x, k, by, False))
@@ -280,7 +280,6 @@ def _mask_dispatch(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
 
 @torch.compiler.allow_in_graph
 def _indices_dispatch(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
-    _check_range(x, k)
     if not _needs_derivative(x):
         return _indices_op(x, k, by)
     return cast(torch.Tensor, _Selection.apply(x, k, by, True))
@@ -288,7 +287,6 @@ def _indices_dispatch(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
 
 @torch.compiler.allow_in_graph
 def _keep_dispatch(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
-    _check_range(x, k)
     if not _needs_derivative(x):
         return _keep_op(x, k, by)
     mask = _Selection.apply(x, k, by, False)
