@@ -158,7 +158,7 @@ class Jacobian:
         0 ≤ k ≤ min(m, n), else ValueError. Small operators are made dense; others go through a block
         Golub–Kahan bidiagonalisation with full reorthogonalisation and thick restarts (Golub, Luk and Overton
         1981; Baglama and Reichel 2005), which starts from ``seed`` and stops when every residual ‖Jᵀu − σv‖,
-        a bound on the error of that value, is at most ``tol``·σ (by default 1e-9 in float64, 3e-6 in float32)
+        a bound on the error of that value, is at most ``tol``·σ (by default 1e-9 in float64, 3e-5 in float32)
         or at the dtype's rounding. RuntimeWarning with the worst residual if it does not get there. Signs are
         the solver's.
         """

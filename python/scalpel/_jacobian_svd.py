@@ -73,7 +73,7 @@ class _Bidiagonalisation:
     def solve(self, tol: float | None) -> tuple[Tensor, Tensor, Tensor]:
         m, n = self.J.shape
         k, width = self.k, self.width
-        goal = (1e-9 if self.eps < 1e-12 else 3e-6) if tol is None else tol
+        goal = (1e-9 if self.eps < 1e-12 else 3e-5) if tol is None else tol
         V = torch.linalg.qr(self._random(n, width))[0]
         U = V.new_zeros(m, 0)
         B = V.new_zeros(0, 0, dtype=torch.float64)

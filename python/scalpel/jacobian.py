@@ -262,8 +262,10 @@ def _explained(run: Pass) -> Iterator[None]:
 
 
 class _Callable(ModuleType):
-    """The package's attribute ``jacobian`` is this module once anything imports it, and the function otherwise:
-    being callable makes ``scalpel.jacobian(...)`` the same either way."""
+    """The package's attribute ``jacobian`` is this module once anything imports it, the function otherwise.
+
+    Being callable makes ``scalpel.jacobian(...)`` the same either way.
+    """
 
     def __call__(self, *args: Any, **options: Any) -> Jacobian:
         return jacobian(*args, **options)
