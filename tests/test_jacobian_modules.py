@@ -158,6 +158,15 @@ def test_sequential() -> None:
         assert K.jvp(torch.ones(2, 3, 6, dtype=torch.float64)).shape == (2, 3, 5)
 
 
+def test_layers_that_work_in_place() -> None:
+    model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(inplace=True), nn.Linear(9, 5)).double()
+    plain = nn.Sequential(model[0], nn.ReLU(), model[2])
+    x = torch.randn(3, 6, dtype=torch.float64)
+    J, K = jacobian(model, x, "0", "2"), jacobian(plain, x, "0", "2")
+    assert torch.equal(J.to_dense(), K.to_dense()) and torch.equal(J.T.to_dense(), K.T.to_dense())
+    assert torch.equal(J.T.primal, model[0](x))
+
+
 def test_user_hooks_come_first() -> None:
     model = stack().eval()
     x = torch.randn(3, 6, dtype=torch.float64)

@@ -106,15 +106,14 @@ class _Derivative:
         self.at: tuple[Selected, Selected] = (None, None)
 
     def operator(self) -> Jacobian:
-        """One pass: the primal, and for a model whose wiring isn't known a random tangent that looks for a
-        path."""
+        """One pass: the primal and, where the wiring isn't known, a random tangent that looks for a path."""
         at_source: list[Tensor] = []
         probe = isinstance(self.run, ModulePass)
 
         def enter(value: Tensor) -> Tensor:
             _check_floating(value, self.run.source)
             self.at = (_select(self.wanted[0], value, "source"), None)
-            at_source.append(read_at(value, self.at[0]).detach())
+            at_source.append(read_at(value, self.at[0]).detach().clone())  # a later layer may work in place
             if not probe:
                 return value
             tangent = torch.randn(at_source[0].shape, generator=torch.Generator().manual_seed(0))
