@@ -1,0 +1,288 @@
+"""Ours against pure PyTorch: the answer is checked first, then all contenders are timed in one process.
+
+Each case has three contenders: *ours*, the *peer* (the best way that plain PyTorch offers), and a *floor*:
+work that no way to the answer can do without or, where no such bound is known, a yardstick that is named.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["CONTENDERS", "Case", "WrongAnswer", "cases", "run"]
+
+Contender = Literal["ours", "peer", "floor"]
+CONTENDERS: tuple[Contender, ...] = ("ours", "peer", "floor")
+
+_SAMPLE_SECONDS = 0.01  # what one sample takes at least, so that the clock's grain doesn't matter
+
+
+class WrongAnswer(RuntimeError):
+    """Ours and the peer disagree; nothing was timed."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one size.
+
+    ``ours``, ``peer`` and ``floor`` take nothing and do the work once; ``check`` raises :class:`WrongAnswer`.
+    The texts say what each of them is.
+    """
+
+    name: str
+    shape: str
+    ours: Callable[[], Any]
+    peer: Callable[[], Any]
+    floor: Callable[[], Any]
+    check: Callable[[], None]
+    peer_is: str
+    floor_is: str
+    note: str = ""
+
+    def contender(self, who: Contender) -> Callable[[], Any]:
+        """The function of one contender."""
+        found: Callable[[], Any] = getattr(self, who)
+        return found
+
+
+def cases(quick: bool = False, seed: int = 0) -> list[Case]:
+    """All cases, at sizes of use, or at small ones with ``quick``."""
+    return [keep_topk(quick, seed), covariance_update(quick, seed), jacobian_jvp(quick, seed)]
+
+
+def keep_topk(quick: bool = False, seed: int = 0) -> Case:
+    """scalpel.keep_topk against abs, topk and scatter; all three write to memory that is there already."""
+    from .ops import keep_topk as op
+
+    rows, width, k = (64, 256, 32) if quick else (2048, 2048, 256)
+    x = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+    ours, theirs, copied, magnitude = (torch.empty_like(x) for _ in range(4))
+    best = (torch.empty(rows, k), torch.empty(rows, k, dtype=torch.int64))
+
+    def peer() -> Tensor:
+        torch.abs(x, out=magnitude)
+        _, indices = torch.topk(magnitude, k, dim=-1, sorted=False, out=best)
+        return theirs.zero_().scatter_(-1, indices, x.gather(-1, indices))
+
+    def check() -> None:
+        # Random normal values have no ties here, so both must keep the same entries, to the bit.
+        if not torch.equal(op(x, k, out=ours), peer()):
+            differ = int((ours != theirs).sum())
+            raise WrongAnswer(
+                f"keep_topk and torch differ in {differ} of {x.numel()} entries; nothing was timed"
+            )
+
+    return Case(
+        "keep_topk",
+        f"({rows}, {width}) float32, k = {k}",
+        lambda: op(x, k, out=ours),
+        peer,
+        lambda: copied.copy_(x),
+        check,
+        "abs, topk (unsorted), gather, scatter_",
+        "copy_ of x",
+    )
+
+
+def covariance_update(quick: bool = False, seed: int = 0) -> Case:
+    """StreamingCovariance.update against the same pairwise update in torch, both with a float64 state."""
+    from .covariance import StreamingCovariance
+
+    rows, dim = (512, 64) if quick else (8192, 512)
+    x = torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed)) + 3.0
+    ours = StreamingCovariance(dim)
+    state = _TorchMoments(dim)
+    wide = x.double()
+    product = torch.empty(dim, dim, dtype=torch.float64)
+
+    def check() -> None:
+        fresh, plain = StreamingCovariance(dim), _TorchMoments(dim)
+        for part in x.split(rows // 3):
+            fresh.update(part)
+            plain.update(part)
+        expected = torch.cov(wide.T, correction=0)
+        for name, found in (("ours", fresh.covariance()), ("torch's", plain.scatter / plain.count)):
+            worst = float((found - expected).abs().max() / expected.abs().max())
+            if not worst <= 1e-11:
+                raise WrongAnswer(
+                    f"{name} covariance is {worst:.1e} (relative) off the two-pass one; nothing was timed"
+                )
+
+    return Case(
+        "StreamingCovariance.update",
+        f"({rows}, {dim}) float32 rows, float64 state",
+        lambda: ours.update(x),
+        lambda: state.update(x),
+        lambda: torch.mm(wide.T, wide, out=product),
+        check,
+        "to float64, centre, XᵀX, pairwise merge",
+        "XᵀX alone, of float64 rows",
+    )
+
+
+class _TorchMoments:
+    """The pairwise update of Chan, Golub & LeVeque 1979 in plain torch, in place where torch allows it."""
+
+    def __init__(self, dim: int) -> None:
+        self.count = 0
+        self.mean = torch.zeros(dim, dtype=torch.float64)
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64)
+
+    def update(self, x: Tensor) -> None:
+        rows = x.double()
+        mean = rows.mean(0)
+        rows -= mean
+        self.scatter.addmm_(rows.T, rows)
+        total = self.count + len(x)
+        if self.count:
+            delta = mean - self.mean
+            self.scatter.addr_(delta, delta, alpha=self.count * len(x) / total)
+        self.mean += (mean - self.mean) * (len(x) / total)
+        self.count = total
+
+
+def jacobian_jvp(quick: bool = False, seed: int = 0) -> Case:
+    """scalpel.jacobian's product with T tangents against vmap(jvp), on an untrained sparse model."""
+    from .jacobian import jacobian
+    from .models.circuitgpt import CircuitGPT
+    from .models.config import CircuitGPTConfig
+
+    width, layers, length, tangents = (32, 1, 8, 4) if quick else (256, 4, 64, 16)
+    config = CircuitGPTConfig(
+        block_size=length, vocab_size=64, n_layer=layers, n_head=4, d_model=width, rms_norm=True, afrac=0.25
+    )
+    model = CircuitGPT(config, seed=seed).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(64, (1, length), generator=generator)
+    operator = jacobian(model, ids, "0.resid_in", "final_resid")
+    v = torch.randn(tangents, *operator.source_shape, generator=generator)
+
+    def final(delta: Tensor) -> Tensor:
+        found: list[Tensor] = []
+
+        def add(value: Tensor, name: str) -> Tensor:
+            return value + delta
+
+        def keep(value: Tensor, name: str) -> None:
+            found.append(value)
+
+        model.run_with_hooks(ids, fwd_hooks=[("0.resid_in", add), ("final_resid", keep)])
+        return found[0]
+
+    at = torch.zeros(operator.source_shape)
+
+    def peer() -> Tensor:
+        tangent: Tensor = torch.func.vmap(lambda t: torch.func.jvp(final, (at,), (t,))[1])(v)
+        return tangent
+
+    def check() -> None:
+        expected, found = peer(), operator.jvp(v)
+        worst = float((found - expected).abs().max() / expected.abs().max())
+        if not worst <= 1e-4:
+            raise WrongAnswer(f"jvp is {worst:.1e} (relative) off vmap(jvp); nothing was timed")
+
+    return Case(
+        "jacobian(...).jvp",
+        f"{tangents} tangents, {layers} layers of width {width}, {length} tokens, float32",
+        lambda: operator.jvp(v),
+        peer,
+        lambda: model(ids),
+        check,
+        "torch.func.vmap(jvp)",
+        "one forward pass (a yardstick, no bound)",
+        "In this version the Jacobian is computed by torch.func itself, so about 1× is what to expect.",
+    )
+
+
+def run(
+    *, quick: bool = False, seed: int = 0, progress: Callable[[str, float], None] | None = None
+) -> dict[str, Any]:
+    """Check, then time every case; gives plain data, as ``scalpel bench --json`` prints it.
+
+    Per case: medians in milliseconds, ``speedup`` = peer / ours and ``over_floor`` = ours / floor (ratios of
+    those medians), and the quartiles of peer / ours over the rounds. ``progress(what, done)``: from 0 to 1.
+    Raises WrongAnswer, before anything is timed.
+    """
+    rounds = 5 if quick else 15
+    report = progress or (lambda what, done: None)
+    report("checking the answers", 0.0)
+    with torch.no_grad():
+        todo = cases(quick, seed)
+        for case in todo:
+            case.check()
+        found = []
+        for i, case in enumerate(todo):
+            report(f"timing {case.name}", i / len(todo))
+            found.append(_timed(case, rounds))
+    report("done", 1.0)
+    return {"quick": quick, "rounds": rounds, "seed": seed, "cases": found, "environment": _environment()}
+
+
+def _timed(case: Case, rounds: int) -> dict[str, Any]:
+    repeats = {who: _repeats(case.contender(who)) for who in CONTENDERS}
+    times: dict[Contender, list[float]] = {who: [] for who in CONTENDERS}
+    for turn in range(rounds):
+        # In turn, each round starting with another one: what the machine does meanwhile falls on all of them.
+        for who in CONTENDERS[turn % 3 :] + CONTENDERS[: turn % 3]:
+            times[who].append(_seconds(case.contender(who), repeats[who]))
+    median = {who: statistics.median(times[who]) * 1e3 for who in CONTENDERS}
+    ratios = [peer / ours for peer, ours in zip(times["peer"], times["ours"], strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return {
+        "name": case.name,
+        "shape": case.shape,
+        "peer": case.peer_is,
+        "floor": case.floor_is,
+        "note": case.note,
+        "median_ms": median,
+        "speedup": median["peer"] / median["ours"],
+        "speedup_quartiles": [low, high],
+        "over_floor": median["ours"] / median["floor"],
+    }
+
+
+def _seconds(function: Callable[[], Any], repeats: int) -> float:
+    begun = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    return (time.perf_counter() - begun) / repeats
+
+
+def _repeats(function: Callable[[], Any]) -> int:
+    """How often to call it for one sample; the calls made to find out warm it up."""
+    function()
+    return max(1, round(_SAMPLE_SECONDS / max(_seconds(function, 2), 1e-7)))
+
+
+def _environment() -> dict[str, Any]:
+    import os
+    import platform
+
+    from ._info import show_config
+
+    config = show_config()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return {
+        **{
+            name: config[name]
+            for name in ("version", "python", "torch", "compiler", "target", "threads", "parallel")
+        },
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "load_average": load,
+        "blas": torch.__config__.show().split("BLAS_INFO=")[-1].split(",")[0],
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        return ""
+    return names[0] if names else ""

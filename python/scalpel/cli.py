@@ -1,0 +1,277 @@
+"""The command line: ``scalpel run``, ``experiment``, ``train``, ``bench``.
+
+What needs torch is imported inside the commands, so that ``--help`` answers at once. Results go to stdout,
+everything else to stderr; exit codes: 0 done (whatever the verdicts say), 1 something is broken, 2 the input
+is at fault, 130 interrupted.
+"""
+
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+
+from . import cli_show as show
+from ._info import __version__
+from .experiments import names as experiment_names
+
+__all__ = ["app", "main"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+app = typer.Typer(
+    name="scalpel",
+    help="Cut a neural network open, name the algorithm inside, and find where it breaks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
+Debug = Annotated[bool, typer.Option("--debug", help="On an error, show where it happened.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of every random choice.")]
+
+
+class Control(StrEnum):
+    """What a trained control leaves out."""
+
+    none = "none"
+    no_positions = "no-positions"
+    no_topk = "no-topk"
+
+
+def main() -> None:
+    """The entry point."""
+    app(prog_name="scalpel")
+
+
+def _guarded(interrupted: str = "interrupted") -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Turns errors that the user can mend into one message and an exit code."""
+
+    def decorate(command: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(command)
+        def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return command(*args, **kwargs)
+            except KeyboardInterrupt:
+                show.err().print(interrupted)
+                raise typer.Exit(130) from None
+            except BrokenPipeError:  # the reader of our output has gone; nothing is left to say to it
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                raise typer.Exit(1) from None
+            except (ValueError, OSError) as error:  # CheckpointError is a ValueError
+                if kwargs.get("debug"):
+                    raise
+                show.fail(_message(error))
+                raise typer.Exit(2) from None
+
+        return guarded
+
+    return decorate
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def _print_json(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        _print_json(f"scalpel {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@_guarded()
+def run(
+    model: Annotated[
+        str, typer.Argument(help="A shipped model, a checkpoint's folder, or an id on the hub.")
+    ] = "bracket-mini",
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("scalpel-report"),
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Measure again what the model's card states.")
+    ] = False,
+    seed: Seed = 0,
+    open_: Annotated[bool, typer.Option("--open/--no-open", help="Open the report in a browser.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run every experiment on a model; print the table of verdicts and write a report."""
+    from .report import check_folder, write_report
+
+    check_folder(out)  # first: nobody should wait for a report that can't be written
+    from .experiments.suite import run_suite
+
+    with show.Steps("loading") as steps:
+        suite = run_suite(model, fresh=fresh, seed=seed, progress=steps.stage)
+        steps.stage("writing the report", 1.0)
+        page = write_report(out, suite)
+    if as_json:
+        _print_json(suite.to_json(indent=2))
+    else:
+        show.out().print(show.results(suite.results))
+        show.out().print(f"{suite.seconds:.0f} s. Report: {page}", soft_wrap=True)
+    if open_:
+        import webbrowser
+
+        webbrowser.open(page.resolve().as_uri())
+
+
+@app.command()
+@_guarded()
+def experiment(
+    name: Annotated[str, typer.Argument(help=f"One of: {', '.join(experiment_names())}.")],
+    model: Annotated[
+        str, typer.Option(help="A shipped model, a checkpoint's folder, or an id on the hub.")
+    ] = "bracket-mini",
+    option: Annotated[
+        list[str] | None,
+        typer.Option("-o", "--option", metavar="KEY=VALUE", help="An option of the experiment; repeatable."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write a report of this experiment to a folder.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run one experiment and print its row of the table."""
+    from . import experiments
+    from .report import check_folder, write_report
+
+    options = _options(option or [])
+    if name not in experiment_names():
+        raise ValueError(f"unknown experiment {name!r}; there are {', '.join(experiment_names())}")
+    if out is not None:
+        check_folder(out)
+    begun = time.monotonic()
+    with show.Steps(name) as steps:
+        steps.stage(name, 0.0)
+        result = experiments.run(name, model, **options)
+    if as_json:
+        _print_json(result.to_json(indent=2))
+    else:
+        show.out().print(show.results([result]))
+    if out is not None:
+        from .experiments.suite import Suite
+
+        facts = {"name": result.provenance.get("model", model)}
+        page = write_report(out, Suite([result], facts, time.monotonic() - begun))
+        show.err().print(f"Report: {page}", soft_wrap=True)
+
+
+def _options(given: list[str]) -> dict[str, Any]:
+    """``key=value`` texts as a dict; a value is read as JSON where it is JSON, else it is text."""
+    options: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier():
+            raise ValueError(f"option {text!r} is not of the form key=value; give for example -o seed=1")
+        if key in options:
+            raise ValueError(f"option {key!r} is given twice; give it once")
+        try:
+            options[key] = json.loads(value)
+        except json.JSONDecodeError:
+            options[key] = value
+    return options
+
+
+@app.command()
+@_guarded("interrupted; the same command goes on from the last saved step")
+def train(
+    name: Annotated[str, typer.Argument(help="What to train: bracket-mini.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the model; by default scalpel-runs/NAME[-CONTROL][-seedN]."),
+    ] = None,
+    control: Annotated[Control, typer.Option(help="Leave something out of the recipe.")] = Control.none,
+    seed: Seed = 0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Stop at another number of steps than the recipe's.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a model to cut open. Stopped, the same command goes on where it was."""
+    if name != "bracket-mini":
+        raise ValueError(f"there is no recipe named {name!r}; there is bracket-mini")
+    folder = out or Path("scalpel-runs") / _run_name(name, control, seed)
+    from .report import check_folder
+
+    check_folder(folder)
+    from .training.bracket_mini import train_model
+
+    with show.Steps(folder.name) as progress:
+        card = train_model(folder, control=control.value, seed=seed, steps=steps, progress=progress.step)
+    if as_json:
+        from .experiments.result import plain
+
+        _print_json(json.dumps(plain(card), indent=2, allow_nan=False))
+    else:
+        show.out().print(show.facts(folder.name, card))
+        show.out().print(f"Model: {folder}", soft_wrap=True)
+
+
+def _run_name(name: str, control: Control, seed: int) -> str:
+    parts = [name]
+    if control is not Control.none:
+        parts.append(control.value)
+    if seed:
+        parts.append(f"seed{seed}")
+    return "-".join(parts)
+
+
+@app.command()
+@_guarded()
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes and few rounds: a smoke test.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the JSON to a file, too.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time the library against pure PyTorch, after checking that both give the same answer."""
+    if out is not None:
+        from .report import check_folder
+
+        check_folder(out.parent)
+    from . import bench as benchmark
+    from .report import replace_text
+
+    with show.Steps("bench") as steps:
+        try:
+            report = benchmark.run(quick=quick, progress=steps.stage)
+        except benchmark.WrongAnswer as error:
+            show.fail(str(error))
+            raise typer.Exit(1) from None
+    text = json.dumps(report, indent=2, allow_nan=False)
+    if out is not None:
+        replace_text(out, text + "\n")
+    if as_json:
+        _print_json(text)
+        return
+    show.out().print(show.timings(report), show.contenders(report), sep="\n")
+    machine = report["environment"]
+    show.out().print(
+        f"{machine['threads']} threads, target {machine['target']}, torch {machine['torch']}; medians of "
+        f"{report['rounds']} rounds in one process" + (", quick sizes: not for quoting" if quick else ""),
+        soft_wrap=True,
+    )

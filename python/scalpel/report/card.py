@@ -1,0 +1,94 @@
+"""What the page says of a model: the few facts of its card that a reader judges the results by."""
+
+from typing import Any
+
+__all__ = ["facts", "number"]
+
+# In this order and these words; other plain entries of the card follow under their own names.
+_NAMES = {
+    "name": "Model",
+    "accuracy": "Accuracy on real prompts",
+    "nonzeros": "Non-zero weights",
+    "density": "Density",
+    "longest_list_trained_on_elements": "Longest list trained on",
+    "longest_list": "Longest list trained on",
+    "seed": "Training seed",
+    "seeds": "Seeds",
+    "loss_nats": "Loss, nats a token",
+    "commit": "Commit",
+}
+_THIN = "\N{THIN SPACE}"
+
+
+def facts(card: dict[str, Any]) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+    """The facts as (name, text), and the entries that are no single fact, for a table of their own."""
+    known = dict(card)
+    matrices = card.get("matrices")
+    if isinstance(matrices, dict) and all(isinstance(m, dict) and "nonzero" in m for m in matrices.values()):
+        nonzero = sum(m["nonzero"] for m in matrices.values())
+        size = sum(m.get("size", 0) for m in matrices.values())
+        known.setdefault("nonzeros", nonzero)
+        if size:
+            known.setdefault("density", nonzero / size)
+    recipe = card.get("recipe")
+    if isinstance(recipe, dict) and "seeds" not in card and "seed" in recipe:
+        known.setdefault("seed", recipe["seed"])
+    order = [*(k for k in _NAMES if k in known), *(k for k in known if k not in _NAMES)]
+    found, rest = [], {}
+    for key in order:
+        text = _fact(key, known[key])
+        if text is not None:
+            found.append((_NAMES.get(key, key.replace("_", " ").capitalize()), text))
+        if text is None or isinstance(known[key], dict):
+            rest[key] = known[key]
+    return found, {key: value for key, value in rest.items() if value not in ({}, [], None)}
+
+
+def _fact(key: str, value: Any) -> str | None:
+    """One line of text, or None where the value is more than a fact."""
+    if isinstance(value, dict):
+        if "summary" in value:
+            return str(value["summary"])
+        return _accuracy(value) if key == "accuracy" and value.get("all") is not None else None
+    if isinstance(value, list):
+        plain = 0 < len(value) < 9 and not any(isinstance(v, dict | list) for v in value)
+        return ", ".join(number(v) for v in value) if plain else None
+    if value is None:
+        return None
+    if key in ("accuracy", "density") and isinstance(value, float):
+        return percent(value)
+    if key == "commit":
+        return str(value)[:12]
+    if key.startswith("longest_list"):
+        return f"{number(value)} elements"
+    return number(value)
+
+
+def _accuracy(value: dict[str, Any]) -> str:
+    text = percent(value["all"])
+    interval = value.get("all_interval")
+    if isinstance(interval, list) and len(interval) == 2 and None not in interval:
+        text += f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+    counts = [v for k, v in value.items() if k.startswith("prompts") and isinstance(v, int)]
+    if counts:
+        text += f" of {number(sum(counts))}"
+    held_out = value.get("held_out")
+    if isinstance(held_out, dict) and held_out:
+        text += " from " + ", ".join(f"{package} {version}" for package, version in held_out.items())
+    return text
+
+
+def percent(value: float) -> str:
+    """A share of one in per cent."""
+    return f"{100 * value:.1f}{_THIN}%"
+
+
+def number(value: Any) -> str:
+    """A value as the page shows it: six significant digits, thin spaces at thousands, a dash for none."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}".replace(",", _THIN) if abs(value) >= 10_000 else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

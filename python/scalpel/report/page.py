@@ -1,0 +1,134 @@
+"""The report's page: one HTML file with its pictures, its style and its numbers inside."""
+
+import importlib
+import inspect
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import jinja2
+from markupsafe import Markup
+
+from ..experiments.result import VERDICTS, plain
+from .card import facts, number
+from .figures import to_svg
+from .files import check_folder, replace_text
+
+if TYPE_CHECKING:
+    from ..experiments.result import Result
+
+__all__ = ["Suite", "render", "write_report"]
+
+_MARKS = {"reproduced": "✓", "not reproduced": "✗", "indistinguishable": "≈", "not testable here": "–"}
+
+
+class Suite(Protocol):
+    """What a report is written from: results, facts of the model, the seconds that it took."""
+
+    @property
+    def results(self) -> Sequence["Result"]: ...
+    @property
+    def model(self) -> Mapping[str, Any]: ...
+    @property
+    def seconds(self) -> float: ...
+
+    def to_json(self, indent: int | None = None) -> str: ...
+
+
+def write_report(folder: str | Path, suite: Suite) -> Path:
+    """Write ``index.html`` and ``results.json`` to ``folder``, created if need be; gives the page's path.
+
+    Either file is replaced in one move, the numbers first. Raises OSError if the folder can't be written,
+    ValueError for a figure of unknown kind or of lengths that don't fit.
+    """
+    folder = Path(folder)
+    check_folder(folder)
+    page, numbers = render(suite), suite.to_json(indent=2)
+    replace_text(folder / "results.json", numbers + "\n")
+    replace_text(folder / "index.html", page)
+    return folder / "index.html"
+
+
+def render(suite: Suite) -> str:
+    """The page as text. The same suite gives the same text."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("scalpel.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["number"] = number
+    environment.filters["shape"] = shape
+    loader = environment.loader
+    assert loader is not None
+    style = loader.get_source(environment, "style.css")[0]
+    known, more = facts(plain(suite.model))
+    counts = Counter(result.verdict for result in suite.results)
+    return environment.get_template("index.html").render(
+        style=Markup(style),
+        model=known,
+        more=more,
+        name=str(suite.model.get("name", "") or ""),
+        seconds=suite.seconds if math.isfinite(suite.seconds) else None,
+        counts=[(v, counts[v]) for v in VERDICTS if counts[v]],
+        marks=_MARKS,
+        results=[_section(result) for result in suite.results],
+    )
+
+
+def _section(result: "Result") -> dict[str, Any]:
+    data: dict[str, Any] = plain(asdict(result))
+    figures = []
+    for key, figure in result.figures.items():
+        spec = data["figures"][key]
+        svg = to_svg(figure, f"{result.name}-{key}".replace("_", "-"))
+        figures.append(
+            {"svg": Markup(svg), "title": spec.get("title", key), "summary": spec.get("summary", "")}
+        )
+    numbers = {
+        part: {k: v for k, v in data[part].items() if k not in ("summary", "rule")}
+        for part in ("prediction", "measured", "interval", "null")
+    }
+    numbers["figures"] = {
+        spec.get("title", key): {k: v for k, v in spec.items() if k not in ("kind", "title", "summary")}
+        for key, spec in data["figures"].items()
+    }
+    return data | {
+        "pictures": figures,
+        "numbers": {k: v for k, v in numbers.items() if v},
+        "rule": _rule(data),
+    }
+
+
+def _rule(result: dict[str, Any]) -> str:
+    """How the verdict follows from the numbers: as stored with the prediction, or as the code states it."""
+    stored = result["prediction"].get("rule") or result["provenance"].get("verdict_rule")
+    if stored:
+        return str(stored)
+    try:
+        file = importlib.import_module(f"scalpel.experiments.{result['name']}")
+    except ImportError:
+        return ""
+    function = getattr(file, "verdict", None)
+    return inspect.getdoc(function) or "" if function is not None else ""
+
+
+def shape(value: Any) -> str:
+    """How the page lays a value out: scalar, empty, mapping, bits, list, records, matrix or items."""
+    if isinstance(value, dict):
+        return "mapping" if value else "empty"
+    if not isinstance(value, list):
+        return "scalar"
+    if not value:
+        return "empty"
+    if all(isinstance(v, bool) for v in value):
+        return "bits"
+    if all(not isinstance(v, list | dict) for v in value):
+        return "list"
+    if all(isinstance(v, dict) and v.keys() == value[0].keys() for v in value):
+        return "records"
+    return "matrix" if all(isinstance(v, list) and shape(v) in ("list", "bits") for v in value) else "items"
