@@ -12,9 +12,7 @@ from numpy.typing import NDArray
 Vector = NDArray[np.float64]
 
 
-def forward(
-    config: dict[str, Any], weights: dict[str, Vector], ids: list[int]
-) -> tuple[Vector, dict[str, Vector]]:
+def forward(config: dict[str, Any], weights: dict[str, Vector], ids: list[int]) -> tuple[Vector, dict[str, Vector]]:
     """Logits (L, vocab) of one prompt and every hook's values (L, width)."""
     hooks: dict[str, Vector] = {}
     length, concatenated = len(ids), config["d_pos_emb"] is not None
@@ -42,9 +40,7 @@ def forward(
         layer = f"transformer.h.{i}"
         d_attn = config["n_head"] * config["d_head"]
         hooks[f"{i}.resid_in"] = np.array(stream)
-        act_in = [
-            sparsify(config, read(layer, "1", x, p), "attn_in") for x, p in zip(stream, places, strict=True)
-        ]
+        act_in = [sparsify(config, read(layer, "1", x, p), "attn_in") for x, p in zip(stream, places, strict=True)]
         qkv = [linear(f"{layer}.attn.c_attn", x) for x in act_in]
         q = [sparsify(config, x[:d_attn], "attn_q") for x in qkv]
         k = [sparsify(config, x[d_attn : 2 * d_attn], "attn_k") for x in qkv]
@@ -63,12 +59,8 @@ def forward(
             hooks[f"{i}.attn.{name}"] = np.array(values)
         stream = [settle(x + d, "resid_post_attn") for x, d in zip(stream, delta, strict=True)]
         hooks[f"{i}.resid_mid"] = np.array(stream)
-        act_in = [
-            sparsify(config, read(layer, "2", x, p), "mlp_in") for x, p in zip(stream, places, strict=True)
-        ]
-        post = [
-            sparsify(config, activation(config, linear(f"{layer}.mlp.c_fc", x)), "mlp_neuron") for x in act_in
-        ]
+        act_in = [sparsify(config, read(layer, "2", x, p), "mlp_in") for x, p in zip(stream, places, strict=True)]
+        post = [sparsify(config, activation(config, linear(f"{layer}.mlp.c_fc", x)), "mlp_neuron") for x in act_in]
         delta = [sparsify(config, linear(f"{layer}.mlp.c_proj", x), "mlp_out") for x in post]
         for name, values in (("act_in", act_in), ("post_act", post), ("resid_delta", delta)):
             hooks[f"{i}.mlp.{name}"] = np.array(values)

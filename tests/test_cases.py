@@ -38,7 +38,5 @@ def test_covariance_case(case: Case, target: str) -> None:
     twin = reference.moments(x, center)
     assert ours.count == twin.rows
     for value, expected in ((ours.mean, twin.mean), (ours.covariance(), twin.covariance)):
-        np.testing.assert_allclose(
-            value.numpy(), expected, rtol=0, atol=case.tolerance * np.abs(expected).max()
-        )
+        np.testing.assert_allclose(value.numpy(), expected, rtol=0, atol=case.tolerance * np.abs(expected).max())
     assert calls("covariance", target) > before

@@ -25,9 +25,7 @@ def test_logits_and_every_hook_equal_the_oracle(name):
 
 @pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize(
-    "name", ["plain", "sink", "positions_concatenated", "like_csp_yolo2", "relu_residual"]
-)
+@pytest.mark.parametrize("name", ["plain", "sink", "positions_concatenated", "like_csp_yolo2", "relu_residual"])
 def test_padding_changes_nothing(name, side, dtype, atol):
     model = build(name, dtype)
     ids = tokens(model, batch=4, length=9)

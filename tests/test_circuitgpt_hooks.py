@@ -136,9 +136,7 @@ def test_mean_ablation_uses_the_mean_over_real_tokens(model, ids):
     with model.ablate(["0.mlp.post_act:3"], reference=rows):
         assert torch.equal(model(ids), from_card)
     one_prompt = hook_means(model, [1, 2, 3], ["final_resid"])["final_resid"]
-    assert torch.equal(
-        one_prompt, hook_means(model, torch.tensor([[1, 2, 3]]), ["final_resid"])["final_resid"]
-    )
+    assert torch.equal(one_prompt, hook_means(model, torch.tensor([[1, 2, 3]]), ["final_resid"])["final_resid"])
 
 
 def test_resampling_draws_real_tokens_and_keeps_nodes_together(model, ids):

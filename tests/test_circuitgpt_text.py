@@ -30,9 +30,7 @@ def tokenizer():
 
 @pytest.fixture
 def speaking(tokenizer):
-    model = CircuitGPT(
-        CircuitGPTConfig.from_dict(BASE | {"vocab_size": tokenizer.vocab_size, "block_size": 40})
-    )
+    model = CircuitGPT(CircuitGPTConfig.from_dict(BASE | {"vocab_size": tokenizer.vocab_size, "block_size": 40}))
     model.tokenizer = tokenizer
     return model.eval()
 
@@ -100,9 +98,7 @@ def test_a_published_pair_of_files_is_read(tmp_path, tokenizer):
     merges = [("]", "]"), ("Ġ", "["), ("]]", "Ċ"), ("1", "2"), ("12", "3")]
     vocabulary = {token: i for i, token in enumerate([*spelled, *("".join(pair) for pair in merges)])}
     (tmp_path / "encoder.json").write_text(json.dumps(vocabulary))
-    (tmp_path / "vocab.bpe").write_text(
-        "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n"
-    )
+    (tmp_path / "vocab.bpe").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
     read = Tokenizer.from_folder(tmp_path, "tinypython_2k")
     assert [read.decode([i]) for i in read.encode("x [12345]]\n")] == ["x", " [", "123", "4", "5", "]]\n"]
     assert Tokenizer.from_folder(tmp_path, "another") is None

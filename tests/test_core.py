@@ -47,9 +47,8 @@ def test_default_is_the_first_supported_target(unset: str | None) -> None:
 def test_unknown_target_is_refused_with_what_is_allowed() -> None:
     done = run_kernel("sse9")
     assert done.returncode != 0
-    assert (
-        f"ValueError: SCALPEL_TARGET is 'sse9', which is no target; allowed here: {', '.join(SUPPORTED)}"
-        in (done.stderr)
+    assert f"ValueError: SCALPEL_TARGET is 'sse9', which is no target; allowed here: {', '.join(SUPPORTED)}" in (
+        done.stderr
     )
     with pytest.raises(ValueError, match="'sse9'.*portable"):
         _core.force_target("sse9")

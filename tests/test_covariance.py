@@ -47,9 +47,7 @@ def same_bits(a: StreamingCovariance, b: StreamingCovariance) -> bool:
 
 
 @pytest.mark.parametrize("center", [True, False])
-@pytest.mark.parametrize(
-    "splits", [[1], [1, 2, 3], [256], [255, 257, 512], list(range(10, 600, 10)), [0, 0, 600]]
-)
+@pytest.mark.parametrize("splits", [[1], [1, 2, 3], [256], [255, 257, 512], list(range(10, 600, 10)), [0, 0, 600]])
 def test_any_split_into_batches(splits: list[int], center: bool, target: str) -> None:
     x = correlated(600, 21, shift=3.0)
     assert_close(state_of(x, splits, center), state_of(x, None, center))

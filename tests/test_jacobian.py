@@ -69,9 +69,7 @@ def test_a_tangent_is_added_after_the_topk_unmasked_and_parallel_paths_are_fixed
     _, acts = model.run_with_cache(ids)
     off = int((acts["1.mlp.post_act"][0, 2] == 0).nonzero()[0])
     J = jacobian(model, ids, "1.mlp.post_act", "1.mlp.post_act")
-    assert torch.equal(
-        J.to_dense(), torch.eye(J.shape[0], dtype=J.dtype)
-    )  # entries that TopK dropped included
+    assert torch.equal(J.to_dense(), torch.eye(J.shape[0], dtype=J.dtype))  # entries that TopK dropped included
     D = jacobian_dense(build("plain"), ids, "1.mlp.post_act", "final_resid", 2)
     assert bool((D[:, off] != 0).any())
     # q moves, k and v stay: the value at v doesn't come into it
@@ -81,9 +79,7 @@ def test_a_tangent_is_added_after_the_topk_unmasked_and_parallel_paths_are_fixed
         jacobian(model, ids, "0.attn.q", "0.attn.v")
 
 
-@pytest.mark.parametrize(
-    "case", ["topk_everywhere", "like_csp_yolo2", "relu_residual", "positions_concatenated"]
-)
+@pytest.mark.parametrize("case", ["topk_everywhere", "like_csp_yolo2", "relu_residual", "positions_concatenated"])
 def test_finite_differences_with_the_supports_fixed(case: str) -> None:
     model = build(case)
     ids = tokens(model, 1, 5)
@@ -177,10 +173,7 @@ def test_a_batch_as_tokenizers_give_it() -> None:
     beside = jacobian(model, ids, attention_mask=mask, position_ids=places).to_dense()
     batch = {"input_ids": ids, "attention_mask": mask, "position_ids": places, "token_type_ids": 0 * ids}
     assert torch.equal(jacobian(model, batch).to_dense(), beside)
-    assert (
-        float((jacobian_dense(model, ids, attention_mask=mask, position_ids=places) - beside).abs().max())
-        < EXACT
-    )
+    assert float((jacobian_dense(model, ids, attention_mask=mask, position_ids=places) - beside).abs().max()) < EXACT
     with pytest.raises(ValueError, match="attention_mask is given twice"):
         jacobian(model, batch, attention_mask=mask)
     with pytest.raises(ValueError, match="inputs_embeds"):
@@ -197,9 +190,7 @@ def test_a_function_of_the_value_is_a_target() -> None:
     assert float((J.to_dense() - dense).abs().max()) < EXACT
     total = jacobian(model, ids, "1.attn.q", ("1.attn.y", lambda y: (y**2).sum()), (None, [1, 2]))
     assert total.primal.shape == ()
-    dense = jacobian_dense(
-        model, ids, "1.attn.q", "1.attn.y", (slice(None), [1, 2]), function=lambda y: (y**2).sum()
-    )
+    dense = jacobian_dense(model, ids, "1.attn.q", "1.attn.y", (slice(None), [1, 2]), function=lambda y: (y**2).sum())
     assert float((total.to_dense() - dense).abs().max()) < EXACT
     assert total.jvp(torch.zeros(3, *total.source_shape, dtype=torch.float64)).shape == (3,)
     assert total.vjp(torch.ones(2, dtype=torch.float64)).shape == (2, 2, 7, 12)

@@ -75,9 +75,7 @@ def test_gpt2_with_padding_and_places(gpt2: nn.Module) -> None:
     places = (mask.cumsum(-1) - 1).clamp(min=0)
     J = check(gpt2, IDS, "transformer.h.0:in", "logits", (None, -1), attention_mask=mask, position_ids=places)
     assert not J.to_dense().reshape(2, 20, 2, 5, 8)[1, :, 1, :2].any()  # no padding token enters
-    beside = jacobian(
-        gpt2, IDS, "transformer.h.0:in", "logits", (None, -1), attention_mask=mask, position_ids=places
-    )
+    beside = jacobian(gpt2, IDS, "transformer.h.0:in", "logits", (None, -1), attention_mask=mask, position_ids=places)
     assert torch.equal(beside.to_dense(), J.to_dense())
 
 
@@ -103,9 +101,7 @@ def test_gpt2_no_path(gpt2: nn.Module, source: str, target: str, positions) -> N
 
 
 def test_gpt2_errors(gpt2: nn.Module) -> None:
-    with pytest.raises(
-        ValueError, match=r"unknown source '0.resid_in' for this GPT2LMHeadModel.*module paths"
-    ):
+    with pytest.raises(ValueError, match=r"unknown source '0.resid_in' for this GPT2LMHeadModel.*module paths"):
         jacobian(gpt2, IDS)
     with pytest.raises(ValueError, match=r"unknown target 'transformer.h.2'.*near it: .*'transformer.h'"):
         jacobian(gpt2, IDS, "transformer.wte", "transformer.h.2")
@@ -147,9 +143,7 @@ def test_sequential() -> None:
     check(model, x, "0", "4")
     check(model, x, "1:in", "logits")
     check(model, x, "3", "3")
-    torch.testing.assert_close(
-        jacobian(model, (x,), "0", "5:in").to_dense(), check(model, x, "0", "4").to_dense()
-    )
+    torch.testing.assert_close(jacobian(model, (x,), "0", "5:in").to_dense(), check(model, x, "0", "4").to_dense())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     with pytest.raises(ValueError, match=r"positions need a source value \(batch, tokens, width\).*\(3, 9\)"):
         jacobian(model, x, "0", "4", 1)

@@ -155,9 +155,7 @@ def test_what_cannot_be_composed(model, ids) -> None:
         second @ jacobian(model, ids, target="1.resid_in", attention_mask=torch.ones_like(ids))
     with pytest.raises(ValueError, match="function of '1.resid_in'"):
         second @ jacobian(model, ids, target=("1.resid_in", torch.sin))
-    assert (
-        second @ jacobian(model, ids.clone(), target="1.resid_in")
-    ).shape == first.shape  # equal is enough
+    assert (second @ jacobian(model, ids.clone(), target="1.resid_in")).shape == first.shape  # equal is enough
 
 
 def test_errors_name_what_was_given_and_what_is_allowed(J: Jacobian) -> None:

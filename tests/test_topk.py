@@ -53,9 +53,7 @@ def test_widths_round_the_block(width: int, target: str) -> None:
 
 
 @given(
-    x=hnp.arrays(
-        st.sampled_from([np.float32, np.float64, np.float16]), hnp.array_shapes(max_dims=3, max_side=9)
-    ),
+    x=hnp.arrays(st.sampled_from([np.float32, np.float64, np.float16]), hnp.array_shapes(max_dims=3, max_side=9)),
     data=st.data(),
 )
 @settings(max_examples=150, deadline=None)

@@ -37,9 +37,7 @@ def test_backward(x: Tensor, mask: Tensor) -> None:
 def test_gradcheck_and_gradgradcheck(x: Tensor) -> None:
     x.requires_grad_()
     options = {"check_batched_grad": True}
-    assert torch.autograd.gradcheck(
-        keep, (x,), check_forward_ad=True, check_batched_forward_grad=True, **options
-    )
+    assert torch.autograd.gradcheck(keep, (x,), check_forward_ad=True, check_batched_forward_grad=True, **options)
     assert torch.autograd.gradgradcheck(lambda x: keep(x).square(), (x,), check_fwd_over_rev=True, **options)
 
 
@@ -205,6 +203,4 @@ def test_compiled_backward(x: Tensor, mask: Tensor) -> None:
 def test_opcheck() -> None:
     for name in ("topk_mask", "keep_topk", "topk_indices"):
         op = getattr(torch.ops.scalpel, name).default
-        torch.library.opcheck(
-            op, (torch.randn(3, 8), K, "magnitude"), test_utils=["test_schema", "test_faketensor"]
-        )
+        torch.library.opcheck(op, (torch.randn(3, 8), K, "magnitude"), test_utils=["test_schema", "test_faketensor"])

@@ -46,9 +46,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.
         with safe_open(name, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("kind") != KIND:
-                raise ValueError(
-                    f"{name} is a safetensors file, but not one that StreamingCovariance.save wrote"
-                )
+                raise ValueError(f"{name} is a safetensors file, but not one that StreamingCovariance.save wrote")
             header = json.loads(metadata["header"])
             if header["version"] > VERSION:
                 raise ValueError(

@@ -50,9 +50,7 @@ class Pass:
         """RuntimeError if a weight changed since the pass was made: primal and tangents would not fit
         together."""
         if _weights_mark(self.model) != self._weights:
-            raise RuntimeError(
-                "the model's weights changed after this Jacobian was made: call scalpel.jacobian again"
-            )
+            raise RuntimeError("the model's weights changed after this Jacobian was made: call scalpel.jacobian again")
 
     def differs(self, other: "Pass") -> str | None:
         """Why the values of ``other`` at a shared hook are not this pass's; None where they are."""
@@ -100,9 +98,7 @@ class CircuitPass(Pass):
             ("position_ids", position_ids),
         ):
             if isinstance(given, Tensor) and given.device != model.device:
-                raise ValueError(
-                    f"{name} is on {given.device} and the model on {model.device}: move one of them"
-                )
+                raise ValueError(f"{name} is on {given.device} and the model on {model.device}: move one of them")
         self.inputs = _kept((model._checked_ids(input_ids), attention_mask, position_ids))
         self.interventions = list(model._interventions)
         # a shallow copy shares every weight and keeps the ablations of this moment, whatever is left later
@@ -150,9 +146,7 @@ class ModulePass(Pass):
     model's output, or its ``logits`` field.
     """
 
-    def __init__(
-        self, model: nn.Module, inputs: Any, keywords: dict[str, Any], source: str, target: str
-    ) -> None:
+    def __init__(self, model: nn.Module, inputs: Any, keywords: dict[str, Any], source: str, target: str) -> None:
         super().__init__(model, source, target)
         names = [name + end for name, _ in model.named_modules() for end in ("", ":in")]
         kind = f"this {type(model).__name__}, whose hooks are module paths (':in' ends an input's)"
@@ -270,10 +264,7 @@ def known_hook(name: Any, known: list[str], role: str, model: str) -> None:
     if not isinstance(name, str):
         raise TypeError(f"{role} is {name!r}; it must be a hook's name")
     if name not in known:
-        near = (
-            difflib.get_close_matches(name, known, n=3)
-            or [each for each in known if each not in ("", ":in")][:6]
-        )
+        near = difflib.get_close_matches(name, known, n=3) or [each for each in known if each not in ("", ":in")][:6]
         raise ValueError(f"unknown {role} {name!r} for {model}; near it: {', '.join(map(repr, near))}")
 
 
@@ -342,6 +333,4 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _weights_mark(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    return tuple(
-        (each.data_ptr(), 0 if each.is_inference() else each._version) for each in model.parameters()
-    )
+    return tuple((each.data_ptr(), 0 if each.is_inference() else each._version) for each in model.parameters())

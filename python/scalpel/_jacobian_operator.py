@@ -127,14 +127,10 @@ class Jacobian:
         if isinstance(other, Jacobian):
             return self._after(other)
         if not isinstance(other, Tensor):
-            raise TypeError(
-                f"J @ {type(other).__name__}: the right side must be a torch.Tensor or a Jacobian"
-            )
+            raise TypeError(f"J @ {type(other).__name__}: the right side must be a torch.Tensor or a Jacobian")
         m, n = self.shape
         if other.dim() not in (1, 2) or other.shape[0] != n:
-            raise ValueError(
-                f"J @ v: v has shape {tuple(other.shape)}; J of shape {(m, n)} takes ({n},) or ({n}, T)"
-            )
+            raise ValueError(f"J @ v: v has shape {tuple(other.shape)}; J of shape {(m, n)} takes ({n},) or ({n}, T)")
         if other.dim() == 1:
             return self.jvp(other.reshape(1, *self.source_shape)).reshape(m)
         count = other.shape[1]
@@ -214,10 +210,6 @@ class Jacobian:
                 f"{',' if not shape else ''}), the T tangents first (one alone: {name}[None])"
             )
         if given.dtype != self.dtype:
-            raise TypeError(
-                f"{name} is {given.dtype}; this Jacobian takes {self.dtype}: {name}.to({self.dtype})"
-            )
+            raise TypeError(f"{name} is {given.dtype}; this Jacobian takes {self.dtype}: {name}.to({self.dtype})")
         if given.device != self.device:
-            raise ValueError(
-                f"{name} is on {given.device}; this Jacobian is on {self.device}: move {name} there"
-            )
+            raise ValueError(f"{name} is on {given.device}; this Jacobian is on {self.device}: move {name} there")

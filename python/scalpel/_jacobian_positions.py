@@ -66,8 +66,7 @@ def select(positions: Any, length: int, side: str) -> Selected:
     for each in chosen:
         if not -length <= each < length:
             raise ValueError(
-                f"{side} position {each} is outside the text of {length} tokens; "
-                f"allowed: {-length} to {length - 1}"
+                f"{side} position {each} is outside the text of {length} tokens; allowed: {-length} to {length - 1}"
             )
     counted = tuple(each % length for each in chosen)
     if len(set(counted)) < len(counted):
@@ -137,9 +136,7 @@ def check_path(
 def _reached(hooks: list[str], source: str, target: str, chosen: Selected, reads: Tensor) -> Tensor:
     """Tokens (B or 1, L) of ``target`` that a chosen token of ``source`` can move."""
     length = reads.shape[-1]
-    none = torch.zeros(
-        reads.shape[0] if reads.dim() == 3 else 1, length, dtype=torch.bool, device=reads.device
-    )
+    none = torch.zeros(reads.shape[0] if reads.dim() == 3 else 1, length, dtype=torch.bool, device=reads.device)
     start = none.clone()
     start[:, slice(None) if chosen is None else list(chosen)] = True
     reach = {source: start}

@@ -72,9 +72,7 @@ def keep_topk(quick: bool = False, seed: int = 0) -> Case:
         # Random normal values have no ties here, so both must keep the same entries, to the bit.
         if not torch.equal(op(x, k, out=ours), peer()):
             differ = int((ours != theirs).sum())
-            raise WrongAnswer(
-                f"keep_topk and torch differ in {differ} of {x.numel()} entries; nothing was timed"
-            )
+            raise WrongAnswer(f"keep_topk and torch differ in {differ} of {x.numel()} entries; nothing was timed")
 
     return Case(
         "keep_topk",
@@ -198,9 +196,7 @@ def jacobian_jvp(quick: bool = False, seed: int = 0) -> Case:
     )
 
 
-def run(
-    *, quick: bool = False, seed: int = 0, progress: Callable[[str, float], None] | None = None
-) -> dict[str, Any]:
+def run(*, quick: bool = False, seed: int = 0, progress: Callable[[str, float], None] | None = None) -> dict[str, Any]:
     """Check, then time every case; gives plain data, as ``scalpel bench --json`` prints it.
 
     Per case: medians in milliseconds, ``speedup`` = peer / ours and ``over_floor`` = ours / floor (ratios of
@@ -267,10 +263,7 @@ def _environment() -> dict[str, Any]:
     config = show_config()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {
-        **{
-            name: config[name]
-            for name in ("version", "python", "torch", "compiler", "target", "threads", "parallel")
-        },
+        **{name: config[name] for name in ("version", "python", "torch", "compiler", "target", "threads", "parallel")},
         "machine": platform.machine(),
         "processor": _processor(),
         "cores": os.cpu_count(),

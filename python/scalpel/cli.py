@@ -110,9 +110,7 @@ def run(
         str, typer.Argument(help="A shipped model, a checkpoint's folder, or an id on the hub.")
     ] = "bracket-mini",
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("scalpel-report"),
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Measure again what the model's card states.")
-    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the model's card states.")] = False,
     seed: Seed = 0,
     open_: Annotated[bool, typer.Option("--open/--no-open", help="Open the report in a browser.")] = False,
     as_json: Json = False,
@@ -205,9 +203,7 @@ def train(
     ] = None,
     control: Annotated[Control, typer.Option(help="Leave something out of the recipe.")] = Control.none,
     seed: Seed = 0,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Stop at another number of steps than the recipe's.")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Stop at another number of steps than the recipe's.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -179,9 +179,7 @@ class Steps:
 
     def step(self, done: int, total: int, loss: float) -> None:
         """The training's callback: steps done, of how many, and the smoothed loss in nats."""
-        self._bar.update(
-            self._task, description=f"step {done}/{total}  loss {loss:.3f}", completed=done / total
-        )
+        self._bar.update(self._task, description=f"step {done}/{total}  loss {loss:.3f}", completed=done / total)
         self._line("train", f"step {done}/{total} loss {loss:.3f}")
 
     def _line(self, key: str, text: str) -> None:

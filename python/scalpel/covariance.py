@@ -286,15 +286,11 @@ class StreamingCovariance:
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"x is a {type(x).__name__}; allowed: a torch tensor or a numpy array")
         if x.dtype not in _FLOATS:
-            raise TypeError(
-                f"x is {str(x.dtype).removeprefix('torch.')}; allowed: float16, bfloat16, float32, float64"
-            )
+            raise TypeError(f"x is {str(x.dtype).removeprefix('torch.')}; allowed: float16, bfloat16, float32, float64")
         if x.device.type != "cpu":
             raise ValueError(f"x is on {x.device}, but this build runs on the CPU only; move it with x.cpu()")
         if x.dim() < 1 or x.shape[-1] != self._dim:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; it must be (..., {self._dim}), as dim is {self._dim}"
-            )
+            raise ValueError(f"x has shape {tuple(x.shape)}; it must be (..., {self._dim}), as dim is {self._dim}")
         x = x.detach().resolve_neg().reshape(-1, self._dim)
         return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -306,9 +302,7 @@ class StreamingCovariance:
         if not isinstance(other, StreamingCovariance):
             raise TypeError(f"can't {verb} a {type(other).__name__}; give a StreamingCovariance")
         if other._dim != self._dim:
-            raise ValueError(
-                f"other has dim {other._dim}, this state has dim {self._dim}; they must be equal"
-            )
+            raise ValueError(f"other has dim {other._dim}, this state has dim {self._dim}; they must be equal")
         if other._center != self._center:
             raise ValueError(
                 f"other has center={other._center}, this state has center={self._center}; centered and "
@@ -343,9 +337,7 @@ def _integer_named(name: str, value: Any) -> int:
     try:
         return _integer(value)
     except TypeError:
-        raise TypeError(
-            f"{name} is {value!r} of type {type(value).__name__}; it must be an integer"
-        ) from None
+        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; it must be an integer") from None
 
 
 def _copy_needed(x: np.ndarray) -> bool | None:

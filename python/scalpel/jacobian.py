@@ -88,18 +88,14 @@ def jacobian(
             run = ModulePass(model, input_ids, given, source, hook)
             _announce(model)
         else:
-            raise TypeError(
-                f"model is {type(model).__name__}; it must be a CircuitGPT or another torch.nn.Module"
-            )
+            raise TypeError(f"model is {type(model).__name__}; it must be a CircuitGPT or another torch.nn.Module")
         return _Derivative(run, wanted, function).operator()
 
 
 class _Derivative:
     """The map from a tangent at the source to the target, and the operator made of its derivatives."""
 
-    def __init__(
-        self, run: Pass, wanted: tuple[Any, Any], function: Callable[[Tensor], Tensor] | None
-    ) -> None:
+    def __init__(self, run: Pass, wanted: tuple[Any, Any], function: Callable[[Tensor], Tensor] | None) -> None:
         self.run = run
         self.wanted = wanted
         self.function = function
@@ -144,9 +140,7 @@ class _Derivative:
         self.run.check_weights()
         zero = torch.zeros_like(self.source)
         with _plain_tensors(), torch.no_grad(), _explained(self.run):
-            return vmap(lambda tangent: jvp(self._moved, (zero,), (tangent,))[1], chunk_size=self.chunk)(
-                tangents
-            )
+            return vmap(lambda tangent: jvp(self._moved, (zero,), (tangent,))[1], chunk_size=self.chunk)(tangents)
 
     def pull(self, cotangents: Tensor) -> Tensor:
         """(T, *target) → (T, *source): one pass forward, T of them back."""
@@ -171,9 +165,7 @@ class _Derivative:
     def _check_probe(self, tangent: Tensor | None) -> None:
         ends = f"from {self.run.source!r} to {self.run.target!r}"
         if tangent is None:
-            raise ValueError(
-                f"no path {ends}: the target does not read the source. Choose a target further on"
-            )
+            raise ValueError(f"no path {ends}: the target does not read the source. Choose a target further on")
         if self.at != (None, None) and not bool(tangent.any()):
             raise ValueError(
                 f"no path {ends}: nothing added at {describe(self.at[0])} of the source moves "

@@ -113,9 +113,7 @@ def _check_range(shape: tuple[int, ...], k: int) -> None:
     if len(shape) == 0:
         raise ValueError("x has no dimension; TopK needs at least one, of which the last is ranked")
     if not 0 <= k <= shape[-1]:
-        raise ValueError(
-            f"k is {k}, but the last dimension of x has width {shape[-1]}; allowed: 0 <= k <= width"
-        )
+        raise ValueError(f"k is {k}, but the last dimension of x has width {shape[-1]}; allowed: 0 <= k <= width")
 
 
 def _by_value(by: str) -> bool:
@@ -140,9 +138,7 @@ def _call(op: str, dispatch: Callable[..., torch.Tensor], x: Any, k: Any, by: st
                 "keep_topk with out= can't be differentiated, but x or out requires grad; leave out away"
             )
         if _transforms_active():
-            raise RuntimeError(
-                f"{op} with out= can't run under a torch.func transform or forward AD; leave out away"
-            )
+            raise RuntimeError(f"{op} with out= can't run under a torch.func transform or forward AD; leave out away")
         if x.device != out.device:
             raise ValueError(f"x is on {x.device}, out on {out.device}; they must be on one device")
         _into(op, x, k, by, out)
@@ -215,9 +211,7 @@ def _result_like(op: str, x: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def _define(op: str) -> Callable[[torch.Tensor, int, str], torch.Tensor]:
-    @torch.library.custom_op(
-        f"scalpel::{op}", mutates_args=(), schema="(Tensor x, SymInt k, str by) -> Tensor"
-    )
+    @torch.library.custom_op(f"scalpel::{op}", mutates_args=(), schema="(Tensor x, SymInt k, str by) -> Tensor")
     def run(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
         out = _result_like(op, x, k)
         _into(op, x, k, by, out)

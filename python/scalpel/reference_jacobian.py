@@ -75,17 +75,13 @@ def _run_module(
         module = model.get_submodule(path.removesuffix(":in"))
         if path.endswith(":in"):
             handles.append(
-                module.register_forward_pre_hook(
-                    lambda _, given, path=path: (record(path, given[0]), *given[1:])
-                )
+                module.register_forward_pre_hook(lambda _, given, path=path: (record(path, given[0]), *given[1:]))
             )
         else:
             handles.append(
                 module.register_forward_hook(
                     lambda _, given, output, path=path: (
-                        (record(path, output[0]), *output[1:])
-                        if isinstance(output, tuple)
-                        else record(path, output)
+                        (record(path, output[0]), *output[1:]) if isinstance(output, tuple) else record(path, output)
                     )
                 )
             )

@@ -12,8 +12,7 @@ import numpy as np
 from ..models.circuitgpt import CircuitGPT
 from ..semigroup import ThresholdCounter
 from . import critical as c
-from .controls import Controls, short_accuracy
-from .dilution import LEAST_ACCURACY
+from .controls import LEAST_ACCURACY, Controls, short_accuracy
 from .provenance import model_provenance
 from .result import Protocol, Result, Verdict
 
@@ -31,6 +30,7 @@ def run(
     offsets: int = 64,
     width: int = 16,
     seed: int = 0,
+    least_accuracy: float = LEAST_ACCURACY,
     controls: Controls | None = None,
 ) -> Result:
     """Agreement of simulator and model on held-out cells (k ≠ ``calibrate``; bins of ``width`` tokens).
@@ -54,7 +54,7 @@ def run(
     counter = ThresholdCounter(calibrate / fitted.value)
     middles = (edges[:-1] + edges[1:]) / 2
     simulated = {k: np.array([counter.decide(k, int(n)) for n in middles]) for k in amounts}
-    constant = {k: middles < fitted.value for k in amounts}
+    constant = dict.fromkeys(amounts, middles < fitted.value)
     protocol.predict(
         {
             "summary": f"θ = {float(counter.theta):.4f} from k={calibrate}: n* = "
@@ -66,6 +66,7 @@ def run(
     )
     curves = {k: ask(model, k, 3) for k in amounts}
     flat = ask(model, 1, 3, depth=1)
+    short = short_accuracy(curves, flat)
     shown = {k: curve.binned(edges) for k, curve in curves.items()}
     score = agreement(curves, held, edges, simulated)
     rival = agreement(curves, held, edges, constant)
@@ -91,7 +92,7 @@ def run(
             f"(balanced {_number(score['balanced'])})",
             "agreement": score,
             "model_right": shown,
-            "short_context_accuracy": short_accuracy(curves, flat),
+            "short_context_accuracy": short,
         },
         interval={"summary": f"[{low:.3f}, {high:.3f}]", "agreement": [float(low), float(high)]},
         null={
@@ -99,7 +100,7 @@ def run(
             f"; evidence shuffled: {shuffled:.3f}; untrained: {null['untrained']['plain']:.3f}",
             **null,
         },
-        verdict=_verdict(fitted, score, float(low), lead_low, lead_high, short_accuracy(curves, flat)),
+        verdict=_verdict(fitted, score, float(low), lead_low, lead_high, short >= least_accuracy),
         figures={
             "map": {
                 "kind": "map",
@@ -110,7 +111,11 @@ def run(
                 "y": [str(k) for k in amounts],
                 "values": [shown[k] for k in amounts],
                 "overlays": [
-                    {"label": "simulator", "x": [counter.critical_length(k) for k in amounts], "style": "line"},
+                    {
+                        "label": "simulator",
+                        "x": [counter.critical_length(k) for k in amounts],
+                        "style": "line",
+                    },
                     {"label": "constant", "x": [fitted.value for _ in amounts], "style": "dashed"},
                 ],
             }
@@ -162,10 +167,10 @@ def _shuffled(
 
 
 def _verdict(
-    fitted: c.Critical, score: dict[str, Any], low: float, lead_low: float, lead_high: float, short: float
+    fitted: c.Critical, score: dict[str, Any], low: float, lead_low: float, lead_high: float, able: bool
 ) -> Verdict:
     """Reproduced iff agreement is surely 0.95 or more and surely above the constant rival's."""
-    if short < LEAST_ACCURACY or fitted.censored is not None or np.isnan(score["balanced"]):
+    if not able or fitted.censored is not None or np.isnan(score["balanced"]):
         return "not testable here"
     if low < GOOD or lead_high < 0:
         return "not reproduced"

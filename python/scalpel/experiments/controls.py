@@ -8,6 +8,7 @@ import numpy as np
 from ..models.circuitgpt import CircuitGPT
 from .critical import Curve
 
+LEAST_ACCURACY = 0.95  # below it a model is said not to do the task, and nothing measured on it means anything
 SHORT = 40  # tokens: "short contexts", where nothing has diluted yet
 
 

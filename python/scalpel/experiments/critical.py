@@ -125,9 +125,7 @@ def logistic_fit(x: np.ndarray, y: np.ndarray, ridge: float = 1e-3) -> tuple[flo
 def ask_long_lists(model: CircuitGPT, k: int, *, depth: int = 2, prompts: int, length: int, seed: int) -> Curve:
     """Answers of the model along lists of evidence k, up to ``length`` tokens; x is n, the attended keys."""
     assert model.tokenizer is not None
-    lists = long_lists(
-        model.tokenizer, k, length, prompts, block_size=model.config.block_size, depth=depth, seed=seed
-    )
+    lists = long_lists(model.tokenizer, k, length, prompts, block_size=model.config.block_size, depth=depth, seed=seed)
     right = (preference(model, lists) > 0) == (depth == 2)
     return Curve(lists.n.numpy(), right.numpy())
 

@@ -11,13 +11,12 @@ import numpy as np
 
 from ..models.circuitgpt import CircuitGPT
 from . import critical as c
-from .controls import Controls, short_accuracy
+from .controls import LEAST_ACCURACY, Controls, short_accuracy
 from .provenance import model_provenance
 from .result import Protocol, Result, Verdict
 
 QUESTION = "At which context length does the bracket answer fail, and does that length grow as k/θ?"
 SEED_FIGURE = "n* = ⌈k/θ⌉ = 14 for k = 2, θ = 0.15"
-LEAST_ACCURACY = 0.95
 
 
 def run(
@@ -28,13 +27,15 @@ def run(
     prompts: int = 64,
     offsets: int = 64,
     seed: int = 0,
+    least_accuracy: float = LEAST_ACCURACY,
     controls: Controls | None = None,
 ) -> Result:
     """Critical lengths n₅₀(k) of ``model`` at depth 2 against the seed's law, the sink's, and two rivals.
 
     ``calibrate`` and ``predict``: amounts of evidence; ``prompts``: lists per amount, varying filler, head and first
-    position (the last ``offsets`` positions of the context are left free for that); ``controls``: the models to
-    compare with, by default the untrained one and, for a shipped model, those shipped with it.
+    position (the last ``offsets`` positions of the context are left free for that); ``least_accuracy``: what the model
+    must reach at short contexts for a verdict; ``controls``: the models to compare with, by default the untrained one
+    and, for a shipped model, those shipped with it.
     """
     controls = controls or Controls.of(model)
     length = model.config.block_size - offsets
@@ -80,7 +81,7 @@ def run(
             "summary": "; ".join(f"{name}: {found['words']}" for name, found in null.items()),
             **null,
         },
-        verdict=verdict(measured, predict, holds, short),
+        verdict=verdict(measured, predict, holds, short >= least_accuracy),
         figures={
             "curves": {
                 "kind": "curves",
@@ -98,15 +99,13 @@ def run(
     )
 
 
-def verdict(
-    measured: dict[int, c.Critical], predict: Sequence[int], holds: dict[str, bool], short: float
-) -> Verdict:
+def verdict(measured: dict[int, c.Critical], predict: Sequence[int], holds: dict[str, bool], able: bool) -> Verdict:
     """Reproduced iff the seed's law meets every held-out length and no rival does.
 
     Not testable where the model can't do the task at short contexts, or fewer than two held-out amounts fail inside
     the context; indistinguishable where a rival meets them all too.
     """
-    if short < LEAST_ACCURACY or not holds or sum(measured[k].censored is None for k in predict) < 2:
+    if not able or not holds or sum(measured[k].censored is None for k in predict) < 2:
         return "not testable here"
     if not holds["seed"]:
         return "not reproduced"
@@ -154,7 +153,12 @@ def _law_figure(
         for part in (True, False)
     ]
     lines = [
-        {"label": name, "style": "line" if name == "seed" else "dashed", "x": amounts, "y": [law(k) for k in amounts]}
+        {
+            "label": name,
+            "style": "line" if name == "seed" else "dashed",
+            "x": amounts,
+            "y": [law(k) for k in amounts],
+        }
         for name, (law, _) in laws.items()
     ]
     return {

@@ -57,11 +57,11 @@ def run(
         }
     )
     counts = np.arange(0, length - max(map(len, short)) + 1, step)
-    curves = {name: _curve(model, short, counts, _comment(model, text), depth=2) for name, text in CLASSES.items()}
+    curves = {name: _refined(model, short, counts, _comment(model, text)) for name, text in CLASSES.items()}
     curves["list elements"] = _elements(model, k, n0, prompts, length, seed)
     moved = _curve(model, short, counts, None, depth=2)
     flat = _short_prompts(model, 1, elements, prompts, seed)
-    unmatched = _curve(model, flat, np.arange(0, 17), _comment(model, "["), depth=1)
+    unmatched = _curve(model, flat, np.arange(0, 17), _brackets(model), depth=1)
     measured = {name: c.critical(curve, rng) for name, curve in curves.items()}
     null = c.critical(moved, rng)
     push = c.critical(unmatched, rng)
@@ -123,11 +123,42 @@ def _short_prompts(model: CircuitGPT, k: int, elements: int, count: int, seed: i
 
 
 def _comment(model: CircuitGPT, text: str) -> Callable[[int], list[int]]:
-    """``count`` tokens of ``text`` repeated, as a comment line; the comment's own sign and newline come on top."""
+    """A comment line of ``count`` tokens in all: its sign, ``text`` repeated, its newline."""
     assert model.tokenizer is not None
     sign, line = model.tokenizer.encode("# "), model.tokenizer.encode("\n")
     unit = model.tokenizer.encode(text)
-    return lambda count: [*sign, *(unit * (count // len(unit) + 1))[:count], *line] if count else []
+
+    def tokens(count: int) -> list[int]:
+        inside = max(0, count - len(sign) - len(line))
+        return [*sign, *(unit * (inside // len(unit) + 1))[:inside], *line] if count else []
+
+    return tokens
+
+
+def _brackets(model: CircuitGPT) -> Callable[[int], list[int]]:
+    """A comment line with ``count`` unmatched brackets; without any it is there all the same."""
+    assert model.tokenizer is not None
+    sign, line, bracket = (model.tokenizer.encode(text) for text in ("# ", "\n", "["))
+    return lambda count: [*sign, *bracket * count, *line]
+
+
+def _refined(
+    model: CircuitGPT,
+    prompts: Sequence[list[int]],
+    counts: np.ndarray,
+    distractors: Callable[[int], list[int]],
+) -> c.Curve:
+    """The curve on the coarse grid and, where it crosses one half, on every element's step around the crossing."""
+    coarse = _curve(model, prompts, counts, distractors, depth=2)
+    crossing, censored = c.half_crossing(coarse)
+    if censored is not None:
+        return coarse
+    step = int(counts[1] - counts[0])
+    near = np.arange(max(c.ELEMENT, int(crossing) - step), min(int(crossing) + step, int(counts[-1])), c.ELEMENT)
+    fine = _curve(model, prompts, np.setdiff1d(near, counts), distractors, depth=2)
+    x, right = np.concatenate([coarse.x, fine.x], 1), np.concatenate([coarse.right, fine.right], 1)
+    order = np.argsort(x[0])
+    return c.Curve(x[:, order], right[:, order])
 
 
 @torch.no_grad()

@@ -37,7 +37,10 @@ def run(
     protocol = Protocol("minimal_simulator", QUESTION, SEED_FIGURE, {"model": "none: arithmetic", "seed": seed})
     counter = ThresholdCounter(SEED_THETA)
     rng = np.random.default_rng(seed)
-    thetas = [Fraction(int(a), int(b)) for a, b in zip(rng.integers(1, 40, samples), rng.integers(40, 200, samples), strict=True)]
+    thetas = [
+        Fraction(int(a), int(b))
+        for a, b in zip(rng.integers(1, 40, samples), rng.integers(40, 200, samples), strict=True)
+    ]
     protocol.predict(
         {
             "summary": f"n* = ⌈k/θ⌉ = {counter.critical_length(SEED_K)}, d = {counter.min_distractors(SEED_K, SEED_N0)}",

@@ -98,9 +98,7 @@ def _parse(model: "CircuitGPT", nodes: Iterable[str]) -> dict[str, Tensor]:
         elif channel.isdecimal() and int(channel) < width:
             mask[int(channel)] = True
         else:
-            raise ValueError(
-                f"node {node!r}: {channel!r} is no channel of {name}, which has 0 to {width - 1}"
-            )
+            raise ValueError(f"node {node!r}: {channel!r} is no channel of {name}, which has 0 to {width - 1}")
     return picked
 
 

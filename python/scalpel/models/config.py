@@ -115,11 +115,7 @@ class CircuitGPTConfig:
             value = getattr(self, name)
             if value is None and name in ("d_head", "d_mlp", "d_pos_emb"):
                 continue
-            if (
-                not isinstance(value, int)
-                or isinstance(value, bool)
-                or value < (0 if name == "n_layer" else 1)
-            ):
+            if not isinstance(value, int) or isinstance(value, bool) or value < (0 if name == "n_layer" else 1):
                 raise ValueError(f"config field {name!r} is {value!r}; it must be a positive integer")
         for name in ("bias", "ln_bias", "rms_norm", "tied_unembed", "enable_bigram_table", "sink"):
             _one_of(name, getattr(self, name), (True, False))
@@ -127,8 +123,7 @@ class CircuitGPTConfig:
         if self.d_head is None:
             if self.d_model % self.n_head:
                 raise ValueError(
-                    f"d_model {self.d_model} is not a multiple of n_head {self.n_head}; give d_head "
-                    "explicitly"
+                    f"d_model {self.d_model} is not a multiple of n_head {self.n_head}; give d_head explicitly"
                 )
             self.d_head = self.d_model // self.n_head
         if self.d_mlp is None:
@@ -141,9 +136,7 @@ class CircuitGPTConfig:
         for location in self.topk_locations:
             _one_of("afrac_loctypes", location, ABS_TOPK_LOCATIONS)
         if self.sinusoidal_cat_pos_emb and self.d_pos_emb is None:
-            raise ValueError(
-                "sinusoidal_cat_pos_emb needs d_pos_emb: it concerns concatenated positions only"
-            )
+            raise ValueError("sinusoidal_cat_pos_emb needs d_pos_emb: it concerns concatenated positions only")
 
     @property
     def topk_locations(self) -> tuple[str, ...]:
@@ -182,9 +175,7 @@ class CircuitGPTConfig:
             name = "d_mlp" if key == "n_mlp" else key
             if name in own:
                 if name in known and known[name] != value:
-                    raise ValueError(
-                        f"config gives {name!r} twice: {known[name]!r} and {value!r} (as {key!r})"
-                    )
+                    raise ValueError(f"config gives {name!r} twice: {known[name]!r} and {value!r} (as {key!r})")
                 known[name] = value
             elif name in _SWITCHES or name in _HUB_FIELDS:
                 extra[name] = value
@@ -212,11 +203,7 @@ class CircuitGPTConfig:
 
     def to_public_dict(self) -> dict[str, Any]:
         """The fields of ``beeg_config.json``: those of the published class, which refuses any other."""
-        return {
-            name: value
-            for name, value in self.to_dict().items()
-            if name not in self.extra or name in _SWITCHES
-        }
+        return {name: value for name, value in self.to_dict().items() if name not in self.extra or name in _SWITCHES}
 
     def unknown_fields(self) -> dict[str, Any]:
         """Extras that no published code has; they are here because they are off."""

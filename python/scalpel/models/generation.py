@@ -86,9 +86,7 @@ def _stop_ids(model: "CircuitGPT", stop: int | str | Collection[int | str] | Non
     for token in [stop] if isinstance(stop, int | str) else stop:
         if isinstance(token, str):
             if model.tokenizer is None:
-                raise ValueError(
-                    f"stop {token!r} is text and the model has no tokenizer; give the token's id"
-                )
+                raise ValueError(f"stop {token!r} is text and the model has no tokenizer; give the token's id")
             token = model.tokenizer.single(token)
         ids.add(int(token))
     return ids

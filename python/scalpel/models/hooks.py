@@ -64,9 +64,7 @@ def run_with_cache(
         return None, kept
 
 
-def run_with_hooks(
-    model: "CircuitGPT", input_ids: Tensor, fwd_hooks: Sequence[Hook], **inputs: Any
-) -> Tensor:
+def run_with_hooks(model: "CircuitGPT", input_ids: Tensor, fwd_hooks: Sequence[Hook], **inputs: Any) -> Tensor:
     """Logits (B, L, vocab) with ``fn(value, name)`` called at each named hook, in the order given.
 
     ``fn`` returns the value to go on with, of the same shape and dtype on the same device, or None to leave

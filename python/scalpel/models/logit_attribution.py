@@ -264,7 +264,5 @@ def _columns(input_ids: Tensor, mask: Tensor | None, position: int) -> Tensor:
     columns = last + 1 + position if position < 0 else torch.full_like(last, position)
     inside = (columns >= 0) & (columns < length)
     if not bool(inside.all()) or not bool(real.gather(-1, columns[:, None]).all()):
-        raise ValueError(
-            f"position {position} is not a real token of every prompt; the batch is {(batch, length)}"
-        )
+        raise ValueError(f"position {position} is not a real token of every prompt; the batch is {(batch, length)}")
     return columns

@@ -43,9 +43,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         path = folder / name
         if path.is_file():
             return _read_shards(path) if name.endswith(".index.json") else _read_file(path)
-    raise CheckpointError(
-        f"{folder} holds no weights: one of {', '.join(WEIGHT_FILES)} was expected beside the config"
-    )
+    raise CheckpointError(f"{folder} holds no weights: one of {', '.join(WEIGHT_FILES)} was expected beside the config")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -70,9 +68,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{index.name} names the shard {name!r}, which is not in {index.parent}")
         for key, tensor in _read_file(shard).items():
             if where.get(key) != name:
-                raise CheckpointError(
-                    f"{name} holds {key!r}, which {index.name} places in {where.get(key)!r}"
-                )
+                raise CheckpointError(f"{name} holds {key!r}, which {index.name} places in {where.get(key)!r}")
             weights[key] = tensor
     if absent := sorted(where.keys() - weights.keys()):
         raise CheckpointError(f"{index.name} lists {some(absent)}, which no shard holds")
@@ -127,8 +123,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     for key, tensor in value.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(
-                f"{path} holds {type(tensor).__name__} under {key!r}; "
-                "a flat dict of names to tensors was expected"
+                f"{path} holds {type(tensor).__name__} under {key!r}; a flat dict of names to tensors was expected"
             )
         if tensor.layout is not torch.strided or tensor.is_quantized:
             raise CheckpointError(f"{key!r} in {path} is {tensor.layout}; store it dense, zeros included")

@@ -45,14 +45,10 @@ def draw_bars(data: dict[str, Any]) -> Figure:
         )
     for row, line in enumerate(references):
         axes.axvline(line["y"], color=MUTED, linewidth=0.9, linestyle=(0, (1, 2)))
-        x = frame.left + (line["y"] - axes.get_xlim()[0]) / np.ptp(axes.get_xlim()) * (
-            WIDTH - left - frame.right
-        )
+        x = frame.left + (line["y"] - axes.get_xlim()[0]) / np.ptp(axes.get_xlim()) * (WIDTH - left - frame.right)
         side = "right" if x > WIDTH * 0.6 else "left"
         above = frame.height - frame.top + 0.08 + LINE * row
-        frame.figure.text(
-            *frame.at(x, above), str(line["label"]), ha=side, va="bottom", size=SMALL, color=MUTED
-        )
+        frame.figure.text(*frame.at(x, above), str(line["label"]), ha=side, va="bottom", size=SMALL, color=MUTED)
     axes.set_yticks(y, labels)
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.spines[["top", "right"]].set_visible(False)

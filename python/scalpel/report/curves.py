@@ -115,9 +115,7 @@ def _padded(values: np.ndarray, share: float) -> tuple[float, float]:
     return float(values.min()) - pad, float(values.max()) + pad
 
 
-def _rows_of_marks(
-    vlines: list[dict[str, Any]], start: float, inches: float
-) -> list[tuple[dict[str, Any], int]]:
+def _rows_of_marks(vlines: list[dict[str, Any]], start: float, inches: float) -> list[tuple[dict[str, Any], int]]:
     """Each vertical line with the row above the plot that its name stands on: the first with room for it."""
     ends: list[float] = []
     rows = []

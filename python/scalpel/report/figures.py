@@ -84,9 +84,7 @@ def to_svg(figure: Mapping[str, Any], prefix: str) -> str:
 def alt_text(figure: Mapping[str, Any]) -> str:
     """What a reader who can't see the picture is told: its title, its summary, and what is drawn in it."""
     parts = [str(figure.get("title", "")), str(figure.get("summary", ""))]
-    named = [
-        str(s["label"]) for s in (*figure.get("series", ()), *figure.get("overlays", ())) if s.get("label")
-    ]
+    named = [str(s["label"]) for s in (*figure.get("series", ()), *figure.get("overlays", ())) if s.get("label")]
     if named:
         parts.append("Shown: " + ", ".join(named))
     return ". ".join(part.rstrip(".") for part in parts if part) + "."

@@ -20,9 +20,7 @@ class Frame:
         self.width, self.height = WIDTH, height + top + bottom
         self.left, self.right, self.top, self.bottom = left, right, top, bottom
         self.figure = Figure(figsize=(self.width, self.height))
-        self.axes = self.figure.add_axes(
-            (*self.at(left, bottom), *self.at(self.width - left - right, height))
-        )
+        self.axes = self.figure.add_axes((*self.at(left, bottom), *self.at(self.width - left - right, height)))
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         """Inches from the lower left corner as fractions of the figure."""

@@ -21,9 +21,7 @@ def draw_region(data: dict[str, Any]) -> Figure:
     rows, n_max = data["k"], int(data["n_max"])
     fails = array(data["fails"])
     if fails.shape != (len(rows), n_max + 1):
-        raise ValueError(
-            f"fails is of shape {fails.shape}; {len(rows)} rows of n_max + 1 = {n_max + 1} are needed"
-        )
+        raise ValueError(f"fails is of shape {fails.shape}; {len(rows)} rows of n_max + 1 = {n_max + 1} are needed")
     frame = Frame(0.24 * len(rows) + 0.1, left=0.45, top=0.38)
     axes = frame.axes
     missing = np.isnan(fails)
@@ -48,9 +46,7 @@ def draw_map(data: dict[str, Any]) -> Figure:
     rows, edges, values = data["y"], array(data["x_edges"]), array(data["values"])
     overlays = data.get("overlays", [])
     if values.shape != (len(rows), len(edges) - 1):
-        raise ValueError(
-            f"values is of shape {values.shape}; {(len(rows), len(edges) - 1)} follows from y and x_edges"
-        )
+        raise ValueError(f"values is of shape {values.shape}; {(len(rows), len(edges) - 1)} follows from y and x_edges")
     if not np.all(np.diff(edges) > 0):
         raise ValueError("x_edges must ascend")
     if np.any((values < 0) | (values > 1)):
@@ -65,9 +61,7 @@ def draw_map(data: dict[str, Any]) -> Figure:
     axes = frame.axes
     level = np.where(np.isnan(values), -1, np.rint(np.nan_to_num(values) * 10)).astype(int)
     cells = [
-        (row, edges[i], edges[i + 1], int(level[row, i]))
-        for row in range(len(rows))
-        for i in range(len(edges) - 1)
+        (row, edges[i], edges[i + 1], int(level[row, i])) for row in range(len(rows)) for i in range(len(edges) - 1)
     ]
     for step, colour in enumerate(LEVELS):
         _tiles(axes, [c[:3] for c in cells if c[3] == step], facecolor=colour, edgecolor=PAPER, linewidth=0.5)

@@ -86,9 +86,7 @@ def _section(result: "Result") -> dict[str, Any]:
     for key, figure in result.figures.items():
         spec = data["figures"][key]
         svg = to_svg(figure, f"{result.name}-{key}".replace("_", "-"))
-        figures.append(
-            {"svg": Markup(svg), "title": spec.get("title", key), "summary": spec.get("summary", "")}
-        )
+        figures.append({"svg": Markup(svg), "title": spec.get("title", key), "summary": spec.get("summary", "")})
     numbers = {
         part: {k: v for k, v in data[part].items() if k not in ("summary", "rule")}
         for part in ("prediction", "measured", "interval", "null")

@@ -94,7 +94,11 @@ def long_lists(
     questions = min(map(len, asked))
     offset = torch.from_numpy(rng.integers(block_size - length + 1, size=(count, 1)))
     return LongLists(
-        k, depth, torch.tensor(rows), offset + torch.arange(length), torch.stack([a[:questions] for a in asked])
+        k,
+        depth,
+        torch.tensor(rows),
+        offset + torch.arange(length),
+        torch.stack([a[:questions] for a in asked]),
     )
 
 

@@ -52,7 +52,8 @@ def train_model(
         raise ValueError(f"control is {control!r}; allowed: {', '.join(CONTROLS)}")
     if steps is not None and steps < 1:
         raise ValueError(f"steps is {steps}; it must be 1 or more")
-    recipe = replace(Recipe(seed=seed, **CONTROLS[control]), **({"steps": steps} if steps else {}))
+    recipe = Recipe(seed=seed, **CONTROLS[control])
+    recipe = recipe if steps is None else replace(recipe, steps=steps)
     out.mkdir(parents=True, exist_ok=True)
     sources = interpreter_sources()
     tokenizer = bracket_tokenizer(sources, recipe.vocab_size)

@@ -8,6 +8,7 @@ length alone tells nothing of the depth, and a model that confuses the two learn
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from keyword import iskeyword
 from pathlib import Path
 from sysconfig import get_paths
 
@@ -18,13 +19,17 @@ from ..tasks.literals import MAX_DEPTH, harvest, python_files
 DEPTH_PROBABILITIES = (0.4, 0.4, 0.2)
 MEAN_ELEMENTS = 4.0
 MAX_ELEMENTS = 64
-MAX_LEAF_CHARS = 16
+MAX_HEAD_CHARS = 40
+MAX_LEAF_CHARS = 20
 RAGGED = 0.3  # share of literals that mix leaves and rows
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Pieces of real text: statement heads, and the leaves of each literal (runs of elements that go together)."""
+    """Pieces of real text: statement heads, and the leaves of each literal (runs of elements that go together).
+
+    Both keep their repeats, so that what is common in real sources ("return ") is common here.
+    """
 
     heads: tuple[str, ...]
     runs: tuple[tuple[str, ...], ...]
@@ -34,8 +39,8 @@ class Sources:
 def interpreter_sources() -> Sources:
     """Heads and element runs of the running interpreter's library, about 15 seconds of parsing."""
     literals = list(harvest(python_files(Path(get_paths()["stdlib"]))))
-    heads = sorted({one.head for one in literals if "\n" not in one.head and len(one.head) <= 32})
-    runs = sorted({one.leaves for one in literals if all(len(leaf) <= MAX_LEAF_CHARS for leaf in one.leaves)})
+    heads = [one.head for one in literals if "\n" not in one.head and len(one.head) <= MAX_HEAD_CHARS]
+    runs = [one.leaves for one in literals if all(len(leaf) <= MAX_LEAF_CHARS for leaf in one.leaves)]
     if not heads or not runs:
         raise RuntimeError("no list literal was found in the interpreter's library: are its .py sources installed?")
     return Sources(tuple(heads), tuple(runs))
@@ -67,22 +72,28 @@ def _head(sources: Sources, rng: np.random.Generator) -> str:
 
 
 def _name(rng: np.random.Generator) -> str:
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    return "".join(letters[i] for i in rng.integers(len(letters), size=int(rng.integers(1, 4))))
+    """A made-up identifier: one to three letters, sometimes two such words or a digit behind."""
+    name = "".join(chr(ord("a") + i) for i in rng.integers(26, size=int(rng.integers(1, 4))))
+    if iskeyword(name):
+        return _name(rng)
+    ending = rng.random()
+    return f"{name}_{_name(rng)}" if ending < 0.15 else f"{name}{rng.integers(10)}" if ending < 0.25 else name
 
 
 def _leaves(sources: Sources, count: int, rng: np.random.Generator) -> list[str]:
     """``count`` elements of one kind, as real lists have them."""
-    kind = rng.integers(6)
+    kind = rng.choice(6, p=(0.3, 0.1, 0.2, 0.15, 0.15, 0.1))
     if kind == 0:  # runs of real elements, as many as are needed
         leaves: list[str] = []
         while len(leaves) < count:
             leaves += sources.runs[rng.integers(len(sources.runs))]
         return leaves[:count]
-    if kind == 1:
-        return [_name(rng)] * count
+    if kind == 1:  # one element again and again
+        run = sources.runs[rng.integers(len(sources.runs))]
+        return [run[0] if rng.random() < 0.5 else _name(rng)] * count
     if kind == 2:
-        return [_name(rng) for _ in range(count)]
+        module = f"{_name(rng)}." if rng.random() < 0.3 else ""
+        return [(module if rng.random() < 0.7 else "") + _name(rng) for _ in range(count)]
     if kind == 3:
         return [str(i) for i in rng.integers(10, size=count)]
     sign = ["-" if s else "" for s in rng.random(count) < 0.2 * rng.random()]

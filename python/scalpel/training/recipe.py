@@ -103,7 +103,7 @@ def prune_(weight: Tensor, fraction: float, min_per_channel: int) -> None:
     if fraction >= 1:
         return
     size = weight.abs()
-    keep = int(round(fraction * size.numel()))
+    keep = round(fraction * size.numel())
     threshold = size.flatten().kthvalue(size.numel() - keep + 1).values if keep else size.new_tensor(torch.inf)
     mask = size >= threshold
     for dim in (0, 1):
@@ -118,7 +118,7 @@ def clip_rms_(parameters: list[nn.Parameter], limit: float) -> None:
     grads = [p.grad for p in parameters if p.grad is not None]
     total = torch.stack([g.square().sum() for g in grads]).sum()
     rms = (total / sum(g.numel() for g in grads)).sqrt()
-    torch._foreach_mul_(grads, float((limit / rms.clamp(min=limit))))
+    torch._foreach_mul_(grads, float(limit / rms.clamp(min=limit)))
 
 
 def density_table(model: CircuitGPT) -> dict[str, dict[str, float]]:

@@ -1,0 +1,175 @@
+"""The bracket task: real literals are read rightly, long lists ask where an element ends, answers are judged."""
+
+import numpy as np
+import pytest
+import torch
+
+from bracket_fixtures import SOURCES, small_tokenizer
+from scalpel.models.circuitgpt import CircuitGPT
+from scalpel.models.config import CircuitGPTConfig
+from scalpel.tasks.brackets import answer, closers, long_lists, preference, questions_from
+from scalpel.tasks.literals import literals_of
+from scalpel.training.corpus import documents
+
+
+@pytest.mark.parametrize(
+    ("source", "depth", "prompt"),
+    [
+        ("x = [1, 2]\n", 1, "x = [1, 2"),
+        ("    x = [[1, 2],\n         [3, 4]]\n".replace("    x", "x", 1), 2, "x = [[1, 2],\n         [3, 4"),
+        ("return_ = [a, [b, -1]]\n", 2, "return_ = [a, [b, -1"),
+        ("x = [[1], 2]\n", 1, "x = [[1], 2"),
+        ("x = [[[1]]]\n", 3, "x = [[[1"),
+        ("assert y == ['é' 'x'][0:1] or [1]\n".replace("é", "e"), 1, "assert y == ['e' 'x'][0:1] or [1"),
+    ],
+)
+def test_literals_are_read(source, depth, prompt):
+    (literal,) = literals_of(source)
+    assert (literal.depth, literal.prompt) == (depth, prompt)
+    assert literal.text == source
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "x = []\n",
+        "x = [1, 2,]\n",
+        "x = [1, 2\n]\n",
+        "x = f([1])\n",
+        "x = [1]  # why\n",
+        "x = [a[0]]\n",  # the closers aren't all the list's
+        "x = a[[1]]\n",
+        "x = [1]; y = 2\n",
+        "x = [f(1)]\n",
+        "x = [[[[1]]]]\n",
+        "x = [1\n",
+    ],
+)
+def test_what_is_no_question_is_left_out(source):
+    assert list(literals_of(source)) == []
+
+
+def test_questions_are_distinct_and_of_two_depths():
+    literals = [one for s in ("x = [1]\n", "x = [1]\n", "y = [[1]]\n", "z = [[[1]]]\n") for one in literals_of(s)]
+    assert questions_from(literals) == [("x = [1", 1), ("y = [[1", 2)]
+
+
+@pytest.mark.parametrize(("k", "depth"), [(1, 1), (2, 2), (3, 2), (6, 2)])
+def test_long_lists_ask_after_each_element(k, depth):
+    tokenizer = small_tokenizer()
+    lists = long_lists(tokenizer, k, 80, 16, block_size=100, depth=depth, seed=3)
+    assert lists.ids.shape == (16, 80)
+    assert int(lists.positions.min()) >= 0 and int(lists.positions.max()) < 100
+    assert len(set(lists.positions[:, 0].tolist())) > 1
+    bracket, comma = tokenizer.single("["), tokenizer.single(", ")
+    closed = tokenizer.single("],")
+    for row, asked in zip(lists.ids, lists.asked, strict=True):
+        for at in asked.tolist():
+            assert int((row[: at + 1] == bracket).sum()) == k
+            assert int((row[: at + 1] == bracket).sum() - (row[: at + 1] == closed).sum()) == depth
+            assert int(row[at]) != comma and (at + 1 == len(row) or int(row[at + 1]) == comma)
+    assert torch.equal(lists.n, lists.asked + 1)
+
+
+def test_long_lists_refuse_what_cannot_be():
+    with pytest.raises(ValueError, match="k is 1 at depth 1"):
+        long_lists(small_tokenizer(), 1, 80, 4, block_size=100, depth=2)
+    with pytest.raises(ValueError, match="more than the context"):
+        long_lists(small_tokenizer(), 2, 180, 4, block_size=100)
+
+
+def _model() -> CircuitGPT:
+    config = CircuitGPTConfig(
+        block_size=96,
+        vocab_size=small_tokenizer().vocab_size,
+        n_layer=1,
+        n_head=2,
+        d_model=16,
+        afrac=0.5,
+        sink=True,
+    )
+    model = CircuitGPT(config, seed=4).eval()
+    model.tokenizer = small_tokenizer()
+    return model
+
+
+def test_one_pass_gives_what_asking_each_prompt_gives():
+    model = _model()
+    lists = long_lists(model.tokenizer, 2, 60, 3, block_size=60, seed=0)
+    along = preference(model, lists)
+    ids = closers(model.tokenizer)
+    for i in range(3):
+        for j in (0, 5, lists.asked.shape[1] - 1):
+            prefix = lists.ids[i, : int(lists.asked[i, j]) + 1]
+            logits = model(prefix[None])[0, -1]
+            assert along[i, j].item() == pytest.approx((logits[ids.two] - logits[ids.one]).item(), abs=1e-4)
+
+
+def test_answers_are_judged_by_depth_and_too_long_ones_counted():
+    model = _model()
+    prompts = [("x = [1, 2", 1), ("x = [[1, 2", 2), ("y = [[3", 2), ("x = [" + "1, " * 60 + "1", 1)]
+    answers = answer(model, prompts, max_tokens=30)
+    assert answers.skipped_too_long == 1 and len(answers.right) == 3
+    assert np.array_equal(answers.right, (answers.preference > 0) == (answers.depth == 2))
+    flipped = answer(model, [(t, 3 - d) for t, d in prompts], max_tokens=30)
+    assert np.array_equal(flipped.right, ~answers.right)
+
+
+def test_padding_does_not_change_an_answer():
+    model = _model()
+    prompts = [("x = [1, 2", 1), ("rows = [[1, 2, 3, 4, 5, 6", 2)]
+    together = answer(model, prompts, max_tokens=60).preference
+    alone = [answer(model, [p], max_tokens=60).preference[0] for p in prompts]
+    assert together == pytest.approx(alone, abs=1e-4)
+
+
+def test_length_does_not_tell_the_depth():
+    """P(depth | elements) is constant in the training text: a chi-square of independence over 12,000 texts."""
+    from itertools import islice
+
+    from scipy.stats import chi2_contingency
+
+    texts = list(islice(documents(SOURCES, np.random.default_rng(0)), 12_000))
+    counts = np.zeros((3, 12))
+    for text in texts:
+        counts[text.depth - 1, min(text.elements, 12) - 1] += 1
+    assert chi2_contingency(counts).pvalue > 0.001
+    leaves_tell = np.array([[t.depth, t.text.startswith("x = ")] for t in texts])
+    assert abs(np.corrcoef(leaves_tell.T)[0, 1]) < 0.05
+
+
+def test_a_text_is_what_its_document_says():
+    from itertools import islice
+
+    for document in islice(documents(SOURCES, np.random.default_rng(1)), 500):
+        (literal,) = literals_of(document.text)
+        assert literal.depth == document.depth
+        assert literal.elements == document.elements
+
+
+def test_the_chi_square_would_notice_a_planted_length():
+    from scipy.stats import chi2_contingency
+
+    rng = np.random.default_rng(0)
+    depth = rng.integers(1, 4, 12_000)
+    elements = np.minimum(rng.geometric(1 / (4 + 1.0 * (depth == 1))), 12)
+    counts = np.zeros((3, 12))
+    np.add.at(counts, (depth - 1, elements - 1), 1)
+    assert chi2_contingency(counts).pvalue < 0.001
+
+
+def test_a_tokenizer_that_splits_the_answers_is_refused():
+    import tokenizers
+
+    from scalpel.models.tokenizer import Tokenizer
+
+    plain = tokenizers.Tokenizer(tokenizers.models.BPE())
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.train_from_iterator(
+        ["x"],
+        tokenizers.trainers.BpeTrainer(
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        ),
+    )
+    with pytest.raises(ValueError, match="splits an answer"):
+        closers(Tokenizer(plain))
