@@ -71,7 +71,7 @@ FIGURES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-EVIL = '<script>alert("x")</script> & [[1, 2],\n'
+EVIL = '<script>alert("$x$")</script> & [[1, 2],\n'
 
 
 class Suite:
@@ -363,7 +363,8 @@ def test_numbers(value: Any, text: str) -> None:
 @pytest.mark.parametrize(
     ("value", "layout"),
     [
-        (1, "scalar"), ([], "empty"), ({}, "empty"), ({"a": 1}, "mapping"), ([True, False], "bits"), ([1, "a"], "list"),
+        (1, "scalar"), ([], "empty"), ({}, "empty"), ({"a": 1}, "mapping"), ({"a": {"x": 1}, "b": {"x": [2]}}, "table"),
+        ([True, False], "bits"), ([1, "a"], "list"),
         ([{"a": 1}, {"a": 2}], "records"), ([[1], [2]], "matrix"), ([{"a": 1}, {"b": 2}], "items"), ([[[1]]], "items"),
     ],
 )  # fmt: skip

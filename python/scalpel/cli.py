@@ -86,6 +86,7 @@ def _message(error: Exception) -> str:
 
 def _print_json(text: str) -> None:
     sys.stdout.write(text + "\n")
+    sys.stdout.flush()  # here, where a reader that has gone is noticed
 
 
 def _version(wanted: bool) -> None:

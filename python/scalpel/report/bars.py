@@ -30,7 +30,7 @@ def draw_bars(data: dict[str, Any]) -> Figure:
     if start == end:
         end = start + 1.0
     axes.set_xlim(start - (0.02 * (end - start) if start < 0 else 0), end + 0.02 * (end - start))
-    axes.set_ylim(-0.5, len(labels) - 0.5)
+    axes.set_ylim(-0.5, max(len(labels), 1) - 0.5)
     for place, value, top in zip(y, values, high, strict=True):
         known = np.isfinite(value)
         axes.annotate(

@@ -116,8 +116,12 @@ def _rule(result: dict[str, Any]) -> str:
 
 
 def shape(value: Any) -> str:
-    """How the page lays a value out: scalar, empty, mapping, bits, list, records, matrix or items."""
+    """How the page lays a value out: scalar, empty, table, mapping, bits, list, records, matrix or items."""
     if isinstance(value, dict):
+        rows = list(value.values())
+        alike = len(rows) > 1 and all(isinstance(r, dict) and r and r.keys() == rows[0].keys() for r in rows)
+        if alike and all(shape(v) in ("scalar", "list", "empty") for r in rows for v in r.values()):
+            return "table"
         return "mapping" if value else "empty"
     if not isinstance(value, list):
         return "scalar"

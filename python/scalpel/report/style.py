@@ -53,6 +53,7 @@ def text_width(text: str, size: float = SMALL) -> float:
 RC: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it can be searched, copied and read aloud
     "svg.hashsalt": "scalpel",
+    "text.parse_math": False,  # a dollar sign in a prompt is a dollar sign
     "font.size": SIZE,
     "font.family": "sans-serif",
     "axes.edgecolor": RULE,

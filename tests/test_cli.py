@@ -1,0 +1,348 @@
+"""The command line: what is printed where, exit codes, and that help costs nothing."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import scalpel.experiments
+from scalpel import bench, cli, cli_show
+from scalpel.experiments import minimal_simulator, result, suite
+from scalpel.models.weight_files import CheckpointError
+from scalpel.training import bracket_mini
+
+COMMANDS = ("run", "experiment", "train", "bench")
+
+
+@pytest.fixture(scope="module")
+def found() -> result.Result:
+    return minimal_simulator.run(k_max=3, n_max=30, samples=3)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, found: result.Result) -> list[dict[str, Any]]:
+    """What the commands asked of the library, which answers without computing."""
+    calls: list[dict[str, Any]] = []
+
+    def run_suite(model: str, **options: Any) -> suite.Suite:
+        options["progress"]("measuring", 0.5)
+        calls.append({"model": model, **options})
+        return suite.Suite([found], {"name": model}, 1.5)
+
+    def run(name: str, model: str, **options: Any) -> result.Result:
+        calls.append({"name": name, "model": model, **options})
+        return found
+
+    def train_model(out: Path, **options: Any) -> dict[str, Any]:
+        options["progress"](1, 2, 3.5)
+        calls.append({"out": out, **options})
+        return {
+            "name": "bracket-mini",
+            "loss_nats": float("nan"),
+            "recipe": {"seed": 0},
+            "accuracy": {"summary": "97 %"},
+        }
+
+    monkeypatch.setattr(suite, "run_suite", run_suite)
+    monkeypatch.setattr(scalpel.experiments, "run", run)
+    monkeypatch.setattr(bracket_mini, "train_model", train_model)
+    return calls
+
+
+def invoke(*arguments: str | Path) -> Result:
+    done = CliRunner(env={"COLUMNS": "140", "NO_COLOR": "1"}).invoke(cli.app, [str(a) for a in arguments])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done
+
+
+def command_line(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    code = "from scalpel.cli import main; main()"
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, **options)
+
+
+# ---- help ---------------------------------------------------------------------------------------
+
+
+def test_help_and_version_import_nothing_heavy() -> None:
+    code = """
+import sys
+from scalpel.cli import app
+for arguments in (["--help"], ["--version"], *([c, "--help"] for c in sys.argv[1:])):
+    try:
+        app(arguments)
+    except SystemExit as done:
+        assert not done.code, (arguments, done.code)
+heavy = {"torch", "numpy", "matplotlib", "scipy", "jinja2", "scalpel._core"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code, *COMMANDS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Usage: ") == 1 + len(COMMANDS)
+    assert done.stdout.count("--json") == len(COMMANDS)
+
+
+def test_version() -> None:
+    assert invoke("--version").stdout == f"scalpel {scalpel.__version__}\n"
+
+
+def test_without_a_command_there_is_help() -> None:
+    done = command_line()
+    assert "Usage" in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+# ---- run ----------------------------------------------------------------------------------------
+
+
+def test_run_prints_the_table_and_writes_the_report(asked: list[dict[str, Any]], tmp_path: Path) -> None:
+    done = invoke("run", "--out", tmp_path / "report", "--seed", "3", "--fresh")
+    assert done.exit_code == 0
+    assert asked[0]["model"] == "bracket-mini" and asked[0]["seed"] == 3 and asked[0]["fresh"] is True
+    for word in (*cli_show.COLUMNS, "n* = 14 and d = 12", "1[k/n > θ]", "✓ reproduced"):
+        assert word in done.stdout
+    assert str(tmp_path / "report" / "index.html") in done.stdout
+    assert "measuring" in done.stderr and "measuring" not in done.stdout
+    assert json.loads((tmp_path / "report" / "results.json").read_text())["seconds"] == 1.5
+
+
+def test_run_as_json_prints_what_results_json_holds(asked: list[dict[str, Any]], tmp_path: Path) -> None:
+    done = invoke("run", "other-model", "--out", tmp_path, "--json")
+    assert done.exit_code == 0 and asked[0]["model"] == "other-model"
+    assert done.stdout == (tmp_path / "results.json").read_text()
+    assert json.loads(done.stdout)["results"][0]["verdict"] == "reproduced"
+
+
+def test_run_checks_the_folder_before_it_computes(asked: list[dict[str, Any]], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = invoke("run", "--out", tmp_path / "file")
+    assert done.exit_code == 2 and asked == []
+    assert "can't write to the folder" in done.stderr and "there is a file of that name" in done.stderr
+    assert done.stdout == "" and "Traceback" not in done.stderr
+
+
+def test_a_narrow_terminal_gets_a_block_an_experiment(found: result.Result) -> None:
+    def shown(width: int) -> list[str]:
+        console = cli_show.out()
+        console.width = width
+        with console.capture() as capture:
+            console.print(cli_show.results([found], width))
+        return capture.get().splitlines()
+
+    narrow, wide = shown(60), shown(140)
+    assert max(map(len, narrow)) <= 60 and max(map(len, wide)) <= 140
+    assert sum("verdict" in line for line in narrow) == 1
+    assert any(all(name in line for name in cli_show.COLUMNS) for line in wide)
+
+
+# ---- experiment ---------------------------------------------------------------------------------
+
+
+def test_experiment_reads_options_as_json_else_as_text(asked: list[dict[str, Any]], tmp_path: Path) -> None:
+    done = invoke(
+        "experiment", "minimal_simulator", "--model", "m", "-o", "k_max=3", "-o", "ks=[1, 2]", "-o", "x=a=b",
+        "--out", tmp_path,
+    )  # fmt: skip
+    assert done.exit_code == 0
+    assert asked == [{"name": "minimal_simulator", "model": "m", "k_max": 3, "ks": [1, 2], "x": "a=b"}]
+    assert "✓ reproduced" in done.stdout
+    assert (tmp_path / "index.html").exists()
+
+
+def test_experiment_as_json(asked: list[dict[str, Any]]) -> None:
+    done = invoke("experiment", "minimal_simulator", "--json")
+    assert json.loads(done.stdout)["measured"]["min_distractors"] == 12
+
+
+def test_an_unknown_experiment_lists_those_that_exist() -> None:
+    done = invoke("experiment", "astrology")
+    assert done.exit_code == 2
+    assert "unknown experiment 'astrology'" in done.stderr
+    assert all(name in done.stderr for name in scalpel.experiments.names())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["k_max"], "not of the form key=value"),
+        (["=3"], "not of the form key=value"),
+        (["k_max=1", "k_max=2"], "'k_max' is given twice"),
+    ],
+)
+def test_malformed_options(given: list[str], message: str) -> None:
+    done = invoke("experiment", "minimal_simulator", *(a for text in given for a in ("-o", text)))
+    assert done.exit_code == 2 and message in done.stderr
+
+
+# ---- train --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        ([], "bracket-mini"),
+        (["--control", "no-topk"], "bracket-mini-no-topk"),
+        (["--control", "no-positions", "--seed", "2"], "bracket-mini-no-positions-seed2"),
+    ],
+)
+def test_train_names_its_folder_after_what_it_trains(
+    asked: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    folder: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = invoke("train", "bracket-mini", *arguments)
+    assert done.exit_code == 0
+    assert asked[0]["out"] == Path("scalpel-runs") / folder
+    assert asked[0]["steps"] is None
+    assert asked[0]["control"] == (arguments[1] if arguments else "none")
+    assert "97 %" in done.stdout and "loss 3.500" in done.stderr
+
+
+def test_train_as_json(asked: list[dict[str, Any]], tmp_path: Path) -> None:
+    done = invoke("train", "bracket-mini", "--out", tmp_path, "--steps", "5", "--json")
+    card = json.loads(done.stdout)
+    assert card["loss_nats"] is None and asked[0]["steps"] == 5
+
+
+@pytest.mark.parametrize(
+    "arguments", [["tetris"], ["bracket-mini", "--control", "no"], ["bracket-mini", "--steps", "0"]]
+)
+def test_train_refuses_what_it_does_not_know(asked: list[dict[str, Any]], arguments: list[str]) -> None:
+    done = invoke("train", *arguments)
+    assert done.exit_code == 2 and asked == [] and done.stdout == ""
+
+
+def test_controls_are_those_of_the_library() -> None:
+    assert {c.value for c in cli.Control} == set(bracket_mini.CONTROLS)
+
+
+# ---- bench --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def timings(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    case = {
+        "name": "keep_topk",
+        "shape": "(2, 3)",
+        "peer": "torch",
+        "floor": "copy_",
+        "note": "",
+        "median_ms": {"ours": 1.0, "peer": 2.0, "floor": 0.5},
+        "speedup": 2.0,
+        "speedup_quartiles": [1.9, 2.1],
+        "over_floor": 2.0,
+    }
+    report = {
+        "quick": True,
+        "rounds": 5,
+        "seed": 0,
+        "cases": [case],
+        "environment": {"threads": 2, "target": "avx2", "torch": "2"},
+    }
+    monkeypatch.setattr(bench, "run", lambda **_: report)
+    return report
+
+
+def test_bench(timings: dict[str, Any], tmp_path: Path) -> None:
+    done = invoke("bench", "--quick", "--out", tmp_path / "times.json")
+    assert done.exit_code == 0
+    for word in ("keep_topk", "1.000 ms", "2.00×", "peer: torch", "not for quoting"):
+        assert word in done.stdout
+    assert json.loads((tmp_path / "times.json").read_text()) == timings
+    assert json.loads(invoke("bench", "--json").stdout) == timings
+
+
+def test_a_wrong_answer_ends_the_bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(**_: Any) -> None:
+        raise bench.WrongAnswer("keep_topk and torch differ in 3 of 9 entries; nothing was timed")
+
+    monkeypatch.setattr(bench, "run", wrong)
+    done = invoke("bench", "--quick")
+    assert done.exit_code == 1 and "differ in 3 of 9" in done.stderr and done.stdout == ""
+
+
+# ---- errors -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (CheckpointError("model.safetensors lacks the tensor 'lm_head.weight'"), "lacks the tensor"),
+        (ValueError("k is 5, but [x] has width 3"), "k is 5, but [x] has width 3"),
+        (FileNotFoundError(2, "No such file or directory", "gone"), "gone: No such file or directory"),
+    ],
+)
+@pytest.mark.parametrize("command", [["run"], ["experiment", "dilution"], ["train", "bracket-mini"], ["bench"]])
+def test_what_the_user_can_mend_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: list[str], error: Exception, message: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    for owner, name in (
+        (suite, "run_suite"),
+        (scalpel.experiments, "run"),
+        (bracket_mini, "train_model"),
+        (bench, "run"),
+    ):
+        monkeypatch.setattr(owner, name, fail)
+    done = invoke(*command, "--json")
+    assert done.exit_code == 2 and done.stdout == ""
+    assert f"error: {message}" in done.stderr or message in done.stderr
+    assert "Traceback" not in done.stderr
+    with pytest.raises(type(error), match=re.escape(str(error))):
+        invoke(*command, "--debug")
+
+
+def test_a_model_that_does_not_exist(tmp_path: Path) -> None:
+    done = command_line("experiment", "dilution", "--model", tmp_path / "none")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert str(tmp_path / "none") in done.stderr and done.stdout == ""
+
+
+def test_ctrl_c_says_that_training_resumes(tmp_path: Path) -> None:
+    code = f"""
+import sys, time
+from scalpel.training import bracket_mini
+def train_model(out, **_):
+    print("started", flush=True)
+    time.sleep(60)
+bracket_mini.train_model = train_model
+from scalpel.cli import app
+app(["train", "bracket-mini", "--out", {str(tmp_path)!r}])
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("n_max", [14, 4000])
+def test_a_reader_that_leaves_is_no_error(n_max: int) -> None:
+    code = f"""
+import scalpel.experiments as e
+from scalpel.experiments import minimal_simulator
+e.run = lambda *a, **k: minimal_simulator.run(k_max=3, n_max={n_max}, samples=1)
+from scalpel.cli import app
+app(["experiment", "minimal_simulator", "--json"])
+"""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
