@@ -149,7 +149,7 @@ def jacobian_jvp(quick: bool = False, seed: int = 0) -> Case:
     from .models.circuitgpt import CircuitGPT
     from .models.config import CircuitGPTConfig
 
-    width, layers, length, tangents = (32, 1, 8, 4) if quick else (256, 4, 64, 16)
+    width, layers, length, tangents = (32, 1, 8, 4) if quick else (128, 2, 32, 8)
     config = CircuitGPTConfig(
         block_size=length, vocab_size=64, n_layer=layers, n_head=4, d_model=width, rms_norm=True, afrac=0.25
     )
