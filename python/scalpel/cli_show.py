@@ -109,7 +109,7 @@ def facts(title: str, values: Mapping[str, Any]) -> Table:
 
 def timings(report: Mapping[str, Any]) -> Table:
     """What `scalpel bench` found: medians in milliseconds and their ratios."""
-    table = Table(box=box.SIMPLE_HEAD, expand=False, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
     table.add_column("operation", no_wrap=True)
     for name in ("ours, ms", "peer, ms", "floor, ms", "peer/ours", "ours/floor"):
         table.add_column(name, justify="right")
