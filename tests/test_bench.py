@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from scalpel import StreamingCovariance, bench, ops
-from scalpel._jacobian_operator import Jacobian
+from scalpel.jacobians.operator import Jacobian
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 
 import scalpel
 from circuitgpt_cases import build, tokens
-from scalpel._jacobian_operator import Jacobian
+from scalpel.jacobians.operator import Jacobian
 from scalpel.reference_jacobian import jacobian_dense
 
 jacobian = scalpel.jacobian
@@ -180,7 +180,7 @@ def test_errors_name_what_was_given_and_what_is_allowed(J: Jacobian) -> None:
 
 def test_a_chunk_is_at_least_one_and_shrinks_with_the_model(model, ids, monkeypatch) -> None:
     assert jacobian(model, ids)._push.__self__.chunk > 1
-    monkeypatch.setattr(sys.modules["scalpel.jacobian"], "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(sys.modules["scalpel.jacobians.entry"], "_CHUNK_BYTES", 1)
     J = jacobian(model, ids)
     assert J._push.__self__.chunk == 1
     assert J.jvp(torch.ones(3, *J.source_shape, dtype=J.dtype)).shape == (3, *J.target_shape)
@@ -210,9 +210,3 @@ def test_scipy(model, ids) -> None:
     torch.testing.assert_close(torch.from_numpy(found[::-1].copy()), J.spectrum(5), rtol=1e-8, atol=1e-10)
     half = jacobian(build("like_csp_yolo2", torch.float32), ids).to_scipy()
     assert str(half.dtype) == "float32" and (half @ v[: half.shape[1]]).dtype == half.dtype
-
-
-def test_the_name_is_the_function_whichever_is_imported_first() -> None:
-    # importing the module makes it the package's attribute of that name
-    with pytest.raises(TypeError, match="model is int"):
-        sys.modules["scalpel.jacobian"](3, None)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from circuitgpt_cases import BASE, tokens
 from scalpel import CircuitGPT, CircuitGPTConfig, jacobian
-from scalpel._jacobian_operator import Jacobian
+from scalpel.jacobians.operator import Jacobian
 
 pytestmark = pytest.mark.filterwarnings("ignore:scalpel.jacobian differentiates")
 
@@ -124,7 +124,7 @@ def test_k() -> None:
 
 
 def test_what_does_not_settle_is_said(monkeypatch) -> None:
-    monkeypatch.setattr("scalpel._jacobian_svd._STEPS", 3)
+    monkeypatch.setattr("scalpel.jacobians.svd._STEPS", 3)
     J = operator(SPECTRA["slow"])
     with pytest.warns(RuntimeWarning, match=r"svd\(5\) stopped after 3 block products with a residual"):
         U, S, Vh = J.svd(5)

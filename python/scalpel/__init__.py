@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from . import experiments, reference, semigroup
     from ._info import __version__, show_config
     from .covariance import StreamingCovariance
-    from .jacobian import jacobian
+    from .jacobians.entry import jacobian
     from .models.circuitgpt import CircuitGPT
     from .models.config import CircuitGPTConfig
     from .ops import AbsTopK, keep_topk, topk_indices, topk_mask
@@ -23,7 +23,7 @@ _HOME = {
     "keep_topk": "ops",
     "topk_indices": "ops",
     "AbsTopK": "ops",
-    "jacobian": "jacobian",
+    "jacobian": "jacobians.entry",
     "StreamingCovariance": "covariance",
     "CircuitGPT": "models.circuitgpt",
     "CircuitGPTConfig": "models.config",

@@ -145,7 +145,7 @@ class _TorchMoments:
 
 def jacobian_jvp(quick: bool = False, seed: int = 0) -> Case:
     """scalpel.jacobian's product with T tangents against vmap(jvp), on an untrained sparse model."""
-    from .jacobian import jacobian
+    from .jacobians.entry import jacobian
     from .models.circuitgpt import CircuitGPT
     from .models.config import CircuitGPTConfig
 

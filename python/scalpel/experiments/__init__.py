@@ -4,6 +4,7 @@
 """
 
 from importlib import import_module
+from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,16 +30,19 @@ def run(name: str, model: "CircuitGPT | str | None" = "bracket-mini", **options:
 
     ``options`` are the keyword arguments of that experiment's ``run``; ValueError for an unknown name or option.
     """
-    import inspect
-
     if name not in _FILES:
         raise ValueError(f"unknown experiment {name!r}; there are {', '.join(names())}")
     file = import_module(f".{_FILES[name]}", __name__)
-    allowed = [p for p in inspect.signature(file.run).parameters if p != "model"]
-    for option in options:
-        if option not in allowed:
-            raise ValueError(f"experiment {name!r} has no option {option!r}; it has {', '.join(allowed)}")
-    if isinstance(model, str):
+    parameters = dict(signature(file.run).parameters)
+    needs_model = parameters.pop("model").default is Parameter.empty
+    for option, value in options.items():
+        if option not in parameters:
+            raise ValueError(f"experiment {name!r} has no option {option!r}; it has {', '.join(parameters)}")
+        default = parameters[option].default
+        if isinstance(default, int | float) and not isinstance(value, int if isinstance(default, int) else int | float):
+            kind = "a whole number" if isinstance(default, int) else "a number"
+            raise ValueError(f"option {option!r} of {name!r} is {value!r}; it must be {kind}, such as {default}")
+    if needs_model and isinstance(model, str):
         from ..models.circuitgpt import CircuitGPT
 
         model = CircuitGPT.from_pretrained(model)

@@ -19,6 +19,12 @@ from .result import Protocol, Result, Verdict
 QUESTION = "Does the seed's simulator 1[k/n > θ] answer as the model does, cell by cell of the (k, n) plane?"
 SEED_FIGURE = "30 lines reproduce the model: “perfect alignment”"
 GOOD = 0.95
+RULE = (
+    f"Reproduced iff the 95 % interval of the agreement on held-out cells lies above {GOOD} and that of its lead over "
+    "a constant critical length lies above 0; not reproduced if the agreement's lower end is below that or the "
+    "constant leads; indistinguishable between. Not testable where accuracy at short contexts is below the limit, the "
+    "calibration length lies outside the context, or the model fails in no held-out cell."
+)
 
 
 def run(
@@ -62,6 +68,7 @@ def run(
             "theta": float(counter.theta),
             "calibration": c.table({calibrate: fitted}),
             "simulated_right": simulated,
+            "rule": RULE,
         }
     )
     curves = {k: ask(model, k, 3) for k in amounts}
@@ -169,7 +176,7 @@ def _shuffled(
 def _verdict(
     fitted: c.Critical, score: dict[str, Any], low: float, lead_low: float, lead_high: float, able: bool
 ) -> Verdict:
-    """Reproduced iff agreement is surely 0.95 or more and surely above the constant rival's."""
+    """The verdict by RULE."""
     if not able or fitted.censored is not None or np.isnan(score["balanced"]):
         return "not testable here"
     if low < GOOD or lead_high < 0:

@@ -17,6 +17,13 @@ from .result import Protocol, Result, Verdict
 
 QUESTION = "At which context length does the bracket answer fail, and does that length grow as k/θ?"
 SEED_FIGURE = "n* = ⌈k/θ⌉ = 14 for k = 2, θ = 0.15"
+RULE = (
+    "Reproduced iff the seed's law, fitted to the calibration amounts, meets every held-out critical length within one "
+    "element (2 tokens) or one standard error, whichever is larger, and a constant length does not; indistinguishable "
+    "where the constant meets them too. The affine rival contains the seed's law (intercept 0), so it meets whatever "
+    "that meets and tells something only where the law fails. Not testable where accuracy at short contexts is below "
+    "the limit, or where fewer than two held-out amounts fail inside the context."
+)
 
 
 def run(
@@ -54,6 +61,7 @@ def run(
             "calibration": c.table(fitted),
             "critical_length": {name: {k: law(k) for k in predict} for name, (law, _) in laws.items()},
             "parameters": {name: parameters for name, (_, parameters) in laws.items()},
+            "rule": RULE,
         }
     )
     curves = {k: measure(model, k) for k in (*calibrate, *predict)}
@@ -100,16 +108,12 @@ def run(
 
 
 def verdict(measured: dict[int, c.Critical], predict: Sequence[int], holds: dict[str, bool], able: bool) -> Verdict:
-    """Reproduced iff the seed's law meets every held-out length and no rival does.
-
-    Not testable where the model can't do the task at short contexts, or fewer than two held-out amounts fail inside
-    the context; indistinguishable where a rival meets them all too.
-    """
+    """The verdict by RULE."""
     if not able or not holds or sum(measured[k].censored is None for k in predict) < 2:
         return "not testable here"
     if not holds["seed"]:
         return "not reproduced"
-    return "indistinguishable" if holds["constant"] or holds["affine"] else "reproduced"
+    return "indistinguishable" if holds["constant"] else "reproduced"
 
 
 def _null(other: CircuitGPT, measure: Any, amounts: Sequence[int], rng: np.random.Generator) -> dict[str, Any]:

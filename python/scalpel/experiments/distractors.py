@@ -13,11 +13,18 @@ import torch
 from ..models.circuitgpt import CircuitGPT
 from ..tasks.brackets import closers, long_lists
 from . import critical as c
+from .controls import LEAST_ACCURACY
 from .provenance import model_provenance
 from .result import Protocol, Result, Verdict
 
 QUESTION = "How many distractor tokens flip the answer, by class of token?"
 SEED_FIGURE = "d = n* − n₀ = 12 for k = 2, θ = 0.15"
+
+RULE = (
+    "Reproduced iff every class flips the answer at the predicted count, within one element (2 tokens) or one standard "
+    "error, whichever is larger; a class that never flips inside the context contradicts it. Not testable where the "
+    "model is wrong without distractors, or where the predicted count lies outside the context."
+)
 
 # Texts whose tokens are repeated to the wished count.
 CLASSES = {"comment words": "foo data list value ", "blank lines": "\n", "matched []": "[]"}
@@ -54,6 +61,7 @@ def run(
             "critical_length": c.table({k: calibration}),
             "n0": n0,
             "d": predicted,
+            "rule": RULE,
         }
     )
     counts = np.arange(0, length - max(map(len, short)) + 1, step)
@@ -206,10 +214,7 @@ def _least(curve: c.Curve) -> float:
 
 
 def _verdict(predicted: float | None, measured: dict[str, c.Critical], first: float) -> Verdict:
-    """Reproduced iff every class flips where the law says; not testable if the model can't answer to begin with.
-
-    A class that never flips inside the context contradicts a prediction that lies inside it.
-    """
-    if first < 0.95 or predicted is None:
+    """The verdict by RULE."""
+    if first < LEAST_ACCURACY or predicted is None:
         return "not testable here"
     return "reproduced" if all(c.within(predicted, one) for one in measured.values()) else "not reproduced"

@@ -37,16 +37,17 @@ def run(
     protocol = Protocol("minimal_simulator", QUESTION, SEED_FIGURE, {"model": "none: arithmetic", "seed": seed})
     counter = ThresholdCounter(SEED_THETA)
     rng = np.random.default_rng(seed)
-    thetas = [
-        Fraction(int(a), int(b))
-        for a, b in zip(rng.integers(1, 40, samples), rng.integers(40, 200, samples), strict=True)
-    ]
+    parts = zip(rng.integers(1, 40, samples).tolist(), rng.integers(40, 200, samples).tolist(), strict=True)
+    thetas = [Fraction(numerator, denominator) for numerator, denominator in parts]
+    length, fewest = counter.critical_length(SEED_K), counter.min_distractors(SEED_K, SEED_N0)
     protocol.predict(
         {
-            "summary": f"n* = ⌈k/θ⌉ = {counter.critical_length(SEED_K)}, d = {counter.min_distractors(SEED_K, SEED_N0)}",
+            "summary": f"n* = ⌈k/θ⌉ = {length}, d = {fewest}",
             "critical_length": {k: counter.critical_length(k) for k in range(1, k_max + 1)},
-            "min_distractors": counter.min_distractors(SEED_K, SEED_N0),
+            "min_distractors": fewest,
             "region": "{(k, n): n ≥ ⌈k/θ⌉}",
+            "rule": "Reproduced iff formula and simulator agree on every cell, for the seed's θ and for random ones, "
+            "and the null that fails one token late does not.",
         }
     )
     first = {k: first_failure(k, counter.theta, k_max * n_max) for k in range(1, k_max + 1)}

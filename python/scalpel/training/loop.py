@@ -51,7 +51,7 @@ def batches(recipe: Recipe, sources: Sources, tokenizer: Tokenizer, start: int =
         encoded.sort(key=lambda e: len(e[0]))
         for i in rng.permutation(POOL_BATCHES)[skip:]:
             rows = encoded[i * recipe.batch : (i + 1) * recipe.batch]
-            yield _batch(rows, recipe.block_size, rng)
+            yield _batch(rows, recipe.block_size, np.random.default_rng([recipe.seed, pool, int(i)]))
         pool, skip = pool + 1, 0
 
 

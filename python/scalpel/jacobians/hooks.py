@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .models.circuitgpt import CircuitGPT, allowed_keys
+from ..models.circuitgpt import CircuitGPT, allowed_keys
 
 LOGITS = "logits"
 _IDLE_KEYS = ("labels", "token_type_ids", "special_tokens_mask")  # of a batch: no CircuitGPT reads them

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ._jacobian_operator import Jacobian
+    from .operator import Jacobian
 
 # vectors beyond k in a block: they hasten the k-th value, and resolve clusters (Halko et al. 2011, section 4)
 _OVERSAMPLE = 8

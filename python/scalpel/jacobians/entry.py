@@ -6,11 +6,9 @@ from
 """
 
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,10 +16,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import jvp, vjp, vmap
 
-from ._jacobian_hooks import CircuitPass, ModulePass, Pass
-from ._jacobian_operator import End, Jacobian
-from ._jacobian_positions import Selected, add_at, check_path, describe, read_at, select, split_pair
-from .models.circuitgpt import CircuitGPT
+from ..models.circuitgpt import CircuitGPT
+from .hooks import CircuitPass, ModulePass, Pass
+from .operator import End, Jacobian
+from .positions import Selected, add_at, check_path, describe, read_at, select, split_pair
 
 Target = str | Callable[[Tensor], Tensor] | tuple[str, Callable[[Tensor], Tensor]]
 
@@ -250,16 +248,3 @@ def _explained(run: Pass) -> Iterator[None]:
                 f"the forward pass {ends} cannot be differentiated for many tangents at once: {error}"
             ) from error
         raise
-
-
-class _Callable(ModuleType):
-    """The package's attribute ``jacobian`` is this module once anything imports it, the function otherwise.
-
-    Being callable makes ``scalpel.jacobian(...)`` the same either way.
-    """
-
-    def __call__(self, *args: Any, **options: Any) -> Jacobian:
-        return jacobian(*args, **options)
-
-
-sys.modules[__name__].__class__ = _Callable

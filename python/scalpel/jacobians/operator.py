@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._jacobian_hooks import Pass
-from ._jacobian_positions import Selected, describe
+from .hooks import Pass
+from .positions import Selected, describe
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -158,7 +158,7 @@ class Jacobian:
         or at the dtype's rounding. RuntimeWarning with the worst residual if it does not get there. Signs are
         the solver's.
         """
-        from ._jacobian_svd import truncated_svd
+        from .svd import truncated_svd
 
         return truncated_svd(self, k, seed=seed, tol=tol)
 

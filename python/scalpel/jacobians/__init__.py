@@ -1,0 +1,1 @@
+"""Jacobians as operators: the entry, the forward passes behind it, positions, and spectra."""
