@@ -55,6 +55,7 @@ def train_model(
     recipe = Recipe(seed=seed, **CONTROLS[control])
     recipe = recipe if steps is None else replace(recipe, steps=steps)
     out.mkdir(parents=True, exist_ok=True)
+    trained_at = commit()  # now, since the source tree may move on while the model trains
     sources = interpreter_sources()
     tokenizer = bracket_tokenizer(sources, recipe.vocab_size)
     state_file = out / "training-state.pt"
@@ -67,7 +68,7 @@ def train_model(
         "controls": {c: f"{NAME}-{c}" for c in CONTROLS if c != "none"} if control == "none" else {},
         "recipe": recipe.to_dict(),
         "text": text_facts(sources),
-        "commit": commit(),
+        "commit": trained_at,
         "scalpel": __version__,
         "torch": torch.__version__,
         "loss_nats": trained.loss,

@@ -27,20 +27,20 @@ class Recipe:
     """
 
     d_model: int = 128
-    n_layer: int = 2
+    n_layer: int = 1
     d_head: int = 16
     block_size: int = 512
     vocab_size: int = 512
     afrac: float | None = 0.25
     positions: bool = True
-    steps: int = 6000
-    batch: int = 64
-    lr: float = 1e-3
+    steps: int = 4000
+    batch: int = 32
+    lr: float = 2e-3
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
     warmup: float = 0.01
-    density: float = 0.15
+    density: float = 0.25
     anneal: float = 0.5
     min_per_channel: int = 4
     sparse_embeddings: bool = True
