@@ -52,6 +52,40 @@ def test_a_mask_of_pairs_deletes_keys_for_one_query():
     assert (logits[0, 5] - free[0, 5]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", list(CASES))
+def test_the_fused_attention_is_the_differentiable_one(name):
+    model = build(name)
+    ids = tokens(model, batch=3)
+    mask = torch.ones_like(ids)
+    mask[0, 5:], mask[1, :2] = 0, 0
+    pairs = torch.rand(3, ids.shape[1], ids.shape[1], generator=torch.Generator().manual_seed(1)) < 0.7
+    for given in (None, mask, pairs):
+        slow = model(ids, attention_mask=given).detach()
+        with torch.no_grad():
+            fast = model(ids, attention_mask=given)
+        torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-10)
+
+
+def test_forward_derivatives_exist_without_grad_mode():
+    """The fused kernel has no forward derivative, so it must not be taken for one."""
+    model = build("sink") if "sink" in CASES else build(next(iter(CASES)))
+    ids = tokens(model)
+    add = torch.zeros(*ids.shape, model.config.d_model, dtype=model.dtype)
+    tangent = torch.ones_like(add)
+
+    def logits(delta):
+        return model(ids, tap=lambda name, value: value + delta if name == "0.resid_in" else value)
+
+    with torch.no_grad():
+        _, with_grad_off = torch.func.jvp(logits, (add,), (tangent,))
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(add, tangent)
+            by_dual_numbers = torch.autograd.forward_ad.unpack_dual(logits(dual)).tangent
+    finite = (logits(1e-6 * tangent) - logits(-1e-6 * tangent)) / 2e-6
+    torch.testing.assert_close(with_grad_off, by_dual_numbers)
+    torch.testing.assert_close(with_grad_off, finite, rtol=1e-4, atol=1e-6)
+
+
 def test_sinusoids_reach_from_four_tokens_to_the_context():
     table = sinusoids(64, 6)
     assert table.shape == (64, 6)

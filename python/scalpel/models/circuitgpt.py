@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import keep_topk
+from .attention import allowed_keys, attend
 from .config import CircuitGPTConfig
 
 if TYPE_CHECKING:
@@ -73,23 +74,9 @@ class Attention(nn.Module):
         k = tap(f"{at}.k", self._sparsify(k, "attn_k"))
         q = tap(f"{at}.q", self._sparsify(q, "attn_q"))
         v = tap(f"{at}.v", self._sparsify(v, "attn_v"))
-        weights = self.weights(q, k, allowed)
-        y = (weights @ self._heads(v)).transpose(-3, -2).flatten(-2)
-        y = tap(f"{at}.y", y)
+        sink = self.attn_imp.sink_logit if self.config.sink else None
+        y = tap(f"{at}.y", attend(q, k, v, self.config.n_head, allowed, sink))
         return self._sparsify(self.c_proj(y), "attn_out")
-
-    def weights(self, q: Tensor, k: Tensor, allowed: Tensor) -> Tensor:
-        """Attention weights over real keys (B, n_head, L, L); with a sink they sum to less than one."""
-        scores = self._heads(q) @ self._heads(k).transpose(-2, -1)
-        scores = scores / math.sqrt(q.shape[-1] // self.config.n_head)
-        scores = scores.masked_fill(~allowed, float("-inf"))
-        if not self.config.sink:
-            return scores.softmax(-1)
-        sink = self.attn_imp.sink_logit.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
-        return torch.cat([sink, scores], dim=-1).softmax(-1)[..., 1:]
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.config.n_head, -1)).transpose(-3, -2)
 
 
 class MLP(nn.Module):
@@ -360,27 +347,6 @@ def hook_names(n_layer: int) -> list[str]:
     in_layer = ["resid_in", *(f"attn.{hook}" for hook in in_attention), "resid_mid"]
     in_layer += [f"mlp.{hook}" for hook in in_mlp]
     return [f"{i}.{hook}" for i in range(n_layer) for hook in in_layer] + ["final_resid"]
-
-
-def allowed_keys(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Which keys each query may read, bool (L, L) or (B, 1, L, L).
-
-    A query that is left no key reads itself: a padding token's own row stays finite, and no real query
-    sees it.
-    """
-    batch, length = input_ids.shape
-    itself = torch.eye(length, dtype=torch.bool, device=input_ids.device)
-    causal = torch.ones_like(itself).tril()
-    if attention_mask is None:
-        return causal
-    if attention_mask.shape not in ((batch, length), (batch, length, length)):
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {(batch, length)} "
-            f"or {(batch, length, length)}"
-        )
-    mask = attention_mask.bool()
-    allowed = causal & (mask[:, None, :] if mask.dim() == 2 else mask)
-    return (allowed | (~allowed.any(-1, keepdim=True) & itself))[:, None]
 
 
 def sinusoids(block_size: int, width: int) -> Tensor:

@@ -83,9 +83,9 @@ def long_lists(
         # Lists of one repeated element, and lists of many: what stands in a list must not matter.
         pool = rng.choice(fillers, size=1 if rng.random() < 0.5 else 8)
         head = f"{_HEADS[rng.integers(len(_HEADS))]} = " + "[" * (depth - 1)
-        head += "".join(f"[{rng.choice(pool)}], " for _ in range(k - depth)) + "["
+        head += "".join(f"[{row}], " for row in rng.choice(pool, size=k - depth)) + "["
         prefix = [*start, *tokenizer.encode(head)]
-        body = tokenizer.encode(", ".join(rng.choice(pool) for _ in range(length)))
+        body = tokenizer.encode(", ".join(rng.choice(pool, size=length)))
         row = [*prefix, *body][:length]
         if len(row) < length or tokenizer.encode(", ".join(pool[:1].repeat(3)))[1::2] != body[1:5:2]:
             raise ValueError("this tokenizer doesn't give an element and its comma a token each")
