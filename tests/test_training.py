@@ -94,6 +94,31 @@ def test_a_stopped_run_ends_with_the_bits_of_one_that_was_not(tmp_path):
     assert all(0 < d < 0.8 for d in density.values()), density
 
 
+def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(tmp_path, monkeypatch):
+    import os
+    import signal
+
+    from scalpel.training import loop
+
+    whole = train(TINY, SOURCES, small_tokenizer(), tmp_path / "whole.pt")
+    calls = []
+
+    def prune_and_interrupt(*given):
+        calls.append(1)
+        if len(calls) == 23:  # somewhere inside a step
+            os.kill(os.getpid(), signal.SIGINT)
+        prune_(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "prune_", prune_and_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(TINY, SOURCES, small_tokenizer(), tmp_path / "stopped.pt")
+    assert len(calls) < 20 * 7
+    resumed = train(TINY, SOURCES, small_tokenizer(), tmp_path / "stopped.pt")
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
 def test_a_state_of_another_recipe_is_refused(tmp_path):
     short = replace(TINY, steps=2)
     train(short, SOURCES, small_tokenizer(), tmp_path / "state.pt")

@@ -70,7 +70,7 @@ class StreamingCovariance:
         self._method = method
         self._center = bool(center)
         self._dtype = dtype
-        self._count = 0
+        self._count = torch.zeros(1, dtype=torch.int64)  # the core's to write: see init_covariance.cpp
         self._mean = torch.zeros(self._dim, dtype=torch.float64)
         self._scatter = torch.zeros(self._dim, self._dim, dtype=torch.float64)  # lower triangle only
         self._lock = threading.RLock()
@@ -80,7 +80,8 @@ class StreamingCovariance:
     def update(self, x: torch.Tensor | np.ndarray) -> StreamingCovariance:
         """Adds rows. x: (..., dim), float16, bfloat16, float32 or float64; a CPU tensor or a numpy array.
 
-        Returns self. Raises ValueError for another width, and for a row with a NaN, an infinity or a value
+        Returns self. An interrupt (Ctrl-C) leaves a state with all of the rows or none; count says which. Raises
+        ValueError for another width, and for a row with a NaN, an infinity or a value
         beyond 1e150 (its index among the flattened rows is named); TypeError for another dtype. The state is
         unchanged then.
         """
@@ -93,7 +94,6 @@ class StreamingCovariance:
                     f"row {bad} of x has {rows[bad, column].item()} in column {column}; rows must be finite "
                     "and at most 1e150 in size. The state is unchanged: drop such rows and update again"
                 )
-            self._count += rows.shape[0]
         return self
 
     def merge(self, other: StreamingCovariance) -> StreamingCovariance:
@@ -103,7 +103,6 @@ class StreamingCovariance:
         """
         with self._both(other, "merge"):
             _core.merge_moments(*self._state(), self._center, *other._state(), torch.get_num_threads())
-            self._count += other._count
         return self
 
     def subtract(self, other: StreamingCovariance) -> StreamingCovariance:
@@ -116,7 +115,6 @@ class StreamingCovariance:
         """
         with self._both(other, "subtract"):
             _core.subtract_moments(*self._state(), self._center, *other._state(), torch.get_num_threads())
-            self._count -= other._count
         return self
 
     # ---- moments -------------------------------------------------------------------------------
@@ -139,7 +137,7 @@ class StreamingCovariance:
     @property
     def count(self) -> int:
         """The number of rows so far."""
-        return self._count
+        return int(self._count)
 
     @property
     def mean(self) -> torch.Tensor:
@@ -230,7 +228,7 @@ class StreamingCovariance:
         with self._lock:
             header = {
                 "dim": self._dim,
-                "count": self._count,
+                "count": self.count,
                 "center": self._center,
                 "method": self._method,
                 "dtype": str(self._dtype).removeprefix("torch."),
@@ -262,17 +260,22 @@ class StreamingCovariance:
                 own.copy_(tensors[name])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)} is no sound covariance state: {error}") from error
-        state._count = count
+        state._count[0] = count
         return state
 
     # ---- inside --------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        return f"StreamingCovariance(dim={self._dim}, count={self._count}, center={self._center})"
+        return f"StreamingCovariance(dim={self._dim}, count={self.count}, center={self._center})"
 
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:
-            return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+            # copies: copy.copy must not share the tensors, nor another thread write while they are pickled
+            return {
+                name: value.clone() if isinstance(value, torch.Tensor) else value
+                for name, value in self.__dict__.items()
+                if name != "_lock"
+            }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -285,6 +288,8 @@ class StreamingCovariance:
             x = torch.from_numpy(np.array(x, dtype=x.dtype.newbyteorder("="), copy=_copy_needed(x)))
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"x is a {type(x).__name__}; allowed: a torch tensor or a numpy array")
+        if x.layout != torch.strided:
+            raise TypeError(f"x has layout {x.layout}; allowed: torch.strided (call .to_dense())")
         if x.dtype not in _FLOATS:
             raise TypeError(f"x is {str(x.dtype).removeprefix('torch.')}; allowed: float16, bfloat16, float32, float64")
         if x.device.type != "cpu":
@@ -294,8 +299,8 @@ class StreamingCovariance:
         x = x.detach().resolve_neg().reshape(-1, self._dim)
         return x if x.stride(-1) == 1 else x.contiguous()
 
-    def _state(self) -> tuple[int, Memory, Memory]:
-        return self._count, _view(self._mean), _view(self._scatter)
+    def _state(self) -> tuple[Memory, Memory, Memory]:
+        return _view(self._count), _view(self._mean), _view(self._scatter)
 
     @contextmanager
     def _both(self, other: StreamingCovariance, verb: str) -> Iterator[None]:
@@ -314,13 +319,13 @@ class StreamingCovariance:
             yield
 
     def _need_rows(self) -> None:
-        if self._count == 0:
+        if self.count == 0:
             raise ValueError("this state has no rows yet; update it first")
 
     def _covariance(self) -> torch.Tensor:
         with self._lock:
             self._need_rows()
-            lower = self._scatter / self._count
+            lower = self._scatter / self.count
         return lower.tril() + lower.tril(-1).T
 
     def _eigenvalues(self) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """The training text of bracket-mini: Python statements that end in a list literal of depth 1 to 3.
 
 Heads and elements come from the running interpreter's own library sources and from a generator. The depth is
-drawn independently of the number of elements, of the head and of the elements, so P(depth | elements) is constant:
-length alone tells nothing of the depth, and a model that confuses the two learned that by itself.
+drawn independently of the head, of the elements, of their number and of how they fall into rows, so none of these
+tells the depth: a model that takes length for depth learned that by itself.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,12 +16,11 @@ import numpy as np
 
 from ..tasks.literals import MAX_DEPTH, harvest, python_files
 
-DEPTH_PROBABILITIES = (0.4, 0.4, 0.2)
+DEPTH_PROBABILITIES = (0.5, 0.35, 0.15)  # real lists are flat more often than not; the same at every length
 MEAN_ELEMENTS = 4.0
 MAX_ELEMENTS = 64
 MAX_HEAD_CHARS = 40
 MAX_LEAF_CHARS = 20
-RAGGED = 0.3  # share of literals that mix leaves and rows
 
 
 @dataclass(frozen=True)
@@ -105,44 +104,31 @@ def _leaves(sources: Sources, count: int, rng: np.random.Generator) -> list[str]
 
 
 def layout(leaves: Sequence[str], depth: int, indent: int, rng: np.random.Generator) -> str:
-    """The literal's text: leaves nested so that ``depth`` brackets are open after the last one.
+    """The literal's text: closed rows, then the last row with ``depth`` brackets open around it.
 
-    Regular literals are rows of rows. In ragged ones leaves stand beside rows, and closed rows stand in lists whose
-    last element is a leaf, so that neither "[[" nor the row's beginning tells the depth: brackets must be counted.
+    The rows are cut before anyone looks at the depth: how many elements there are, how many rows, and how many elements
+    follow the last bracket all tell nothing of the depth. At depth 1 the last row's elements stand bare beside the
+    closed ones ("[[1, 2], 3"), so a bracket in front tells nothing either: open ones must be told from closed ones.
     """
     comma = ", " if rng.random() < 0.8 else ","
-    broken = rng.random() < 0.5
-    ragged = rng.random() < RAGGED
-
-    def nest(items: Sequence[str], level: int, column: int) -> str:
-        if level == 1:
-            parts = _with_closed_rows(items, comma, rng) if ragged else list(items)
-            return "[" + comma.join(parts) + "]"
-        rows = split_rows(items, rng)
-        texts = [nest(row, level - 1, column + 1) for row in rows[:-1]]
-        if ragged:
-            texts = [comma.join(row) if rng.random() < 0.5 else t for row, t in zip(rows, texts, strict=False)]
-        between = ",\n" + " " * (column + 1) if broken else comma
-        return "[" + between.join([*texts, nest(rows[-1], level - 1, column + 1)]) + "]"
-
-    return nest(leaves, depth, indent)
-
-
-def _with_closed_rows(items: Sequence[str], comma: str, rng: np.random.Generator) -> list[str]:
-    """The elements of an innermost list, some runs of them in brackets of their own; the last one stays bare."""
-    parts = []
-    for run in split_rows(items[:-1], rng) if len(items) > 1 else []:
-        text = comma.join(run)
-        parts.append(f"[{text}]" if rng.random() < 0.5 else text)
-    return [*parts, items[-1]]
+    between = ",\n" + " " * (indent + 1) if rng.random() < 0.5 else comma
+    *closed, last = ([comma.join(row)] for row in split_rows(leaves, rng))
+    rows = [f"[{row[0]}]" for row in closed]
+    if depth == 3 and rows:  # the closed rows, or some of them, in a closed list of their own
+        cut = int(rng.integers(len(rows) + 1))
+        rows = ([f"[{comma.join(rows[:cut])}]"] if cut else []) + [
+            "[" + comma.join([*rows[cut:], f"[{last[0]}]"]) + "]"
+        ]
+        return "[" + between.join(rows) + "]"
+    return "[" + between.join([*rows, "[" * (depth - 1) + last[0] + "]" * (depth - 1)]) + "]"
 
 
 def split_rows(items: Sequence[str], rng: np.random.Generator) -> list[Sequence[str]]:
     """Rows of a list: a single one, rows of equal length, or rows of any length."""
     count, style = len(items), rng.random()
-    if style < 0.4 or count == 1:
+    if style < 0.5 or count == 1:
         return [items]
-    if style < 0.7:
+    if style < 0.75:
         width = int(rng.choice([w for w in range(1, count + 1) if count % w == 0]))
         return [items[i : i + width] for i in range(0, count, width)]
     cuts = np.flatnonzero(rng.random(count - 1) < rng.uniform(0.1, 0.6)) + 1

@@ -1,9 +1,12 @@
 """Train a weight-sparse CircuitGPT, step by step, so that a stop at any moment loses at most a few seconds."""
 
 import os
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,7 +20,7 @@ from ..models.circuitgpt import CircuitGPT
 from ..models.tokenizer import Tokenizer
 from .corpus import Sources, documents
 from .recipe import Recipe, clip_rms_, prune_, sparse_matrices
-from .tokenizer import START
+from .tokenizer import CLOSERS, START
 
 POOL_BATCHES = 16
 SAVE_EVERY_SECONDS = 20.0
@@ -66,11 +69,41 @@ def _batch(rows: list[tuple[list[int], int]], block_size: int, rng: np.random.Ge
     return Batch(ids, offset + torch.arange(length), mask, max(n for _, n in rows))
 
 
-def loss_of(model: CircuitGPT, batch: Batch) -> Tensor:
-    """Mean cross-entropy of the next token over real tokens, in nats."""
+def loss_of(model: CircuitGPT, batch: Batch, token_weight: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy of the next token over real tokens, in nats; ``token_weight`` (vocab,) weights targets."""
     logits = model(batch.ids, position_ids=batch.positions)[:, :-1]
     targets = batch.ids[:, 1:].masked_fill(~batch.mask[:, 1:], -100)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), weight=token_weight)
+
+
+def closer_weights(recipe: Recipe, tokenizer: Tokenizer) -> Tensor:
+    """Weights (vocab,) of the loss: ``recipe.closer_weight`` at the tokens that close a list, else 1."""
+    weights = torch.ones(recipe.vocab_size)
+    for text in CLOSERS:
+        weights[tokenizer.single(text)] = recipe.closer_weight
+    return weights
+
+
+@contextmanager
+def _interrupt_between_steps() -> Iterator[Callable[[], None]]:
+    """Ctrl-C is kept until the function given is called: a step half done must never be what is stored.
+
+    Signals reach the main thread only; elsewhere nothing is changed.
+    """
+    pending: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+
+    def raise_pending() -> None:
+        if pending:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, lambda number, frame: pending.append(number))
+    try:
+        yield raise_pending
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @dataclass
@@ -111,32 +144,36 @@ def train(
     result = Trained(model, float("nan"), 0, 0.0)
     step = _restore(state_file, recipe, optimizer, result)
     sparse = [p for _, p in sparse_matrices(model, recipe.sparse_embeddings)]
+    weights = closer_weights(recipe, tokenizer)
     saved = begun = time.monotonic()
     before = result.seconds
     try:
-        # The stream for a zeroth step too: a run resumed at its end has nothing left to do.
-        for batch in islice(batches(recipe, sources, tokenizer, step), recipe.steps - step):
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.lr_at(step)
-            loss = loss_of(model, batch)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            clip_rms_(parameters, recipe.clip_rms)
-            optimizer.step()
-            for weight in sparse:
-                prune_(weight, recipe.density_at(step), recipe.min_per_channel)
-            value = float(loss.detach())
-            if not np.isfinite(value):
-                raise FloatingPointError(f"the loss is {value} at step {step}; lower the learning rate ({recipe.lr})")
-            result.loss = value if step == 0 else 0.99 * result.loss + 0.01 * value
-            result.longest = max(result.longest, batch.longest)
-            step += 1
-            result.seconds = before + time.monotonic() - begun
-            if time.monotonic() - saved > SAVE_EVERY_SECONDS:
-                _store(state_file, step, recipe, optimizer, result)
-                saved = time.monotonic()
-            if progress is not None:
-                progress(step, recipe.steps, result.loss)
+        with _interrupt_between_steps() as raise_pending:
+            for batch in islice(batches(recipe, sources, tokenizer, step), recipe.steps - step):
+                for group in optimizer.param_groups:
+                    group["lr"] = recipe.lr_at(step)
+                loss = loss_of(model, batch, weights)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                clip_rms_(parameters, recipe.clip_rms)
+                optimizer.step()
+                for weight in sparse:
+                    prune_(weight, recipe.density_at(step), recipe.min_per_channel)
+                value = float(loss.detach())
+                if not np.isfinite(value):
+                    raise FloatingPointError(
+                        f"the loss is {value} at step {step}; lower the learning rate ({recipe.lr})"
+                    )
+                result.loss = value if step == 0 else 0.99 * result.loss + 0.01 * value
+                result.longest = max(result.longest, batch.longest)
+                step += 1
+                result.seconds = before + time.monotonic() - begun
+                if time.monotonic() - saved > SAVE_EVERY_SECONDS:
+                    _store(state_file, step, recipe, optimizer, result)
+                    saved = time.monotonic()
+                if progress is not None:
+                    progress(step, recipe.steps, result.loss)
+                raise_pending()
     except KeyboardInterrupt:
         _store(state_file, step, recipe, optimizer, result)
         raise
