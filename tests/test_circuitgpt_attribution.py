@@ -10,7 +10,8 @@ from circuitgpt_cases import CASES, build, one_thread, tokens  # noqa: F401
 def test_parts_sum_to_the_logit(name):
     model = build(name)
     ids = tokens(model, batch=3)
-    logits = model(ids)
+    with torch.no_grad():  # as the attribution runs: with gradients, attention rounds otherwise
+        logits = model(ids)
     for wanted, position in ((4, -1), ((2, 7), 3)):
         result = model.logit_attribution(ids, wanted, position=position)
         at = logits[:, position]
@@ -97,3 +98,11 @@ def test_bad_requests_are_refused(wanted, options, says):
     model = build("plain")
     with pytest.raises(ValueError, match=says):
         model.logit_attribution(tokens(model), wanted, **options)
+
+
+def test_a_token_that_is_no_integer_is_not_rounded():
+    model = build("plain")
+    with pytest.raises(TypeError, match=r"token is 1\.7"):
+        model.logit_attribution(tokens(model), 1.7)
+    at = torch.tensor(3)
+    assert model.logit_attribution(tokens(model), at).tokens == (3,)

@@ -243,6 +243,8 @@ def test_dtype_is_float32_unless_asked_or_stored_wider(public, tmp_path):
         CircuitGPT.from_pretrained(big, dtype=torch.float16)
     with pytest.raises(ValueError, match="floating point"):
         CircuitGPT.from_pretrained(folder, dtype=torch.int32)
+    with pytest.raises(TypeError, match="dtype is 'float32'"):
+        CircuitGPT.from_pretrained(folder, dtype="float32")
 
 
 # What can't be honoured is refused.
@@ -283,6 +285,8 @@ REFUSED = {
     "field_of_unpublished_code": ({"mup": True}, "mup"),
     "rank": ({"unembed_rank": 16}, "unembed_rank"),
     "location": ({"afrac": 0.5, "afrac_loctypes": "attn_in,attn_z"}, "attn_z"),
+    "locations_as_a_list": ({"afrac": 0.5, "afrac_loctypes": ["attn_in"]}, "afrac_loctypes.*a text"),
+    "locations_null": ({"afrac": 0.5, "afrac_loctypes": None}, "afrac_loctypes.*a text"),
     "fraction": ({"afrac": 1.5}, "afrac"),
     "fraction_text": ({"afrac": "0.5"}, "afrac"),
     "activation": ({"activation_type": "silu"}, "silu"),

@@ -43,6 +43,7 @@ def test_stop_at_computes_nothing_after(model, ids, monkeypatch):
     assert list(acts) == model.hook_names[: model.hook_names.index("1.resid_mid") + 1]
     _, only = model.run_with_cache(ids, ["0.attn.y"], stop_at="0.attn.y")
     assert torch.equal(only["0.attn.y"], acts["0.attn.y"])
+    assert model.run_with_cache(ids, [], stop_at="0.attn.y") == (None, {})
 
 
 @pytest.mark.parametrize(
@@ -216,6 +217,8 @@ def test_ablation_inside_torch_func(model, ids):
         (["0.attn.v:1"], {"kind": "resample"}, "needs reference"),
         (["0.attn.v:1"], {"reference": []}, "empty"),
         (["0.attn.v:1"], {"reference": ["text"]}, "no tokenizer"),
+        (["0.attn.v:1"], {"reference": [[1], []]}, "empty"),
+        (["0.attn.v:1"], {"reference": {"ids": torch.ones(1, 3).long()}}, "needs input_ids"),
         (["0.attn.v:1"], {"reference": (torch.ones(1, 3).long(), torch.zeros(1, 3))}, "real"),
     ],
 )
@@ -223,3 +226,8 @@ def test_bad_ablations_are_refused_before_they_start(model, nodes, options, says
     with pytest.raises(ValueError, match=says):
         model.ablate(nodes, **options)
     assert not model._interventions
+
+
+def test_ids_that_are_no_integers_are_not_rounded(model):
+    with pytest.raises(TypeError, match="token ids are integers"):
+        model.ablate(["0.attn.v:1"], reference=[[1.7, 2.0]])

@@ -182,6 +182,7 @@ def test_a_stop_token_ends_its_row(speaking):
         (6, {}, "at most 5"),
         (-1, {}, "max_new_tokens"),
         (1, {"temperature": -1.0}, "temperature"),
+        (1, {"temperature": float("nan")}, "temperature"),
         (1, {"top_k": 0}, "top_k"),
         (1, {"attention_mask": torch.ones(1, 2)}, "attention_mask"),
     ],

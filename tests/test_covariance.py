@@ -1,47 +1,18 @@
-"""StreamingCovariance: one state however rows arrive, sound files, and errors that change nothing."""
+"""StreamingCovariance: one state however rows arrive, and errors that change nothing."""
 
 import copy
-import json
 import math
-import pickle
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
-from torch import Tensor
 
 import scalpel
+from covariance_states import assert_close, correlated, same_bits, state_of
 from scalpel import StreamingCovariance, _core, reference
-
-
-def correlated(rows: int, dim: int, shift: float = 0.0) -> Tensor:
-    g = torch.Generator().manual_seed(rows * 1000 + dim)
-    x = torch.randn(rows, dim, generator=g, dtype=torch.float64)
-    return x @ torch.randn(dim, dim, generator=g, dtype=torch.float64) / dim**0.5 + shift
-
-
-def state_of(x: Tensor, splits: list[int] | None = None, center: bool = True) -> StreamingCovariance:
-    state = StreamingCovariance(x.shape[-1], center=center)
-    for part in x.tensor_split(splits or []):
-        state.update(part)
-    return state
-
-
-def assert_close(a: StreamingCovariance, b: StreamingCovariance, tolerance: float = 1e-12) -> None:
-    assert a.count == b.count
-    scale = max(1e-300, float(b.covariance().abs().max()))
-    assert (a.mean - b.mean).abs().max() <= tolerance * max(1.0, float(b.mean.abs().max()))
-    assert (a.covariance() - b.covariance()).abs().max() <= tolerance * scale
-
-
-def same_bits(a: StreamingCovariance, b: StreamingCovariance) -> bool:
-    return a.count == b.count and torch.equal(a._mean, b._mean) and torch.equal(a._scatter, b._scatter)
-
 
 # ---- how rows arrive ---------------------------------------------------------------------------
 
@@ -228,98 +199,21 @@ def test_results_come_in_the_asked_dtype() -> None:
     assert {r.dtype for r in results} == {torch.float32}
 
 
-# ---- files -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("op", ["update", "merge", "subtract"])
+def test_an_interrupt_leaves_all_of_the_rows_or_none(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, more = correlated(20, 4), correlated(9, 4)
+    state = state_of(x)
+    native = getattr(_core, f"{op}_moments")
 
+    def interrupted(*arguments: object) -> None:
+        native(*arguments)
+        raise KeyboardInterrupt  # a Ctrl-C during the call is raised by its return
 
-@pytest.mark.parametrize("center", [True, False])
-def test_save_and_load_keep_every_bit(tmp_path: Path, center: bool) -> None:
-    state = StreamingCovariance(13, center=center, dtype=torch.float32).update(correlated(50, 13))
-    path = tmp_path / "state.safetensors"
-    state.save(path)
-    loaded = StreamingCovariance.load(path)
-    assert same_bits(loaded, state)
-    assert (loaded.center, loaded.dtype, loaded.dim) == (center, torch.float32, 13)
-    more = correlated(20, 13)
-    assert same_bits(loaded.update(more), state.update(more))
-    state.save(path)
-    assert same_bits(StreamingCovariance.load(str(path)), state)
-    assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
-
-
-def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "state"
-    old = state_of(correlated(9, 4))
-    old.save(path)
-
-    def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("scalpel._covariance_file.save_file", stop)
+    monkeypatch.setattr(_core, f"{op}_moments", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        state_of(correlated(30, 4)).save(path)
-    assert same_bits(StreamingCovariance.load(path), old)
-    assert [p.name for p in tmp_path.iterdir()] == ["state"]
-
-
-def test_truncated_files_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "state"
-    state_of(correlated(9, 4)).save(path)
-    whole = path.read_bytes()
-    for length in (0, 1, 7, 8, 100, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="truncated or no covariance state"):
-            StreamingCovariance.load(path)
-
-
-def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "state"
-    state_of(correlated(9, 4)).save(path)
-    data = bytearray(path.read_bytes())
-    data[-5] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match="checksum"):
-        StreamingCovariance.load(path)
-    save_file({"mean": torch.zeros(3)}, path)
-    with pytest.raises(ValueError, match="not one that StreamingCovariance.save wrote"):
-        StreamingCovariance.load(path)
-    path.write_text("hello")
-    with pytest.raises(ValueError, match="no covariance state"):
-        StreamingCovariance.load(path)
-    with pytest.raises(FileNotFoundError, match="doesn't exist"):
-        StreamingCovariance.load(tmp_path / "nothing")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"version": 99}, "format version 99"),
-        ({"dim": 5}, "mean is torch.float64 of shape"),
-        ({"count": -1}, "count is -1"),
-        ({"count": "x"}, "count is 'x'"),
-        ({"dtype": "nonsense"}, "nonsense"),
-        ({"crc32": {}}, "mean"),
-        ({"crc32": None}, "damaged header"),
-    ],
-)
-def test_unsound_headers_are_refused(tmp_path: Path, change: dict, message: str) -> None:
-    state = state_of(correlated(9, 4))
-    state.save(tmp_path / "state")
-    from safetensors import safe_open
-
-    with safe_open(str(tmp_path / "state"), framework="pt") as file:
-        header = json.loads(file.metadata()["header"]) | change
-    metadata = {"kind": "scalpel.StreamingCovariance", "header": json.dumps(header)}
-    save_file({"mean": state._mean, "scatter": state._scatter}, tmp_path / "state", metadata=metadata)
-    with pytest.raises(ValueError, match=message):
-        StreamingCovariance.load(tmp_path / "state")
-
-
-def test_pickle_and_copy() -> None:
-    state = state_of(correlated(9, 4))
-    for other in (pickle.loads(pickle.dumps(state)), copy.deepcopy(state)):
-        assert same_bits(other, state)
-        other.update(correlated(3, 4))
-        assert state.count == 9
+        getattr(state, op)(more if op == "update" else state_of(more) if op == "merge" else state_of(x[:5]))
+    monkeypatch.undo()
+    assert_close(state, state_of(x[5:] if op == "subtract" else torch.cat([x, more])))
 
 
 # ---- errors ------------------------------------------------------------------------------------
@@ -350,6 +244,10 @@ ERRORS: dict[str, tuple[Callable, type[Exception], str]] = {
     "integers": (lambda: FULL.update(torch.ones(5, 3).long()), TypeError, "x is int64; allowed"),
     "numpy integers": (lambda: FULL.update(np.ones((5, 3), int)), TypeError, "x is int64; allowed"),
     "list": (lambda: FULL.update([[1.0, 2.0, 3.0]]), TypeError, "x is a list"),
+    "sparse": (lambda: FULL.update(torch.ones(5, 3).to_sparse()), TypeError, "layout torch.sparse_coo"),
+    "save nowhere": (lambda: FULL.save("/no/such/state"), FileNotFoundError, "there is no folder /no/such;"),
+    "save over a folder": (lambda: FULL.save("."), IsADirectoryError, "is a folder"),
+    "load a folder": (lambda: StreamingCovariance.load("."), ValueError, "is a folder"),
     "device": (lambda: FULL.update(torch.ones(5, 3, device="meta")), ValueError, "x is on meta.*CPU only"),
     "merge dim": (lambda: FULL.merge(StreamingCovariance(4)), ValueError, "other has dim 4.*dim 3"),
     "merge kind": (lambda: FULL.merge(torch.ones(3)), TypeError, "can't merge a Tensor"),

@@ -137,6 +137,16 @@ def test_out() -> None:
     assert np.array_equal(array, strided.numpy())
 
 
+def test_out_may_be_laid_out_in_any_order() -> None:
+    x = torch.randn(4, 6, 9)
+    expected = scalpel.keep_topk(x, 3)
+    interleaved = torch.empty(40 * 9).as_strided((2, 3, 9), (27, 18, 1))  # no nesting, and no two in one place
+    for like, want in ((torch.empty(6, 4, 9).transpose(0, 1), expected), (interleaved, expected[:2, :3])):
+        assert torch.equal(scalpel.keep_topk(x[: want.shape[0], : want.shape[1]], 3, out=like), want)
+    backwards = np.empty((4, 6, 9), dtype=np.float32)[::-1]
+    assert np.array_equal(scalpel.keep_topk(x.numpy(), 3, out=backwards), expected.numpy())
+
+
 def test_in_place(target: str) -> None:
     for k in (0, 2, 9):
         x = torch.randn(5, 9)
@@ -214,6 +224,21 @@ ERRORS = {
         ValueError,
         "several elements in one place",
     ),
+    "out whose rows overlap": (
+        lambda: scalpel.topk_mask(X, 2, out=torch.zeros(12, dtype=torch.bool).as_strided((3, 8), (2, 1))),
+        ValueError,
+        "several elements in one place",
+    ),
+    "out of no dtype": (
+        lambda: scalpel.topk_mask(X, 2, out=torch.zeros(3, 8, dtype=torch.int32)),
+        TypeError,
+        r"out \(the mask\) is int32; it must be bool",
+    ),
+    "meta, out shape": (
+        lambda: scalpel.keep_topk(X.to("meta"), 2, out=torch.empty(3, 7, device="meta")),
+        ValueError,
+        r"shape \(3, 7\); it must be \(3, 8\)",
+    ),
     "out strided": (
         lambda: scalpel.keep_topk(X, 2, out=torch.empty(8, 3).T),
         ValueError,
@@ -251,3 +276,5 @@ def test_meta_tensors_have_shapes() -> None:
     assert scalpel.topk_indices(x, 2).shape == (3, 2)
     assert scalpel.keep_topk(x, 2).dtype == torch.bfloat16
     assert scalpel.topk_mask(x, 2).dtype == torch.bool
+    out = torch.empty(3, 8, device="meta", dtype=torch.bfloat16)
+    assert scalpel.keep_topk(x, 2, out=out) is out

@@ -168,6 +168,24 @@ def test_out_with_a_gradient_is_refused(x: Tensor) -> None:
         vmap(lambda x: scalpel.keep_topk(x, K, out=out[0]))(x)
 
 
+def test_autograd_notices_that_out_was_overwritten(x: Tensor) -> None:
+    weight, value = torch.ones_like(x, requires_grad=True), x.clone()
+    loss = (weight * value).sum()
+    scalpel.keep_topk(value, K, out=value)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_out_compiles(x: Tensor, mask: Tensor, backend: str) -> None:
+    def f(x: Tensor, out: Tensor) -> Tensor:
+        return scalpel.keep_topk(x, K, out=out) * 2
+
+    out = torch.empty_like(x)
+    assert torch.equal(torch.compile(f, backend=backend)(x, out), torch.where(mask, 2 * x, 0))
+    assert torch.equal(out, torch.where(mask, x, 0))
+
+
 def test_errors_come_through_transforms(x: Tensor) -> None:
     with pytest.raises(ValueError, match="k is 11.*width 10"):
         jvp(lambda x: scalpel.keep_topk(x, 11), (x,), (x,))

@@ -2,12 +2,14 @@
 #include "topk/topk.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "core/parallel.h"
 #include "topk/kernel.h"
@@ -55,15 +57,39 @@ void extent(const TensorView& v, std::uintptr_t& begin, std::uintptr_t& end) {
   end = base + (high + 1) * item_size(v.dtype);
 }
 
+// True when two elements of v, whose rows are contiguous, are in one place.
+bool overlaps_itself(const TensorView& v) {
+  // Most layouts are nested: each stride steps over everything that the smaller ones reach.
+  std::pair<std::int64_t, std::int64_t> dims[TensorView::kMaxDims];  // |stride|, shape
+  int n = 0;
+  for (int i = 0; i + 1 < v.ndim; ++i) {
+    if (v.shape[i] > 1) dims[n++] = {std::abs(v.strides[i]), v.shape[i]};
+  }
+  std::sort(dims, dims + n);
+  std::int64_t reach = v.width();
+  bool nested = true;
+  for (int i = 0; i < n; ++i) {
+    nested = nested && dims[i].first >= reach;
+    reach += dims[i].first * (dims[i].second - 1);
+  }
+  if (nested) return false;
+  std::vector<std::int64_t> starts(static_cast<std::size_t>(v.rows()));
+  for (std::size_t r = 0; r < starts.size(); ++r) starts[r] = v.row_offset(static_cast<std::int64_t>(r));
+  std::sort(starts.begin(), starts.end());
+  for (std::size_t r = 1; r < starts.size(); ++r) {
+    if (starts[r] - starts[r - 1] < v.width()) return true;
+  }
+  return false;
+}
+
 void check_memory(const TensorView& x, const TensorView& out, const char* name, bool in_place_allowed) {
   if (empty(x) || empty(out)) return;
+  if (overlaps_itself(out)) {
+    refuse(std::string(name) + " has several elements in one place of memory (an expanded tensor?); give a " +
+           "tensor with memory of its own");
+  }
   bool same_strides = out.dtype == x.dtype;
   for (int i = 0; i < out.ndim; ++i) {
-    if (out.shape[i] > 1 && out.strides[i] == 0) {
-      refuse(std::string(name) +
-             " has several elements in one place of memory (an expanded tensor?); give a " +
-             "tensor with memory of its own");
-    }
     same_strides = same_strides && (out.shape[i] == 1 || out.strides[i] == x.strides[i]);
   }
   if (in_place_allowed && same_strides && out.data == x.data) return;

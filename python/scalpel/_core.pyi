@@ -19,22 +19,22 @@ def keep_topk(x: _Array, k: int, by_value: bool, out: _Array, threads: int = 0) 
 def kernel_calls() -> dict[str, dict[str, tuple[str, int]]]: ...
 def max_threads() -> int: ...
 def merge_moments(
-    count: int,
+    count: _Array,
     mean: _Array,
     scatter: _Array,
     centered: bool,
-    other_count: int,
+    other_count: _Array,
     other_mean: _Array,
     other_scatter: _Array,
     threads: int = 0,
 ) -> None: ...
 def parallel_backend() -> str: ...
 def subtract_moments(
-    count: int,
+    count: _Array,
     mean: _Array,
     scatter: _Array,
     centered: bool,
-    other_count: int,
+    other_count: _Array,
     other_mean: _Array,
     other_scatter: _Array,
     threads: int = 0,
@@ -42,5 +42,7 @@ def subtract_moments(
 def targets() -> list[_Target]: ...
 def topk_indices(x: _Array, k: int, by_value: bool, out: _Array, threads: int = 0) -> None: ...
 def topk_mask(x: _Array, k: int, by_value: bool, out: _Array, threads: int = 0) -> None: ...
-def update_moments(count: int, mean: _Array, scatter: _Array, centered: bool, x: _Array, threads: int = 0) -> int: ...
+def update_moments(
+    count: _Array, mean: _Array, scatter: _Array, centered: bool, x: _Array, threads: int = 0
+) -> int: ...
 def version() -> str: ...

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
+import stat
 import zlib
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,21 @@ VERSION = 1
 def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     """Replaces path by a new file in one step. Raises OSError when the folder can't be written to."""
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} can't be written: there is no folder {path.parent}; make it first")
     header = {**header, "version": VERSION, "crc32": {name: _checksum(t) for name, t in tensors.items()}}
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
+        temporary.touch(exist_ok=False)
+        mode = stat.S_IMODE(temporary.stat().st_mode)  # what the umask gives; safetensors' own is 0600
         save_file(tensors, temporary, metadata={"kind": KIND, "header": json.dumps(header, sort_keys=True)})
+        os.chmod(temporary, mode)
         _flush(temporary)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     _flush(path.parent)  # the new name, too, must survive a power cut
 
@@ -42,6 +49,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.
     name = os.fspath(path)
     if not Path(path).exists():
         raise FileNotFoundError(f"{name} doesn't exist")
+    if Path(path).is_dir():
+        raise ValueError(f"{name} is a folder; give the file that StreamingCovariance.save wrote")
     try:
         with safe_open(name, framework="pt") as file:
             metadata = file.metadata() or {}

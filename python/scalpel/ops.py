@@ -27,6 +27,7 @@ Array = TypeVar("Array", torch.Tensor, np.ndarray)
 
 Memory = tuple[int, str, tuple[int, ...], tuple[int, ...]]  # address, dtype, shape, strides in elements
 
+_RESULTS = {"topk_mask": "the mask", "keep_topk": "the kept values", "topk_indices": "the indices"}
 _FLOATS = "float16, bfloat16, float32, float64"
 _DTYPE_NAMES = {
     torch.float32: "float32",
@@ -133,6 +134,7 @@ def _call(op: str, dispatch: Callable[..., torch.Tensor], x: Any, k: Any, by: st
         if not isinstance(out, torch.Tensor):
             raise TypeError(f"out is a {type(out).__name__}, but x is a tensor; give a tensor")
         _check_tensor(out, "out")
+        _check_out(op, x, k, out)
         if op == "keep_topk" and torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
             raise RuntimeError(
                 "keep_topk with out= can't be differentiated, but x or out requires grad; leave out away"
@@ -141,16 +143,28 @@ def _call(op: str, dispatch: Callable[..., torch.Tensor], x: Any, k: Any, by: st
             raise RuntimeError(f"{op} with out= can't run under a torch.func transform or forward AD; leave out away")
         if x.device != out.device:
             raise ValueError(f"x is on {x.device}, out on {out.device}; they must be on one device")
-        _into(op, x, k, by, out)
+        _OUT_OPS[op](x.detach(), k, by, out)
         return out
     if isinstance(x, np.ndarray):
         return _call_numpy(op, x, k, by, out)
     raise TypeError(f"x is a {type(x).__name__}; allowed: a torch tensor or a numpy array")
 
 
+def _check_out(op: str, x: torch.Tensor, k: int, out: torch.Tensor) -> None:
+    dtype, shape = _result_dtype(op, x), _result_shape(op, x, k)
+    if out.dtype != dtype:
+        raise TypeError(f"out ({_RESULTS[op]}) is {_name(out.dtype)}; it must be {_name(dtype)}")
+    if tuple(out.shape) != shape:
+        raise ValueError(f"out ({_RESULTS[op]}) has shape {tuple(out.shape)}; it must be {shape}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _check_tensor(x: torch.Tensor, name: str, floating: bool = False) -> None:
-    if x.dtype not in _DTYPE_NAMES or (floating and not x.dtype.is_floating_point):
-        raise TypeError(f"{name} is {str(x.dtype).removeprefix('torch.')}; allowed: {_FLOATS}")
+    if floating and (x.dtype not in _DTYPE_NAMES or not x.dtype.is_floating_point):
+        raise TypeError(f"{name} is {_name(x.dtype)}; allowed: {_FLOATS}")
     if x.layout != torch.strided:
         raise TypeError(f"{name} has layout {x.layout}; allowed: torch.strided (call .to_dense())")
     if x.device.type not in ("cpu", "meta"):
@@ -204,10 +218,16 @@ def _numpy_view(x: np.ndarray) -> Memory:
 # torch.where.
 
 
+def _result_dtype(op: str, x: torch.Tensor) -> torch.dtype:
+    return {"topk_mask": torch.bool, "topk_indices": torch.int64}.get(op, x.dtype)
+
+
+def _result_shape(op: str, x: torch.Tensor, k: int) -> tuple[int, ...]:
+    return (*x.shape[:-1], k) if op == "topk_indices" else tuple(x.shape)
+
+
 def _result_like(op: str, x: torch.Tensor, k: int) -> torch.Tensor:
-    if op == "topk_indices":
-        return x.new_empty((*x.shape[:-1], k), dtype=torch.int64)
-    return x.new_empty(x.shape, dtype=torch.bool if op == "topk_mask" else x.dtype)
+    return x.new_empty(_result_shape(op, x, k), dtype=_result_dtype(op, x))
 
 
 def _define(op: str) -> Callable[[torch.Tensor, int, str], torch.Tensor]:
@@ -228,6 +248,23 @@ def _define(op: str) -> Callable[[torch.Tensor, int, str], torch.Tensor]:
     return run
 
 
+def _define_out(op: str) -> Callable[[torch.Tensor, int, str, torch.Tensor], None]:
+    """The op that writes to out, declared as such: autograd learns that out's old value is gone."""
+
+    schema = "(Tensor x, SymInt k, str by, Tensor(a!) out) -> ()"
+
+    @torch.library.custom_op(f"scalpel::{op}_out", mutates_args=("out",), schema=schema)
+    def run(x: torch.Tensor, k: int, by: str, out: torch.Tensor) -> None:
+        _into(op, x, k, by, out)
+
+    @run.register_fake
+    def _(x: torch.Tensor, k: int, by: str, out: torch.Tensor) -> None:
+        return None
+
+    return run
+
+
+_OUT_OPS = {op: _define_out(op) for op in _RESULTS}
 _mask_op = _define("topk_mask")
 _keep_op = _define("keep_topk")
 _indices_op = _define("topk_indices")

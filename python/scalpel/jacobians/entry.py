@@ -1,7 +1,6 @@
 """The Jacobian of one hook of a model with respect to another, as an operator.
 
-One function; the operator that it gives is :class:`scalpel._jacobian_operator.Jacobian`. Derivatives come
-from
+One function; the operator that it gives is :class:`scalpel.jacobians.operator.Jacobian`. Derivatives come from
 ``torch.func``: ``vmap(jvp)`` forward, ``vmap(vjp)`` backward, in chunks of tangents that bound the memory.
 """
 

@@ -174,6 +174,8 @@ def _activations(
 def _batch(model: "CircuitGPT", reference: Any) -> tuple[Tensor, Tensor]:
     mask: Any = None
     if isinstance(reference, Mapping):
+        if "input_ids" not in reference:
+            raise ValueError(f"reference has the keys {sorted(reference)}; it needs input_ids")
         reference, mask = reference["input_ids"], reference.get("attention_mask")
     elif _is_masked_batch(reference):
         reference, mask = reference
@@ -211,5 +213,10 @@ def _ids(model: "CircuitGPT", prompt: Any) -> Tensor:
         if model.tokenizer is None:
             raise ValueError("reference is text and the model has no tokenizer; give token ids")
         prompt = model.tokenizer.encode(prompt)
-    row = torch.as_tensor(prompt, dtype=torch.int64)
+    row = torch.as_tensor(prompt)
+    if row.numel() == 0:
+        raise ValueError("a prompt of the reference is empty; each needs at least one token")
+    if row.dtype.is_floating_point or row.dtype.is_complex or row.dtype == torch.bool:
+        raise TypeError(f"a prompt of the reference holds {row.dtype}; token ids are integers")
+    row = row.to(torch.int64)
     return row if row.dim() == 1 else row.flatten()

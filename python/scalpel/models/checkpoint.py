@@ -53,6 +53,8 @@ def from_pretrained(
     causal-mask buffer, an unknown switch that is off, an absent ``final_logits_bias``) is listed in
     ``model.card["notes"]``.
     """
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype is {dtype!r}; it must be a torch.dtype, as torch.float32")
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}; a model's weights are floating point")
     folder = _locate(source, revision, cache_dir, local_files_only)

@@ -133,6 +133,10 @@ class CircuitGPTConfig:
         number = isinstance(self.afrac, int | float) and not isinstance(self.afrac, bool)
         if self.afrac is not None and not (number and 0 <= self.afrac <= 1):
             raise ValueError(f"config field 'afrac' is {self.afrac!r}; it is a fraction from 0 to 1, or null")
+        if self.afrac is not None and not isinstance(self.afrac_loctypes, str):
+            raise ValueError(
+                f"config field 'afrac_loctypes' is {self.afrac_loctypes!r}; it is a text, with commas between locations"
+            )
         for location in self.topk_locations:
             _one_of("afrac_loctypes", location, ABS_TOPK_LOCATIONS)
         if self.sinusoidal_cat_pos_emb and self.d_pos_emb is None:

@@ -1,5 +1,6 @@
 """Continuing a text, token by token."""
 
+import math
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
@@ -29,12 +30,12 @@ def generate(
     texts of one token) after which a row is done; a done row is filled with its stop token, and all rows
     being done ends it. ``attention_mask`` (B, L): 1 at real tokens; padding must stand on the left. Every
     step runs the whole prefix, there is no cache. ValueError if L + ``max_new_tokens`` exceeds the context
-    (nothing is cut off silently), for padding on the right, and for a negative temperature.
+    (nothing is cut off silently), for padding on the right, and for a negative or infinite temperature.
     """
-    if max_new_tokens < 0 or temperature < 0 or (top_k is not None and top_k < 1):
+    if max_new_tokens < 0 or not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
         raise ValueError(
             f"max_new_tokens is {max_new_tokens}, temperature {temperature}, top_k {top_k}; allowed: "
-            "max_new_tokens >= 0, temperature >= 0, top_k >= 1 or None"
+            "max_new_tokens >= 0, temperature >= 0 and finite, top_k >= 1 or None"
         )
     input_ids = model._checked_ids(input_ids)
     length, context = input_ids.shape[1], model.config.block_size

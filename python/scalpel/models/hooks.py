@@ -37,15 +37,16 @@ def run_with_cache(
     Returns the logits (B, L, vocab) or None, and a dict of hook name to value (B, L, width), in the order of
     the forward pass. The values are the tensors that the model goes on with: after ablations and
     interventions, with their autograd history (use ``torch.no_grad()`` to save memory), rows at padding
-    included. Don't change them in place. ValueError for an unknown hook, or a choice of names that records
-    nothing.
+    included. Don't change them in place. ValueError for an unknown hook, for a regex
+    or a callable that matches none, and where nothing that was asked for comes before ``stop_at``.
     """
     wanted = _chosen(model, names)
     order = model.hook_names
     if stop_at is not None:
         check_hooks(model, [stop_at])
-        late = [name for name in wanted if order.index(name) > order.index(stop_at)]
-        if len(late) == len(wanted) or (late and not isinstance(names, str) and not callable(names)):
+        late = [name for name in order[order.index(stop_at) + 1 :] if name in wanted]
+        listed = not isinstance(names, str) and not callable(names)
+        if late and (listed or len(late) == len(wanted)):
             raise ValueError(f"{late[0]!r} comes after stop_at {stop_at!r} and would never be computed")
     intervene = _tap(model, fwd_hooks)
     kept: dict[str, Tensor] = {}

@@ -7,6 +7,7 @@ counts as far as all later masks let it through. So the parts add up to the logi
 approximation; what a part would do to the masks or to the scale is not in its share.
 """
 
+import operator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -248,7 +249,10 @@ def _token_id(model: CircuitGPT, token: Token) -> int:
         if model.tokenizer is None:
             raise ValueError(f"{token!r} is text and the model has no tokenizer; give the token's id")
         return model.tokenizer.single(token)
-    token = int(token)
+    try:
+        token = operator.index(token)
+    except TypeError:
+        raise TypeError(f"token is {token!r}; it must be an id (an int) or a text that is one token") from None
     if not 0 <= token < model.config.vocab_size:
         raise ValueError(f"token id {token} is outside the vocabulary, 0 to {model.config.vocab_size - 1}")
     return token
