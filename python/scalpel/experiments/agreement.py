@@ -12,8 +12,8 @@ import numpy as np
 from ..models.circuitgpt import CircuitGPT
 from ..semigroup import ThresholdCounter
 from . import critical as c
-from .controls import LEAST_ACCURACY, Controls, short_accuracy
-from .provenance import model_provenance
+from .controls import LEAST_ACCURACY, Controls, tells_depths
+from .provenance import at_least, model_provenance
 from .result import Protocol, Result, Verdict
 
 QUESTION = "Does the seed's simulator 1[k/n > θ] answer as the model does, cell by cell of the (k, n) plane?"
@@ -21,9 +21,9 @@ SEED_FIGURE = "30 lines reproduce the model: “perfect alignment”"
 GOOD = 0.95
 RULE = (
     f"Reproduced iff the 95 % interval of the agreement on held-out cells lies above {GOOD} and that of its lead over "
-    "a constant critical length lies above 0; not reproduced if the agreement's lower end is below that or the "
-    "constant leads; indistinguishable between. Not testable where accuracy at short contexts is below the limit, the "
-    "calibration length lies outside the context, or the model fails in no held-out cell."
+    "a constant critical length above 0; not reproduced if either lies wholly below; indistinguishable between. Not "
+    "testable where the model nowhere tells the depths apart with the accuracy asked, the calibration amount has no "
+    "critical length inside the context, or the model fails in no held-out cell or in all."
 )
 
 
@@ -45,18 +45,25 @@ def run(
     mean over the cells that the model answers right and those that it answers wrong: where it never fails, a
     simulator that never fails agrees everywhere and shows nothing.
     """
+    at_least(2, prompts=prompts)
+    at_least(1, width=width)
+    at_least(0, offsets=offsets, seed=seed)
+    held = [k for k in amounts if k != calibrate]
+    if len(held) < 2:
+        raise ValueError(f"amounts {tuple(amounts)} leave {len(held)} besides the calibration's {calibrate}; give two")
     controls = controls or Controls.of(model)
     length = model.config.block_size - offsets
     rng = np.random.default_rng([seed, 2])
     edges = c.bins(length, width)
-    protocol = Protocol("agreement", QUESTION, SEED_FIGURE, model_provenance(model, seed=seed, prompts=prompts))
+    options = {"calibrate": calibrate, "amounts": amounts, "prompts": prompts, "offsets": offsets, "width": width}
+    provenance = model_provenance(model, least_accuracy=least_accuracy, seed=seed, **options)
+    protocol = Protocol("agreement", QUESTION, SEED_FIGURE, provenance)
 
     def ask(one: CircuitGPT, k: int, salt: int, depth: int = 2) -> c.Curve:
         return c.ask_long_lists(one, k, depth=depth, prompts=prompts, length=length, seed=1000 * seed + salt)
 
     fitted = c.critical(ask(model, calibrate, 2), rng)
-    held = [k for k in amounts if k != calibrate]
-    # A calibration length beyond the context bounds θ from above only; the bound is then the simulator's θ.
+    # Where the calibration amount has no critical length, the longest that was asked only bounds θ from above.
     counter = ThresholdCounter(calibrate / fitted.value)
     middles = (edges[:-1] + edges[1:]) / 2
     simulated = {k: np.array([counter.decide(k, int(n)) for n in middles]) for k in amounts}
@@ -71,43 +78,49 @@ def run(
             "rule": RULE,
         }
     )
+    protocol.measuring()
     curves = {k: ask(model, k, 3) for k in amounts}
     flat = ask(model, 1, 3, depth=1)
-    short = short_accuracy(curves, flat)
+    able = tells_depths(curves, flat)
     shown = {k: curve.binned(edges) for k, curve in curves.items()}
+    found = {k: c.critical(curve, rng) for k, curve in curves.items()}
     score = agreement(curves, held, edges, simulated)
     rival = agreement(curves, held, edges, constant)
     draws = _bootstrap(curves, held, edges, {"simulator": simulated, "constant": constant}, rng)
-    low, high = np.percentile([d["simulator"]["plain"] for d in draws], [2.5, 97.5])
+    interval = [float(v) for v in np.percentile([d["simulator"]["plain"] for d in draws], [2.5, 97.5])]
     lead = [d["simulator"]["plain"] - d["constant"]["plain"] for d in draws]
-    lead_low, lead_high = (float(v) for v in np.percentile(lead, [2.5, 97.5]))
-    shuffled = _shuffled(curves, held, edges, simulated, rng)
+    lead_interval = [float(v) for v in np.percentile(lead, [2.5, 97.5])]
     null: dict[str, Any] = {
         "constant": rival,
-        "simulator_minus_constant": [lead_low, lead_high],
-        "shuffled_evidence": shuffled,
+        "best_constant_chosen_afterwards": max(
+            agreement(curves, held, edges, dict.fromkeys(amounts, middles < cut))["plain"] for cut in edges
+        ),
+        "simulator_minus_constant": lead_interval,
+        "shuffled_evidence": _shuffled(curves, held, edges, simulated),
     }
     for name, other in controls.models.items():
-        theirs = {k: ask(other, k, 3) for k in amounts}
-        null[name] = {
-            **agreement(theirs, held, edges, simulated),
-            "short_context_accuracy": short_accuracy(theirs, ask(other, 1, 3, depth=1)),
-        }
+        theirs = {k: ask(other, k, 3) for k in held}
+        null[name] = agreement(theirs, held, edges, simulated)
+    verdict = _verdict(fitted, score, interval, lead_interval, able >= least_accuracy)
     return protocol.conclude(
         measured={
             "summary": f"agreement {score['plain']:.3f} on {score['cells']} held-out cells "
             f"(balanced {_number(score['balanced'])})",
+            "against_the_seeds_figure": f"the seed says “perfect”; here {score['plain']:.3f}",
             "agreement": score,
             "model_right": shown,
-            "short_context_accuracy": short,
+            "critical_length": c.table(found),
+            "best_balanced_accuracy_at_one_length": able,
         },
-        interval={"summary": f"[{low:.3f}, {high:.3f}]", "agreement": [float(low), float(high)]},
+        interval={"summary": f"[{interval[0]:.3f}, {interval[1]:.3f}]", "agreement": interval},
         null={
-            "summary": f"constant n*: {rival['plain']:.3f} (simulator − constant in [{lead_low:.3f}, {lead_high:.3f}])"
-            f"; evidence shuffled: {shuffled:.3f}; untrained: {null['untrained']['plain']:.3f}",
+            "summary": f"constant n*: {rival['plain']:.3f} (simulator − constant in [{lead_interval[0]:.3f}, "
+            f"{lead_interval[1]:.3f}]); best constant afterwards: {null['best_constant_chosen_afterwards']:.3f}; "
+            f"evidence shuffled: {null['shuffled_evidence']:.3f}"
+            + "".join(f"; {name}: {null[name]['plain']:.3f}" for name in controls.models),
             **null,
         },
-        verdict=_verdict(fitted, score, float(low), lead_low, lead_high, short >= least_accuracy),
+        verdict=verdict,
         figures={
             "map": {
                 "kind": "map",
@@ -118,11 +131,7 @@ def run(
                 "y": [str(k) for k in amounts],
                 "values": [shown[k] for k in amounts],
                 "overlays": [
-                    {
-                        "label": "simulator",
-                        "x": [counter.critical_length(k) for k in amounts],
-                        "style": "line",
-                    },
+                    {"label": "simulator", "x": [counter.critical_length(k) for k in amounts], "style": "line"},
                     {"label": "constant", "x": [fitted.value for _ in amounts], "style": "dashed"},
                 ],
             }
@@ -157,31 +166,24 @@ def _bootstrap(
     return draws
 
 
-def _shuffled(
-    curves: dict[int, c.Curve],
-    held: Sequence[int],
-    edges: np.ndarray,
-    said: dict[int, np.ndarray],
-    rng: np.random.Generator,
-    resamples: int = 100,
-) -> float:
-    """Mean agreement when each row of the plane is judged by another row's simulator."""
+def _shuffled(curves: dict[int, c.Curve], held: Sequence[int], edges: np.ndarray, said: dict[int, np.ndarray]) -> float:
+    """Mean agreement when each row of the plane is judged by another row's simulator: every cyclic shift but none."""
     scores = []
-    for _ in range(resamples):
-        other = dict(zip(held, [said[k] for k in rng.permutation(held)], strict=True))
+    for shift in range(1, len(held)):
+        other = {k: said[held[(i + shift) % len(held)]] for i, k in enumerate(held)}
         scores.append(agreement(curves, held, edges, other)["plain"])
     return float(np.mean(scores))
 
 
 def _verdict(
-    fitted: c.Critical, score: dict[str, Any], low: float, lead_low: float, lead_high: float, able: bool
+    fitted: c.Critical, score: dict[str, Any], interval: list[float], lead: list[float], able: bool
 ) -> Verdict:
     """The verdict by RULE."""
-    if not able or fitted.censored is not None or np.isnan(score["balanced"]):
+    if not able or fitted.status != "crosses" or np.isnan(score["balanced"]):
         return "not testable here"
-    if low < GOOD or lead_high < 0:
+    if interval[1] < GOOD or lead[1] < 0:
         return "not reproduced"
-    return "reproduced" if lead_low > 0 else "indistinguishable"
+    return "reproduced" if interval[0] > GOOD and lead[0] > 0 else "indistinguishable"
 
 
 def _number(value: float) -> str:

@@ -9,7 +9,6 @@ from ..models.circuitgpt import CircuitGPT
 from .critical import Curve
 
 LEAST_ACCURACY = 0.95  # below it a model is said not to do the task, and nothing measured on it means anything
-SHORT = 40  # tokens: "short contexts", where nothing has diluted yet
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,15 @@ def untrained(model: CircuitGPT) -> CircuitGPT:
     return other.eval()
 
 
-def short_accuracy(curves: Mapping[int, Curve], flat: Curve) -> float:
-    """Balanced accuracy over both depths at contexts of at most SHORT tokens."""
-    nested = np.concatenate([curve.right[curve.x <= SHORT] for curve in curves.values()])
-    alone = flat.right[flat.x <= SHORT]
-    return float((nested.mean() + alone.mean()) / 2) if nested.size and alone.size else float("nan")
+def tells_depths(curves: Mapping[int, Curve], flat: Curve, width: int = 16) -> float:
+    """The best balanced accuracy over both depths at any one context length, in bins of ``width`` tokens.
+
+    A model that goes by length alone says the same at both depths and gets one half everywhere; one that compares k/n
+    with a threshold is wrong at depth 1 where the context is short and at depth 2 where it is long, and right between.
+    """
+    longest = max(int(curve.x.max()) for curve in [*curves.values(), flat])
+    edges = np.arange(0, longest + width, width)
+    alone = flat.binned(edges)
+    nested = np.stack([curve.binned(edges) for curve in curves.values()])
+    best = (nested + alone) / 2
+    return float(np.nanmax(best)) if not np.isnan(best).all() else float("nan")

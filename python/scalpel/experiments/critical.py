@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.optimize import isotonic_regression
 
 from ..models.circuitgpt import CircuitGPT
 from ..tasks.brackets import long_lists, preference
@@ -40,53 +41,73 @@ class Curve:
 class Critical:
     """The length at which P(correct) is one half.
 
-    ``value`` in tokens; ``low``, ``high`` its 95 % bootstrap interval; ``error`` its bootstrap standard error;
-    ``censored``: "right" where P stays above one half as far as was asked (``value`` is then that length),
-    "left" where it is below from the start, None otherwise.
+    ``value``: where the logistic fit crosses, in tokens; ``isotonic``: where the best non-increasing curve does;
+    ``low``, ``high`` the 95 % bootstrap interval by prompt and ``error`` its standard error, both over resamples that
+    cross inside what was asked; ``status``: "crosses"; "above" where P stays above one half as far as was asked
+    (``value`` is then that length), "below" where it is below from the start, or "none" where it does neither: a curve
+    that hovers or comes back has no critical length. ``sign_changes``: per prompt. ``draws``: the bootstrap values.
     """
 
     value: float
+    isotonic: float
     low: float
     high: float
     error: float
-    censored: str | None
+    status: str
     sign_changes: float
     prompts: int
+    draws: np.ndarray
 
     def text(self) -> str:
         """The value with its interval, as a table shows it."""
-        if self.censored == "right":
+        if self.status == "above":
             return f"> {self.value:.0f}"
-        if self.censored == "left":
+        if self.status == "below":
             return f"< {self.value:.0f}"
+        if self.status == "none":
+            return "no crossing"
         return f"{self.value:.0f} [{self.low:.0f}, {self.high:.0f}]"
 
 
 def critical(curve: Curve, rng: np.random.Generator, resamples: int = 200) -> Critical:
-    """Critical length by a logistic fit of right on x, bootstrapped by prompt and censored at the lengths asked."""
+    """Critical length by a logistic fit of right on x, bootstrapped by prompt, and whether there is one at all."""
     count = len(curve.right)
-    value, censored = half_crossing(curve)
-    draws = [half_crossing(curve.sample(rng.integers(count, size=count)))[0] for _ in range(resamples)]
+    value, isotonic, status = crossing(curve)
+    found = [crossing(curve.sample(rng.integers(count, size=count))) for _ in range(resamples)]
+    draws = np.array([draw for draw, _, kind in found if kind == "crosses"])
+    if status != "crosses" or len(draws) < 2:
+        draws = np.array([value])
     low, high = np.percentile(draws, [2.5, 97.5])
-    return Critical(value, float(low), float(high), float(np.std(draws)), censored, curve.sign_changes(), count)
+    spread = float(np.std(draws))
+    return Critical(value, isotonic, float(low), float(high), spread, status, curve.sign_changes(), count, draws)
 
 
-def half_crossing(curve: Curve) -> tuple[float, str | None]:
-    """Where the logistic fit crosses one half, clipped to the lengths asked, and how it was censored."""
-    x, y = curve.x.ravel().astype(float), curve.right.ravel().astype(float)
-    least, most = float(x.min()), float(x.max())
-    if y.all():
-        return most, "right"
-    if not y.any():
-        return least, "left"
-    intercept, slope = logistic_fit(x, y)
-    falls = slope < 0
-    crossing = -intercept / slope if slope else float("inf")
-    if falls and least <= crossing <= most:
-        return crossing, None
-    # Outside what was asked, or no fall at all: the side is that of the middle of the range.
-    above = intercept + slope * (least + most) / 2 > 0
-    return (most, "right") if above else (least, "left")
+def crossing(curve: Curve) -> tuple[float, float, str]:
+    """Where P(correct) falls through one half: by the logistic fit, by the isotonic one, and the status.
+
+    The logistic crossing counts only where the model-free one is near it (within two elements or a quarter of its
+    length) and P over the longest quarter, or what of it lies behind the crossing, is below 0.4: a curve that sinks
+    to one half and stays has none.
+    """
+    x, index = np.unique(curve.x, return_inverse=True)
+    asked = np.bincount(index.ravel()).astype(float)
+    p = np.bincount(index.ravel(), weights=curve.right.ravel()) / asked
+    least, most = float(x[0]), float(x[-1])
+    falling = isotonic_regression(p, weights=asked, increasing=False).x
+    under = np.flatnonzero(falling <= 0.5)
+    if len(under) == 0:
+        return most, most, "above"
+    isotonic = float(x[under[0]])
+    long = x >= max(least + 0.75 * (most - least), isotonic)
+    end = float((p * asked)[long].sum() / asked[long].sum())
+    if under[0] == 0:
+        return least, least, "below" if end < 0.4 else "none"
+    intercept, slope = logistic_fit(curve.x.ravel().astype(float), curve.right.ravel().astype(float))
+    fitted = -intercept / slope if slope < 0 else float("inf")
+    near = abs(fitted - isotonic) <= max(2 * ELEMENT, 0.25 * isotonic)
+    if end >= 0.4 or not near or not least <= fitted <= most:
+        return float(np.clip(fitted, least, most)), isotonic, "none"
+    return fitted, isotonic, "crosses"
 
 
 def logistic_fit(x: np.ndarray, y: np.ndarray, ridge: float = 1e-3) -> tuple[float, float]:
@@ -154,9 +175,25 @@ def fit_laws(lengths: Mapping[int, float]) -> dict[str, tuple[Law, dict[str, flo
     }
 
 
-def within(predicted: float, measured: Critical) -> bool:
-    """Whether a prediction is good enough: within one element or one standard error, whichever is larger."""
-    return measured.censored is None and abs(predicted - measured.value) <= max(ELEMENT, measured.error)
+def predicted_error(name: str, k: float, calibration: Mapping[int, Critical]) -> float:
+    """Standard error of a law's prediction, from the bootstrap of the lengths that it was fitted to."""
+    count = min(len(one.draws) for one in calibration.values())
+    return float(
+        np.std([fit_laws({a: one.draws[i] for a, one in calibration.items()})[name][0](k) for i in range(count)])
+    )
+
+
+def within(predicted: float, measured: Critical, prediction_error: float = 0.0) -> bool:
+    """Whether a prediction is good enough: within one element or one standard error, whichever is larger.
+
+    The standard error is that of the difference, so the calibration's error is in it. Where the answer stays right as
+    far as was asked, a prediction is good enough if it lies no more than an element short of that.
+    """
+    if measured.status == "above":
+        return predicted >= measured.value - ELEMENT
+    if measured.status != "crosses":
+        return False
+    return abs(predicted - measured.value) <= max(ELEMENT, float(np.hypot(measured.error, prediction_error)))
 
 
 def bounds(measured: Mapping[Any, Critical]) -> dict[str, list[float]]:
@@ -166,7 +203,7 @@ def bounds(measured: Mapping[Any, Critical]) -> dict[str, list[float]]:
 
 def table(measured: Mapping[Any, Critical]) -> dict[str, dict[str, Any]]:
     """Everything known of each critical length, for a Result."""
-    return {str(key): dict(vars(one)) for key, one in measured.items()}
+    return {str(key): {n: v for n, v in vars(one).items() if n != "draws"} for key, one in measured.items()}
 
 
 def bins(length: int, width: int = 16) -> np.ndarray:
@@ -175,6 +212,12 @@ def bins(length: int, width: int = 16) -> np.ndarray:
 
 
 def series(label: str, curve: Curve, edges: Sequence[float] | np.ndarray, **style: Any) -> dict[str, Any]:
-    """A curve as a picture's series: P(correct) by bin, at the bins' middles."""
+    """A curve as a picture's series: P(correct) by bin with its 95 % band by prompt, at the bins' middles."""
     edges = np.asarray(edges, dtype=float)
-    return {"label": label, "x": (edges[:-1] + edges[1:]) / 2, "y": curve.binned(edges), **style}
+    p = curve.binned(edges)
+    by_prompt = np.array([Curve(curve.x[i : i + 1], curve.right[i : i + 1]).binned(edges) for i in range(len(curve.x))])
+    asked = ~np.isnan(by_prompt)
+    squares = np.where(asked, (by_prompt - p) ** 2, 0.0).sum(0)
+    spread = 1.96 * np.sqrt(squares) / np.maximum(1, asked.sum(0))
+    band = {"low": np.clip(p - spread, 0, 1), "high": np.clip(p + spread, 0, 1)}
+    return {"label": label, "x": (edges[:-1] + edges[1:]) / 2, "y": p, **band, **style}

@@ -1,33 +1,59 @@
 """How many distractors flip the answer, and does it matter which tokens they are?
 
-The seed's law counts every added token alike: d = n* − n₀. Here each class of token is added on its own, in a
-comment in front of the statement (so that the question's surroundings stay) or as elements of the list; the same
-prompt moved to later positions with nothing added is the null.
+The law counts every added token, and counts evidence for what it is: the answer flips at the fewest d for which
+(k + e(d)) / (n₀ + d) ≤ θ, with e(d) the brackets among the distractors. Each class of token is added on its own, in a
+comment in front of the statement, so that the question's surroundings stay. The same prompt moved to later positions
+with nothing added is the null.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..models.circuitgpt import CircuitGPT
+from ..semigroup import ThresholdCounter
 from ..tasks.brackets import closers, long_lists
 from . import critical as c
 from .controls import LEAST_ACCURACY
-from .provenance import model_provenance
+from .provenance import at_least, model_provenance
 from .result import Protocol, Result, Verdict
 
 QUESTION = "How many distractor tokens flip the answer, by class of token?"
 SEED_FIGURE = "d = n* − n₀ = 12 for k = 2, θ = 0.15"
-
+SEED_D = 12
 RULE = (
-    "Reproduced iff every class flips the answer at the predicted count, within one element (2 tokens) or one standard "
-    "error, whichever is larger; a class that never flips inside the context contradicts it. Not testable where the "
-    "model is wrong without distractors, or where the predicted count lies outside the context."
+    "Reproduced iff every class in front of the statement flips the answer at the count that the law gives for it, "
+    "within one element (2 tokens) or one standard error of the difference, whichever is larger; where the law says "
+    "never, or later than was tried, the answer must stay. List elements repeat the calibration, so they are shown and "
+    "enter no verdict. Not testable where the undisturbed prompts of either depth are answered wrong, or where the "
+    "calibration has no critical length."
 )
 
-# Texts whose tokens are repeated to the wished count.
-CLASSES = {"comment words": "foo data list value ", "blank lines": "\n", "matched []": "[]"}
+
+@dataclass(frozen=True)
+class Filler:
+    """A class of distractors: ``units`` in turn, each bringing ``evidence`` brackets."""
+
+    units: tuple[str, ...]
+    evidence: int = 0
+
+
+CLASSES = {
+    "comment words": Filler(("foo", "data", "list", "value")),
+    "one letter": Filler(("x",)),
+    "matched []": Filler(("[]",), evidence=1),
+}
+
+
+@dataclass(frozen=True)
+class Comment:
+    """Comment lines of a class: ``lines[i]`` are token ids, ``evidence[i]`` how many brackets they hold."""
+
+    lines: list[list[int]]
+    evidence: list[int]
 
 
 def run(
@@ -39,78 +65,105 @@ def run(
     offsets: int = 64,
     step: int = 24,
     seed: int = 0,
+    least_accuracy: float = LEAST_ACCURACY,
 ) -> Result:
-    """Fewest distractors at which P(correct) falls to one half, by class, against the seed's d = n* − n₀.
+    """Fewest distractors at which P(correct) falls to one half, by class, against what the law gives for each.
 
-    The prompts are depth-2 lists of evidence ``k`` and ``elements`` elements; distractors are tried every ``step``
-    tokens up to the context. An unmatched "[" in front of a depth-1 prompt should push the other way; it is measured
-    beside them and enters no verdict.
+    The prompts are depth-2 lists of evidence ``k`` and ``elements`` elements; distractors are tried about every
+    ``step`` tokens up to the context, and on a finer grid around the crossing. Unmatched brackets in front of a
+    depth-1 prompt should push the other way; they are measured beside the rest and enter no verdict.
     """
     assert model.tokenizer is not None
+    at_least(2, prompts=prompts, k=k)
+    at_least(1, elements=elements, step=step)
+    at_least(0, offsets=offsets, seed=seed)
     length = model.config.block_size - offsets
     rng = np.random.default_rng([seed, 3])
-    protocol = Protocol("distractors", QUESTION, SEED_FIGURE, model_provenance(model, seed=seed, prompts=prompts))
+    options = {"k": k, "elements": elements, "prompts": prompts, "offsets": offsets, "step": step, "seed": seed}
+    provenance = model_provenance(model, least_accuracy=least_accuracy, **options)
+    protocol = Protocol("distractors", QUESTION, SEED_FIGURE, provenance)
     calibration = c.critical(c.ask_long_lists(model, k, prompts=prompts, length=length, seed=1000 * seed + 4), rng)
     short = _short_prompts(model, k, elements, prompts, seed)
-    n0 = int(np.median([len(row) for row in short]))
-    predicted = None if calibration.censored else max(0.0, calibration.value - n0)
+    n0 = int(np.median([len(row) for row in short])) + len(closers(model.tokenizer).start)
+    most = length - max(map(len, short)) - 1
+    comments = {name: comment_lines(model, filler, most) for name, filler in CLASSES.items()}
+    predicted = {
+        name: flips_at(comment, k, n0, calibration.value) if calibration.status == "crosses" else None
+        for name, comment in comments.items()
+    }
     protocol.predict(
         {
             "summary": f"n* = {calibration.text()}, n₀ = {n0}: "
-            + (f"d = {predicted:.0f} for every class" if predicted is not None else "d lies outside the context"),
+            + ", ".join(f"{name} {_count(d, most)}" for name, d in predicted.items()),
             "critical_length": c.table({k: calibration}),
             "n0": n0,
-            "d": predicted,
+            "most_tried": most,
+            "d": {name: None if d is None or np.isinf(d) else d for name, d in predicted.items()},
             "rule": RULE,
         }
     )
-    counts = np.arange(0, length - max(map(len, short)) + 1, step)
-    curves = {name: _refined(model, short, counts, _comment(model, text)) for name, text in CLASSES.items()}
-    curves["list elements"] = _elements(model, k, n0, prompts, length, seed)
-    moved = _curve(model, short, counts, None, depth=2)
+    protocol.measuring()
+    curves = {name: _refined(model, short, comment, step) for name, comment in comments.items()}
+    replicate = _elements(model, k, n0, prompts, length, seed)
+    moved = _moved(model, short, np.arange(0, most + 1, step))
     flat = _short_prompts(model, 1, elements, prompts, seed)
-    unmatched = _curve(model, flat, np.arange(0, 17), _brackets(model), depth=1)
+    unmatched = _curve(model, flat, _brackets(model, 16), depth=1)
     measured = {name: c.critical(curve, rng) for name, curve in curves.items()}
-    null = c.critical(moved, rng)
-    push = c.critical(unmatched, rng)
-    first = float(np.mean([curve.right[:, 0].mean() for curve in curves.values()]))
+    null, push, again = c.critical(moved, rng), c.critical(unmatched, rng), c.critical(replicate, rng)
+    least = float(moved.right.mean(0).min())
+    untouched = {"depth 2": float(moved.right[:, 0].mean()), "depth 1": float(_plain(model, flat).mean())}
     return protocol.conclude(
         measured={
             "summary": "; ".join(f"{name} {one.text()}" for name, one in measured.items()),
+            "against_the_seeds_figure": f"the seed says {SEED_D} at k = 2, whatever the class; here "
+            + ", ".join(f"{name} {one.text()}" for name, one in measured.items()),
             "fewest": c.table(measured),
-            "accuracy_without_distractors": first,
-            "unmatched_bracket_at_depth_1": {"words": push.text(), **c.table({1: push})},
+            "list_elements": c.table({k: again}),
+            "accuracy_without_distractors": untouched,
+            "unmatched_brackets_at_depth_1": {"words": push.text(), **c.table({1: push})},
+            "note": "Comments in front of a statement are not in bracket-mini's training text: a flip at few "
+            "tokens may be their novelty rather than dilution.",
         },
         interval={"summary": "95 % bootstrap by prompt", **c.bounds(measured)},
         null={
-            "summary": f"moved without adding a token: {null.text()}, P(correct) at least {_least(moved):.2f}",
+            "summary": f"moved without adding a token: {null.text()}, P(correct) at least {least:.2f}",
             "moved": c.table({k: null}),
-            "moved_least_accuracy": _least(moved),
+            "moved_least_accuracy": least,
         },
-        verdict=_verdict(predicted, measured, first),
-        figures={
-            "curves": {
-                "kind": "curves",
-                "title": f"Distractors by class, evidence k = {k}, n₀ = {n0} tokens",
-                "xlabel": "distractor tokens added",
-                "ylabel": "P(correct)",
-                "series": [
-                    *({"label": name, **_points(curve)} for name, curve in curves.items()),
-                    {"label": "moved only (null)", "style": "dashed", **_points(moved)},
-                ],
-                "hlines": [{"y": 0.5, "label": "one half"}],
-                "vlines": [] if predicted is None else [{"x": predicted, "label": "seed's law"}],
-            },
-            "unmatched": {
-                "kind": "curves",
-                "title": "Unmatched “[” in a comment before a depth-1 list",
-                "xlabel": "unmatched brackets added",
-                "ylabel": "P(correct)",
-                "series": [{"label": "depth 1", **_points(unmatched)}],
-                "hlines": [{"y": 0.5, "label": "one half"}],
-            },
-        },
+        verdict=_verdict(predicted, measured, calibration, min(untouched.values()) >= least_accuracy),
+        figures=_figures(curves, replicate, moved, unmatched, predicted, f"evidence k = {k}, n₀ = {n0} tokens"),
     )
+
+
+def flips_at(comment: Comment, k: int, n0: int, critical_length: float) -> float:
+    """The tokens of a class at which the law's answer turns: the middle between the last line that it passes and the
+    first that it fails, as a fit to answers finds it; infinite if it fails at none that was made.
+    """
+    counter = ThresholdCounter(k / critical_length)
+    before = 0
+    for line, evidence in zip(comment.lines, comment.evidence, strict=True):
+        if not counter.decide(k + evidence, n0 + len(line)):
+            return (before + len(line)) / 2
+        before = len(line)
+    return float("inf")
+
+
+def comment_lines(model: CircuitGPT, filler: Filler, most: int) -> Comment:
+    """Comment lines of whole units, up to ``most`` tokens each; the first is no comment at all.
+
+    Each ends with a blank, so that a bracket and the newline don't become a closing token.
+    """
+    assert model.tokenizer is not None
+    lines: list[list[int]] = [[]]
+    evidence = [0]
+    for count in range(1, most + 1):
+        words = " ".join(filler.units[i % len(filler.units)] for i in range(count))
+        line = model.tokenizer.encode(f"# {words} \n")
+        if len(line) > most:
+            break
+        lines.append(line)
+        evidence.append(filler.evidence * count)
+    return Comment(lines, evidence)
 
 
 def _short_prompts(model: CircuitGPT, k: int, elements: int, count: int, seed: int) -> list[list[int]]:
@@ -119,7 +172,7 @@ def _short_prompts(model: CircuitGPT, k: int, elements: int, count: int, seed: i
     lists = long_lists(
         model.tokenizer,
         k,
-        64 + 8 * k + 2 * elements,
+        32 + 8 * k + 2 * elements,
         count,
         block_size=model.config.block_size,
         depth=1 if k == 1 else 2,
@@ -130,69 +183,70 @@ def _short_prompts(model: CircuitGPT, k: int, elements: int, count: int, seed: i
     return [row[start : int(end) + 1].tolist() for row, end in zip(lists.ids, last, strict=True)]
 
 
-def _comment(model: CircuitGPT, text: str) -> Callable[[int], list[int]]:
-    """A comment line of ``count`` tokens in all: its sign, ``text`` repeated, its newline."""
+def _brackets(model: CircuitGPT, most: int) -> Comment:
+    """A comment line with 0 to ``most`` unmatched brackets; without any it is there all the same."""
     assert model.tokenizer is not None
-    sign, line = model.tokenizer.encode("# "), model.tokenizer.encode("\n")
-    unit = model.tokenizer.encode(text)
-
-    def tokens(count: int) -> list[int]:
-        inside = max(0, count - len(sign) - len(line))
-        return [*sign, *(unit * (inside // len(unit) + 1))[:inside], *line] if count else []
-
-    return tokens
+    lines = [model.tokenizer.encode("# " + "[" * count + " \n") for count in range(most + 1)]
+    return Comment(lines, list(range(most + 1)))
 
 
-def _brackets(model: CircuitGPT) -> Callable[[int], list[int]]:
-    """A comment line with ``count`` unmatched brackets; without any it is there all the same."""
-    assert model.tokenizer is not None
-    sign, line, bracket = (model.tokenizer.encode(text) for text in ("# ", "\n", "["))
-    return lambda count: [*sign, *bracket * count, *line]
+def _refined(model: CircuitGPT, prompts: Sequence[list[int]], comment: Comment, step: int) -> c.Curve:
+    """The curve on a coarse grid and, where it crosses one half, on every line around the crossing."""
+    sizes = np.array([len(line) for line in comment.lines])
+    coarse = np.unique(np.searchsorted(sizes, np.arange(0, sizes[-1] + 1, step)))
+    curve = _curve(model, prompts, _pick(comment, coarse), depth=2)
+    crossing, _, status = c.crossing(curve)
+    if status == "above":
+        return curve
+    near = np.setdiff1d(np.flatnonzero(np.abs(sizes - crossing) <= step), coarse)
+    near = near[:: max(1, len(near) // 12)]
+    fine = _curve(model, prompts, _pick(comment, near), depth=2) if len(near) else curve
+    x, index = np.unique(np.concatenate([curve.x[0], fine.x[0]]), return_index=True)
+    right = np.concatenate([curve.right, fine.right], 1)[:, index]
+    return c.Curve(np.tile(x, (len(prompts), 1)), right)
 
 
-def _refined(
-    model: CircuitGPT,
-    prompts: Sequence[list[int]],
-    counts: np.ndarray,
-    distractors: Callable[[int], list[int]],
-) -> c.Curve:
-    """The curve on the coarse grid and, where it crosses one half, on every element's step around the crossing."""
-    coarse = _curve(model, prompts, counts, distractors, depth=2)
-    crossing, censored = c.half_crossing(coarse)
-    if censored is not None:
-        return coarse
-    step = int(counts[1] - counts[0])
-    near = np.arange(max(c.ELEMENT, int(crossing) - step), min(int(crossing) + step, int(counts[-1])), c.ELEMENT)
-    fine = _curve(model, prompts, np.setdiff1d(near, counts), distractors, depth=2)
-    x, right = np.concatenate([coarse.x, fine.x], 1), np.concatenate([coarse.right, fine.right], 1)
-    order = np.argsort(x[0])
-    return c.Curve(x[:, order], right[:, order])
+def _pick(comment: Comment, index: np.ndarray) -> Comment:
+    return Comment([comment.lines[i] for i in index], [comment.evidence[i] for i in index])
 
 
 @torch.no_grad()
-def _curve(
-    model: CircuitGPT,
-    prompts: Sequence[list[int]],
-    counts: np.ndarray,
-    distractors: Callable[[int], list[int]] | None,
-    depth: int,
-) -> c.Curve:
-    """Answers with each count of distractors in front; without a maker, the prompt only moves that far."""
+def _curve(model: CircuitGPT, prompts: Sequence[list[int]], comment: Comment, depth: int) -> c.Curve:
+    """Answers with each comment line in front; x is the tokens that it adds (for brackets: how many there are)."""
     assert model.tokenizer is not None
     ids = closers(model.tokenizer)
-    right = np.zeros((len(prompts), len(counts)), dtype=bool)
-    longest = max(map(len, prompts))
-    for j, count in enumerate(counts):
-        before = [*ids.start, *(distractors(int(count)) if distractors else [])]
-        rows = torch.zeros(len(prompts), len(before) + longest, dtype=torch.long)
-        for i, prompt in enumerate(prompts):
-            rows[i, : len(before) + len(prompt)] = torch.tensor([*before, *prompt])
-        first = 0 if distractors else int(count)
-        logits = model(rows, position_ids=first + torch.arange(rows.shape[1]))
-        last = torch.tensor([len(before) + len(prompt) - 1 for prompt in prompts])
-        answer = logits[torch.arange(len(prompts)), last]
-        right[:, j] = ((answer[:, ids.two] > answer[:, ids.one]) == (depth == 2)).numpy()
+    right = np.zeros((len(prompts), len(comment.lines)), dtype=bool)
+    for j, line in enumerate(comment.lines):
+        right[:, j] = _answers(model, [[*ids.start, *line, *prompt] for prompt in prompts], 0) == (depth == 2)
+    x = [len(line) for line in comment.lines] if depth == 2 else comment.evidence
+    return c.Curve(np.tile(np.array(x), (len(prompts), 1)), right)
+
+
+def _moved(model: CircuitGPT, prompts: Sequence[list[int]], counts: np.ndarray) -> c.Curve:
+    """The null: nothing is added, and the prompt begins ``counts`` positions later."""
+    assert model.tokenizer is not None
+    rows = [[*closers(model.tokenizer).start, *prompt] for prompt in prompts]
+    right = np.stack([_answers(model, rows, int(count)) for count in counts], 1)
     return c.Curve(np.tile(counts, (len(prompts), 1)), right)
+
+
+def _plain(model: CircuitGPT, flat: Sequence[list[int]]) -> np.ndarray:
+    assert model.tokenizer is not None
+    return ~_answers(model, [[*closers(model.tokenizer).start, *prompt] for prompt in flat], 0)
+
+
+@torch.no_grad()
+def _answers(model: CircuitGPT, rows: Sequence[list[int]], first: int) -> np.ndarray:
+    """Whether the model says "two" after each row, the first token at position ``first``."""
+    assert model.tokenizer is not None
+    ids = closers(model.tokenizer)
+    padded = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = torch.tensor(row)
+    logits = model(padded, position_ids=first + torch.arange(padded.shape[1]))
+    last = logits[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])]
+    said: np.ndarray = (last[:, ids.two] > last[:, ids.one]).numpy()
+    return said
 
 
 def _elements(model: CircuitGPT, k: int, n0: int, prompts: int, length: int, seed: int) -> c.Curve:
@@ -202,6 +256,41 @@ def _elements(model: CircuitGPT, k: int, n0: int, prompts: int, length: int, see
     return c.Curve(curve.x[:, kept:] - n0, curve.right[:, kept:])
 
 
+def _figures(
+    curves: dict[str, c.Curve],
+    replicate: c.Curve,
+    moved: c.Curve,
+    unmatched: c.Curve,
+    predicted: dict[str, float | None],
+    what: str,
+) -> dict[str, Any]:
+    lines = [{"x": d, "label": f"law: {name}"} for name, d in predicted.items() if d is not None and np.isfinite(d)]
+    half = [{"y": 0.5, "label": "one half"}]
+    return {
+        "curves": {
+            "kind": "curves",
+            "title": f"Distractors by class, {what}",
+            "xlabel": "distractor tokens added",
+            "ylabel": "P(correct)",
+            "series": [
+                *({"label": name, **_points(curve)} for name, curve in curves.items()),
+                {"label": "list elements", **_points(replicate)},
+                {"label": "moved only (null)", "style": "dashed", **_points(moved)},
+            ],
+            "hlines": half,
+            "vlines": lines,
+        },
+        "unmatched": {
+            "kind": "curves",
+            "title": "Unmatched “[” in a comment before a depth-1 list",
+            "xlabel": "unmatched brackets added",
+            "ylabel": "P(correct)",
+            "series": [{"label": "depth 1", **_points(unmatched)}],
+            "hlines": half,
+        },
+    }
+
+
 def _points(curve: c.Curve) -> dict[str, np.ndarray]:
     """P(correct) at each x that was asked, thinned to at most 64 points."""
     x = np.unique(curve.x)
@@ -209,12 +298,15 @@ def _points(curve: c.Curve) -> dict[str, np.ndarray]:
     return {"x": x, "y": np.array([curve.right[curve.x == v].mean() for v in x])}
 
 
-def _least(curve: c.Curve) -> float:
-    return float(curve.right.mean(0).min())
+def _count(d: float | None, most: int) -> str:
+    return "–" if d is None else f"never up to {most}" if np.isinf(d) else f"{d:.0f}"
 
 
-def _verdict(predicted: float | None, measured: dict[str, c.Critical], first: float) -> Verdict:
+def _verdict(
+    predicted: dict[str, float | None], measured: dict[str, c.Critical], calibration: c.Critical, able: bool
+) -> Verdict:
     """The verdict by RULE."""
-    if first < LEAST_ACCURACY or predicted is None:
+    if not able or calibration.status != "crosses":
         return "not testable here"
-    return "reproduced" if all(c.within(predicted, one) for one in measured.values()) else "not reproduced"
+    fits = [d is not None and c.within(d, measured[name], calibration.error) for name, d in predicted.items()]
+    return "reproduced" if all(fits) else "not reproduced"

@@ -50,6 +50,7 @@ def run(
             "and the null that fails one token late does not.",
         }
     )
+    protocol.measuring()
     first = {k: first_failure(k, counter.theta, k_max * n_max) for k in range(1, k_max + 1)}
     wrong = _disagreements(counter, k_max, n_max)
     wrong_random = sum(_disagreements(ThresholdCounter(t), k_max, n_max // 2) for t in thetas)

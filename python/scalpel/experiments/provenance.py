@@ -18,6 +18,13 @@ def model_provenance(model: CircuitGPT, **options: Any) -> dict[str, Any]:
     }
 
 
+def at_least(least: int, **options: int) -> None:
+    """ValueError for an option below ``least``, naming it."""
+    for name, value in options.items():
+        if value < least:
+            raise ValueError(f"option {name!r} is {value}; it must be {least} or more")
+
+
 def fingerprint(model: CircuitGPT) -> str:
     """SHA-256 over every tensor's name and bytes: equal fingerprints are equal models."""
     digest = hashlib.sha256()

@@ -44,7 +44,7 @@ class Protocol:
     """Keeps an experiment honest: the prediction is stored before anything is measured, and can't be changed.
 
     Use: ``protocol = Protocol(name, question, seed_figure, provenance)``, then ``protocol.predict({...})``, then
-    measure, then ``protocol.conclude(...)``. Out of order, it raises RuntimeError.
+    ``protocol.measuring()`` and measure, then ``protocol.conclude(...)``. Out of order, it raises RuntimeError.
     """
 
     def __init__(self, name: str, question: str, seed_figure: str, provenance: Mapping[str, Any]) -> None:
@@ -59,6 +59,12 @@ class Protocol:
         self._prediction = json.dumps(plain(dict(prediction)), allow_nan=False)
         self._provenance["predicted_at"] = _now()
 
+    def measuring(self) -> None:
+        """To be called before the first measurement: RuntimeError if nothing was predicted yet."""
+        if self._prediction is None:
+            raise RuntimeError(f"{self._name}: predict() comes before the first measurement")
+        self._provenance.setdefault("measuring_from", _now())
+
     def conclude(
         self,
         *,
@@ -70,6 +76,8 @@ class Protocol:
     ) -> Result:
         if self._prediction is None:
             raise RuntimeError(f"{self._name}: predict() comes before conclude()")
+        if "measuring_from" not in self._provenance:
+            raise RuntimeError(f"{self._name}: measuring() marks the beginning of the measurement; it wasn't called")
         if verdict not in VERDICTS:
             raise ValueError(f"verdict is {verdict!r}; allowed: {', '.join(VERDICTS)}")
         return Result(
@@ -118,4 +126,5 @@ def environment() -> dict[str, str]:
 
 
 def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()) + f".{time.time_ns() % 10**9:09d}Z"
+    seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{nanoseconds:09d}Z"
