@@ -49,6 +49,8 @@ def allowed_keys(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     causal = torch.ones_like(itself).tril()
     if attention_mask is None:
         return causal
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask is {type(attention_mask).__name__}; it must be a tensor")
     if attention_mask.shape not in ((batch, length), (batch, length, length)):
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {(batch, length)} "

@@ -69,13 +69,14 @@ def _accuracy(value: dict[str, Any]) -> str:
     interval = value.get("all_interval")
     if isinstance(interval, list) and len(interval) == 2 and None not in interval:
         text += f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+    by_depth = [f"depth {depth}: {percent(value[f'depth_{depth}'])}" for depth in (1, 2) if value.get(f"depth_{depth}")]
     counts = [v for k, v in value.items() if k.startswith("prompts") and isinstance(v, int)]
     if counts:
         text += f" of {number(sum(counts))}"
     held_out = value.get("held_out")
     if isinstance(held_out, dict) and held_out:
         text += " from " + ", ".join(f"{package} {version}" for package, version in held_out.items())
-    return text
+    return f"{text} ({'; '.join(by_depth)})" if by_depth else text
 
 
 def percent(value: float) -> str:
