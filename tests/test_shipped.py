@@ -1,0 +1,98 @@
+"""The shipped models are what their cards say, and the whole suite runs on them."""
+
+import json
+from importlib.resources import files
+
+import pytest
+import torch
+
+import scalpel
+from scalpel.experiments import suite
+from scalpel.experiments.controls import Controls, untrained
+from scalpel.experiments.provenance import fingerprint
+from scalpel.tasks.brackets import answer
+from scalpel.training.bracket_mini import CONTROLS, SHORT_TOKENS, accuracy_card, held_out_questions
+from scalpel.training.recipe import density_table
+
+NAMES = ["bracket-mini", *(f"bracket-mini-{control}" for control in CONTROLS if control != "none")]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def model(request):
+    return scalpel.CircuitGPT.from_pretrained(request.param)
+
+
+def test_all_of_it_is_small():
+    sizes = [path.stat().st_size for name in NAMES for path in (files("scalpel") / "data" / name).iterdir()]
+    assert len(sizes) == 4 * len(NAMES) and sum(sizes) < 5 * 2**20
+
+
+def test_the_card_counts_the_weights_that_are_there(model):
+    assert model.card["matrices"] == density_table(model)
+    sparse = [row["density"] for name, row in model.card["matrices"].items() if ".h." in name]
+    assert max(sparse) < 0.27
+
+
+def test_what_each_control_leaves_out(model):
+    name = model.card["name"]
+    assert (model.config.afrac is None) == (name == "bracket-mini-no-topk")
+    assert bool(model.transformer.wpe.weight.any()) == (name != "bracket-mini-no-positions")
+    main = scalpel.CircuitGPT.from_pretrained("bracket-mini").card["recipe"]
+    differing = {key for key, value in model.card["recipe"].items() if main[key] != value}
+    assert differing == set(CONTROLS[model.card["control"]])
+
+
+def test_real_library_prompts_are_answered():
+    """The card's accuracy, measured again; the interpreter's numpy and scipy may be other versions than the card's."""
+    shipped = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+    now, card = accuracy_card(shipped), shipped.card["accuracy"]
+    assert now["all"] >= 0.95 and now["prompts_depth_2"] >= 100
+    assert min(now["depth_1"], now["depth_2"]) >= 0.9
+    if now["held_out"] == card["held_out"]:
+        assert now["prompts_depth_1"] == card["prompts_depth_1"]
+        assert now["all"] == pytest.approx(card["all"], abs=2e-3)
+    questions, _ = held_out_questions()
+    fresh = answer(untrained(shipped), questions[:400], SHORT_TOKENS)
+    assert abs((fresh.accuracy(1) + fresh.accuracy(2)) / 2 - 0.5) < 0.2
+
+
+def test_the_untrained_model_comes_from_its_seed():
+    shipped = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+    one, other = untrained(shipped), untrained(shipped)
+    assert fingerprint(one) == fingerprint(other) != fingerprint(shipped)
+    for name, parameter in one.named_parameters():
+        if parameter.dim() == 2:
+            assert int(parameter.count_nonzero()) == shipped.card["matrices"][name]["nonzero"]
+
+
+def test_the_controls_of_the_shipped_model():
+    shipped = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+    assert set(Controls.of(shipped).models) == {"untrained", "no-positions", "no-topk"}
+
+
+def test_the_whole_suite_in_short(monkeypatch):
+    def short(name, model, **options):
+        return scalpel.experiments.run(name, model, **options, **({"prompts": 6} if name != "minimal_simulator" else {}))
+
+    monkeypatch.setattr(suite, "run", short)
+    seen = []
+    found = suite.run_suite("bracket-mini", progress=lambda what, done: seen.append((what, done)))
+    assert [result.name for result in found.results] == scalpel.experiments.names()
+    assert seen[-1] == ("done", 1.0) and [d for _, d in seen] == sorted(d for _, d in seen)
+    read = json.loads(found.to_json())
+    assert read["model"]["accuracy"]["all"] == found.model["accuracy"]["all"]
+    assert all(result.provenance["weights_sha256"] for result in found.results[1:])
+
+
+def test_the_readme_example_runs():
+    """The Python block of the README, as it stands, but for the long experiment at its end."""
+    import re
+    from pathlib import Path
+
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    block = block.split("result = ")[0]
+    names: dict = {}
+    exec(block, names)
+    assert names["S"].shape == (4,) and names["values"].shape == (4,)
+    assert torch.is_tensor(names["without"]) and not torch.equal(names["without"], names["logits"])
