@@ -72,7 +72,9 @@ def test_the_controls_of_the_shipped_model():
 
 def test_the_whole_suite_in_short(monkeypatch):
     def short(name, model, **options):
-        return scalpel.experiments.run(name, model, **options, **({"prompts": 6} if name != "minimal_simulator" else {}))
+        return scalpel.experiments.run(
+            name, model, **options, **({"prompts": 6} if name != "minimal_simulator" else {})
+        )
 
     monkeypatch.setattr(suite, "run", short)
     seen = []

@@ -133,6 +133,11 @@ def run(
                 "overlays": [
                     {"label": "simulator", "x": [counter.critical_length(k) for k in amounts], "style": "line"},
                     {"label": "constant", "x": [fitted.value for _ in amounts], "style": "dashed"},
+                    {
+                        "label": "measured n₅₀",
+                        "x": [found[k].value if found[k].status == "crosses" else None for k in amounts],
+                        "style": "points",
+                    },
                 ],
             }
         },

@@ -33,6 +33,12 @@ RULE = (
 )
 
 
+NOVEL = (
+    "The training text of this model has no comments: a flip at few comment tokens may be their novelty rather than "
+    "dilution."
+)
+
+
 @dataclass(frozen=True)
 class Filler:
     """A class of distractors: ``units`` in turn, each bringing ``evidence`` brackets."""
@@ -121,8 +127,7 @@ def run(
             "list_elements": c.table({k: again}),
             "accuracy_without_distractors": untouched,
             "unmatched_brackets_at_depth_1": {"words": push.text(), **c.table({1: push})},
-            "note": "Comments in front of a statement are not in bracket-mini's training text: a flip at few "
-            "tokens may be their novelty rather than dilution.",
+            **({"note": NOVEL} if "text" in model.card else {}),
         },
         interval={"summary": "95 % bootstrap by prompt", **c.bounds(measured)},
         null={
@@ -131,7 +136,15 @@ def run(
             "moved_least_accuracy": least,
         },
         verdict=_verdict(predicted, measured, calibration, min(untouched.values()) >= least_accuracy),
-        figures=_figures(curves, replicate, moved, unmatched, predicted, f"evidence k = {k}, n₀ = {n0} tokens"),
+        figures=_figures(
+            curves,
+            replicate,
+            moved,
+            unmatched,
+            predicted,
+            f"evidence k = {k}, n₀ = {n0} tokens",
+            NOVEL if "text" in model.card else "",
+        ),
     )
 
 
@@ -263,6 +276,7 @@ def _figures(
     unmatched: c.Curve,
     predicted: dict[str, float | None],
     what: str,
+    caution: str,
 ) -> dict[str, Any]:
     lines = [{"x": d, "label": f"law: {name}"} for name, d in predicted.items() if d is not None and np.isfinite(d)]
     half = [{"y": 0.5, "label": "one half"}]
@@ -270,6 +284,7 @@ def _figures(
         "curves": {
             "kind": "curves",
             "title": f"Distractors by class, {what}",
+            "summary": caution,
             "xlabel": "distractor tokens added",
             "ylabel": "P(correct)",
             "series": [

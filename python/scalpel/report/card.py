@@ -53,8 +53,8 @@ def _fact(key: str, value: Any) -> str | None:
     if isinstance(value, list):
         plain = 0 < len(value) < 9 and not any(isinstance(v, dict | list) for v in value)
         return ", ".join(number(v) for v in value) if plain else None
-    if value is None:
-        return None
+    if value is None or (isinstance(value, str) and len(value) > 100):
+        return None  # a paragraph is no fact; it stands with the rest of the card
     if key in ("accuracy", "density") and isinstance(value, float):
         return percent(value)
     if key == "commit":

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-START = "<s>"
+from ..tasks.brackets import START
+
 CLOSERS = ("]\n", "]]\n", "]]]\n")
 WHOLE = ("],", *CLOSERS)
 
