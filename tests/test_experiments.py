@@ -70,8 +70,9 @@ def noisy(p, seed=0, prompts=64):
     ("p", "status"),
     [
         (lambda n: np.where(n < 100, 0.98, 0.47), "none"),  # sinks to one half and stays
-        (lambda n: np.where((n > 100) & (n < 160), 0.1, 0.97), "above"),  # dips and comes back
-        (lambda n: np.where(n < 100, 0.05, 0.95), "above"),  # rises: no failure length
+        (lambda n: np.where((n > 100) & (n < 160), 0.1, 0.97), "none"),  # dips and comes back
+        (lambda n: np.where(n < 100, 0.05, 0.95), "none"),  # rises: no failure length
+        (lambda n: np.full(n.shape, 0.8), "above"),
         (lambda n: 0.5 + 0.4 * np.cos(n / 15), "none"),
         (lambda n: 1 / (1 + np.exp((n - 150) / 30)), "crosses"),
         (lambda n: np.where(n < 150, 0.99, 0.01), "crosses"),
@@ -127,7 +128,7 @@ def result_of(name, kind):
     if name != "distractors":
         options["controls"] = Controls({"untrained": untrained(model)})
     if kind == "mean" and name == "distractors":
-        model = circuit(0.09)  # right at depth 1 from 12 tokens on, and at k = 6 up to 66
+        model = circuit(0.06)  # right at depth 1 from 17 tokens on, and at k = 6 up to 100
     return experiments.run(name, model, **FAST, **options)
 
 
@@ -178,7 +179,7 @@ def test_distractors_of_the_mean():
     result = result_of("distractors", "mean")
     n0, fewest = result.prediction["n0"], result.measured["fewest"]
     for name in ("comment words", "one letter"):
-        assert fewest[name]["value"] == pytest.approx(6 / 0.09 - n0, abs=4), name
+        assert fewest[name]["value"] == pytest.approx(6 / 0.06 - n0, abs=4), name
     # "[]" brings evidence along, and so much of it that the circuit never flips: the law says so, and so it is.
     assert result.prediction["d"]["matched []"] is None and fewest["matched []"]["status"] == "above"
     assert result.null["moved_least_accuracy"] == 1.0
@@ -253,3 +254,26 @@ def test_unknown_names_and_options_say_what_there_is():
         experiments.run("nonsense", None)
     with pytest.raises(ValueError, match="no option 'promts'"):
         experiments.run("dilution", circuit(), promts=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("dilution", {"calibrate": 9}, r"list of whole numbers, such as \[2, 3\]"),
+        ("dilution", {"calibrate": [2, 2]}, "all distinct"),
+        ("dilution", {"prompts": True}, "whole number"),
+        ("dilution", {"prompts": 1}, "2 or more"),
+        ("dilution", {"offsets": 600}, "from 0 to 128"),
+        ("dilution", {"least_accuracy": float("nan")}, "from 0 to 1"),
+        ("dilution", {"controls": 3}, "Controls"),
+        ("agreement", {"amounts": [2, 3, 3]}, "distinct"),
+        ("agreement", {"width": 0}, "1 or more"),
+        ("distractors", {"step": 0}, "1 or more"),
+        ("distractors", {"elements": 60}, "give fewer"),
+        ("minimal_simulator", {"k_max": 0}, "2 or more"),
+        ("minimal_simulator", {"seed": -1}, "0 or more"),
+    ],
+)
+def test_bad_options_are_named(name, options, says):
+    with pytest.raises(ValueError, match=says):
+        experiments.run(name, circuit(), **options)

@@ -158,6 +158,8 @@ def experiment(
     from .report import check_folder, write_report
 
     options = _options(option or [])
+    if "model" in options:
+        raise ValueError("the model is no option; give it as --model")
     if name not in experiment_names():
         raise ValueError(f"unknown experiment {name!r}; there are {', '.join(experiment_names())}")
     if out is not None:

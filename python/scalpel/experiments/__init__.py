@@ -38,13 +38,29 @@ def run(name: str, model: "CircuitGPT | str | None" = "bracket-mini", **options:
     for option, value in options.items():
         if option not in parameters:
             raise ValueError(f"experiment {name!r} has no option {option!r}; it has {', '.join(parameters)}")
-        default = parameters[option].default
-        if isinstance(default, int | float) and not isinstance(value, int if isinstance(default, int) else int | float):
-            kind = "a whole number" if isinstance(default, int) else "a number"
-            raise ValueError(f"option {option!r} of {name!r} is {value!r}; it must be {kind}, such as {default}")
+        _check(name, option, value, parameters[option].default)
     if needs_model and isinstance(model, str):
         from ..models.circuitgpt import CircuitGPT
 
         model = CircuitGPT.from_pretrained(model)
     result: Result = file.run(model, **options)
     return result
+
+
+def _check(name: str, option: str, value: Any, default: Any) -> None:
+    """ValueError where an option isn't of its default's kind: options come from the command line too."""
+    if isinstance(default, tuple):
+        right = isinstance(value, list | tuple) and all(type(v) is int for v in value)
+        kind = "a list of whole numbers"
+    elif isinstance(default, int):
+        right, kind = type(value) is int, "a whole number"
+    elif isinstance(default, float):
+        right, kind = type(value) in (int, float), "a number"
+    else:
+        from .controls import Controls
+
+        right, kind = value is None or isinstance(value, Controls), "a scalpel.experiments.controls.Controls"
+    if not right:
+        shown = list(default) if isinstance(default, tuple) else default
+        example = "" if default is None else f", such as {shown}"
+        raise ValueError(f"option {option!r} of {name!r} is {value!r}; it must be {kind}{example}")

@@ -4,7 +4,7 @@
 asked there, on other prompts. A constant critical length is the rival: a simulator that knows nothing of k.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from ..models.circuitgpt import CircuitGPT
 from ..semigroup import ThresholdCounter
 from . import critical as c
 from .controls import LEAST_ACCURACY, Controls, tells_depths
-from .provenance import at_least, model_provenance
+from .provenance import at_least, caution, longest_asked, model_provenance
 from .result import Protocol, Result, Verdict
 
 QUESTION = "Does the seed's simulator 1[k/n > θ] answer as the model does, cell by cell of the (k, n) plane?"
@@ -43,16 +43,19 @@ def run(
 
     A cell's answer is the model's majority over prompts. Besides plain agreement its balanced form is given, the
     mean over the cells that the model answers right and those that it answers wrong: where it never fails, a
-    simulator that never fails agrees everywhere and shows nothing.
+    simulator that never fails agrees everywhere and shows nothing. A sink of a few tokens is below the resolution of
+    the cells; ``dilution`` is the finer measurement.
     """
     at_least(2, prompts=prompts)
     at_least(1, width=width)
-    at_least(0, offsets=offsets, seed=seed)
+    at_least(0, seed=seed)
+    length = longest_asked(model, offsets, least_accuracy)
     held = [k for k in amounts if k != calibrate]
-    if len(held) < 2:
-        raise ValueError(f"amounts {tuple(amounts)} leave {len(held)} besides the calibration's {calibrate}; give two")
+    if len(held) < 2 or len(set(amounts)) < len(amounts):
+        raise ValueError(
+            f"amounts {tuple(amounts)} must be distinct, two of them besides the calibration's {calibrate}"
+        )
     controls = controls or Controls.of(model)
-    length = model.config.block_size - offsets
     rng = np.random.default_rng([seed, 2])
     edges = c.bins(length, width)
     options = {"calibrate": calibrate, "amounts": amounts, "prompts": prompts, "offsets": offsets, "width": width}
@@ -63,11 +66,20 @@ def run(
         return c.ask_long_lists(one, k, depth=depth, prompts=prompts, length=length, seed=1000 * seed + salt)
 
     fitted = c.critical(ask(model, calibrate, 2), rng)
-    # Where the calibration amount has no critical length, the longest that was asked only bounds θ from above.
-    counter = ThresholdCounter(calibrate / fitted.value)
+    # Where the calibration amount has no critical length there is no θ; the longest length asked stands in for it so
+    # that the plane can still be shown, and the verdict is "not testable here".
+    critical_length = fitted.value if fitted.status == "crosses" else float(length)
+    counter = ThresholdCounter(calibrate / critical_length)
     middles = (edges[:-1] + edges[1:]) / 2
-    simulated = {k: np.array([counter.decide(k, int(n)) for n in middles]) for k in amounts}
-    constant = dict.fromkeys(amounts, middles < fitted.value)
+
+    def rules(critical_length: float) -> dict[str, dict[int, np.ndarray]]:
+        """What the simulator and its rival say, right or wrong, in each row's bins."""
+        return {
+            "simulator": {k: middles < k * critical_length / calibrate for k in amounts},
+            "constant": dict.fromkeys(amounts, middles < critical_length),
+        }
+
+    simulated, constant = rules(critical_length).values()
     protocol.predict(
         {
             "summary": f"θ = {float(counter.theta):.4f} from k={calibrate}: n* = "
@@ -86,7 +98,8 @@ def run(
     found = {k: c.critical(curve, rng) for k, curve in curves.items()}
     score = agreement(curves, held, edges, simulated)
     rival = agreement(curves, held, edges, constant)
-    draws = _bootstrap(curves, held, edges, {"simulator": simulated, "constant": constant}, rng)
+    lengths = fitted.draws if fitted.status == "crosses" else np.array([critical_length])
+    draws = _bootstrap(curves, held, edges, rules, lengths, rng)
     interval = [float(v) for v in np.percentile([d["simulator"]["plain"] for d in draws], [2.5, 97.5])]
     lead = [d["simulator"]["plain"] - d["constant"]["plain"] for d in draws]
     lead_interval = [float(v) for v in np.percentile(lead, [2.5, 97.5])]
@@ -130,9 +143,10 @@ def run(
                 "x_edges": edges,
                 "y": [str(k) for k in amounts],
                 "values": [shown[k] for k in amounts],
+                "summary": caution(model),
                 "overlays": [
                     {"label": "simulator", "x": [counter.critical_length(k) for k in amounts], "style": "line"},
-                    {"label": "constant", "x": [fitted.value for _ in amounts], "style": "dashed"},
+                    {"label": "constant", "x": [critical_length for _ in amounts], "style": "dashed"},
                     {
                         "label": "measured n₅₀",
                         "x": [found[k].value if found[k].status == "crosses" else None for k in amounts],
@@ -160,14 +174,17 @@ def _bootstrap(
     curves: dict[int, c.Curve],
     held: Sequence[int],
     edges: np.ndarray,
-    rules: dict[str, dict[int, np.ndarray]],
+    rules: Callable[[float], dict[str, dict[int, np.ndarray]]],
+    lengths: np.ndarray,
     rng: np.random.Generator,
     resamples: int = 200,
 ) -> list[dict[str, dict[str, Any]]]:
+    """Agreement of each rule over resampled prompts and, so that its error is in, resampled calibrations."""
     draws = []
     for _ in range(resamples):
         part = {k: curves[k].sample(rng.integers(len(curves[k].right), size=len(curves[k].right))) for k in held}
-        draws.append({name: agreement(part, held, edges, said) for name, said in rules.items()})
+        said = rules(float(rng.choice(lengths)))
+        draws.append({name: agreement(part, held, edges, rule) for name, rule in said.items()})
     return draws
 
 

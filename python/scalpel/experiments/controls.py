@@ -43,8 +43,9 @@ def untrained(model: CircuitGPT) -> CircuitGPT:
 def tells_depths(curves: Mapping[int, Curve], flat: Curve, width: int = 16) -> float:
     """The best balanced accuracy over both depths at any one context length, in bins of ``width`` tokens.
 
-    A model that goes by length alone says the same at both depths and gets one half everywhere; one that compares k/n
-    with a threshold is wrong at depth 1 where the context is short and at depth 2 where it is long, and right between.
+    A model that goes by length alone says the same at both depths and gets about one half everywhere; one that
+    compares k/n with a threshold is wrong at depth 1 where the context is short and at depth 2 where it is long, and
+    right between.
     """
     longest = max(int(curve.x.max()) for curve in [*curves.values(), flat])
     edges = np.arange(0, longest + width, width)

@@ -10,6 +10,7 @@ from scipy.optimize import isotonic_regression
 from ..models.circuitgpt import CircuitGPT
 from ..tasks.brackets import long_lists, preference
 
+DIP = 16  # tokens over which P(correct) must not be one half or less in a curve that "stays above"
 ELEMENT = 2  # tokens of an element and its comma: two questions are never closer
 
 
@@ -42,10 +43,11 @@ class Critical:
     """The length at which P(correct) is one half.
 
     ``value``: where the logistic fit crosses, in tokens; ``isotonic``: where the best non-increasing curve does;
-    ``low``, ``high`` the 95 % bootstrap interval by prompt and ``error`` its standard error, both over resamples that
-    cross inside what was asked; ``status``: "crosses"; "above" where P stays above one half as far as was asked
-    (``value`` is then that length), "below" where it is below from the start, or "none" where it does neither: a curve
-    that hovers or comes back has no critical length. ``sign_changes``: per prompt. ``draws``: the bootstrap values.
+    ``low``, ``high`` the 95 % bootstrap interval by prompt and ``error`` its standard error, both over the
+    ``crossing_resamples`` (of 200) that cross inside what was asked; ``status``: "crosses"; "above" where P stays above
+    one half as far as was asked (``value`` is then that length), "below" where it is below from the start, or "none"
+    where it does neither: a curve that hovers or comes back has no critical length. What a status leaves undefined is
+    NaN. ``sign_changes``: per prompt. ``draws``: the bootstrap values.
     """
 
     value: float
@@ -56,6 +58,7 @@ class Critical:
     status: str
     sign_changes: float
     prompts: int
+    crossing_resamples: int
     draws: np.ndarray
 
     def text(self) -> str:
@@ -75,11 +78,11 @@ def critical(curve: Curve, rng: np.random.Generator, resamples: int = 200) -> Cr
     value, isotonic, status = crossing(curve)
     found = [crossing(curve.sample(rng.integers(count, size=count))) for _ in range(resamples)]
     draws = np.array([draw for draw, _, kind in found if kind == "crosses"])
-    if status != "crosses" or len(draws) < 2:
-        draws = np.array([value])
-    low, high = np.percentile(draws, [2.5, 97.5])
-    spread = float(np.std(draws))
-    return Critical(value, isotonic, float(low), float(high), spread, status, curve.sign_changes(), count, draws)
+    low = high = spread = float("nan")
+    if status == "crosses" and len(draws):
+        low, high = (float(v) for v in np.percentile(draws, [2.5, 97.5]))
+        spread = float(np.std(draws))
+    return Critical(value, isotonic, low, high, spread, status, curve.sign_changes(), count, len(draws), draws)
 
 
 def crossing(curve: Curve) -> tuple[float, float, str]:
@@ -87,7 +90,7 @@ def crossing(curve: Curve) -> tuple[float, float, str]:
 
     The logistic crossing counts only where the model-free one is near it (within two elements or a quarter of its
     length) and P over the longest quarter, or what of it lies behind the crossing, is below 0.4: a curve that sinks
-    to one half and stays has none.
+    to one half and stays has none. Nor has one that stays above in the mean but dips to one half over any 16 tokens.
     """
     x, index = np.unique(curve.x, return_inverse=True)
     asked = np.bincount(index.ravel()).astype(float)
@@ -95,18 +98,21 @@ def crossing(curve: Curve) -> tuple[float, float, str]:
     least, most = float(x[0]), float(x[-1])
     falling = isotonic_regression(p, weights=asked, increasing=False).x
     under = np.flatnonzero(falling <= 0.5)
+    nan = float("nan")
     if len(under) == 0:
-        return most, most, "above"
+        window = ((x - least) // DIP).astype(int)
+        dips = np.bincount(window, p * asked)[np.unique(window)] / np.bincount(window, asked)[np.unique(window)]
+        return (most, most, "above") if dips.min() > 0.5 else (nan, nan, "none")
     isotonic = float(x[under[0]])
     long = x >= max(least + 0.75 * (most - least), isotonic)
     end = float((p * asked)[long].sum() / asked[long].sum())
     if under[0] == 0:
-        return least, least, "below" if end < 0.4 else "none"
+        return (least, least, "below") if end < 0.4 else (nan, least, "none")
     intercept, slope = logistic_fit(curve.x.ravel().astype(float), curve.right.ravel().astype(float))
     fitted = -intercept / slope if slope < 0 else float("inf")
     near = abs(fitted - isotonic) <= max(2 * ELEMENT, 0.25 * isotonic)
     if end >= 0.4 or not near or not least <= fitted <= most:
-        return float(np.clip(fitted, least, most)), isotonic, "none"
+        return nan, isotonic, "none"
     return fitted, isotonic, "crosses"
 
 

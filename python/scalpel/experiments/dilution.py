@@ -12,7 +12,7 @@ import numpy as np
 from ..models.circuitgpt import CircuitGPT
 from . import critical as c
 from .controls import LEAST_ACCURACY, Controls, tells_depths
-from .provenance import at_least, model_provenance
+from .provenance import at_least, caution, longest_asked, model_provenance
 from .result import Protocol, Result, Verdict
 
 QUESTION = "At which context length does the bracket answer fail, and does that length grow as k/θ?"
@@ -47,14 +47,14 @@ def run(
     compare with, by default the untrained one and, for a shipped model, those shipped with it.
     """
     at_least(2, prompts=prompts)
-    at_least(0, offsets=offsets, seed=seed)
+    at_least(0, seed=seed)
+    length = longest_asked(model, offsets, least_accuracy)
     amounts = (*calibrate, *predict)
     if len(set(calibrate)) < 2 or len(predict) < 2 or set(calibrate) & set(predict):
         raise ValueError(
             f"calibrate {tuple(calibrate)} and predict {tuple(predict)} must be two amounts each, all distinct"
         )
     controls = controls or Controls.of(model)
-    length = model.config.block_size - offsets
     rng = np.random.default_rng([seed, 1])
     options = {"calibrate": calibrate, "predict": predict, "prompts": prompts, "offsets": offsets, "seed": seed}
     provenance = model_provenance(model, least_accuracy=least_accuracy, **options)
@@ -100,6 +100,7 @@ def run(
             "law_holds": holds,
             "best_balanced_accuracy_at_one_length": able,
             "depth_1_accuracy_at_any_length": float(flat.right.mean()),
+            "caution": caution(model),
         },
         interval={"summary": "95 % bootstrap by prompt", **c.bounds(measured)},
         null={
@@ -118,6 +119,7 @@ def run(
                     c.series("depth 1", flat, edges, style="dashed"),
                 ],
                 "hlines": [{"y": 0.5, "label": "one half"}],
+                "summary": caution(model),
             },
             "laws": _law_figure(measured, laws, calibrate),
         },
@@ -161,7 +163,7 @@ def _null(other: CircuitGPT, ask: Any, amounts: Sequence[int], rng: np.random.Ge
 
 def _words(predictions: dict[str, dict[int, float]], predict: Sequence[int]) -> str:
     if not predictions:
-        return "none: a calibration length lies outside the context"
+        return "none: a calibration amount has no critical length in the context"
     by_law = (f"{name} " + "/".join(f"{of[k]:.0f}" for k in predict) for name, of in predictions.items())
     return f"n* at k={'/'.join(map(str, predict))}: " + ", ".join(by_law)
 

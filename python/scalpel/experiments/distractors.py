@@ -17,8 +17,8 @@ from ..models.circuitgpt import CircuitGPT
 from ..semigroup import ThresholdCounter
 from ..tasks.brackets import closers, long_lists
 from . import critical as c
-from .controls import LEAST_ACCURACY
-from .provenance import at_least, model_provenance
+from .controls import LEAST_ACCURACY, tells_depths
+from .provenance import at_least, longest_asked, model_provenance
 from .result import Protocol, Result, Verdict
 
 QUESTION = "How many distractor tokens flip the answer, by class of token?"
@@ -28,8 +28,8 @@ RULE = (
     "Reproduced iff every class in front of the statement flips the answer at the count that the law gives for it, "
     "within one element (2 tokens) or one standard error of the difference, whichever is larger; where the law says "
     "never, or later than was tried, the answer must stay. List elements repeat the calibration, so they are shown and "
-    "enter no verdict. Not testable where the undisturbed prompts of either depth are answered wrong, or where the "
-    "calibration has no critical length."
+    "enter no verdict. Not testable where the undisturbed prompts are answered wrong, where the model nowhere tells "
+    "the depths apart with the accuracy asked, or where the calibration has no critical length."
 )
 
 
@@ -82,8 +82,8 @@ def run(
     assert model.tokenizer is not None
     at_least(2, prompts=prompts, k=k)
     at_least(1, elements=elements, step=step)
-    at_least(0, offsets=offsets, seed=seed)
-    length = model.config.block_size - offsets
+    at_least(0, seed=seed)
+    length = longest_asked(model, offsets, least_accuracy)
     rng = np.random.default_rng([seed, 3])
     options = {"k": k, "elements": elements, "prompts": prompts, "offsets": offsets, "step": step, "seed": seed}
     provenance = model_provenance(model, least_accuracy=least_accuracy, **options)
@@ -92,6 +92,8 @@ def run(
     short = _short_prompts(model, k, elements, prompts, seed)
     n0 = int(np.median([len(row) for row in short])) + len(closers(model.tokenizer).start)
     most = length - max(map(len, short)) - 1
+    if most < 2 * step:
+        raise ValueError(f"{elements} elements leave {most} tokens for distractors, tried every {step}; give fewer")
     comments = {name: comment_lines(model, filler, most) for name, filler in CLASSES.items()}
     predicted = {
         name: flips_at(comment, k, n0, calibration.value) if calibration.status == "crosses" else None
@@ -110,7 +112,10 @@ def run(
     )
     protocol.measuring()
     curves = {name: _refined(model, short, comment, step) for name, comment in comments.items()}
-    replicate = _elements(model, k, n0, prompts, length, seed)
+    longer = c.ask_long_lists(model, k, prompts=prompts, length=length, seed=1000 * seed + 5)
+    replicate = _counted_from(longer, n0)
+    alone = c.ask_long_lists(model, 1, depth=1, prompts=prompts, length=length, seed=1000 * seed + 5)
+    able = tells_depths({k: longer}, alone)
     moved = _moved(model, short, np.arange(0, most + 1, step))
     flat = _short_prompts(model, 1, elements, prompts, seed)
     unmatched = _curve(model, flat, _brackets(model, 16), depth=1)
@@ -126,6 +131,7 @@ def run(
             "fewest": c.table(measured),
             "list_elements": c.table({k: again}),
             "accuracy_without_distractors": untouched,
+            "best_balanced_accuracy_at_one_length": able,
             "unmatched_brackets_at_depth_1": {"words": push.text(), **c.table({1: push})},
             **({"note": NOVEL} if "text" in model.card else {}),
         },
@@ -135,7 +141,7 @@ def run(
             "moved": c.table({k: null}),
             "moved_least_accuracy": least,
         },
-        verdict=_verdict(predicted, measured, calibration, min(untouched.values()) >= least_accuracy),
+        verdict=_verdict(predicted, measured, calibration, min(untouched["depth 2"], able) >= least_accuracy),
         figures=_figures(
             curves,
             replicate,
@@ -262,9 +268,8 @@ def _answers(model: CircuitGPT, rows: Sequence[list[int]], first: int) -> np.nda
     return said
 
 
-def _elements(model: CircuitGPT, k: int, n0: int, prompts: int, length: int, seed: int) -> c.Curve:
-    """Elements added to the open row: the long lists again, on other prompts, counted from n₀."""
-    curve = c.ask_long_lists(model, k, prompts=prompts, length=length, seed=1000 * seed + 5)
+def _counted_from(curve: c.Curve, n0: int) -> c.Curve:
+    """Long lists as distractors: each element beyond n₀ tokens is one that was added to the open row."""
     kept = int((curve.x < n0).sum(1).max())
     return c.Curve(curve.x[:, kept:] - n0, curve.right[:, kept:])
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..semigroup import ThresholdCounter
+from .provenance import at_least
 from .result import Protocol, Result
 
 if TYPE_CHECKING:
@@ -31,9 +32,12 @@ def run(
 ) -> Result:
     """Compare the formula with the simulator at every cell of k ≤ n; ``model`` is not used.
 
-    The null is the same comparison with the formula's "at equality it fails" turned round and with the counter
-    computed in float32: both must disagree somewhere, or the comparison could not tell right from wrong.
+    The null is the same comparison with the formula's "at equality it fails" turned round: it must disagree
+    somewhere, or the comparison could not tell right from wrong. The counter computed in float32 is shown beside it.
     """
+    at_least(SEED_K, k_max=k_max)
+    at_least(1, n_max=n_max)
+    at_least(0, seed=seed, samples=samples)
     protocol = Protocol("minimal_simulator", QUESTION, SEED_FIGURE, {"model": "none: arithmetic", "seed": seed})
     counter = ThresholdCounter(SEED_THETA)
     rng = np.random.default_rng(seed)

@@ -25,6 +25,29 @@ def at_least(least: int, **options: int) -> None:
             raise ValueError(f"option {name!r} is {value}; it must be {least} or more")
 
 
+def longest_asked(model: CircuitGPT, offsets: int, least_accuracy: float) -> int:
+    """Tokens of the longest lists asked: what ``offsets`` leaves of the context. ValueError for what can't be."""
+    most = model.config.block_size - 64
+    if not 0 <= offsets <= most:
+        raise ValueError(
+            f"option 'offsets' is {offsets}; it must be from 0 to {most}, so that 64 tokens are left to ask"
+        )
+    if not 0 <= least_accuracy <= 1:
+        raise ValueError(f"option 'least_accuracy' is {least_accuracy}; it is a share from 0 to 1")
+    return model.config.block_size - offsets
+
+
+def caution(model: CircuitGPT) -> str:
+    """What the card says of the lengths trained on, as a caution; empty where it says nothing."""
+    longest = model.card.get("longest_list_trained_on_elements")
+    if longest is None:
+        return ""
+    return (
+        f"The longest list in the training text had {longest} elements, about {2 * longest} tokens here. Beyond that, "
+        "dilution and the mere novelty of the length are not told apart by this measurement."
+    )
+
+
 def fingerprint(model: CircuitGPT) -> str:
     """SHA-256 over every tensor's name and bytes: equal fingerprints are equal models."""
     digest = hashlib.sha256()
