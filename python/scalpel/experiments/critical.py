@@ -88,7 +88,7 @@ def critical(curve: Curve, rng: np.random.Generator, resamples: int = 200) -> Cr
 def crossing(curve: Curve) -> tuple[float, float, str]:
     """Where P(correct) falls through one half: by the logistic fit, by the isotonic one, and the status.
 
-    The logistic crossing counts only where the model-free one is near it (within two elements or a quarter of its
+    The logistic crossing counts only where the model-free one is near it (within four elements or a quarter of its
     length) and P over the longest quarter, or what of it lies behind the crossing, is below 0.4: a curve that sinks
     to one half and stays has none. Nor has one that stays above in the mean but dips to one half over any 16 tokens.
     """
@@ -110,7 +110,7 @@ def crossing(curve: Curve) -> tuple[float, float, str]:
         return (least, least, "below") if end < 0.4 else (nan, least, "none")
     intercept, slope = logistic_fit(curve.x.ravel().astype(float), curve.right.ravel().astype(float))
     fitted = -intercept / slope if slope < 0 else float("inf")
-    near = abs(fitted - isotonic) <= max(2 * ELEMENT, 0.25 * isotonic)
+    near = abs(fitted - isotonic) <= max(4 * ELEMENT, 0.25 * isotonic)
     if end >= 0.4 or not near or not least <= fitted <= most:
         return nan, isotonic, "none"
     return fitted, isotonic, "crosses"
