@@ -185,6 +185,14 @@ def test_distractors_of_the_mean():
     assert result.null["moved_least_accuracy"] == 1.0
 
 
+def test_a_crossing_between_two_coarse_steps_is_found():
+    model = circuit(0.06)
+    result = experiments.run("distractors", model, k=2, step=40, elements=4, **FAST)  # fails at 2 / 0.06 = 33 tokens
+    n0 = result.prediction["n0"]
+    assert 0 < 33 - n0 < 40
+    assert result.measured["fewest"]["one letter"]["value"] == pytest.approx(33 - n0, abs=4)
+
+
 def test_comments_are_whole_units_with_their_brackets_matched():
     model = circuit()
     for name, filler in CLASSES.items():

@@ -214,7 +214,7 @@ def _refined(model: CircuitGPT, prompts: Sequence[list[int]], comment: Comment, 
     sizes = np.array([len(line) for line in comment.lines])
     coarse = np.unique(np.searchsorted(sizes, np.arange(0, sizes[-1] + 1, step)))
     curve = _curve(model, prompts, _pick(comment, coarse), depth=2)
-    crossing, _, status = c.crossing(curve)
+    _, crossing, status = c.crossing(curve)  # the isotonic one: a coarse grid may be too coarse for the fit
     if status == "above":
         return curve
     near = np.setdiff1d(np.flatnonzero(np.abs(sizes - crossing) <= step), coarse)
