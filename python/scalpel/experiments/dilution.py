@@ -89,11 +89,14 @@ def run(
     holds = {
         name: all(c.within(law(k), measured[k], spread[name][k]) for k in predict) for name, (law, _) in laws.items()
     }
+    # P(correct) over prompts may have a critical length while single prompts waver; a reader must see how much.
+    changes = " to ".join(f"{f(one.sign_changes for one in measured.values()):.0f}" for f in (min, max))
     null = {name: _null(other, ask, amounts, rng) for name, other in controls.models.items()}
     edges = c.bins(length)
     return protocol.conclude(
         measured={
-            "summary": "; ".join(f"k={k}: {one.text()}" for k, one in measured.items()),
+            "summary": "; ".join(f"k={k}: {one.text()}" for k, one in measured.items())
+            + f". Along one prompt the answer changes {changes} times",
             "against_the_seeds_figure": against_seed(measured.get(SEED_K)),
             "critical_length": c.table(measured),
             "prediction_minus_measured": errors,
