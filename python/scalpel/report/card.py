@@ -14,7 +14,7 @@ _NAMES = {
     "longest_list": "Longest list trained on",
     "seed": "Training seed",
     "seeds": "Seeds",
-    "loss_nats": "Loss, nats a token",
+    "loss_nats": "Training loss, nats (weighted as in the recipe)",
     "commit": "Commit",
 }
 _THIN = "\N{THIN SPACE}"
