@@ -9,6 +9,9 @@ from itertools import product
 
 import torch
 
+# Kernels that a target takes from another one.
+COMPILED_FOR = {("covariance", "avx512vbmi2"): "avx512"}  # nothing in it compresses lanes
+
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 

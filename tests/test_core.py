@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import scalpel
+from cases import COMPILED_FOR
 from conftest import SUPPORTED
 from scalpel import _core
 
@@ -56,11 +57,11 @@ def test_unknown_target_is_refused_with_what_is_allowed() -> None:
 
 def test_targets() -> None:
     listed = _core.targets()
-    assert [t["name"] for t in listed] == ["avx512", "avx2", "portable"]
+    assert [t["name"] for t in listed] == ["avx512vbmi2", "avx512", "avx2", "portable"]
     assert listed[-1]["supported"]
     for op, targets in _core.kernel_calls().items():
         assert {name: compiled for name, (compiled, _) in targets.items()} == {
-            t["name"]: t["name"] for t in listed if t["built"]
+            t["name"]: COMPILED_FOR.get((op, t["name"]), t["name"]) for t in listed if t["built"]
         }, op
 
 

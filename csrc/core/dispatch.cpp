@@ -15,6 +15,7 @@ bool has_avx512() {
          __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
          __builtin_cpu_supports("bmi2");
 }
+bool has_avx512vbmi2() { return has_avx512() && __builtin_cpu_supports("avx512vbmi2"); }
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
          __builtin_cpu_supports("bmi2");
@@ -22,11 +23,14 @@ bool has_avx2() {
 #else
 constexpr bool kX86 = false;
 bool has_avx512() { return false; }
+bool has_avx512vbmi2() { return false; }
 bool has_avx2() { return false; }
 #endif
 bool always() { return true; }
 
 constexpr TargetInfo kTargets[kTargetCount] = {
+    {Target::kAvx512Vbmi2, "avx512vbmi2", "x86-64-v4 that compresses 16-bit lanes (Ice Lake, Zen 4)",
+     "avx512f, avx512bw, avx512dq, avx512vl, avx512vbmi2", kX86, has_avx512vbmi2},
     {Target::kAvx512, "avx512", "x86-64-v4: 512-bit vectors", "avx512f, avx512bw, avx512dq, avx512vl", kX86,
      has_avx512},
     {Target::kAvx2, "avx2", "x86-64-v3: 256-bit vectors and fused multiply-add", "avx2, fma, bmi, bmi2", kX86,

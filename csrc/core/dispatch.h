@@ -6,8 +6,8 @@
 
 namespace scalpel {
 
-enum class Target : int { kAvx512, kAvx2, kPortable };
-inline constexpr int kTargetCount = 3;
+enum class Target : int { kAvx512Vbmi2, kAvx512, kAvx2, kPortable };
+inline constexpr int kTargetCount = 4;
 
 struct TargetInfo {
   Target target;

@@ -25,6 +25,7 @@ constexpr double kLargest = 1e150;
 const CovarianceKernels* kernels_of(Target target) {
   switch (target) {
 #if defined(SCALPEL_X86_TARGETS)
+    case Target::kAvx512Vbmi2:  // compressing lanes is of no use here
     case Target::kAvx512:
       return &covariance_avx512();
     case Target::kAvx2:

@@ -18,8 +18,18 @@ struct TopKBlock {
   std::int64_t width;
   std::int64_t k;
   bool by_value;
-  void* keys;  // scratch: `width` keys, as wide as an element of x
+  bool stream;    // write past the caches: the output is larger than they are
+  void* scratch;  // one thread's own: topk_scratch_bytes(), zeroed before its first block, 64-byte aligned
 };
+
+// Two lines of keys, each with room for a vector beyond its end, and what a thread remembers from row to row.
+constexpr std::int64_t kTopKMemoryBytes = 64;
+constexpr std::int64_t topk_line_bytes(std::int64_t width, std::int64_t item_size) {
+  return (width * item_size + 2 * 64 + 63) / 64 * 64;
+}
+constexpr std::int64_t topk_scratch_bytes(std::int64_t width, std::int64_t item_size) {
+  return kTopKMemoryBytes + 2 * topk_line_bytes(width, item_size);
+}
 
 struct TopKKernels {
   const char* compiled_for;
@@ -34,5 +44,6 @@ struct TopKKernels {
 const TopKKernels& topk_portable();
 const TopKKernels& topk_avx2();
 const TopKKernels& topk_avx512();
+const TopKKernels& topk_avx512vbmi2();
 
 }  // namespace scalpel

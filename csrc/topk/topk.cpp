@@ -20,6 +20,8 @@ namespace {
 const TopKKernels* kernels_of(Target target) {
   switch (target) {
 #if defined(SCALPEL_X86_TARGETS)
+    case Target::kAvx512Vbmi2:
+      return &topk_avx512vbmi2();
     case Target::kAvx512:
       return &topk_avx512();
     case Target::kAvx2:
@@ -154,6 +156,27 @@ void fill_trivial(const TensorView& x, std::int64_t k, const TensorView& out, To
   }
 }
 
+// An output of this size is gone from a last-level cache before anybody reads it.
+constexpr std::int64_t kStreamBytes = std::int64_t{32} << 20;
+
+// One line of scratch for each thread, on cache lines of its own.
+class Scratch {
+ public:
+  Scratch(std::int64_t line, int threads)
+      : line_(line), memory_(static_cast<char*>(::operator new(line * threads, kAlignment))) {
+    for (int t = 0; t < threads; ++t) std::memset(of(t), 0, kTopKMemoryBytes);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { ::operator delete(memory_, kAlignment); }
+  char* of(int thread) const { return memory_ + line_ * thread; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  std::int64_t line_;
+  char* memory_;
+};
+
 void run_block(const TopKKernels& kernels, const TopKBlock& block, TopKOutput output, DType dtype) {
   switch (dtype) {
     case DType::kFloat16:
@@ -186,10 +209,11 @@ void run(const TensorView& x, std::int64_t k, RankBy by, const TensorView& out, 
   }
 
   const TopKKernels& kernels = *kernels_of(active_target().target);
-  // One line of keys for each thread, apart by a cache line or more. Allocated here: the loop must not throw.
-  const std::int64_t line = (width * size + 127) / 64 * 64;
-  const std::unique_ptr<char[]> keys(new char[static_cast<std::size_t>(line * threads)]);
+  // Allocated here: the loop must not throw.
+  const std::int64_t line = topk_scratch_bytes(width, size);
+  const Scratch scratch(line, threads);
   const bool uniform = x.uniform_rows() && out.uniform_rows();
+  const bool stream = output != TopKOutput::kIndex && rows * width * item_size(out.dtype) >= kStreamBytes;
 
   auto body = [&](std::int64_t begin, std::int64_t end, int thread) {
     const std::int64_t step = uniform ? end - begin : 1;
@@ -203,7 +227,8 @@ void run(const TensorView& x, std::int64_t k, RankBy by, const TensorView& out, 
       block.width = width;
       block.k = k;
       block.by_value = by == RankBy::kValue;
-      block.keys = keys.get() + line * thread;
+      block.stream = stream;
+      block.scratch = scratch.of(thread);
       run_block(kernels, block, output, x.dtype);
     }
   };
