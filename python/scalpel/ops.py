@@ -11,19 +11,17 @@ exists, that is where the k-th and the (k+1)-th rank differ.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
-from torch.autograd import forward_ad
 
 from . import _core
 
 __all__ = ["AbsTopK", "keep_topk", "topk_indices", "topk_mask"]
 
 By = Literal["magnitude", "value"]
-Array = TypeVar("Array", torch.Tensor, np.ndarray)
+Array = TypeVar("Array")
 
 Memory = tuple[int, str, tuple[int, ...], tuple[int, ...]]  # address, dtype, shape, strides in elements
 
@@ -42,18 +40,20 @@ _DTYPE_NAMES = {
 def topk_mask(x: Array, k: int, by: By = "magnitude", out: Array | None = None) -> Array:
     """Where the k largest entries along the last dimension are.
 
-    x: (..., width), float16, bfloat16, float32 or float64; a CPU tensor or a numpy array, any strides.
+    x: (..., width), float16, bfloat16, float32 or float64, any strides; a CPU tensor, a numpy array, or
+        another library's array that speaks DLPack.
     k: 0 <= k <= width.
     by: "magnitude" ranks |x|, "value" ranks x.
-    out: a bool tensor (array) of x's shape to write to.
+    out: a bool tensor (array) of x's shape to write to, any strides.
 
-    Returns bool like x with exactly k True a row. Not differentiable.
+    Returns bool like x with exactly k True a row: a tensor for a tensor, else an array of x's library (a
+    tensor where that has no ``__array_namespace__().from_dlpack``). Not differentiable.
     Equals ``torch.zeros_like(x, dtype=torch.bool).scatter(-1, x.abs().topk(k).indices, True)``, ties aside.
 
     Raises TypeError (k is not an integer, a dtype is not allowed), ValueError (k out of range; device, shape
     or memory of out).
     """
-    return _call("topk_mask", _mask_dispatch, x, k, by, out)
+    return cast(Array, _call("topk_mask", x, k, by, out))
 
 
 def keep_topk(x: Array, k: int, by: By = "magnitude", out: Array | None = None) -> Array:
@@ -63,7 +63,7 @@ def keep_topk(x: Array, k: int, by: By = "magnitude", out: Array | None = None) 
     bit. Differentiable without out: the gradient is mask * g, the tangent mask * t (0 where masked, whatever
     g or t is). With out and a gradient to compute: RuntimeError, as everywhere in torch.
     """
-    return _call("keep_topk", _keep_dispatch, x, k, by, out)
+    return cast(Array, _call("keep_topk", x, k, by, out))
 
 
 def topk_indices(x: Array, k: int, by: By = "magnitude", out: Array | None = None) -> Array:
@@ -72,7 +72,7 @@ def topk_indices(x: Array, k: int, by: By = "magnitude", out: Array | None = Non
     Arguments and errors as for `topk_mask`; out is int64 of shape (..., k). Returns int64 (..., k).
     Not differentiable.
     """
-    return _call("topk_indices", _indices_dispatch, x, k, by, out)
+    return cast(Array, _call("topk_indices", x, k, by, out))
 
 
 class AbsTopK(torch.nn.Module):
@@ -101,7 +101,7 @@ class AbsTopK(torch.nn.Module):
 
 
 def _integer(k: Any) -> int:
-    if not isinstance(k, (bool, np.bool_, torch.Tensor)):
+    if not isinstance(k, (bool, np.bool_, np.ndarray, torch.Tensor)):
         try:
             return operator.index(k)
         except TypeError:
@@ -123,31 +123,58 @@ def _by_value(by: str) -> bool:
     return by == "value"
 
 
-def _call(op: str, dispatch: Callable[..., torch.Tensor], x: Any, k: Any, by: str, out: Any) -> Any:
+def _call(op: str, x: Any, k: Any, by: str, out: Any) -> Any:
     k = _integer(k)
     _by_value(by)
     if isinstance(x, torch.Tensor):
-        _check_tensor(x, "x", floating=True)
-        _check_range(x.shape, k)
-        if out is None:
-            return dispatch(x, k, by)
-        if not isinstance(out, torch.Tensor):
-            raise TypeError(f"out is a {type(out).__name__}, but x is a tensor; give a tensor")
-        _check_tensor(out, "out")
-        _check_out(op, x, k, out)
-        if op == "keep_topk" and torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
-            raise RuntimeError(
-                "keep_topk with out= can't be differentiated, but x or out requires grad; leave out away"
-            )
-        if _transforms_active():
-            raise RuntimeError(f"{op} with out= can't run under a torch.func transform or forward AD; leave out away")
-        if x.device != out.device:
-            raise ValueError(f"x is on {x.device}, out on {out.device}; they must be on one device")
-        _OUT_OPS[op](x.detach(), k, by, out)
-        return out
+        return _call_tensor(op, x, k, by, out)
     if isinstance(x, np.ndarray):
         return _call_numpy(op, x, k, by, out)
-    raise TypeError(f"x is a {type(x).__name__}; allowed: a torch tensor or a numpy array")
+    if hasattr(x, "__dlpack__"):
+        return _call_dlpack(op, x, k, by, out)
+    raise TypeError(f"x is a {type(x).__name__}; allowed: a torch tensor, a numpy array, or what speaks DLPack")
+
+
+def _call_tensor(op: str, x: torch.Tensor, k: int, by: str, out: Any) -> torch.Tensor:
+    _check_tensor(x, "x", floating=True)
+    _check_range(x.shape, k)
+    if out is None:
+        return _DISPATCH[op](x, k, by)
+    if not isinstance(out, torch.Tensor):
+        raise TypeError(f"out is a {type(out).__name__}, but x is a tensor; give a tensor")
+    _check_tensor(out, "out")
+    _check_out(op, x, k, out)
+    if op == "keep_topk" and torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
+        raise RuntimeError("keep_topk with out= can't be differentiated, but x or out requires grad; leave out away")
+    if _transformed(x) or _transformed(out):
+        raise RuntimeError(f"{op} with out= can't run under a torch.func transform or forward AD; leave out away")
+    if x.device != out.device:
+        raise ValueError(f"x is on {x.device}, out on {out.device}; they must be on one device")
+    if not torch.compiler.is_compiling() and _unwatched(x) and _unwatched(out):
+        _into(op, x.detach(), k, by, out)
+        if not out.is_inference():
+            torch.autograd.graph.increment_version(out)
+    else:
+        _OUT_OPS[op](x.detach(), k, by, out)
+    return out
+
+
+def _call_dlpack(op: str, x: Any, k: int, by: str, out: Any) -> Any:
+    """Through a tensor that shares x's memory."""
+    result = _call_tensor(op, _from_dlpack(x, "x"), k, by, None if out is None else _from_dlpack(out, "out"))
+    if out is not None:
+        return out
+    namespace = getattr(x, "__array_namespace__", None)
+    return namespace().from_dlpack(result) if namespace is not None else result
+
+
+def _from_dlpack(x: Any, name: str) -> torch.Tensor:
+    if not hasattr(x, "__dlpack__"):
+        raise TypeError(f"{name} is a {type(x).__name__}, which does not speak DLPack")
+    try:
+        return torch.from_dlpack(x)
+    except Exception as error:  # whatever the other library raises
+        raise TypeError(f"{name} (a {type(x).__name__}) can't be read through DLPack: {error}") from error
 
 
 def _check_out(op: str, x: torch.Tensor, k: int, out: torch.Tensor) -> None:
@@ -181,11 +208,17 @@ def _view(x: torch.Tensor) -> Memory:
 
 
 def _into(op: str, x: torch.Tensor, k: int, by: str, out: torch.Tensor) -> None:
-    """Runs the core on x's memory, made contiguous along the last dimension if it isn't."""
-    x = x.resolve_neg()
+    """Runs the core, which wants x and out contiguous along the last dimension."""
+    if x.is_neg():
+        x = x.resolve_neg()
     if x.dim() > 0 and x.stride(-1) != 1 and x.size(-1) > 1:
         x = x.contiguous()
-    getattr(_core, op)(_view(x), k, _by_value(by), _view(out), torch.get_num_threads())
+    to = out
+    if out.dim() > 0 and out.stride(-1) != 1 and out.size(-1) > 1:
+        to = torch.empty(out.shape, dtype=out.dtype)
+    getattr(_core, op)(_view(x), k, by == "value", _view(to), torch.get_num_threads())
+    if to is not out:
+        out.copy_(to)
 
 
 def _call_numpy(op: str, x: np.ndarray, k: int, by: str, out: Any) -> np.ndarray:
@@ -215,7 +248,8 @@ def _numpy_view(x: np.ndarray) -> Memory:
 # Inside, a custom op: that is what torch.compile and the dispatcher's modes see. Around it an
 # autograd.Function, because a bare custom op loses its place under functorch's transforms without a word.
 # Around that one function that dynamo puts into its graph as it is. keep_topk's derivatives are then those of
-# torch.where.
+# torch.where. A call that nobody traces or transforms goes straight to the core: the custom op alone costs
+# more than the whole PyTorch expression on a small tensor.
 
 
 def _result_dtype(op: str, x: torch.Tensor) -> torch.dtype:
@@ -230,12 +264,16 @@ def _result_like(op: str, x: torch.Tensor, k: int) -> torch.Tensor:
     return x.new_empty(_result_shape(op, x, k), dtype=_result_dtype(op, x))
 
 
+def _run(op: str, x: torch.Tensor, k: int, by: str) -> torch.Tensor:
+    out = _result_like(op, x, k)
+    _into(op, x, k, by, out)
+    return out
+
+
 def _define(op: str) -> Callable[[torch.Tensor, int, str], torch.Tensor]:
     @torch.library.custom_op(f"scalpel::{op}", mutates_args=(), schema="(Tensor x, SymInt k, str by) -> Tensor")
     def run(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
-        out = _result_like(op, x, k)
-        _into(op, x, k, by, out)
-        return out
+        return _run(op, x, k, by)
 
     @run.register_fake
     def _(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
@@ -294,16 +332,32 @@ class _Selection(torch.autograd.Function):
         return _Selection.apply(x.movedim(in_dims[0], 0), k, by, indices), 0
 
 
-def _transforms_active() -> bool:
-    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+def _transformed(x: torch.Tensor) -> bool:
+    """True under a transform of torch.func, and when x has a tangent of forward AD."""
+    # Asked of x: a compiled graph enters forward AD's level without torch.autograd.forward_ad knowing of it.
+    return torch._C._are_functorch_transforms_active() or torch._unpack_dual(x, level=0).tangent is not None
 
 
 def _needs_derivative(x: torch.Tensor) -> bool:
-    return (x.requires_grad and torch.is_grad_enabled()) or _transforms_active()
+    return (x.requires_grad and torch.is_grad_enabled()) or _transformed(x)
+
+
+def _unwatched(x: torch.Tensor) -> bool:
+    """True when a plain tensor is computed on eagerly: no transform, mode, trace or profile is to see the op."""
+    return (
+        type(x) in (torch.Tensor, torch.nn.Parameter)
+        and x.device.type == "cpu"
+        and not _transformed(x)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and not torch.autograd._profiler_enabled()
+    )
 
 
 @torch.compiler.allow_in_graph
 def _mask_dispatch(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
+    if _unwatched(x):
+        return _run("topk_mask", x, k, by)
     if not _needs_derivative(x):
         return _mask_op(x, k, by)
     return cast(torch.Tensor, _Selection.apply(x, k, by, False))
@@ -311,6 +365,8 @@ def _mask_dispatch(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
 
 @torch.compiler.allow_in_graph
 def _indices_dispatch(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
+    if _unwatched(x):
+        return _run("topk_indices", x, k, by)
     if not _needs_derivative(x):
         return _indices_op(x, k, by)
     return cast(torch.Tensor, _Selection.apply(x, k, by, True))
@@ -318,7 +374,13 @@ def _indices_dispatch(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
 
 @torch.compiler.allow_in_graph
 def _keep_dispatch(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
+    if _unwatched(x):
+        if x.requires_grad and torch.is_grad_enabled():
+            return torch.where(_run("topk_mask", x, k, by), x, 0)
+        return _run("keep_topk", x, k, by)
     if not _needs_derivative(x):
         return _keep_op(x, k, by)
-    mask = _Selection.apply(x, k, by, False)
-    return torch.where(mask, x, 0)
+    return torch.where(_Selection.apply(x, k, by, False), x, 0)
+
+
+_DISPATCH = {"topk_mask": _mask_dispatch, "keep_topk": _keep_dispatch, "topk_indices": _indices_dispatch}

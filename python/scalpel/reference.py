@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-__all__ = ["Moments", "keep_topk", "moments", "topk_indices", "topk_mask"]
+__all__ = ["Moments", "keep_topk", "moments", "topk_indices", "topk_mask", "topk_order"]
 
 
 def _numpy(x: Any) -> np.ndarray:
@@ -21,19 +21,23 @@ def _numpy(x: Any) -> np.ndarray:
     return np.asarray(x, dtype=np.float64)
 
 
-def topk_indices(x: Any, k: int, by: str = "magnitude") -> np.ndarray:
-    """The twin of `scalpel.topk_indices`: sort each row, keep k. x (..., width) → int64 (..., k)."""
+def topk_order(x: Any, by: str = "magnitude") -> np.ndarray:
+    """The places of each row, the first to be kept first. x (..., width) → int64 (..., width)."""
     rows = _numpy(x)
-    result = np.empty((*rows.shape[:-1], k), dtype=np.int64)
+    result = np.empty(rows.shape, dtype=np.int64)
     for place in np.ndindex(rows.shape[:-1]):
         values = [abs(v) if by == "magnitude" else v for v in rows[place].tolist()]
         # NaN first, then larger before smaller, then lower index before higher.
-        order = sorted(
+        result[place] = sorted(
             range(len(values)),
             key=lambda i, v=values: (0, 0.0, i) if math.isnan(v[i]) else (1, -v[i], i),  # type: ignore[misc]
         )
-        result[place] = sorted(order[:k])
     return result
+
+
+def topk_indices(x: Any, k: int, by: str = "magnitude") -> np.ndarray:
+    """The twin of `scalpel.topk_indices`: sort each row, keep k. x (..., width) → int64 (..., k)."""
+    return np.sort(topk_order(x, by)[..., :k], axis=-1)
 
 
 def topk_mask(x: Any, k: int, by: str = "magnitude") -> np.ndarray:
