@@ -11,9 +11,8 @@ from scalpel import _core, reference
 
 def calls(op: str, target: str) -> int:
     compiled_for, count = _core.kernel_calls()[op][target]
-    assert compiled_for == COMPILED_FOR.get(
-        (op, target), target
-    )  # from the macros that the compiler predefined in the kernel's file
+    # From the macros that the compiler predefined in the kernel's file.
+    assert compiled_for == COMPILED_FOR.get((op, target), target)
     return count
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["CONTENDERS", "Case", "WrongAnswer", "cases", "run"]
+__all__ = ["CONTENDERS", "Case", "WrongAnswer", "cases", "environment", "run"]
 
 Contender = Literal["ours", "peer", "floor"]
 CONTENDERS: tuple[Contender, ...] = ("ours", "peer", "floor")
@@ -215,7 +215,7 @@ def run(*, quick: bool = False, seed: int = 0, progress: Callable[[str, float], 
             report(f"timing {case.name}", i / len(todo))
             found.append(_timed(case, rounds))
     report("done", 1.0)
-    return {"quick": quick, "rounds": rounds, "seed": seed, "cases": found, "environment": _environment()}
+    return {"quick": quick, "rounds": rounds, "seed": seed, "cases": found, "environment": environment()}
 
 
 def _timed(case: Case, rounds: int) -> dict[str, Any]:
@@ -254,7 +254,8 @@ def _repeats(function: Callable[[], Any]) -> int:
     return max(1, round(_SAMPLE_SECONDS / max(_seconds(function, 2), 1e-7)))
 
 
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """What a figure depends on besides the code: versions, CPU target, threads, processor, load, BLAS."""
     import os
     import platform
 

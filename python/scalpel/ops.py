@@ -11,6 +11,7 @@ exists, that is where the k-th and the (k+1)-th rank differ.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
