@@ -14,9 +14,9 @@
 // Memory. Outputs have the shape above, last stride 1 and no two elements in one place. `kept` may be x
 // itself (same address and strides); any other overlap with x is refused.
 //
-// Cost. The bits of x are mapped to order-preserving integers and the k-th largest is found by bisection on
-// them: one pass over a row in cache for each bit that has to be decided, about log2(width) + 4 of them on
-// continuous data, never more than the key has bits.
+// Cost. A row is read from memory once, to count and to collect the few keys that may be the k-th largest,
+// once more from cache, and written once; an output of 32 MiB or more is written past the caches. A row that
+// the guess misses is read again, twice at most (select.inc). Scratch: two rows of keys a thread.
 //
 // Errors: std::invalid_argument that names what was given and what is allowed (DTypeError, derived from it,
 // for a dtype); nothing is written then. Thread-safe. `threads` is the most threads to use, 0 for OpenMP's
