@@ -10,7 +10,7 @@ from itertools import product
 import torch
 
 # Kernels that a target takes from another one.
-COMPILED_FOR = {("covariance", "avx512vbmi2"): "avx512"}  # nothing in it compresses lanes
+COMPILED_FOR = {(op, "avx512vbmi2"): "avx512" for op in ("covariance", "jvp")}  # nothing in them compresses lanes
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 

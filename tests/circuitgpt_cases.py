@@ -1,6 +1,7 @@
 """One table of tiny configurations: every variant that a public checkpoint can have."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -93,3 +94,14 @@ def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Circu
 def tokens(model: CircuitGPT, batch: int = 2, length: int = 7, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(model.config.vocab_size, (batch, length), generator=generator)
+
+
+@contextmanager
+def torch_func(model: CircuitGPT) -> Iterator[CircuitGPT]:
+    """Jacobians that are made and used in here go through torch.func: the native rules leave a model alone
+    whose modules have hooks."""
+    handle = model.register_forward_hook(lambda *_: None)
+    try:
+        yield model
+    finally:
+        handle.remove()

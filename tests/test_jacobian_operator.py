@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import scalpel
-from circuitgpt_cases import build, tokens
+from circuitgpt_cases import build, tokens, torch_func
 from scalpel.jacobians.operator import Jacobian
 from scalpel.reference_jacobian import jacobian_dense
 
@@ -55,12 +55,16 @@ def test_attributes(J: Jacobian) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 300])
-@pytest.mark.parametrize("chunk", [1, 16, 1000])
-def test_any_number_of_tangents_in_any_chunks(model, ids, dense, count: int, chunk: int) -> None:
+@pytest.mark.parametrize("chunk", [None, 1, 16, 1000])  # None: the native rules, whose chunks are the lanes
+def test_any_number_of_tangents_in_any_chunks(model, ids, dense, count: int, chunk: int | None) -> None:
     if chunk == 1 and count > 17:
         return
-    run = jacobian(model, ids, "0.resid_in", "1.mlp.post_act", (slice(0, 3), [1, 3]))
-    run._push.__self__.chunk = chunk
+    if chunk is None:
+        run = jacobian(model, ids, "0.resid_in", "1.mlp.post_act", (slice(0, 3), [1, 3]))
+    else:
+        with torch_func(model):
+            run = jacobian(model, ids, "0.resid_in", "1.mlp.post_act", (slice(0, 3), [1, 3]))
+        run._push.__self__.chunk = chunk
     V = torch.randn(count, 2, 3, 12, dtype=torch.float64)
     U = torch.randn(count, 2, 2, 20, dtype=torch.float64)
     torch.testing.assert_close(run.jvp(V), (V.flatten(1) @ dense.T).reshape(count, 2, 2, 20), **EXACT)
@@ -179,9 +183,10 @@ def test_errors_name_what_was_given_and_what_is_allowed(J: Jacobian) -> None:
 
 
 def test_a_chunk_is_at_least_one_and_shrinks_with_the_model(model, ids, monkeypatch) -> None:
-    assert jacobian(model, ids)._push.__self__.chunk > 1
-    monkeypatch.setattr(sys.modules["scalpel.jacobians.entry"], "_CHUNK_BYTES", 1)
-    J = jacobian(model, ids)
+    with torch_func(model):
+        assert jacobian(model, ids)._push.__self__.chunk > 1
+        monkeypatch.setattr(sys.modules["scalpel.jacobians.entry"], "_CHUNK_BYTES", 1)
+        J = jacobian(model, ids)
     assert J._push.__self__.chunk == 1
     assert J.jvp(torch.ones(3, *J.source_shape, dtype=J.dtype)).shape == (3, *J.target_shape)
 

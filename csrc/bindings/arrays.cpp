@@ -7,12 +7,12 @@ namespace py = pybind11;
 namespace {
 
 DType dtype_of(const std::string& name) {
-  for (DType d :
-       {DType::kFloat32, DType::kFloat64, DType::kBool, DType::kInt64, DType::kBFloat16, DType::kFloat16}) {
+  for (DType d : {DType::kFloat32, DType::kFloat64, DType::kBool, DType::kInt64, DType::kBFloat16,
+                  DType::kFloat16, DType::kInt32}) {
     if (name == name_of(d)) return d;
   }
   throw DTypeError("dtype is " + name +
-                   "; the core knows bool, int64, float16, bfloat16, float32 and float64");
+                   "; the core knows bool, int32, int64, float16, bfloat16, float32 and float64");
 }
 
 }  // namespace

@@ -20,5 +20,6 @@ TensorView view_of(const ArrayTuple& array);
 void init_core(pybind11::module_& m);
 void init_topk(pybind11::module_& m);
 void init_covariance(pybind11::module_& m);
+void init_jvp(pybind11::module_& m);
 
 }  // namespace scalpel::bindings

@@ -7,6 +7,7 @@
 #include "core/dispatch.h"
 #include "core/parallel.h"
 #include "covariance/covariance.h"
+#include "jvp/jvp.h"
 #include "topk/topk.h"
 
 namespace scalpel::bindings {
@@ -49,6 +50,7 @@ std::map<std::string, py::dict> kernel_calls() {
     if (!t.built) continue;
     ops["topk"][t.name] = py::make_tuple(topk_compiled_for(t.target), topk_calls(t.target));
     ops["covariance"][t.name] = py::make_tuple(covariance_compiled_for(t.target), covariance_calls(t.target));
+    ops["jvp"][t.name] = py::make_tuple(jvp_compiled_for(t.target), jvp_calls(t.target));
   }
   return ops;
 }

@@ -15,4 +15,5 @@ PYBIND11_MODULE(_core, m) {
   scalpel::bindings::init_core(m);
   scalpel::bindings::init_topk(m);
   scalpel::bindings::init_covariance(m);
+  scalpel::bindings::init_jvp(m);
 }

@@ -7,7 +7,7 @@
 
 namespace scalpel {
 
-enum class DType : std::uint8_t { kBool, kFloat16, kBFloat16, kFloat32, kFloat64, kInt64 };
+enum class DType : std::uint8_t { kBool, kFloat16, kBFloat16, kFloat32, kFloat64, kInt32, kInt64 };
 enum class Device : std::uint8_t { kCpu };
 
 constexpr std::int64_t item_size(DType dtype) {
@@ -18,6 +18,7 @@ constexpr std::int64_t item_size(DType dtype) {
     case DType::kBFloat16:
       return 2;
     case DType::kFloat32:
+    case DType::kInt32:
       return 4;
     default:
       return 8;
@@ -36,6 +37,8 @@ constexpr const char* name_of(DType dtype) {
       return "float32";
     case DType::kFloat64:
       return "float64";
+    case DType::kInt32:
+      return "int32";
     default:
       return "int64";
   }

@@ -46,3 +46,81 @@ def update_moments(
     count: _Array, mean: _Array, scatter: _Array, centered: bool, x: _Array, threads: int = 0
 ) -> int: ...
 def version() -> str: ...
+
+# ---- tangents, sixteen at a time: csrc/jvp/jvp.h ------------------------------------------------
+
+def tangent_lanes() -> int: ...
+def linear_lanes(
+    starts: _Array,
+    columns: _Array,
+    weights: _Array,
+    cols: int,
+    x: _Array,
+    x_index: _Array | None,
+    scale: _Array | None,
+    out: _Array,
+    out_index: _Array | None,
+    threads: int = 0,
+) -> None: ...
+def norm_jvp(
+    normed: _Array,
+    rate: _Array,
+    gain: _Array,
+    centred: bool,
+    over: int,
+    x: _Array,
+    out: _Array,
+    out_index: _Array | None,
+    threads: int = 0,
+) -> None: ...
+def norm_vjp(
+    normed: _Array,
+    rate: _Array,
+    gain: _Array,
+    centred: bool,
+    over: int,
+    x: _Array,
+    x_index: _Array | None,
+    out: _Array,
+    threads: int = 0,
+) -> None: ...
+def gather_lanes(x: _Array, out: _Array, index: _Array, threads: int = 0) -> None: ...
+def scatter_lanes(x: _Array, index: _Array | None, out: _Array, threads: int = 0) -> None: ...
+def attention_jvp(
+    q: _Array,
+    k: _Array,
+    v: _Array,
+    y: _Array,
+    allowed: _Array,
+    sink: _Array | None,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    dq: _Array | None,
+    dq_index: _Array | None,
+    dk: _Array | None,
+    dk_index: _Array | None,
+    dv: _Array | None,
+    dv_index: _Array | None,
+    dy: _Array,
+    threads: int = 0,
+) -> None: ...
+def attention_vjp(
+    q: _Array,
+    k: _Array,
+    v: _Array,
+    y: _Array,
+    allowed: _Array,
+    sink: _Array | None,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    dq: _Array | None,
+    dq_index: _Array | None,
+    dk: _Array | None,
+    dk_index: _Array | None,
+    dv: _Array | None,
+    dv_index: _Array | None,
+    dy: _Array,
+    threads: int = 0,
+) -> None: ...

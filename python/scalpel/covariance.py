@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from . import _core, _covariance_file
-from .ops import Memory, _integer, _view
+from .ops import Memory, _integer, memory_of
 
 __all__ = ["Eigen", "StreamingCovariance"]
 
@@ -87,7 +87,7 @@ class StreamingCovariance:
         """
         rows = self._rows(x)
         with self._lock:
-            bad = _core.update_moments(*self._state(), self._center, _view(rows), torch.get_num_threads())
+            bad = _core.update_moments(*self._state(), self._center, memory_of(rows), torch.get_num_threads())
             if bad >= 0:
                 column = int((~(rows[bad].double().abs() <= 1e150)).nonzero()[0])
                 raise ValueError(
@@ -300,7 +300,7 @@ class StreamingCovariance:
         return x if x.stride(-1) == 1 else x.contiguous()
 
     def _state(self) -> tuple[Memory, Memory, Memory]:
-        return _view(self._count), _view(self._mean), _view(self._scatter)
+        return memory_of(self._count), memory_of(self._mean), memory_of(self._scatter)
 
     @contextmanager
     def _both(self, other: StreamingCovariance, verb: str) -> Iterator[None]:

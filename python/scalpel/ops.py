@@ -34,6 +34,7 @@ _DTYPE_NAMES = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
     torch.bool: "bool",
+    torch.int32: "int32",
     torch.int64: "int64",
 }
 
@@ -151,7 +152,7 @@ def _call_tensor(op: str, x: torch.Tensor, k: int, by: str, out: Any) -> torch.T
         raise RuntimeError(f"{op} with out= can't run under a torch.func transform or forward AD; leave out away")
     if x.device != out.device:
         raise ValueError(f"x is on {x.device}, out on {out.device}; they must be on one device")
-    if not torch.compiler.is_compiling() and _unwatched(x) and _unwatched(out):
+    if not torch.compiler.is_compiling() and unwatched(x) and unwatched(out):
         _into(op, x.detach(), k, by, out)
         if not out.is_inference():
             torch.autograd.graph.increment_version(out)
@@ -204,7 +205,8 @@ def _check_tensor(x: torch.Tensor, name: str, floating: bool = False) -> None:
 # ---- the core ----------------------------------------------------------------------------------
 
 
-def _view(x: torch.Tensor) -> Memory:
+def memory_of(x: torch.Tensor) -> Memory:
+    """x as the core takes it; x must outlive the call."""
     return x.data_ptr(), _DTYPE_NAMES[x.dtype], tuple(x.shape), x.stride()
 
 
@@ -217,7 +219,7 @@ def _into(op: str, x: torch.Tensor, k: int, by: str, out: torch.Tensor) -> None:
     to = out
     if out.dim() > 0 and out.stride(-1) != 1 and out.size(-1) > 1:
         to = torch.empty(out.shape, dtype=out.dtype)
-    getattr(_core, op)(_view(x), k, by == "value", _view(to), torch.get_num_threads())
+    getattr(_core, op)(memory_of(x), k, by == "value", memory_of(to), torch.get_num_threads())
     if to is not out:
         out.copy_(to)
 
@@ -343,7 +345,7 @@ def _needs_derivative(x: torch.Tensor) -> bool:
     return (x.requires_grad and torch.is_grad_enabled()) or _transformed(x)
 
 
-def _unwatched(x: torch.Tensor) -> bool:
+def unwatched(x: torch.Tensor) -> bool:
     """True when a plain tensor is computed on eagerly: no transform, mode, trace or profile is to see the op."""
     return (
         type(x) in (torch.Tensor, torch.nn.Parameter)
@@ -357,7 +359,7 @@ def _unwatched(x: torch.Tensor) -> bool:
 
 @torch.compiler.allow_in_graph
 def _mask_dispatch(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
-    if _unwatched(x):
+    if unwatched(x):
         return _run("topk_mask", x, k, by)
     if not _needs_derivative(x):
         return _mask_op(x, k, by)
@@ -366,7 +368,7 @@ def _mask_dispatch(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
 
 @torch.compiler.allow_in_graph
 def _indices_dispatch(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
-    if _unwatched(x):
+    if unwatched(x):
         return _run("topk_indices", x, k, by)
     if not _needs_derivative(x):
         return _indices_op(x, k, by)
@@ -375,7 +377,7 @@ def _indices_dispatch(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
 
 @torch.compiler.allow_in_graph
 def _keep_dispatch(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
-    if _unwatched(x):
+    if unwatched(x):
         if x.requires_grad and torch.is_grad_enabled():
             return torch.where(_run("topk_mask", x, k, by), x, 0)
         return _run("keep_topk", x, k, by)

@@ -16,9 +16,11 @@ from torch.autograd import forward_ad
 from torch.func import jvp, vjp, vmap
 
 from ..models.circuitgpt import CircuitGPT
+from .circuit import CircuitProducts
 from .hooks import CircuitPass, ModulePass, Pass
-from .operator import End, Jacobian
+from .operator import End, Jacobian, check_floating, finished
 from .positions import Selected, add_at, check_path, describe, read_at, select, split_pair
+from .trace import has_products
 
 Target = str | Callable[[Tensor], Tensor] | tuple[str, Callable[[Tensor], Tensor]]
 
@@ -78,6 +80,8 @@ def jacobian(
             circuit = CircuitPass(model, input_ids, attention_mask, position_ids, source, hook)
             at = (select(wanted[0], circuit.length, "source"), select(wanted[1], circuit.length, "target"))
             check_path(circuit.hooks, source, hook, at, circuit.allowed)
+            if has_products(model):
+                return _native(circuit, at, function)
             run = circuit
         elif isinstance(model, nn.Module):
             beside = {"attention_mask": attention_mask, "position_ids": position_ids}
@@ -87,6 +91,29 @@ def jacobian(
         else:
             raise TypeError(f"model is {type(model).__name__}; it must be a CircuitGPT or another torch.nn.Module")
         return _Derivative(run, wanted, function).operator()
+
+
+def _native(run: CircuitPass, at: tuple[Selected, Selected], function: Callable[[Tensor], Tensor] | None) -> Jacobian:
+    """Through the native core."""
+    with _explained(run):
+        products = CircuitProducts(run, at, function)
+    for name, value in ((run.source, products.source), (run.target, products.primal)):
+        _check_numbers(value, name)
+
+    def checked(product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def go(tangents: Tensor) -> Tensor:
+            run.check_weights()
+            with _plain_tensors(), torch.no_grad(), _explained(run):
+                return product(tangents)
+
+        return go
+
+    return Jacobian(
+        checked(products.push),
+        checked(products.pull),
+        End(run, run.source, at[0], None, products.source),
+        End(run, run.target, at[1], function, products.primal),
+    )
 
 
 class _Derivative:
@@ -104,7 +131,7 @@ class _Derivative:
         probe = isinstance(self.run, ModulePass)
 
         def enter(value: Tensor) -> Tensor:
-            _check_floating(value, self.run.source)
+            check_floating(value, self.run.source)
             self.at = (_select(self.wanted[0], value, "source"), None)
             at_source.append(read_at(value, self.at[0]).detach().clone())  # a later layer may work in place
             if not probe:
@@ -151,13 +178,7 @@ class _Derivative:
         return self._finished(recorded, delta.dtype)
 
     def _finished(self, recorded: Tensor, dtype: torch.dtype) -> Tensor:
-        value = read_at(recorded, self.at[1])
-        if self.function is not None:
-            value = self.function(value)
-            if not isinstance(value, Tensor):
-                raise TypeError(f"the target's function gave {type(value).__name__}; it must give a tensor")
-        _check_floating(value, self.run.target)
-        return value.to(dtype)
+        return finished(read_at(recorded, self.at[1]), self.function, self.run.target, dtype)
 
     def _check_probe(self, tangent: Tensor | None) -> None:
         ends = f"from {self.run.source!r} to {self.run.target!r}"
@@ -192,11 +213,6 @@ def _select(wanted: Any, value: Tensor, side: str) -> Selected:
             "leave positions at None"
         )
     return select(wanted, value.shape[1], side)
-
-
-def _check_floating(value: Tensor, name: str) -> None:
-    if not value.dtype.is_floating_point:
-        raise TypeError(f"the value at {name!r} is {value.dtype}; a Jacobian needs floating point there")
 
 
 def _check_numbers(value: Tensor, name: str) -> None:

@@ -42,6 +42,22 @@ class End:
         return self.run.differs(other.run)
 
 
+def check_floating(value: Tensor, name: str) -> None:
+    """TypeError where ``value``, at the hook ``name``, has no derivative."""
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"the value at {name!r} is {value.dtype}; a Jacobian needs floating point there")
+
+
+def finished(value: Tensor, function: Callable[[Tensor], Tensor] | None, name: str, dtype: torch.dtype) -> Tensor:
+    """What a target is, from what its hook ``name`` recorded: ``function`` of it, where there is one."""
+    if function is not None:
+        value = function(value)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"the target's function gave {type(value).__name__}; it must give a tensor")
+    check_floating(value, name)
+    return value.to(dtype)
+
+
 class Jacobian:
     """The Jacobian of a target value with respect to a source value, as :func:`scalpel.jacobian` gives it.
 

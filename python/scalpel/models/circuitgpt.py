@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..lanes import apply_linear
 from ..ops import keep_topk
 from .attention import allowed_keys, attend
 from .config import CircuitGPTConfig
@@ -70,13 +71,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, allowed: Tensor, tap: Tap, at: str) -> Tensor:
         x = tap(f"{at}.act_in", self._sparsify(x, "attn_in"))
-        q, k, v = self.c_attn(x).split(self.config.d_attn, dim=-1)
+        q, k, v = apply_linear(self.c_attn, x).split(self.config.d_attn, dim=-1)
         k = tap(f"{at}.k", self._sparsify(k, "attn_k"))
         q = tap(f"{at}.q", self._sparsify(q, "attn_q"))
         v = tap(f"{at}.v", self._sparsify(v, "attn_v"))
         sink = self.attn_imp.sink_logit if self.config.sink else None
         y = tap(f"{at}.y", attend(q, k, v, self.config.n_head, allowed, sink))
-        return self._sparsify(self.c_proj(y), "attn_out")
+        return self._sparsify(apply_linear(self.c_proj, y), "attn_out")
 
 
 class MLP(nn.Module):
@@ -92,8 +93,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, tap: Tap, at: str) -> Tensor:
         x = tap(f"{at}.act_in", self._sparsify(x, "mlp_in"))
-        x = tap(f"{at}.post_act", self._sparsify(self.activation(self.c_fc(x)), "mlp_neuron"))
-        return self._sparsify(self.c_proj(x), "mlp_out")
+        x = tap(f"{at}.post_act", self._sparsify(self.activation(apply_linear(self.c_fc, x)), "mlp_neuron"))
+        return self._sparsify(apply_linear(self.c_proj, x), "mlp_out")
 
 
 class Block(nn.Module):
@@ -226,7 +227,7 @@ class CircuitGPT(nn.Module):
         for i, block in enumerate(self.transformer.h):
             x = block(x, positions if concatenated else None, allowed, at, str(i))
         x = at("final_resid", x)
-        logits = self.lm_head(self.transformer.ln_f(x)) + self.final_logits_bias.to(x.dtype)
+        logits = apply_linear(self.lm_head, self.transformer.ln_f(x)) + self.final_logits_bias.to(x.dtype)
         if self.bigram_table is not None:
             logits = logits + self.bigram_table[input_ids].to(x.dtype)
         return logits

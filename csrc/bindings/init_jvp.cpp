@@ -1,0 +1,131 @@
+#include "bindings/arrays.h"
+#include "jvp/jvp.h"
+
+namespace scalpel::bindings {
+namespace py = pybind11;
+namespace {
+
+// None is a view without data.
+TensorView view_or_none(const py::object& array) {
+  return array.is_none() ? TensorView{.ndim = 0} : view_of(array.cast<ArrayTuple>());
+}
+
+LanesOf lanes_of(const py::object& lanes, const py::object& index) {
+  return {view_or_none(lanes), view_or_none(index)};
+}
+
+void linear(const ArrayTuple& starts, const ArrayTuple& columns, const ArrayTuple& weights, std::int64_t cols,
+            const ArrayTuple& x, const py::object& x_index, const py::object& scale, const ArrayTuple& out,
+            const py::object& out_index, int threads) {
+  SparseMatrix matrix;
+  matrix.starts = view_of(starts);
+  matrix.columns = view_of(columns);
+  matrix.weights = view_of(weights);
+  matrix.cols = cols;
+  const TensorView in = view_of(x);
+  const TensorView in_index = view_or_none(x_index);
+  const TensorView scales = view_or_none(scale);
+  const TensorView to = view_of(out);
+  const TensorView to_index = view_or_none(out_index);
+  const py::gil_scoped_release release;
+  linear_lanes(matrix, in, in_index, scales, to, to_index, threads);
+}
+
+Norm norm_of(const ArrayTuple& normed, const ArrayTuple& rate, const ArrayTuple& gain, bool centred,
+             std::int64_t over) {
+  return {view_of(normed), view_of(rate), view_of(gain), centred, over};
+}
+
+void norm_forward(const ArrayTuple& normed, const ArrayTuple& rate, const ArrayTuple& gain, bool centred,
+                  std::int64_t over, const ArrayTuple& x, const ArrayTuple& out, const py::object& out_index,
+                  int threads) {
+  const Norm norm = norm_of(normed, rate, gain, centred, over);
+  const TensorView in = view_of(x);
+  const TensorView to = view_of(out);
+  const TensorView to_index = view_or_none(out_index);
+  const py::gil_scoped_release release;
+  norm_jvp(norm, in, to, to_index, threads);
+}
+
+void norm_backward(const ArrayTuple& normed, const ArrayTuple& rate, const ArrayTuple& gain, bool centred,
+                   std::int64_t over, const ArrayTuple& x, const py::object& x_index, const ArrayTuple& out,
+                   int threads) {
+  const Norm norm = norm_of(normed, rate, gain, centred, over);
+  const TensorView in = view_of(x);
+  const TensorView in_index = view_or_none(x_index);
+  const TensorView to = view_of(out);
+  const py::gil_scoped_release release;
+  norm_vjp(norm, in, in_index, to, threads);
+}
+
+void gather(const ArrayTuple& x, const ArrayTuple& out, const ArrayTuple& index, int threads) {
+  const TensorView in = view_of(x);
+  const TensorView to = view_of(out);
+  const TensorView channels = view_of(index);
+  const py::gil_scoped_release release;
+  gather_lanes(in, to, channels, threads);
+}
+
+void scatter(const ArrayTuple& x, const py::object& index, const ArrayTuple& out, int threads) {
+  const TensorView in = view_of(x);
+  const TensorView channels = view_or_none(index);
+  const TensorView to = view_of(out);
+  const py::gil_scoped_release release;
+  scatter_lanes(in, channels, to, threads);
+}
+
+template <bool forward>
+void attention(const ArrayTuple& q, const ArrayTuple& k, const ArrayTuple& v, const ArrayTuple& y,
+               const ArrayTuple& allowed, const py::object& sink, std::int64_t heads, std::int64_t kv_heads,
+               double scale, const py::object& dq, const py::object& dq_index, const py::object& dk,
+               const py::object& dk_index, const py::object& dv, const py::object& dv_index,
+               const ArrayTuple& dy, int threads) {
+  Attention at;
+  at.q = view_of(q);
+  at.k = view_of(k);
+  at.v = view_of(v);
+  at.y = view_of(y);
+  at.allowed = view_of(allowed);
+  at.sink = view_or_none(sink);
+  at.heads = heads;
+  at.kv_heads = kv_heads;
+  at.scale = scale;
+  const LanesOf of_q = lanes_of(dq, dq_index);
+  const LanesOf of_k = lanes_of(dk, dk_index);
+  const LanesOf of_v = lanes_of(dv, dv_index);
+  const TensorView of_y = view_of(dy);
+  const py::gil_scoped_release release;
+  if (forward) {
+    attention_jvp(at, of_q, of_k, of_v, of_y, threads);
+  } else {
+    attention_vjp(at, of_y, of_q, of_k, of_v, threads);
+  }
+}
+
+}  // namespace
+
+void init_jvp(py::module_& m) {
+  using py::arg;
+  m.def("tangent_lanes", [] { return kTangentLanes; }, "How many tangents lie side by side.");
+  m.def("linear_lanes", &linear, arg("starts"), arg("columns"), arg("weights"), arg("cols"), arg("x"),
+        arg("x_index"), arg("scale"), arg("out"), arg("out_index"), arg("threads") = 0,
+        "A sparse matrix, in compressed rows, times lanes. Indices and scale may be None.");
+  m.def("norm_jvp", &norm_forward, arg("normed"), arg("rate"), arg("gain"), arg("centred"), arg("over"),
+        arg("x"), arg("out"), arg("out_index"), arg("threads") = 0,
+        "Tangents of RMSNorm or (centred) LayerNorm.");
+  m.def("norm_vjp", &norm_backward, arg("normed"), arg("rate"), arg("gain"), arg("centred"), arg("over"),
+        arg("x"), arg("x_index"), arg("out"), arg("threads") = 0, "Its cotangents, added to out.");
+  m.def("gather_lanes", &gather, arg("x"), arg("out"), arg("index"), arg("threads") = 0,
+        "Copy the listed channels.");
+  m.def("scatter_lanes", &scatter, arg("x"), arg("index"), arg("out"), arg("threads") = 0,
+        "Add entries to the channels that they are.");
+  const auto def = [&m](const char* name, auto* f, const char* doc) {
+    m.def(name, f, arg("q"), arg("k"), arg("v"), arg("y"), arg("allowed"), arg("sink"), arg("heads"),
+          arg("kv_heads"), arg("scale"), arg("dq"), arg("dq_index"), arg("dk"), arg("dk_index"), arg("dv"),
+          arg("dv_index"), arg("dy"), arg("threads") = 0, doc);
+  };
+  def("attention_jvp", &attention<true>, "Tangents of attention's output; those of q, k and v may be None.");
+  def("attention_vjp", &attention<false>, "Cotangents of q, k and v from those of the output.");
+}
+
+}  // namespace scalpel::bindings

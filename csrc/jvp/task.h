@@ -1,0 +1,158 @@
+// What the drivers of this folder share: checks of views, and the way from views to tasks.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <initializer_list>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "core/parallel.h"
+#include "jvp/jvp.h"
+#include "jvp/kernel.h"
+
+namespace scalpel::jvp {
+
+const JvpKernels* kernels_of(Target target);
+
+using Shape = std::initializer_list<std::int64_t>;
+
+[[noreturn]] inline void refuse(const std::string& why) { throw std::invalid_argument(why); }
+
+inline std::string text_of(const std::int64_t* shape, int ndim) {
+  std::string text = "(";
+  for (int i = 0; i < ndim; ++i) text += std::to_string(shape[i]) + (i + 1 < ndim ? ", " : "");
+  return text + (ndim == 1 ? ",)" : ")");
+}
+
+inline void expect(const TensorView& view, const char* name, DType dtype, Shape shape) {
+  if (view.dtype != dtype) {
+    throw DTypeError(std::string(name) + " is " + name_of(view.dtype) + "; it must be " + name_of(dtype));
+  }
+  if (view.ndim != static_cast<int>(shape.size()) || !std::equal(shape.begin(), shape.end(), view.shape)) {
+    refuse(std::string(name) + " has shape " + text_of(view.shape, view.ndim) + "; it must be " +
+           text_of(shape.begin(), static_cast<int>(shape.size())));
+  }
+  if (std::find(shape.begin(), shape.end(), 0) != shape.end()) return;  // no memory, so any strides
+  std::int64_t step = 1;
+  for (int i = view.ndim - 1; i >= 0; --i) {
+    if (view.shape[i] > 1 && view.strides[i] != step) refuse(std::string(name) + " must be contiguous");
+    step *= view.shape[i];
+  }
+}
+
+// Every number in [0, limit). Branch-free first, because this runs on every call.
+template <class Int>
+void expect_range(const Int* numbers, std::int64_t n, std::int64_t limit, const std::string& holds,
+                  const char* what) {
+  Int low = 0;
+  Int high = 0;
+  for (std::int64_t i = 0; i < n; ++i) {
+    low = std::min(low, numbers[i]);
+    high = std::max(high, numbers[i]);
+  }
+  if (n == 0 || (low >= 0 && high < limit)) return;
+  refuse(holds + std::to_string(low < 0 ? low : high) + "; " + what + " run from 0 to " +
+         std::to_string(limit - 1));
+}
+
+// A lanes array and its index; gives the number of tokens.
+inline std::int64_t expect_lanes(const TensorView& lanes, const TensorView& index, const char* name,
+                                 DType dtype, std::int64_t channels) {
+  if (lanes.ndim != 3) {
+    refuse(std::string(name) + " has shape " + text_of(lanes.shape, lanes.ndim) +
+           "; it must be (tokens, entries, 16)");
+  }
+  const std::int64_t tokens = lanes.shape[0];
+  const std::int64_t entries = index.data == nullptr && index.ndim == 0 ? channels : lanes.shape[1];
+  expect(lanes, name, dtype, {tokens, entries, kTangentLanes});
+  if (index.ndim == 0) return tokens;
+  const std::string of = std::string("the index of ") + name;
+  expect(index, of.c_str(), DType::kInt64, {tokens, entries});
+  expect_range(static_cast<const std::int64_t*>(index.data), tokens * entries, channels, of + " holds ",
+               "channels");
+  return tokens;
+}
+
+inline void expect_tokens(std::int64_t found, std::int64_t wanted, const char* name) {
+  if (found != wanted) {
+    refuse(std::string(name) + " has " + std::to_string(found) + " tokens; it must have " +
+           std::to_string(wanted));
+  }
+}
+
+inline DType real_of(const TensorView& view, const char* name) {
+  if (view.dtype != DType::kFloat32 && view.dtype != DType::kFloat64) {
+    throw DTypeError(std::string(name) + " is " + name_of(view.dtype) + "; allowed: float32, float64");
+  }
+  return view.dtype;
+}
+
+template <class T>
+T* data(const TensorView& view) {
+  return static_cast<T*>(view.data);
+}
+
+inline bool absent(const TensorView& view) { return view.ndim == 0; }
+
+template <class Real>
+LaneRows<Real> rows_of(const TensorView& lanes, const TensorView& index) {
+  static constexpr std::int64_t kNoEntry = 0;  // an index of no entries may have no memory, and is still there
+  const std::int64_t* channels = nullptr;
+  if (!absent(index)) channels = index.data == nullptr ? &kNoEntry : data<const std::int64_t>(index);
+  return {data<Real>(lanes), channels, lanes.shape[1]};
+}
+
+template <class Real>
+const JvpKernelsOf<Real>& kernels() {
+  const JvpKernels& all = *kernels_of(active_target().target);
+  if constexpr (std::is_same_v<Real, float>) {
+    return all.f32;
+  } else {
+    return all.f64;
+  }
+}
+
+// f(Real{}) for the dtype.
+template <class F>
+void for_dtype(DType dtype, F f) {
+  if (dtype == DType::kFloat32) {
+    f(float{});
+  } else {
+    f(double{});
+  }
+}
+
+// How many threads for n pieces that cost `steps` vectors each, and f(begin, end, thread) on ranges of them.
+inline int threads_of(std::int64_t n, std::int64_t steps, int threads) {
+  return threads_for(n * std::max<std::int64_t>(1, steps) * 4, threads);
+}
+template <class F>
+void over(std::int64_t n, int threads, F f) {
+  parallel_for(n, std::max<std::int64_t>(1, n / (8 * threads)), threads, f);
+}
+
+// As many objects as there are threads, on cache lines of their own. Allocated before a loop, which must not
+// throw.
+template <class T>
+class PerThread {
+ public:
+  PerThread(int threads, std::int64_t elements)
+      : stride_((elements * static_cast<std::int64_t>(sizeof(T)) + 127) / 64 * 64),
+        memory_(static_cast<char*>(::operator new(static_cast<std::size_t>(stride_ * threads), kAlignment))) {
+  }
+  PerThread(const PerThread&) = delete;
+  PerThread& operator=(const PerThread&) = delete;
+  ~PerThread() { ::operator delete(memory_, kAlignment); }
+  T* of(int thread) const { return reinterpret_cast<T*>(memory_ + stride_ * thread); }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  std::int64_t stride_;
+  char* memory_;
+};
+
+}  // namespace scalpel::jvp

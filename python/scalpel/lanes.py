@@ -1,0 +1,335 @@
+"""Tangents sixteen at a time: one value's tangents side by side, and the sublayers' rules on them.
+
+A :class:`Lanes` holds the tangents of a value (N tokens, channels): ``values`` (N, entries, 16) and, where only
+some channels of a token can move or are wanted, their ``index`` (N, entries), ascending. The rules call the
+native core, whose contract is csrc/jvp/jvp.h; `scalpel.reference_jacobian` has their slow twins.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import _core
+from .ops import memory_of, unwatched
+
+__all__ = ["LANES", "Attention", "Lanes", "Linear", "Norm", "SparseWeight", "apply_linear"]
+
+LANES: int = _core.tangent_lanes()
+
+# Non-zeros times wanted outputs, as a fraction of all products, below which visiting them one by one is faster
+# than a dense product: measured by benches/bench_jacobian.
+SPARSE_BELOW = 0.25
+
+
+@dataclass
+class Lanes:
+    """Sixteen tangents of a value: (N, entries, 16), of all ``channels`` or of those in ``index``."""
+
+    values: Tensor
+    index: Tensor | None
+    channels: int
+
+    @classmethod
+    def from_rows(cls, rows: Tensor) -> Lanes:
+        """(T <= 16, N, channels) → all channels; the lanes beyond T are zero."""
+        count, tokens, channels = rows.shape
+        values = rows.new_zeros(tokens, channels, LANES)
+        values[..., :count] = rows.permute(1, 2, 0)
+        return cls(values, None, channels)
+
+    @classmethod
+    def empty(cls, like: Tensor, index: Tensor | None, channels: int) -> Lanes:
+        """Not yet written; ``like`` (N, ...) gives tokens and dtype."""
+        entries = channels if index is None else index.shape[1]
+        return cls(torch.empty(like.shape[0], entries, LANES, dtype=like.dtype), index, channels)
+
+    @classmethod
+    def zeros(cls, like: Tensor, channels: int) -> Lanes:
+        return cls(torch.zeros(like.shape[0], channels, LANES, dtype=like.dtype), None, channels)
+
+    def rows(self, count: int, tokens: Tensor | None = None) -> Tensor:
+        """The first ``count`` tangents as (count, N, channels), at ``tokens`` only if given."""
+        values, index = self.values, self.index
+        if tokens is not None:
+            values = values[tokens]
+            index = None if index is None else index[tokens]
+        return spread(values[..., :count], index, self.channels).permute(2, 0, 1).contiguous()
+
+    def at(self, index: Tensor) -> Lanes:
+        """Those of the channels in ``index``; all channels are there."""
+        assert self.index is None
+        out = Lanes.empty(self.values, index, self.channels)
+        _core.gather_lanes(_memory(self.values), _memory(out.values), _memory(index), _threads())
+        return out
+
+    def add(self, part: Lanes) -> None:
+        """In place; all channels are here."""
+        assert self.index is None
+        if part.index is None and part.channels < self.channels:
+            self.values[:, : part.channels] += part.values
+            return
+        _core.scatter_lanes(_memory(part.values), _maybe(part.index), _memory(self.values), _threads())
+
+    def restricted(self, index: Tensor | None) -> Lanes:
+        """Only the channels in ``index``; these or all are there."""
+        return self if index is None or self.index is not None else self.at(index)
+
+    def resized(self, channels: int) -> Lanes:
+        """With the last channels cut off, or with more of them, which are zero; all channels are there."""
+        if channels == self.channels:
+            return self
+        if channels < self.channels:
+            return Lanes(self.values[:, :channels].contiguous(), None, channels)
+        return Lanes(F.pad(self.values, (0, 0, 0, channels - self.channels)), None, channels)
+
+    def full(self) -> Lanes:
+        """With all channels."""
+        return Lanes(spread(self.values, self.index, self.channels), None, self.channels)
+
+
+def spread(values: Tensor, index: Tensor | None, channels: int) -> Tensor:
+    """(N, entries, T) at ``index`` → (N, channels, T), zero elsewhere."""
+    if index is None:
+        return values
+    full = values.new_zeros(values.shape[0], channels, values.shape[2])
+    return full.scatter_(1, index[..., None].expand_as(values), values)
+
+
+# ---- linear layers -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SparseWeight:
+    """A matrix (rows, cols) in compressed rows, or some of its rows."""
+
+    starts: Tensor  # (rows + 1,) int64
+    columns: Tensor  # (non-zeros,) int32
+    weights: Tensor  # (non-zeros,)
+    cols: int
+
+    @classmethod
+    def from_dense(cls, weight: Tensor) -> SparseWeight:
+        """Every entry that isn't zero, NaN included."""
+        rows, cols = weight.shape
+        where = weight.detach().nonzero()
+        counts = torch.bincount(where[:, 0], minlength=rows)
+        starts = torch.zeros(rows + 1, dtype=torch.int64)
+        torch.cumsum(counts, 0, out=starts[1:])
+        return cls(starts, where[:, 1].to(torch.int32), weight.detach()[where[:, 0], where[:, 1]].contiguous(), cols)
+
+    @property
+    def rows(self) -> int:
+        return self.starts.shape[0] - 1
+
+    @property
+    def density(self) -> float:
+        return self.weights.shape[0] / max(1, self.rows * self.cols)
+
+    def apply(self, x: Lanes, index: Tensor | None, scale: Tensor | None = None) -> Lanes:
+        """The product, at ``index`` (N, entries) of its rows or at all, times ``scale`` (N, entries)."""
+        out = Lanes.empty(x.values, index, self.rows)
+        _core.linear_lanes(
+            _memory(self.starts),
+            _memory(self.columns),
+            _memory(self.weights),
+            self.cols,
+            _memory(x.values),
+            _maybe(x.index),
+            _maybe(scale),
+            _memory(out.values),
+            _maybe(index),
+            _threads(),
+        )
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, cols) times the transposed matrix: (N, rows), with sixteen tokens in the lanes."""
+        tokens = x.shape[0]
+        blocks = (tokens + LANES - 1) // LANES
+        padded = x if tokens == blocks * LANES else torch.cat([x, x.new_zeros(blocks * LANES - tokens, x.shape[1])])
+        lanes = padded.view(blocks, LANES, self.cols).transpose(1, 2).contiguous()
+        out = self.apply(Lanes(lanes, None, self.cols), None).values
+        return out.transpose(1, 2).reshape(blocks * LANES, self.rows)[:tokens]
+
+
+def apply_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """``layer(x)``; where nothing is differentiated, by the layer's non-zeros if these are few."""
+    if torch.compiler.is_compiling():
+        return layer(x)
+    plain = type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
+    if not plain or torch.is_grad_enabled() or x.dtype not in (torch.float32, torch.float64) or not unwatched(x):
+        return layer(x)
+    linear = Linear(layer)
+    if layer.weight.dtype != x.dtype or linear.density() >= SPARSE_BELOW:
+        return layer(x)
+    out = linear.sparse().forward(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+    return out if layer.bias is None else out.add_(layer.bias)
+
+
+_copies: weakref.WeakKeyDictionary[nn.Module, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+class Linear:
+    """A layer's weight, or some rows of it, or the transpose of these, as lanes meet it: sparse or dense.
+
+    The sparse copy is made once, and again when the weight has changed. A change of a few entries through
+    ``.data``, of which PyTorch keeps no count, is not noticed: write under ``torch.no_grad()`` instead.
+    """
+
+    def __init__(self, layer: nn.Linear, rows: slice | None = None, transposed: bool = False) -> None:
+        self.layer = layer
+        self.rows = rows
+        self.transposed = transposed
+
+    def apply(self, x: Lanes, index: Tensor | None, scale: Tensor | None = None) -> Lanes:
+        """The product with x at ``index`` (N, entries) of its outputs or at all, times ``scale``."""
+        outputs, _ = self.shape
+        wanted = 1.0 if index is None else index.shape[1] / outputs
+        if self.density() * wanted < SPARSE_BELOW:
+            return self.sparse().apply(x, index, scale)
+        dense = self.dense() @ x.full().values.permute(1, 0, 2).reshape(x.channels, -1)
+        values = dense.view(outputs, -1, LANES).permute(1, 0, 2).contiguous()
+        found = Lanes(values, None, outputs)
+        found = found if index is None else found.at(index)
+        if scale is not None:
+            found.values *= scale[..., None]
+        return found
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, cols = self.dense().shape
+        return rows, cols
+
+    def dense(self) -> Tensor:
+        weight = self.layer.weight.detach()
+        weight = weight if self.rows is None else weight[self.rows]
+        return weight.T if self.transposed else weight
+
+    def density(self) -> float:
+        return self._kept("density", lambda: float(self.dense().count_nonzero()) / max(1, self.dense().numel()))
+
+    def sparse(self) -> SparseWeight:
+        """The sparse copy; made once, and again after the weight changed."""
+        return self._kept("sparse", lambda: SparseWeight.from_dense(self.dense()))
+
+    def _kept(self, what: str, make: Any) -> Any:
+        weight = self.layer.weight.detach()
+        mark = (weight._version, weight.data_ptr(), weight.dtype, tuple(weight.shape))
+        # A change through .data leaves no trace but the numbers themselves; some of them are looked at.
+        sample = weight.flatten()[:: max(1, weight.numel() // 256)]
+        kept = _copies.get(self.layer)
+        if kept is None or kept["mark"] != mark or not torch.equal(kept["sample"], sample):
+            kept = {"mark": mark, "sample": sample.clone()}
+            _copies[self.layer] = kept
+        rows = None if self.rows is None else (self.rows.start, self.rows.stop)
+        key = (what, rows, self.transposed)
+        if key not in kept:
+            kept[key] = make()
+        return kept[key]
+
+
+# ---- norms -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The primal of RMSNorm or LayerNorm at (N, width): see csrc/jvp/jvp.h."""
+
+    normed: Tensor
+    rate: Tensor
+    gain: Tensor
+    centred: bool
+    over: int  # channels that the mean is over
+
+    @classmethod
+    def of(cls, module: nn.Module, x: Tensor) -> Norm:
+        """At x (N, width)."""
+        if isinstance(module, nn.LayerNorm):
+            centred, eps = True, module.eps
+            moved = x - x.mean(-1, keepdim=True)
+        elif isinstance(module, nn.RMSNorm):
+            centred, eps = False, torch.finfo(x.dtype).eps if module.eps is None else module.eps
+            moved = x
+        else:
+            raise TypeError(f"{type(module).__name__} is no norm that has a rule; allowed: LayerNorm, RMSNorm")
+        rate = (moved.square().mean(-1) + eps).rsqrt()
+        gain = module.weight.detach() if module.weight is not None else x.new_ones(x.shape[-1])
+        return cls((moved * rate[:, None]).contiguous(), rate.contiguous(), gain.contiguous(), centred, x.shape[-1])
+
+    def padded(self, width: int) -> Norm:
+        """For values with channels behind those of the norm, which neither enter nor leave it."""
+        more = (0, width - self.gain.shape[0])
+        return Norm(F.pad(self.normed, more), self.rate, F.pad(self.gain, more), self.centred, self.gain.shape[0])
+
+    def jvp(self, x: Lanes, index: Tensor | None) -> Lanes:
+        out = Lanes.empty(x.values, index, self.gain.shape[0])
+        _core.norm_jvp(*self._primal(), _memory(x.values), _memory(out.values), _maybe(index), _threads())
+        return out
+
+    def add_vjp(self, u: Lanes, out: Lanes) -> None:
+        """The cotangent of the norm's input, added to ``out``."""
+        _core.norm_vjp(*self._primal(), _memory(u.values), _maybe(u.index), _memory(out.values), _threads())
+
+    def _primal(self) -> tuple[Any, Any, Any, bool, int]:
+        return _memory(self.normed), _memory(self.rate), _memory(self.gain), self.centred, self.over
+
+
+# ---- attention ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The primal of causal attention: q, k, v and y (B, L, width), allowed bool (1 or B, L, L)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    y: Tensor
+    allowed: Tensor
+    sink: Tensor | None
+    heads: int
+    kv_heads: int
+    scale: float
+
+    def jvp(self, q: Lanes | None, k: Lanes | None, v: Lanes | None) -> Lanes:
+        """Tangents of y at all channels; None is zero."""
+        width = self.q.shape[-1]
+        out = Lanes.empty(self.q.reshape(-1, width), None, width)
+        self._call(_core.attention_jvp, q, k, v, out)
+        return out
+
+    def vjp(self, u: Lanes, q_index: Tensor | None, k_index: Tensor | None, v_index: Tensor | None) -> list[Lanes]:
+        """Cotangents of q, k and v at their indices; u has all channels."""
+        tokens = self.q.reshape(-1, self.q.shape[-1])
+        found = [
+            Lanes.empty(tokens, index, primal.shape[-1])
+            for primal, index in ((self.q, q_index), (self.k, k_index), (self.v, v_index))
+        ]
+        self._call(_core.attention_vjp, found[0], found[1], found[2], u)
+        return found
+
+    def _call(self, op: Any, q: Lanes | None, k: Lanes | None, v: Lanes | None, y: Lanes) -> None:
+        lanes: list[Any] = []
+        for part in (q, k, v):
+            lanes += [None, None] if part is None else [_memory(part.values), _maybe(part.index)]
+        primal = [_memory(each) for each in (self.q, self.k, self.v, self.y, self.allowed)]
+        shape = (self.heads, self.kv_heads, self.scale)
+        op(*primal, _maybe(self.sink), *shape, *lanes, _memory(y.values), _threads())
+
+
+def _memory(x: Tensor) -> Any:
+    return memory_of(x)
+
+
+def _maybe(x: Tensor | None) -> Any:
+    return None if x is None else memory_of(x)
+
+
+def _threads() -> int:
+    return torch.get_num_threads()

@@ -1,0 +1,256 @@
+"""The rules on lanes against their twins, on every target; what they refuse."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from scalpel import _core, reference_lanes
+from scalpel.lanes import LANES, Attention, Lanes, Linear, Norm, SparseWeight
+from scalpel.ops import memory_of
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
+DTYPES = list(TOLERANCE)
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    """Within the dtype's tolerance of the twin's largest entry."""
+    assert found.shape == expected.shape
+    bound = TOLERANCE[found.dtype] * max(1.0, float(expected.abs().max()) if expected.numel() else 1.0)
+    assert not found.numel() or float((found - expected).abs().max()) <= bound
+
+
+def index_of(tokens: int, channels: int, entries: int) -> Tensor:
+    """Some channels of each token, ascending."""
+    return torch.rand(tokens, channels).argsort(-1)[:, :entries].sort(-1).values.contiguous()
+
+
+def random_lanes(tokens: int, channels: int, entries: int | None, dtype: torch.dtype) -> Lanes:
+    index = None if entries is None else index_of(tokens, channels, entries)
+    return Lanes(torch.randn(tokens, channels if entries is None else entries, LANES, dtype=dtype), index, channels)
+
+
+SOME = (0, 5, LANES - 1)  # the lanes that are compared, where a twin is slow
+
+
+def tangents(lanes: Lanes) -> list[Tensor]:
+    return reference_lanes.tangents_of(lanes.values, lanes.index, lanes.channels)
+
+
+def some(lanes: Lanes) -> list[Tensor]:
+    return reference_lanes.tangents_of(lanes.values[..., SOME], lanes.index, lanes.channels)
+
+
+def sparse_matrix(rows: int, cols: int, density: float, dtype: torch.dtype) -> Tensor:
+    return torch.randn(rows, cols, dtype=dtype) * (torch.rand(rows, cols) < density)
+
+
+LINEAR = [  # tokens, rows, cols, density, entries in, entries out
+    (5, 30, 20, 0.2, 7, 11),
+    (3, 8, 40, 0.5, None, None),
+    (4, 16, 16, 0.0, 4, 4),
+    (2, 9, 33, 1.0, 33, None),
+    (1, 1, 1, 1.0, 1, 1),
+    (6, 12, 10, 0.3, 0, 5),
+    (6, 12, 10, 0.3, 5, 0),
+    (0, 5, 5, 0.5, 2, 2),
+    (70, 64, 100, 0.1, 25, 16),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", LINEAR, ids=str)
+def test_linear(shape: tuple[Any, ...], dtype: torch.dtype, target: str) -> None:
+    tokens, rows, cols, density, inside, outside = shape
+    weight = sparse_matrix(rows, cols, density, dtype)
+    x = random_lanes(tokens, cols, inside, dtype)
+    index = None if outside is None else index_of(tokens, rows, outside)
+    before = _core.kernel_calls()["jvp"][target][1]
+    found = SparseWeight.from_dense(weight).apply(x, index)
+    expected = reference_lanes.lanes_of([reference_lanes.linear(weight)(t) for t in tangents(x)], index)
+    close(found.values, expected)
+    scale = torch.randn(expected.shape[:2], dtype=dtype)
+    close(SparseWeight.from_dense(weight).apply(x, index, scale).values, expected * scale[..., None])
+    ran = _core.kernel_calls()["jvp"][target][1] > before
+    assert ran == (expected.numel() > 0)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 15, 16, 17, 40])
+def test_a_layer_with_tokens_in_the_lanes(tokens: int, target: str) -> None:
+    weight = sparse_matrix(30, 50, 0.1, torch.float32)
+    x = torch.randn(tokens, 50)
+    close(SparseWeight.from_dense(weight).forward(x), reference_lanes.linear(weight)(x))
+
+
+def test_sparse_and_dense_weights_agree_and_follow_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Linear(20, 30).double()
+    x = random_lanes(4, 20, 6, torch.float64)
+    index = index_of(4, 30, 9)
+    scale = torch.randn(4, 9, dtype=torch.float64)
+    changes = (
+        lambda: None,
+        lambda: layer.weight.mul_(2),
+        lambda: layer.weight[0].zero_(),
+        lambda: setattr(layer, "weight", nn.Parameter(torch.randn(30, 20).double())),
+    )
+    for change in changes:
+        with torch.no_grad():
+            change()
+        for rows in (None, slice(5, 25)):
+            for transposed in (False, True):
+                linear = Linear(layer, rows, transposed)
+                there = linear.shape[0]
+                given = x if not transposed else random_lanes(4, linear.shape[1], 5, torch.float64)
+                at = index if (rows, transposed) == (None, False) else index_of(4, there, 9)
+                found = []
+                for limit in (0.0, 2.0):
+                    monkeypatch.setattr("scalpel.lanes.SPARSE_BELOW", limit)
+                    found.append(linear.apply(given, at, scale).values)
+                close(found[0], found[1])
+                dense = reference_lanes.linear(linear.dense())
+                expected = reference_lanes.lanes_of([dense(t) for t in tangents(given)], at) * scale[..., None]
+                close(found[0], expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("entries", [None, 0, 1, 9])
+@pytest.mark.parametrize("width", [1, 16, 37])
+def test_norm(width: int, entries: int | None, centred: bool, dtype: torch.dtype, target: str) -> None:
+    if entries is not None and entries > width:
+        return
+    module: nn.Module = nn.LayerNorm(width) if centred else nn.RMSNorm(width)
+    module.to(dtype)
+    nn.init.normal_(module.weight)
+    x = torch.randn(5, width, dtype=dtype) + 0.5
+    norm = Norm.of(module, x)
+    eps = torch.finfo(dtype).eps if module.eps is None else module.eps
+    twin = reference_lanes.norm(module.weight.detach(), eps, centred)
+    moved = random_lanes(5, width, None, dtype)
+    index = None if entries is None else index_of(5, width, entries)
+    expected = [reference_lanes.jvp(twin, (x,), (t,)) for t in some(moved)]
+    close(norm.jvp(moved, index).values[..., SOME], reference_lanes.lanes_of(expected, index))
+    u = random_lanes(5, width, entries, dtype)
+    out = Lanes(torch.ones(5, width, LANES, dtype=dtype), None, width)
+    norm.add_vjp(u, out)
+    expected = [reference_lanes.vjp(twin, (x,), t)[0] + 1 for t in some(u)]
+    close(out.values[..., SOME], reference_lanes.lanes_of(expected, None))
+
+
+def test_channels_behind_a_norm_take_no_part() -> None:
+    x = torch.randn(3, 8, dtype=torch.float64)
+    norm = Norm.of(nn.LayerNorm(8).double(), x)
+    moved = random_lanes(3, 11, None, torch.float64)
+    found = norm.padded(11).jvp(moved, None)
+    close(found.values[:, :8], norm.jvp(moved.resized(8), None).values)
+    assert not found.values[:, 8:].any()
+    out = Lanes.zeros(x, 11)
+    norm.padded(11).add_vjp(moved, out)
+    assert not out.values[:, 8:].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gather_and_scatter(dtype: torch.dtype, target: str) -> None:
+    full = random_lanes(6, 20, None, dtype)
+    index = index_of(6, 20, 7)
+    expected = reference_lanes.lanes_of(tangents(full), index)
+    part = full.at(index)
+    assert torch.equal(part.values, expected)
+    total = Lanes(full.values.clone(), None, 20)
+    total.add(part)
+    twice = [a + b for a, b in zip(tangents(full), tangents(part), strict=True)]
+    assert torch.equal(total.values, torch.stack(twice, -1))
+    rows = torch.stack(tangents(part))
+    assert torch.equal(part.rows(LANES), rows)
+    assert torch.equal(part.rows(3, torch.tensor([4, 1])), rows[:3, [4, 1]])
+    assert torch.equal(Lanes.from_rows(rows).values, part.full().values)
+
+
+ATTENTION = [  # batch, length, heads, kv_heads, d, sink, density of k and v, entries of q, k, v
+    (2, 19, 4, 4, 6, True, 0.5, 9, 7, None),
+    (1, 33, 4, 2, 5, False, 1.0, None, None, None),
+    (2, 8, 3, 3, 4, True, 0.3, 4, 3, 5),
+    (1, 1, 2, 1, 3, False, 1.0, 2, 1, 1),
+    (1, 16, 1, 1, 1, True, 1.0, 1, 1, 1),
+    (3, 17, 2, 2, 7, False, 0.0, 5, 5, 5),
+    (1, 9, 2, 2, 4, True, 0.5, 0, 3, 3),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ATTENTION, ids=str)
+def test_attention(shape: tuple[Any, ...], dtype: torch.dtype, target: str) -> None:
+    batch, length, heads, kv_heads, d, has_sink, density, *entries = shape
+    widths = (heads * d, kv_heads * d, kv_heads * d)
+    q, k, v = (torch.randn(batch, length, width, dtype=dtype) for width in widths)
+    k, v = (part * (torch.rand(part.shape) < density) for part in (k, v))
+    sink = torch.randn(heads, dtype=dtype) if has_sink else None
+    allowed = torch.ones(batch, length, length, dtype=torch.bool).tril()
+    if batch > 1:
+        allowed[-1, 1:, 0] = False  # a padding token
+    twin = reference_lanes.attend(heads, kv_heads, allowed, sink, 0.7)
+    at = Attention(q, k, v, twin(q, k, v).contiguous(), allowed, sink, heads, kv_heads, 0.7)
+    tokens = batch * length
+    moved = [random_lanes(tokens, w, n, dtype) for w, n in zip(widths, entries, strict=True)]
+
+    def shaped(tangent: Tensor) -> Tensor:
+        return tangent.view(batch, length, -1)
+
+    for missing in (None, 0, 1, 2):
+        given = [None if i == missing else part for i, part in enumerate(moved)]
+        found = at.jvp(*given).values[..., SOME]
+        rows = [
+            [torch.zeros(tokens, w, dtype=dtype)] * len(SOME) if part is None else some(part)
+            for part, w in zip(given, widths, strict=True)
+        ]
+        for t, each in enumerate(zip(*rows, strict=True)):
+            expected = reference_lanes.jvp(twin, (q, k, v), tuple(shaped(tangent) for tangent in each))
+            close(shaped(found[..., t].contiguous()), expected)
+    u = random_lanes(tokens, widths[0], None, dtype)
+    cotangents = at.vjp(u, *(part.index for part in moved))
+    back = [reference_lanes.vjp(twin, (q, k, v), shaped(t)) for t in some(u)]
+    for i, (found_part, width) in enumerate(zip(cotangents, widths, strict=True)):
+        flat = [each[i].reshape(tokens, width) for each in back]
+        close(found_part.values[..., SOME], reference_lanes.lanes_of(flat, found_part.index))
+
+
+def test_many_keys_and_large_scores() -> None:
+    # Scores of ±200, of which an unshifted softmax would overflow, over more keys than a tile and a vector.
+    q, k, v = (torch.randn(1, 200, 4, dtype=torch.float64) * 10 for _ in range(3))
+    allowed = torch.ones(1, 200, 200, dtype=torch.bool).tril()
+    twin = reference_lanes.attend(1, 1, allowed, None, 1.0)
+    at = Attention(q, k, v, twin(q, k, v), allowed, None, 1, 1, 1.0)
+    moved = [random_lanes(200, 4, None, torch.float64) for _ in range(3)]
+    found = at.jvp(*moved).values
+    expected = reference_lanes.jvp(twin, (q, k, v), tuple(tangents(part)[5][None] for part in moved))
+    close(found[None, ..., 5], expected)
+
+
+def arguments() -> dict[str, Any]:
+    weight = SparseWeight.from_dense(torch.eye(4))
+    x, out = torch.randn(3, 4, LANES), torch.empty(3, 4, LANES)
+    tensors = {"starts": weight.starts, "columns": weight.columns, "weights": weight.weights, "x": x, "out": out}
+    return {**tensors, "cols": 4, "x_index": None, "scale": None, "out_index": None}
+
+
+REFUSED = {
+    "dtype": ({"x": torch.zeros(3, 4, LANES).double()}, TypeError, "in is float64; it must be float32"),
+    "lanes": ({"x": torch.zeros(3, 4, 8)}, ValueError, r"in has shape \(3, 4, 8\); it must be \(3, 4, 16\)"),
+    "tokens": ({"x": torch.zeros(2, 4, LANES)}, ValueError, "in has 2 tokens; it must have 3"),
+    "channel": ({"x_index": torch.full((3, 4), 4)}, ValueError, "the index of in holds 4; channels run from 0 to 3"),
+    "negative": ({"out_index": torch.full((3, 4), -1)}, ValueError, "the index of out holds -1"),
+    "index dtype": ({"x_index": torch.zeros(3, 4)}, TypeError, "the index of in is float32; it must be int64"),
+    "strided": ({"x": torch.zeros(3, LANES, 4).mT}, ValueError, "in must be contiguous"),
+    "scale": ({"scale": torch.zeros(3, 3)}, ValueError, r"scale has shape \(3, 3\); it must be \(3, 4\)"),
+    "starts": ({"starts": torch.tensor([0, 2, 1, 3, 4])}, ValueError, "starts must ascend from 0"),
+    "half": ({"out": torch.zeros(3, 4, LANES).half()}, TypeError, "out is float16; allowed: float32, float64"),
+    "column": ({"columns": torch.tensor([0, 1, 2, 4]).int()}, ValueError, "column 4; columns run from 0 to 3"),
+}
+
+
+@pytest.mark.parametrize(("change", "kind", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_refused(change: dict[str, Any], kind: type[Exception], message: str) -> None:
+    given = {**arguments(), **change}
+    with pytest.raises(kind, match=message):
+        _core.linear_lanes(**{n: memory_of(v) if isinstance(v, Tensor) else v for n, v in given.items()})
