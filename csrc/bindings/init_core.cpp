@@ -5,6 +5,7 @@
 
 #include "bindings/arrays.h"
 #include "core/dispatch.h"
+#include "core/memory.h"
 #include "core/parallel.h"
 #include "covariance/covariance.h"
 #include "jvp/jvp.h"
@@ -69,6 +70,12 @@ void init_core(py::module_& m) {
       "The target in use. ValueError if SCALPEL_TARGET is wrong.");
   m.def("force_target", &force_target, py::arg("name"),
         "Use this target from now on; '' for the default. For tests.");
+  m.def(
+      "prefer_huge_pages",
+      [](std::uintptr_t address, std::int64_t bytes) {
+        prefer_huge_pages(reinterpret_cast<void*>(address), bytes);
+      },
+      py::arg("address"), py::arg("bytes"), "Ask for huge pages in fresh memory; a hint.");
   m.def("kernel_calls", &kernel_calls,
         "{op: {target: (target its file was compiled for, calls so far)}}. For tests.");
 }

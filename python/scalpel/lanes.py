@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import _core
-from .ops import memory_of, unwatched
+from .ops import empty, memory_of, unwatched
 
 __all__ = ["LANES", "Attention", "Lanes", "Linear", "Norm", "SparseWeight", "apply_linear"]
 
@@ -39,7 +39,7 @@ class Lanes:
     def from_rows(cls, rows: Tensor) -> Lanes:
         """(T <= 16, N, channels) → all channels; the lanes beyond T are zero."""
         count, tokens, channels = rows.shape
-        values = rows.new_zeros(tokens, channels, LANES)
+        values = empty((tokens, channels, LANES), rows.dtype).zero_()
         values[..., :count] = rows.permute(1, 2, 0)
         return cls(values, None, channels)
 
@@ -47,11 +47,11 @@ class Lanes:
     def empty(cls, like: Tensor, index: Tensor | None, channels: int) -> Lanes:
         """Not yet written; ``like`` (N, ...) gives tokens and dtype."""
         entries = channels if index is None else index.shape[1]
-        return cls(torch.empty(like.shape[0], entries, LANES, dtype=like.dtype), index, channels)
+        return cls(empty((like.shape[0], entries, LANES), like.dtype), index, channels)
 
     @classmethod
     def zeros(cls, like: Tensor, channels: int) -> Lanes:
-        return cls(torch.zeros(like.shape[0], channels, LANES, dtype=like.dtype), None, channels)
+        return cls(empty((like.shape[0], channels, LANES), like.dtype).zero_(), None, channels)
 
     def rows(self, count: int, tokens: Tensor | None = None) -> Tensor:
         """The first ``count`` tangents as (count, N, channels), at ``tokens`` only if given."""

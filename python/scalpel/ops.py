@@ -267,8 +267,17 @@ def _result_like(op: str, x: torch.Tensor, k: int) -> torch.Tensor:
     return x.new_empty(_result_shape(op, x, k), dtype=_result_dtype(op, x))
 
 
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Fresh CPU memory, on huge pages if it is large and the system gives them: page faults would cost more
+    than what is written there."""
+    fresh = torch.empty(shape, dtype=dtype)
+    if fresh.numel() >= 1 << 19:
+        _core.prefer_huge_pages(fresh.data_ptr(), fresh.nbytes)
+    return fresh
+
+
 def _run(op: str, x: torch.Tensor, k: int, by: str) -> torch.Tensor:
-    out = _result_like(op, x, k)
+    out = empty(_result_shape(op, x, k), _result_dtype(op, x))
     _into(op, x, k, by, out)
     return out
 
