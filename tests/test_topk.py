@@ -137,6 +137,7 @@ STRIDED = {
     "last dim moved": lambda x: x.movedim(-1, 0),
     "expanded": lambda x: x[:1].expand(5, -1, -1),
     "offset": lambda x: x[1:, 2:, 3:],
+    "a dimension of one between": lambda x: x.flatten().as_strided((3, 1, 2, 4), (9, 9, 5, 1)),
     "one column": lambda x: x[..., :1],
 }
 

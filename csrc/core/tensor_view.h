@@ -93,8 +93,12 @@ struct TensorView {
 
   // True when row r starts at r * row_stride() for every r.
   bool uniform_rows() const {
+    if (ndim < 3) return true;
+    std::int64_t next = row_stride() * shape[ndim - 2];  // where the rows of one more outer step should start
     for (int i = ndim - 3; i >= 0; --i) {
-      if (shape[i] > 1 && strides[i] != strides[i + 1] * shape[i + 1]) return false;
+      // A dimension of size 1 takes no step, and its stride means nothing.
+      if (shape[i] > 1 && strides[i] != next) return false;
+      next *= shape[i];
     }
     return true;
   }

@@ -160,7 +160,7 @@ class SparseWeight:
 
 def apply_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """``layer(x)``; where nothing is differentiated, by the layer's non-zeros if these are few."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return layer(x)
     plain = type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
     if not plain or torch.is_grad_enabled() or x.dtype not in (torch.float32, torch.float64) or not unwatched(x):
