@@ -5,6 +5,7 @@ import torch
 
 import circuitgpt_oracle as oracle
 from circuitgpt_cases import CASES, build, one_thread, tokens  # noqa: F401
+from scalpel.lanes import SparseWeight
 from scalpel.models.circuitgpt import sinusoids
 
 
@@ -64,6 +65,56 @@ def test_the_fused_attention_is_the_differentiable_one(name):
         with torch.no_grad():
             fast = model(ids, attention_mask=given)
         torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-10)
+
+
+def sparse(model, density):
+    """The same model with most block weights zero."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".h." in name and parameter.dim() == 2:
+                parameter *= torch.rand(parameter.shape) < density
+    return model
+
+
+@pytest.mark.parametrize("density", [0.0, 0.05, 1.0])
+@pytest.mark.parametrize("name", ["plain", "like_csp_yolo2", "positions_concatenated", "no_bias"])
+def test_visiting_non_zeros_only_changes_nothing(name, density, monkeypatch):
+    model = sparse(build(name), density)
+    ids = tokens(model)
+    calls = []
+    forward = SparseWeight.forward
+    monkeypatch.setattr(SparseWeight, "forward", lambda self, x: calls.append(self.density) or forward(self, x))
+    expected, hooks = model.run_with_cache(ids)
+    assert not calls  # there is a gradient to keep
+    with torch.no_grad():
+        logits, acts = model.run_with_cache(ids)
+    assert len(calls) >= 4 * model.config.n_layer if density < 0.1 else not calls
+    torch.testing.assert_close(logits, expected, atol=1e-9, rtol=1e-9)
+    for hook, value in hooks.items():
+        torch.testing.assert_close(acts[hook], value, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("how", ["in place", "through .data", "another parameter", "load_state_dict"])
+def test_the_sparse_copy_follows_the_weights(how):
+    model, other = sparse(build("like_csp_yolo2"), 0.05), sparse(build("like_csp_yolo2", seed=1), 0.05)
+    ids = tokens(model)
+    with torch.no_grad():
+        before = model(ids)
+        for mine, theirs in zip(model.buffers(), other.buffers(), strict=True):
+            mine.copy_(theirs)
+        for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+            if how == "in place":
+                mine.copy_(theirs)
+            elif how == "through .data":
+                mine.data.copy_(theirs)
+        if how == "another parameter":
+            for mine, theirs in zip(model.modules(), other.modules(), strict=True):
+                for name, parameter in theirs.named_parameters(recurse=False):
+                    setattr(mine, name, torch.nn.Parameter(parameter.clone()))
+        elif how == "load_state_dict":
+            model.load_state_dict(other.state_dict())
+        assert torch.equal(model(ids), other(ids))
+        assert not torch.equal(model(ids), before)
 
 
 def test_forward_derivatives_exist_without_grad_mode():

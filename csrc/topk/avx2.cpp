@@ -55,6 +55,8 @@ struct AnyLanes {
   static Vec magnitude(Vec v) { return _mm256_and_si256(v, L::splat(static_cast<Key>(~kSign))); }
   static Vec negate(Mask m, Vec v) { return L::sub(_mm256_xor_si256(v, m), m); }
   static Vec min(Vec a, Vec b) { return _mm256_blendv_epi8(a, b, L::gt(a, b)); }
+  static Vec max(Vec a, Vec b) { return _mm256_blendv_epi8(b, a, L::gt(a, b)); }
+  static Vec choose(Mask m, Vec a, Vec b) { return _mm256_blendv_epi8(b, a, m); }
   static Mask ge(Vec a, Vec b) { return _mm256_xor_si256(L::gt(b, a), _mm256_set1_epi8(-1)); }
   static Mask negative(Vec v) { return L::gt(_mm256_setzero_si256(), v); }
   static Mask and_not(Mask a, Mask b) { return _mm256_andnot_si256(a, b); }

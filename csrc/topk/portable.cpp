@@ -28,6 +28,8 @@ struct OneLane {
   static Vec magnitude(Vec v) { return static_cast<Key>(static_cast<Bits>(v) & static_cast<Bits>(~kSign)); }
   static Vec negate(Mask m, Vec v) { return m ? static_cast<Key>(-v) : v; }
   static Vec min(Vec a, Vec b) { return a < b ? a : b; }
+  static Vec max(Vec a, Vec b) { return a < b ? b : a; }
+  static Vec choose(Mask m, Vec a, Vec b) { return m ? a : b; }
   static Mask ge(Vec a, Vec b) { return a >= b; }
   static Mask negative(Vec v) { return v < 0; }
   static Mask and_not(Mask a, Mask b) { return !a & b; }
