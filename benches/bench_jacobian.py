@@ -262,7 +262,8 @@ def table(result: dict[str, Any]) -> str:
         f"warm medians in milliseconds, after the answers were checked in float64. {environment['processor']}, "
         f"{environment['threads']} threads, target {environment['target']}, torch {environment['torch']}.",
         "",
-        "| density | jvp | vjp | primal | vmap(jvp) ÷ jvp | torch CSR ÷ jvp | jvp ÷ GEMM floor | forward | dense forward ÷ it |",
+        "| density | jvp | vjp | primal | vmap(jvp) ÷ jvp | torch CSR ÷ jvp | jvp ÷ GEMM floor | forward "
+        "| dense forward ÷ it |",
         "|---:" * 9 + "|",
     ]
     for row in result["rows"]:

@@ -14,8 +14,8 @@ from cases import DTYPES, hard_rows, interesting_ks
 from scalpel import _core, reference
 
 WIDTHS = range(301)
-# Beyond 384 the k-th largest is looked for in a sample of 64 first; beyond that in a sample of what is left.
-WIDE = [383, 384, 385, 511, 512, 513, 1000, 4095, 4096, 4097]
+# Beyond 384 the k-th largest is looked for in a sample of 64 first, then in a sample of what is left.
+WIDE = [383, 384, 385, 511, 512, 513, 1000, 1023, 1024, 1025, 4095, 4096, 4097]
 BY = ("magnitude", "value")
 
 
