@@ -177,7 +177,7 @@ def check(model: CircuitGPT, ids: Tensor) -> None:
     for name, found, right in (
         ("ours", J.jvp(V), expected),
         ("torch CSR's", TorchCSR(model, ids).jvp(V), expected),
-        ("our vjp's", torch.tensor(pulled), expected.square().sum()),
+        ("our vjp's", torch.tensor(pulled, dtype=torch.float64), expected.square().sum()),
     ):
         worst = float((found - right).abs().max() / right.abs().max())
         if not worst <= 1e-9:
