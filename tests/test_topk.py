@@ -192,6 +192,12 @@ def test_arrays_that_speak_dlpack() -> None:
     assert torch.equal(scalpel.keep_topk(Bare(tensor), 3), scalpel.keep_topk(tensor, 3))
     with pytest.raises(TypeError, match="x is int64"):
         scalpel.topk_mask(Bare(torch.arange(4)), 2)
+    frozen = np.zeros((5, 8), dtype=np.float32)
+    frozen.flags.writeable = False
+    with pytest.raises(ValueError, match="out must be writeable"):
+        scalpel.keep_topk(array, 3, out=frozen)
+    with pytest.raises(TypeError, match="masked array"):
+        scalpel.topk_mask(np.ma.masked_array(x), 3)
     with pytest.raises(TypeError, match="out is a list, which does not speak DLPack"):
         scalpel.topk_mask(Bare(tensor), 2, out=[])
 
@@ -219,6 +225,8 @@ def test_out_may_be_laid_out_in_any_order() -> None:
         assert torch.equal(scalpel.keep_topk(x[: want.shape[0], : want.shape[1]], 3, out=like), want)
     for out in (torch.empty(9, 4, 6).movedim(0, -1), torch.empty(4, 6, 18)[..., ::2]):  # the last dimension apart
         assert torch.equal(scalpel.keep_topk(x, 3, out=out), expected)
+    strided = np.empty((4, 6, 18), dtype=np.float32)[..., ::2]
+    assert np.array_equal(scalpel.keep_topk(x.numpy(), 3, out=strided), expected.numpy())
     backwards = np.empty((4, 6, 9), dtype=np.float32)[::-1]
     assert np.array_equal(scalpel.keep_topk(x.numpy(), 3, out=backwards), expected.numpy())
 

@@ -247,16 +247,16 @@ def test_what_watches_sees_the_op(x: Tensor) -> None:
     with Names() as mode:
         keep(x)
         scalpel.keep_topk(x, K, out=torch.empty_like(x))
-    assert {"scalpel::keep_topk", "scalpel::keep_topk_out"} <= set(mode.seen)
+    assert {"scalpel::topk_mask", "scalpel::keep_topk_out"} <= set(mode.seen)
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert isinstance(keep(x), FakeTensor)
     graph = make_fx(keep)(x)
-    assert "scalpel.keep_topk" in graph.code
+    assert "scalpel.topk_mask" in graph.code
     assert torch.equal(graph(2 * x), keep(2 * x))
     with torch.profiler.profile() as profile:
         keep(x)
-    assert "scalpel::keep_topk" in {event.key for event in profile.key_averages()}
+    assert "scalpel::topk_mask" in {event.key for event in profile.key_averages()}
 
 
 def test_traced_and_exported(x: Tensor) -> None:
@@ -266,6 +266,37 @@ def test_traced_and_exported(x: Tensor) -> None:
     assert torch.equal(traced(other), layer(other))
     exported = torch.export.export(layer, (x,)).module()
     assert torch.equal(exported(other), layer(other))
+
+
+def test_captured_graphs_keep_their_derivative(x: Tensor, mask: Tensor) -> None:
+    t = torch.randn_like(x)
+    for graph in (
+        make_fx(keep)(x),
+        make_fx(keep, pre_dispatch=True)(x),
+        torch.export.export(scalpel.AbsTopK(K), (x,)).module(),
+    ):
+        assert torch.equal(jvp(graph, (x,), (t,))[1], t * mask)
+        leaf = x.clone().requires_grad_()
+        graph(leaf).backward(t)
+        assert torch.equal(leaf.grad, t * mask)
+
+
+def test_what_is_no_plain_memory(x: Tensor, mask: Tensor) -> None:
+    with torch.device("meta"):
+        assert torch.equal(keep(x), x * mask)
+    out = torch._neg_view(torch.zeros_like(x))
+    assert torch.equal(scalpel.keep_topk(x, K, out=out), x * mask)
+    with pytest.raises(ValueError, match="x has no memory"):
+        keep(torch._efficientzerotensor(3, 8))
+    odd = torch.frombuffer(bytearray(4 * 80 + 1), dtype=torch.float32, offset=1).view(4, 20)
+    with pytest.raises(ValueError, match="does not begin at a multiple"):
+        scalpel.keep_topk(torch.randn(4, 20), K, out=odd)
+    with torch.inference_mode():
+        made = torch.empty_like(x)
+    with pytest.raises(RuntimeError, match="inference mode"):
+        scalpel.keep_topk(x, K, out=made)
+    with pytest.raises(TypeError, match="nested"):
+        keep(torch.nested.nested_tensor([torch.randn(3), torch.randn(4)]))
 
 
 def test_subclasses_stay_what_they_are(x: Tensor, mask: Tensor) -> None:
@@ -290,6 +321,6 @@ def test_a_plain_call_costs_less_than_twice_the_expression() -> None:
 
 
 def test_opcheck() -> None:
-    for name in ("topk_mask", "keep_topk", "topk_indices"):
+    for name in ("topk_mask", "topk_indices"):
         op = getattr(torch.ops.scalpel, name).default
         torch.library.opcheck(op, (torch.randn(3, 8), K, "magnitude"), test_utils=["test_schema", "test_faketensor"])

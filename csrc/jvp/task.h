@@ -100,7 +100,7 @@ inline bool absent(const TensorView& view) { return view.ndim == 0; }
 
 template <class Real>
 LaneRows<Real> rows_of(const TensorView& lanes, const TensorView& index) {
-  static constexpr std::int64_t kNoEntry = 0;  // an index of no entries may have no memory, and is still there
+  static constexpr std::int64_t kNoEntry = 0;  // an index without entries may lack memory
   const std::int64_t* channels = nullptr;
   if (!absent(index)) channels = index.data == nullptr ? &kNoEntry : data<const std::int64_t>(index);
   return {data<Real>(lanes), channels, lanes.shape[1]};

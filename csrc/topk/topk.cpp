@@ -86,6 +86,13 @@ bool overlaps_itself(const TensorView& v) {
 
 void check_memory(const TensorView& x, const TensorView& out, const char* name, bool in_place_allowed) {
   if (empty(x) || empty(out)) return;
+  for (const auto& [view, label] : {std::pair(&x, "x"), std::pair(&out, name)}) {
+    if (view->data == nullptr) refuse(std::string(label) + " has no memory");
+    if (reinterpret_cast<std::uintptr_t>(view->data) % static_cast<std::uintptr_t>(item_size(view->dtype)) !=
+        0) {
+      refuse(std::string(label) + " does not begin at a multiple of its element's size; give a copy of it");
+    }
+  }
   if (overlaps_itself(out)) {
     refuse(std::string(name) + " has several elements in one place of memory (an expanded tensor?); give a " +
            "tensor with memory of its own");
@@ -159,6 +166,16 @@ void fill_trivial(const TensorView& x, std::int64_t k, const TensorView& out, To
 // An output of this size is gone from a last-level cache before anybody reads it.
 constexpr std::int64_t kStreamBytes = std::int64_t{32} << 20;
 
+// Rows that share cache lines with each other are not streamed unless they are long: half a line written past
+// the caches and half through them is slower than either.
+bool worth_streaming(const TensorView& out, TopKOutput output) {
+  const std::int64_t size = item_size(out.dtype);
+  if (output == TopKOutput::kIndex || out.rows() * out.width() * size < kStreamBytes) return false;
+  bool whole_lines = reinterpret_cast<std::uintptr_t>(out.data) % 64 == 0 && out.width() * size % 64 == 0;
+  for (int i = 0; i + 1 < out.ndim; ++i) whole_lines = whole_lines && out.strides[i] * size % 64 == 0;
+  return whole_lines || out.width() * size >= 4096;
+}
+
 // One line of scratch for each thread, on cache lines of its own.
 class Scratch {
  public:
@@ -213,7 +230,7 @@ void run(const TensorView& x, std::int64_t k, RankBy by, const TensorView& out, 
   const std::int64_t line = topk_scratch_bytes(width, size);
   const Scratch scratch(line, threads);
   const bool uniform = x.uniform_rows() && out.uniform_rows();
-  const bool stream = output != TopKOutput::kIndex && rows * width * item_size(out.dtype) >= kStreamBytes;
+  const bool stream = worth_streaming(out, output);
 
   auto body = [&](std::int64_t begin, std::int64_t end, int thread) {
     const std::int64_t step = uniform ? end - begin : 1;

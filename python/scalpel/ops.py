@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 
 from . import _core
 
@@ -147,11 +148,15 @@ def _call_tensor(op: str, x: torch.Tensor, k: int, by: str, out: Any) -> torch.T
     _check_tensor(out, "out")
     _check_out(op, x, k, out)
     if op == "keep_topk" and torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
-        raise RuntimeError("keep_topk with out= can't be differentiated, but x or out requires grad; leave out away")
+        raise RuntimeError(
+            "keep_topk with out= can't be differentiated, but x or out requires grad; call it without out="
+        )
     if _transformed(x) or _transformed(out):
-        raise RuntimeError(f"{op} with out= can't run under a torch.func transform or forward AD; leave out away")
+        raise RuntimeError(f"{op} with out= can't run under a torch.func transform or forward AD; call it without out=")
     if x.device != out.device:
         raise ValueError(f"x is on {x.device}, out on {out.device}; they must be on one device")
+    if out.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError("out was made in inference mode, so it can't be written outside; give another tensor")
     if not torch.compiler.is_compiling() and unwatched(x) and unwatched(out):
         _into(op, x.detach(), k, by, out)
         if not out.is_inference():
@@ -163,11 +168,27 @@ def _call_tensor(op: str, x: torch.Tensor, k: int, by: str, out: Any) -> torch.T
 
 def _call_dlpack(op: str, x: Any, k: int, by: str, out: Any) -> Any:
     """Through a tensor that shares x's memory."""
-    result = _call_tensor(op, _from_dlpack(x, "x"), k, by, None if out is None else _from_dlpack(out, "out"))
+    result = _call_tensor(op, _from_dlpack(x, "x"), k, by, None if out is None else _writeable(out))
     if out is not None:
         return out
     namespace = getattr(x, "__array_namespace__", None)
     return namespace().from_dlpack(result) if namespace is not None else result
+
+
+def _writeable(out: Any) -> torch.Tensor:
+    """A tensor on out's own memory."""
+    if isinstance(out, torch.Tensor):
+        return out
+    if isinstance(out, np.ndarray):
+        if not out.flags.writeable:
+            raise ValueError("out must be writeable")
+        return torch.from_numpy(out)
+    shared = _from_dlpack(out, "out")
+    if shared.data_ptr() != _from_dlpack(out, "out").data_ptr():
+        raise TypeError(
+            f"out (a {type(out).__name__}) gives a copy of itself through DLPack, which can't be written to"
+        )
+    return shared
 
 
 def _from_dlpack(x: Any, name: str) -> torch.Tensor:
@@ -194,6 +215,8 @@ def _name(dtype: torch.dtype) -> str:
 def _check_tensor(x: torch.Tensor, name: str, floating: bool = False) -> None:
     if floating and (x.dtype not in _DTYPE_NAMES or not x.dtype.is_floating_point):
         raise TypeError(f"{name} is {_name(x.dtype)}; allowed: {_FLOATS}")
+    if x.is_nested:
+        raise TypeError(f"{name} is a nested tensor; allowed: rows of one width (pad them)")
     if x.layout != torch.strided:
         raise TypeError(f"{name} has layout {x.layout}; allowed: torch.strided (call .to_dense())")
     if x.device.type not in ("cpu", "meta"):
@@ -217,8 +240,8 @@ def _into(op: str, x: torch.Tensor, k: int, by: str, out: torch.Tensor) -> None:
     if x.dim() > 0 and x.stride(-1) != 1 and x.size(-1) > 1:
         x = x.contiguous()
     to = out
-    if out.dim() > 0 and out.stride(-1) != 1 and out.size(-1) > 1:
-        to = torch.empty(out.shape, dtype=out.dtype)
+    if out.is_neg() or (out.dim() > 0 and out.stride(-1) != 1 and out.size(-1) > 1):
+        to = torch.empty(out.shape, dtype=out.dtype, device="cpu")
     getattr(_core, op)(memory_of(x), k, by == "value", memory_of(to), torch.get_num_threads())
     if to is not out:
         out.copy_(to)
@@ -227,6 +250,8 @@ def _into(op: str, x: torch.Tensor, k: int, by: str, out: torch.Tensor) -> None:
 def _call_numpy(op: str, x: np.ndarray, k: int, by: str, out: Any) -> np.ndarray:
     if x.dtype.type not in (np.float16, np.float32, np.float64):
         raise TypeError(f"x is {x.dtype}; allowed: float16, float32, float64 (bfloat16 as a tensor)")
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError("x is a masked array, whose mask TopK would not see; fill it first (x.filled(...))")
     _check_range(x.shape, k)
     if not x.flags.aligned or not x.dtype.isnative or x.strides[-1:] != (x.itemsize,):
         x = np.array(x, dtype=x.dtype.newbyteorder("="), order="C")
@@ -238,7 +263,12 @@ def _call_numpy(op: str, x: np.ndarray, k: int, by: str, out: Any) -> np.ndarray
         raise TypeError(f"out is a {type(out).__name__}, but x is a numpy array; give a numpy array")
     elif not out.flags.writeable or not out.flags.aligned or not out.dtype.isnative:
         raise ValueError("out must be writeable, aligned and of native byte order")
-    getattr(_core, op)(_numpy_view(x), k, _by_value(by), _numpy_view(out), torch.get_num_threads())
+    to = (
+        out if out.ndim == 0 or out.strides[-1] == out.itemsize or out.shape[-1] <= 1 else np.empty_like(out, order="C")
+    )
+    getattr(_core, op)(_numpy_view(x), k, _by_value(by), _numpy_view(to), torch.get_num_threads())
+    if to is not out:
+        out[...] = to
     return cast(np.ndarray, out)
 
 
@@ -270,7 +300,7 @@ def _result_like(op: str, x: torch.Tensor, k: int) -> torch.Tensor:
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Fresh CPU memory, on huge pages if it is large and the system gives them: page faults would cost more
     than what is written there."""
-    fresh = torch.empty(shape, dtype=dtype)
+    fresh = torch.empty(shape, dtype=dtype, device="cpu")
     if fresh.numel() >= 1 << 19:
         _core.prefer_huge_pages(fresh.data_ptr(), fresh.nbytes)
     return fresh
@@ -316,7 +346,6 @@ def _define_out(op: str) -> Callable[[torch.Tensor, int, str, torch.Tensor], Non
 
 _OUT_OPS = {op: _define_out(op) for op in _RESULTS}
 _mask_op = _define("topk_mask")
-_keep_op = _define("keep_topk")
 _indices_op = _define("topk_indices")
 
 
@@ -361,6 +390,7 @@ def unwatched(x: torch.Tensor) -> bool:
         and x.device.type == "cpu"
         and not _transformed(x)
         and torch._C._len_torch_dispatch_stack() == 0
+        and _len_torch_dispatch_stack_pre_dispatch() == 0
         and torch._C._get_tracing_state() is None
         and not torch.autograd._profiler_enabled()
     )
@@ -390,9 +420,9 @@ def _keep_dispatch(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
         if x.requires_grad and torch.is_grad_enabled():
             return torch.where(_run("topk_mask", x, k, by), x, 0)
         return _run("keep_topk", x, k, by)
-    if not _needs_derivative(x):
-        return _keep_op(x, k, by)
-    return torch.where(_Selection.apply(x, k, by, False), x, 0)
+    # Whoever captures this as a graph may differentiate that later: only the mask is an op of ours.
+    mask = _Selection.apply(x, k, by, False) if _needs_derivative(x) else _mask_op(x, k, by)
+    return torch.where(mask, x, 0)
 
 
 _DISPATCH = {"topk_mask": _mask_dispatch, "keep_topk": _keep_dispatch, "topk_indices": _indices_dispatch}
