@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/memory.h"
 #include "core/parallel.h"
 #include "topk/kernel.h"
 
@@ -181,6 +182,7 @@ class Scratch {
  public:
   Scratch(std::int64_t line, int threads)
       : line_(line), memory_(static_cast<char*>(::operator new(line * threads, kAlignment))) {
+    prefer_huge_pages(memory_, line * threads);
     for (int t = 0; t < threads; ++t) std::memset(of(t), 0, kTopKMemoryBytes);
   }
   Scratch(const Scratch&) = delete;
@@ -228,6 +230,7 @@ void run(const TensorView& x, std::int64_t k, RankBy by, const TensorView& out, 
   const TopKKernels& kernels = *kernels_of(active_target().target);
   // Allocated here: the loop must not throw.
   const std::int64_t line = topk_scratch_bytes(width, size);
+  threads = static_cast<int>(std::min<std::int64_t>(threads, (rows + grain - 1) / grain));
   const Scratch scratch(line, threads);
   const bool uniform = x.uniform_rows() && out.uniform_rows();
   const bool stream = worth_streaming(out, output);
