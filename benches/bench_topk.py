@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -174,10 +175,18 @@ def run(widths: tuple[int, ...] = WIDTHS, seed: int = 0) -> dict[str, Any]:
             "rounds": ROUNDS,
             "slow_rounds": SLOW_ROUNDS,
             "seed": seed,
+            "commit": commit(),
             "grid": grid,
             "corners": corner_table(generator, (512, 2048, 16384)),
             "environment": bench.environment(),
         }
+
+
+def commit() -> str:
+    """What was measured, as git names it."""
+    command = ["git", "describe", "--always", "--dirty"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return found.stdout.strip() or "unknown"
 
 
 def table(result: dict[str, Any]) -> str:
@@ -227,13 +236,15 @@ def table(result: dict[str, Any]) -> str:
         f"Median milliseconds and ratios of medians, {result['elements'] >> 20} Mi elements of normal data, contenders",
         f"in turn {rounds}, after every answer was checked. {environment['processor']}, "
         f"{environment['threads']} threads,",
-        f"target {environment['target']}, torch {environment['torch']}, scalpel {environment['version']}.",
+        f"target {environment['target']}, torch {environment['torch']}, "
+        f"scalpel {environment['version']}, commit {result['commit']}.",
         "",
         "- *ms*, *÷ copy_*: `keep_topk(x, k, out=y)`, and over `y.copy_(x)`",
         "- *mask*: `topk_mask(x, k, out=m)` over that",
-        "- *÷ clone*: `keep_topk(x, k)` over `x.clone()`",
+        "- *÷ clone*: `keep_topk(x, k)`, whose result asks for huge pages, over `x.clone()`, which does not",
         "- *expression, out=*, *topk*, *partition*: abs, topk, gather and scatter_, all writing to memory that is",
-        "  there; `torch.topk` alone; `numpy.partition` alone: each over `keep_topk(x, k, out=y)`",
+        "  there; `torch.topk` alone; `numpy.partition` alone, on its one thread; the last two give new memory:",
+        "  each over `keep_topk(x, k, out=y)`",
         "- *expression*: the same without `out=`, over `keep_topk(x, k)`",
         "- *÷ float32*: how much faster than the same cell in float32",
         "",

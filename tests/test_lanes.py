@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from scalpel import _core, reference_lanes
+from scalpel._memory import memory_of
 from scalpel.lanes import LANES, Attention, Lanes, Linear, Norm, SparseWeight
-from scalpel.ops import memory_of
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
 DTYPES = list(TOLERANCE)

@@ -4,8 +4,8 @@
 //   k     0 <= k <= width
 //   by    kMagnitude ranks |x|, kValue ranks x
 //   mask  (..., width)  bool, true at the k kept places of each row
-//   kept  (..., width)  like x: x where kept, +0 elsewhere; kept values keep every bit (sign of zero, NaN
-//   payload) index (..., k)      int64, the kept places in ascending order
+//   kept  (..., width)  like x: x where kept, +0 elsewhere; what is kept keeps every bit
+//   index (..., k)      int64, the kept places in ascending order
 //
 // Order. NaN ranks above every number, whatever its sign, and all NaNs are equal; infinity is the largest
 // number; -0 equals +0. Among equals the lower index wins. So exactly k are kept in every row, and the result

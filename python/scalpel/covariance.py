@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from . import _core, _covariance_file
-from .ops import Memory, _integer, memory_of
+from ._memory import Memory, memory_of
+from .ops import _integer
 
 __all__ = ["Eigen", "StreamingCovariance"]
 

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import _core
-from .ops import empty, memory_of, unwatched
+from ._memory import empty, memory_of
+from .ops import unwatched
 
 __all__ = ["LANES", "Attention", "Lanes", "Linear", "Norm", "SparseWeight", "apply_linear"]
 
 LANES: int = _core.tangent_lanes()
 
 # Non-zeros times wanted outputs, as a fraction of all products, below which visiting them one by one is faster
-# than a dense product: measured by benches/bench_jacobian.
+# than a dense product. A guess from the cost of either: benches/bench_jacobian sweeps the density to settle it.
 SPARSE_BELOW = 0.25
 
 

@@ -19,25 +19,15 @@ import torch
 from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 
 from . import _core
+from ._memory import DTYPE_NAMES, empty, memory_of, memory_of_array
 
 __all__ = ["AbsTopK", "keep_topk", "topk_indices", "topk_mask"]
 
 By = Literal["magnitude", "value"]
 Array = TypeVar("Array")
 
-Memory = tuple[int, str, tuple[int, ...], tuple[int, ...]]  # address, dtype, shape, strides in elements
-
 _RESULTS = {"topk_mask": "the mask", "keep_topk": "the kept values", "topk_indices": "the indices"}
 _FLOATS = "float16, bfloat16, float32, float64"
-_DTYPE_NAMES = {
-    torch.float32: "float32",
-    torch.float64: "float64",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.bool: "bool",
-    torch.int32: "int32",
-    torch.int64: "int64",
-}
 
 
 def topk_mask(x: Array, k: int, by: By = "magnitude", out: Array | None = None) -> Array:
@@ -213,7 +203,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _check_tensor(x: torch.Tensor, name: str, floating: bool = False) -> None:
-    if floating and (x.dtype not in _DTYPE_NAMES or not x.dtype.is_floating_point):
+    if floating and (x.dtype not in DTYPE_NAMES or not x.dtype.is_floating_point):
         raise TypeError(f"{name} is {_name(x.dtype)}; allowed: {_FLOATS}")
     if x.is_nested:
         raise TypeError(f"{name} is a nested tensor; allowed: rows of one width (pad them)")
@@ -226,11 +216,6 @@ def _check_tensor(x: torch.Tensor, name: str, floating: bool = False) -> None:
 
 
 # ---- the core ----------------------------------------------------------------------------------
-
-
-def memory_of(x: torch.Tensor) -> Memory:
-    """x as the core takes it; x must outlive the call."""
-    return x.data_ptr(), _DTYPE_NAMES[x.dtype], tuple(x.shape), x.stride()
 
 
 def _into(op: str, x: torch.Tensor, k: int, by: str, out: torch.Tensor) -> None:
@@ -266,15 +251,10 @@ def _call_numpy(op: str, x: np.ndarray, k: int, by: str, out: Any) -> np.ndarray
     to = (
         out if out.ndim == 0 or out.strides[-1] == out.itemsize or out.shape[-1] <= 1 else np.empty_like(out, order="C")
     )
-    getattr(_core, op)(_numpy_view(x), k, _by_value(by), _numpy_view(to), torch.get_num_threads())
+    getattr(_core, op)(memory_of_array(x), k, _by_value(by), memory_of_array(to), torch.get_num_threads())
     if to is not out:
         out[...] = to
     return cast(np.ndarray, out)
-
-
-def _numpy_view(x: np.ndarray) -> Memory:
-    strides = tuple(s // x.itemsize for s in x.strides)
-    return x.__array_interface__["data"][0], str(x.dtype), x.shape, strides
 
 
 # ---- torch -------------------------------------------------------------------------------------
@@ -295,15 +275,6 @@ def _result_shape(op: str, x: torch.Tensor, k: int) -> tuple[int, ...]:
 
 def _result_like(op: str, x: torch.Tensor, k: int) -> torch.Tensor:
     return x.new_empty(_result_shape(op, x, k), dtype=_result_dtype(op, x))
-
-
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Fresh CPU memory, on huge pages if it is large and the system gives them: page faults would cost more
-    than what is written there."""
-    fresh = torch.empty(shape, dtype=dtype, device="cpu")
-    if fresh.numel() >= 1 << 19:
-        _core.prefer_huge_pages(fresh.data_ptr(), fresh.nbytes)
-    return fresh
 
 
 def _run(op: str, x: torch.Tensor, k: int, by: str) -> torch.Tensor:
