@@ -338,6 +338,26 @@ ERRORS = {
 }
 
 
+def test_x_and_out_may_lie_between_each_other() -> None:
+    both = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    x, out = both[:, :8], both[:, 8:]
+    expected = scalpel.keep_topk(x.clone(), 3)
+    assert torch.equal(scalpel.keep_topk(x, 3, out=out), expected)
+    every_other = torch.randn(64, 16)
+    before = every_other[1::2].clone()
+    assert torch.equal(scalpel.keep_topk(before, 3), scalpel.keep_topk(every_other[1::2], 3, out=every_other[::2]))
+    assert torch.equal(every_other[1::2], before)
+    with pytest.raises(ValueError, match="overlaps x in memory"):
+        scalpel.keep_topk(both[:, :8], 3, out=both[:, 7:15])
+
+
+def test_as_many_dimensions_as_torch_and_numpy_have() -> None:
+    x = torch.randn((2, 3, *[1] * 21, 5), generator=torch.Generator().manual_seed(0))
+    expected = scalpel.keep_topk(x.reshape(6, 5), 2).reshape(x.shape)
+    assert torch.equal(scalpel.keep_topk(x, 2), expected)
+    assert np.array_equal(scalpel.keep_topk(x.numpy(), 2), expected.numpy())
+
+
 @pytest.mark.parametrize(("call", "kind", "message"), ERRORS.values(), ids=ERRORS.keys())
 def test_errors(call, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):

@@ -324,3 +324,37 @@ def test_opcheck() -> None:
     for name in ("topk_mask", "topk_indices"):
         op = getattr(torch.ops.scalpel, name).default
         torch.library.opcheck(op, (torch.randn(3, 8), K, "magnitude"), test_utils=["test_schema", "test_faketensor"])
+
+
+F = torch.func
+FUNCTIONALIZED = {
+    "alone": lambda keep: F.functionalize(keep),
+    "in vmap": lambda keep: F.vmap(F.functionalize(keep)),
+    "around vmap": lambda keep: F.functionalize(F.vmap(keep)),
+    "in jvp": lambda keep: lambda x: F.jvp(F.functionalize(keep), (x,), (x.cos(),))[1],
+    "around jvp": lambda keep: F.functionalize(lambda x: F.jvp(keep, (x,), (x.cos(),))[1]),
+    "in grad": lambda keep: F.grad(lambda x: F.functionalize(keep)(x).pow(3).sum()),
+    "around a Hessian": lambda keep: F.functionalize(F.hessian(lambda x: keep(x).pow(3).sum())),
+}
+
+
+@pytest.mark.parametrize("made", FUNCTIONALIZED.values(), ids=FUNCTIONALIZED.keys())
+def test_functionalize(made) -> None:
+    x = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    plain = made(lambda x: torch.where(x.abs() >= x.abs().sort(-1).values[..., -3:-2], x, 0))
+    assert torch.equal(made(lambda x: scalpel.keep_topk(x, 3))(x), plain(x))
+
+
+def test_a_function_mode_sees_the_op() -> None:
+    class Seen(torch.overrides.TorchFunctionMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Seen() as seen:
+        scalpel.keep_topk(torch.randn(3, 8), 2)
+    assert any("scalpel.topk_mask" in name for name in seen.names)

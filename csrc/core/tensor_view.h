@@ -50,7 +50,7 @@ struct DTypeError : std::invalid_argument {
 };
 
 struct TensorView {
-  static constexpr int kMaxDims = 16;
+  static constexpr int kMaxDims = 64;  // as many as torch and numpy have
 
   void* data = nullptr;
   DType dtype = DType::kFloat32;

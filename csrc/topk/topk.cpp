@@ -50,6 +50,14 @@ bool empty(const TensorView& v) {
   return false;
 }
 
+// Where each row of v begins, in elements, ascending.
+std::vector<std::int64_t> row_starts(const TensorView& v) {
+  std::vector<std::int64_t> starts(static_cast<std::size_t>(v.rows()));
+  for (std::size_t r = 0; r < starts.size(); ++r) starts[r] = v.row_offset(static_cast<std::int64_t>(r));
+  std::sort(starts.begin(), starts.end());
+  return starts;
+}
+
 // The bytes from the first to the last element, as [begin, end). Strides may be negative.
 void extent(const TensorView& v, std::uintptr_t& begin, std::uintptr_t& end) {
   std::int64_t low = 0;
@@ -76,11 +84,32 @@ bool overlaps_itself(const TensorView& v) {
     reach += dims[i].first * (dims[i].second - 1);
   }
   if (nested) return false;
-  std::vector<std::int64_t> starts(static_cast<std::size_t>(v.rows()));
-  for (std::size_t r = 0; r < starts.size(); ++r) starts[r] = v.row_offset(static_cast<std::int64_t>(r));
-  std::sort(starts.begin(), starts.end());
+  const std::vector<std::int64_t> starts = row_starts(v);
   for (std::size_t r = 1; r < starts.size(); ++r) {
     if (starts[r] - starts[r - 1] < v.width()) return true;
+  }
+  return false;
+}
+
+// True when a row of a and a row of b have a byte in common; rows are contiguous.
+bool overlap(const TensorView& a, const TensorView& b) {
+  std::uintptr_t a_begin, a_end, b_begin, b_end;
+  extent(a, a_begin, a_end);
+  extent(b, b_begin, b_end);
+  if (a_end <= b_begin || b_end <= a_begin) return false;
+  // Views may lie between each other, as two halves of the columns of one tensor do.
+  const std::vector<std::int64_t> of_a = row_starts(a);
+  const std::vector<std::int64_t> of_b = row_starts(b);
+  const auto at = [](const TensorView& v, std::int64_t start) {
+    return reinterpret_cast<std::uintptr_t>(v.data) + static_cast<std::uintptr_t>(start * item_size(v.dtype));
+  };
+  const auto a_bytes = static_cast<std::uintptr_t>(a.width() * item_size(a.dtype));
+  const auto b_bytes = static_cast<std::uintptr_t>(b.width() * item_size(b.dtype));
+  for (std::size_t i = 0, j = 0; i < of_a.size() && j < of_b.size();) {
+    const std::uintptr_t row_a = at(a, of_a[i]);
+    const std::uintptr_t row_b = at(b, of_b[j]);
+    if (row_a < row_b + b_bytes && row_b < row_a + a_bytes) return true;
+    row_a < row_b ? ++i : ++j;
   }
   return false;
 }
@@ -103,10 +132,7 @@ void check_memory(const TensorView& x, const TensorView& out, const char* name, 
     same_strides = same_strides && (out.shape[i] == 1 || out.strides[i] == x.strides[i]);
   }
   if (in_place_allowed && same_strides && out.data == x.data) return;
-  std::uintptr_t x_begin, x_end, out_begin, out_end;
-  extent(x, x_begin, x_end);
-  extent(out, out_begin, out_end);
-  if (x_begin < out_end && out_begin < x_end) {
+  if (overlap(x, out)) {
     refuse(std::string(name) + " overlaps x in memory; give a separate tensor" +
            (in_place_allowed ? ", or x itself to work in place" : ""));
   }

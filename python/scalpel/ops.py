@@ -258,11 +258,12 @@ def _call_numpy(op: str, x: np.ndarray, k: int, by: str, out: Any) -> np.ndarray
 
 
 # ---- torch -------------------------------------------------------------------------------------
-# Inside, a custom op: that is what torch.compile and the dispatcher's modes see. Around it an
-# autograd.Function, because a bare custom op loses its place under functorch's transforms without a word.
-# Around that one function that dynamo puts into its graph as it is. keep_topk's derivatives are then those of
-# torch.where. A call that nobody traces or transforms goes straight to the core: the custom op alone costs
-# more than the whole PyTorch expression on a small tensor.
+# The mask and the indices are custom ops: that is what torch.compile and the dispatcher's modes see. They take
+# a detached x, for a custom op whose input is differentiated loses the derivative under func.jvp without a
+# word; a mask has none. keep_topk is no op: it is torch.where of the mask, so its derivatives, of any order and
+# under any transform, are torch.where's. Around each one function that dynamo puts into its graph as it is. A
+# call that nobody traces or transforms goes straight to the core: the custom op alone costs more than the whole
+# PyTorch expression on a small tensor.
 
 
 def _result_dtype(op: str, x: torch.Tensor) -> torch.dtype:
@@ -320,48 +321,24 @@ _mask_op = _define("topk_mask")
 _indices_op = _define("topk_indices")
 
 
-class _Selection(torch.autograd.Function):
-    """The mask or the indices, as a function that has no derivative under any transform."""
-
-    @staticmethod
-    def forward(x: torch.Tensor, k: int, by: str, indices: bool) -> torch.Tensor:
-        return _indices_op(x, k, by) if indices else _mask_op(x, k, by)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: torch.Tensor) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[None, None, None, None]:
-        return None, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> None:
-        return None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, x: torch.Tensor, k: int, by: str, indices: bool) -> tuple[Any, int]:
-        return _Selection.apply(x.movedim(in_dims[0], 0), k, by, indices), 0
-
-
 def _transformed(x: torch.Tensor) -> bool:
     """True under a transform of torch.func, and when x has a tangent of forward AD."""
     # Asked of x: a compiled graph enters forward AD's level without torch.autograd.forward_ad knowing of it.
     return torch._C._are_functorch_transforms_active() or torch._unpack_dual(x, level=0).tangent is not None
 
 
-def _needs_derivative(x: torch.Tensor) -> bool:
-    return (x.requires_grad and torch.is_grad_enabled()) or _transformed(x)
-
-
 def unwatched(x: torch.Tensor) -> bool:
-    """True when a plain tensor is computed on eagerly: no transform, mode, trace or profile is to see the op."""
+    """True when a plain tensor is computed on eagerly: no transform, mode, trace or profile is to see the op.
+
+    What torch does not let one ask about (an ExecutionTraceObserver) does not see the plain call.
+    """
     return (
         type(x) in (torch.Tensor, torch.nn.Parameter)
         and x.device.type == "cpu"
         and not _transformed(x)
         and torch._C._len_torch_dispatch_stack() == 0
         and _len_torch_dispatch_stack_pre_dispatch() == 0
+        and not torch._C._is_torch_function_mode_enabled()
         and torch._C._get_tracing_state() is None
         and not torch.autograd._profiler_enabled()
     )
@@ -371,18 +348,14 @@ def unwatched(x: torch.Tensor) -> bool:
 def _mask_dispatch(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
     if unwatched(x):
         return _run("topk_mask", x, k, by)
-    if not _needs_derivative(x):
-        return _mask_op(x, k, by)
-    return cast(torch.Tensor, _Selection.apply(x, k, by, False))
+    return _mask_op(x.detach(), k, by)
 
 
 @torch.compiler.allow_in_graph
 def _indices_dispatch(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
     if unwatched(x):
         return _run("topk_indices", x, k, by)
-    if not _needs_derivative(x):
-        return _indices_op(x, k, by)
-    return cast(torch.Tensor, _Selection.apply(x, k, by, True))
+    return _indices_op(x.detach(), k, by)
 
 
 @torch.compiler.allow_in_graph
@@ -391,9 +364,7 @@ def _keep_dispatch(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
         if x.requires_grad and torch.is_grad_enabled():
             return torch.where(_run("topk_mask", x, k, by), x, 0)
         return _run("keep_topk", x, k, by)
-    # Whoever captures this as a graph may differentiate that later: only the mask is an op of ours.
-    mask = _Selection.apply(x, k, by, False) if _needs_derivative(x) else _mask_op(x, k, by)
-    return torch.where(mask, x, 0)
+    return torch.where(_mask_dispatch(x, k, by), x, 0)
 
 
 _DISPATCH = {"topk_mask": _mask_dispatch, "keep_topk": _keep_dispatch, "topk_indices": _indices_dispatch}
