@@ -33,6 +33,20 @@ KS: dict[str, Callable[[int], int]] = {
 DTYPES = (torch.float32, torch.bfloat16)
 ELEMENTS = 1 << 26  # 256 MiB of float32: far more than any cache
 CORNER_ELEMENTS = 1 << 25
+# The corners beside the usual call: what is asked for, by, dtype, width, k (negative: from the width).
+ASIDE: tuple[tuple[str, str, torch.dtype, int, int], ...] = (
+    ("keep_topk", "magnitude", torch.float32, 64, 8),
+    ("keep_topk", "magnitude", torch.bfloat16, 64, 8),
+    ("keep_topk", "magnitude", torch.float32, 200, 50),
+    ("keep_topk", "magnitude", torch.float32, 2048, 1),
+    ("keep_topk", "magnitude", torch.bfloat16, 2048, -1),
+    ("keep_topk", "magnitude", torch.float32, 1 << 20, 1 << 18),
+    ("keep_topk", "magnitude", torch.float16, 2048, 512),
+    ("keep_topk", "magnitude", torch.float64, 2048, 512),
+    ("keep_topk", "value", torch.float32, 2048, 512),
+    ("topk_mask", "magnitude", torch.float32, 2048, 512),
+    ("topk_indices", "magnitude", torch.float32, 2048, 512),
+)
 ROUNDS, SLOW_ROUNDS = 9, 3
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -63,6 +77,23 @@ def check(x: Tensor, k: int, kept: Tensor, mask: Tensor) -> None:
         raise bench.WrongAnswer(f"TopK of {tuple(x.shape)} {x.dtype}, k = {k}, is wrong; nothing was timed")
 
 
+def check_corner(op: str, by: str, x: Tensor, k: int, out: Tensor) -> None:
+    """The first rows against a stable sort, in which NaN comes first and among equals the lower index."""
+    some = x[: max(1, (1 << 21) // x.shape[-1])]
+    size = some.abs() if by == "magnitude" else some
+    order = size.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    mask = torch.zeros(some.shape, dtype=torch.bool).scatter_(-1, order, True)
+    found = out[: len(some)]
+    if op == "topk_indices":
+        right = torch.equal(found, order.sort(dim=-1).values)
+    elif op == "topk_mask":
+        right = torch.equal(found, mask)
+    else:
+        right = torch.equal(found.nan_to_num(1.25), torch.where(mask, some, 0).nan_to_num(1.25))
+    if not right:
+        raise bench.WrongAnswer(f"{op} by {by} of {tuple(x.shape)} {x.dtype}, k = {k}, is wrong; nothing was timed")
+
+
 def medians(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Milliseconds; the contenders take turns, so that what else the machine does falls on all of them."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -82,6 +113,7 @@ def cell(x: Tensor, k: int) -> dict[str, float]:
     """One cell of the grid: checked, then timed."""
     out, mask = torch.empty_like(x), torch.empty(x.shape, dtype=torch.bool)
     check(x, k, scalpel.keep_topk(x, k, out=out), scalpel.topk_mask(x, k, out=mask))
+    check(x, k, scalpel.keep_topk(x, k), mask)
     found = medians(
         {
             "keep_topk, out=": lambda: scalpel.keep_topk(x, k, out=out),
@@ -103,7 +135,7 @@ def cell(x: Tensor, k: int) -> dict[str, float]:
     slow: dict[str, Callable[[], Any]] = {
         "expression, out=": expression_out,
         "expression": lambda: expression(x, k),
-        "torch.topk": lambda: x.topk(k, sorted=False),
+        "torch.topk": lambda: torch.topk(x, k, sorted=False, out=(values, indices)),
     }
     if x.dtype == torch.float32:  # numpy has no bfloat16
         array = x.numpy()
@@ -140,20 +172,29 @@ def corners(rows: int, width: int, generator: torch.Generator) -> dict[str, Tens
 
 
 def corner_table(generator: torch.Generator, widths: tuple[int, ...]) -> list[dict[str, Any]]:
-    """How long keep_topk takes on each kind of data, over normal data of the same size, k and dtype."""
+    """How long a call takes on each kind of data, over normal data of the same size, k and dtype."""
     found = []
+
+    def measure(op: str, by: str, k: int, data: dict[str, Tensor]) -> None:
+        normal = data["normal"]
+        shape = (len(normal), k) if op == "topk_indices" else normal.shape
+        dtype = {"topk_indices": torch.int64, "topk_mask": torch.bool}.get(op, normal.dtype)
+        out, call = torch.empty(shape, dtype=dtype), getattr(scalpel, op)
+        for x in data.values():
+            check_corner(op, by, x, k, call(x, k, by=by, out=out))
+        times = medians({name: lambda x=x: call(x, k, by=by, out=out) for name, x in data.items()}, 5)
+        what = {"op": op, "by": by, "dtype": str(normal.dtype)[6:], "width": normal.shape[-1], "k": k}
+        found.extend(what | {"data": name, "ratio": took / times["normal"]} for name, took in times.items())
+
     for width in widths:
         kinds = corners(CORNER_ELEMENTS // width, width, generator)
         for dtype in DTYPES:
             data = {name: x.to(dtype) for name, x in kinds.items()}
-            out = torch.empty_like(data["normal"])
             for k in (32, width // 4, width - width // 16):
-                times = medians(
-                    {name: lambda x=x, k=k, out=out: scalpel.keep_topk(x, k, out=out) for name, x in data.items()}, 5
-                )
-                for name, took in times.items():
-                    ratio = took / times["normal"]
-                    found.append({"dtype": str(dtype)[6:], "width": width, "k": k, "data": name, "ratio": ratio})
+                measure("keep_topk", "magnitude", k, data)
+    for op, by, dtype, width, k in ASIDE:
+        kinds = corners(CORNER_ELEMENTS // 4 // width, width, generator)
+        measure(op, by, k % width, {name: x.to(dtype) for name, x in kinds.items()})
     return found
 
 
@@ -233,18 +274,18 @@ def table(result: dict[str, Any]) -> str:
         "",
         "Made by `python benches/bench_topk.py`; the numbers behind it are in `topk.json`. Do not edit.",
         "",
-        f"Median milliseconds and ratios of medians, {result['elements'] >> 20} Mi elements of normal data, contenders",
-        f"in turn {rounds}, after every answer was checked. {environment['processor']}, "
-        f"{environment['threads']} threads,",
+        f"Median milliseconds and ratios of medians, {result['elements'] >> 20} Mi elements of normal data, after",
+        "every answer of ours was checked. Contenders in turn, the slow ones (from *expression* on) among",
+        f"themselves {rounds}. {environment['processor']}, {environment['threads']} threads,",
         f"target {environment['target']}, torch {environment['torch']}, "
         f"scalpel {environment['version']}, commit {result['commit']}.",
         "",
         "- *ms*, *÷ copy_*: `keep_topk(x, k, out=y)`, and over `y.copy_(x)`",
         "- *mask*: `topk_mask(x, k, out=m)` over that",
         "- *÷ clone*: `keep_topk(x, k)`, whose result asks for huge pages, over `x.clone()`, which does not",
-        "- *expression, out=*, *topk*, *partition*: abs, topk, gather and scatter_, all writing to memory that is",
-        "  there; `torch.topk` alone; `numpy.partition` alone, on its one thread; the last two give new memory:",
-        "  each over `keep_topk(x, k, out=y)`",
+        "- *expression, out=*, *topk*, *partition*: abs, topk, gather and scatter_; `torch.topk` alone (both write to",
+        "  memory that is there); `numpy.partition` alone, which gives new memory and has one thread: each over",
+        "  `keep_topk(x, k, out=y)`",
         "- *expression*: the same without `out=`, over `keep_topk(x, k)`",
         "- *÷ float32*: how much faster than the same cell in float32",
         "",
@@ -261,16 +302,27 @@ def table(result: dict[str, Any]) -> str:
         "",
         "## Other data",
         "",
-        "Time over that of normal data of the same width, k and dtype (float32 and bfloat16; widths 512, 2048 and",
-        "16384; k of 32, a quarter and fifteen sixteenths): the slowest of each kind.",
+        "Time over that of normal data of the same width, k and dtype. `keep_topk` of float32 and bfloat16 at widths",
+        "512, 2048 and 16384 with k of 32, a quarter and fifteen sixteenths, then the calls listed below: the slowest",
+        "of each kind, and how many of all are above 2.",
         "",
-        "| data | time | where |",
-        "|---|---:|---|",
+        "| data | time | where | above 2 |",
+        "|---|---:|---|---:|",
     ]
+
+    def where(c: dict[str, Any]) -> str:
+        return f"{c['op']} by {c['by']}, {c['dtype']}, width {c['width']}, k = {c['k']}"
+
     for name in dict.fromkeys(c["data"] for c in slowest):
         c = next(c for c in slowest if c["data"] == name)
         if name != "normal":
-            lines.append(f"| {name} | {c['ratio']:.2f} | {c['dtype']}, width {c['width']}, k = {c['k']} |")
+            above = [d["ratio"] > 2 for d in slowest if d["data"] == name]
+            lines.append(f"| {name} | {c['ratio']:.2f} | {where(c)} | {sum(above)} of {len(above)} |")
+    lines += ["", "| call | slowest | data |", "|---|---:|---|"]
+    for op, by, dtype, width, k in ASIDE:
+        call = {"op": op, "by": by, "dtype": str(dtype)[6:], "width": width, "k": k % width}
+        c = next(c for c in slowest if c | call == c)
+        lines.append(f"| {where(c)} | {c['ratio']:.2f} | {c['data']} |")
     return "\n".join(lines) + "\n"
 
 
