@@ -101,8 +101,8 @@ def test_gpt2_no_path(gpt2: nn.Module, source: str, target: str, positions) -> N
 
 
 def test_gpt2_errors(gpt2: nn.Module) -> None:
-    with pytest.raises(ValueError, match=r"unknown source '0.resid_in' for this GPT2LMHeadModel.*module paths"):
-        jacobian(gpt2, IDS)
+    with pytest.raises(ValueError, match=r"unknown source '0.resid' for this GPT2LMHeadModel.*near it: .*'0.resid_in'"):
+        jacobian(gpt2, IDS, "0.resid")
     with pytest.raises(ValueError, match=r"unknown target 'transformer.h.2'.*near it: .*'transformer.h'"):
         jacobian(gpt2, IDS, "transformer.wte", "transformer.h.2")
     with pytest.raises(TypeError, match=r"'transformer.wte:in' is torch.int64"):

@@ -1,7 +1,8 @@
 """The Jacobian of one hook of a model with respect to another, as an operator.
 
-One function; the operator that it gives is :class:`scalpel.jacobians.operator.Jacobian`. Derivatives come from
-``torch.func``: ``vmap(jvp)`` forward, ``vmap(vjp)`` backward, in chunks of tangents that bound the memory.
+One function; the operator that it gives is :class:`scalpel.jacobians.operator.Jacobian`. Products come from the
+rules of a model's own sublayers where there are some (circuit, dense), else from ``torch.func``: ``vmap(jvp)``
+forward, ``vmap(vjp)`` backward, in chunks of tangents that bound the memory.
 """
 
 import re
@@ -16,7 +17,10 @@ from torch.autograd import forward_ad
 from torch.func import jvp, vjp, vmap
 
 from ..models.circuitgpt import CircuitGPT
+from ..models.families import supported
 from .circuit import CircuitProducts
+from .decoder_pass import DecoderPass, decoder_pass, module_paths
+from .dense import DenseProducts
 from .hooks import CircuitPass, ModulePass, Pass
 from .operator import End, Jacobian, check_floating, finished
 from .positions import Selected, add_at, check_path, describe, read_at, select, split_pair
@@ -37,14 +41,17 @@ def jacobian(
     *,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
+    precision: str | None = None,
 ) -> Jacobian:
     """How the value at ``target`` moves with the value at ``source``, to first order, at one input.
 
     ``model``: a :class:`scalpel.CircuitGPT`, whose hooks are those of ``model.hook_names`` and, as a target,
-    ``"logits"``; or any other nn.Module (transformers models among them), whose hooks are module paths:
-    ``"name"`` is the module's output and ``"name:in"`` its input (the first tensor, where there are several;
-    the first run, where it runs several times; ``""`` is the model itself), ``"logits"`` the model's output
-    or its ``logits``.
+    ``"logits"``; or one of transformers' GPT-2, GPT-NeoX, Llama, Mistral, Qwen2 and Qwen3 (``...ForCausalLM``,
+    ``GPT2LMHeadModel``), whose hooks have the same names (q and k before their norm and rotation; GPT-NeoX in
+    parallel has no ``resid_mid``), TransformerLens's (``blocks.0.hook_resid_pre``; heads side by side), or
+    module paths; or any other nn.Module, whose hooks are module paths: ``"name"`` is the module's output and
+    ``"name:in"`` its input (the first tensor, where there are several; the first run, where it runs several
+    times; ``""`` is the model itself), ``"logits"`` the model's output or its ``logits``.
     ``input_ids``: (B, L) integers, or a batch as transformers' tokenizers give it (a mapping with
     ``input_ids`` and, optionally, ``attention_mask`` and ``position_ids``, which may also stand beside it).
     For an nn.Module also any tensor, a tuple of arguments, or a mapping of keyword arguments.
@@ -53,6 +60,8 @@ def jacobian(
     ``positions``: None for all tokens, an int (its axis stays, of size 1), a slice or a list of ints, for
     source and target alike; a tuple of two gives each its own. Negative ones count from the end. They choose
     along axis 1.
+    ``precision``: ``"bfloat16"`` takes a transformers model's matrix products with tangents in bfloat16 (all
+    else, the primal too, stays float32; relative error about 1e-2); of a bfloat16 model they are anyway.
 
     The tangent is added just after the source hook: after its AbsTopK, unmasked, and after any ablation
     there, while every path that doesn't pass the hook is held fixed. The target is the value that its hook
@@ -65,7 +74,9 @@ def jacobian(
     Gives a :class:`Jacobian`: ``source_shape`` (B, Ls, width), ``target_shape`` (B, Lt, width or vocab) or
     the function's, dtype and device of the value at the source; nothing is computed but the primal, once.
 
-    Any model but a CircuitGPT is differentiated with the math attention backend, announced by one warning.
+    A CircuitGPT or one of those transformers models, on the CPU and without module hooks, goes through rules of
+    its own for its sublayers; there a padding query, which may read nothing, attends to nothing. Any other model,
+    input or module path is differentiated with the math attention backend, announced by one warning.
 
     Raises ValueError for an unknown hook, a position outside the text, no path from source to target (the
     target comes first, does not read the source, or its positions cannot), a NaN in the primal; TypeError for
@@ -74,29 +85,48 @@ def jacobian(
     """
     hook, function = _read_target(target)
     wanted = split_pair(positions)
+    if precision not in (None, "bfloat16"):
+        raise ValueError(f"precision is {precision!r}; allowed: None, 'bfloat16'")
     with _plain_tensors():
-        run: Pass
+        beside = {"attention_mask": attention_mask, "position_ids": position_ids}
+        run: Pass | None
         if isinstance(model, CircuitGPT):
             circuit = CircuitPass(model, input_ids, attention_mask, position_ids, source, hook)
-            at = (select(wanted[0], circuit.length, "source"), select(wanted[1], circuit.length, "target"))
-            check_path(circuit.hooks, source, hook, at, circuit.allowed)
-            if has_products(model):
-                return _native(circuit, at, function)
+            at = _checked_ends(circuit, wanted)
+            if precision is None and has_products(model):
+                return _by_rules(circuit, CircuitProducts, at, function)
             run = circuit
         elif isinstance(model, nn.Module):
-            beside = {"attention_mask": attention_mask, "position_ids": position_ids}
+            decoder = decoder_pass(model, input_ids, beside, source, hook, precision)
+            if decoder is not None:
+                return _by_rules(decoder, DenseProducts, _checked_ends(decoder, wanted), function)
             given = {name: value for name, value in beside.items() if value is not None}
-            run = ModulePass(model, input_ids, given, source, hook)
-            _announce(model)
+            run = ModulePass(model, input_ids, given, *module_paths(model, source, hook))
         else:
             raise TypeError(f"model is {type(model).__name__}; it must be a CircuitGPT or another torch.nn.Module")
+        if precision is not None:
+            raise ValueError(
+                f"precision={precision!r} needs rules for this model's sublayers, which there are for "
+                f"{', '.join(supported())} on the CPU, without module hooks: leave it at None"
+            )
+        if not isinstance(model, CircuitGPT):
+            _announce(model)
         return _Derivative(run, wanted, function).operator()
 
 
-def _native(run: CircuitPass, at: tuple[Selected, Selected], function: Callable[[Tensor], Tensor] | None) -> Jacobian:
-    """Through the native core."""
-    with _explained(run):
-        products = CircuitProducts(run, at, function)
+def _checked_ends(run: CircuitPass | DecoderPass, wanted: tuple[Any, Any]) -> tuple[Selected, Selected]:
+    """The positions, where a path leads from one end to the other."""
+    at = (select(wanted[0], run.length, "source"), select(wanted[1], run.length, "target"))
+    check_path(run.hooks, run.source, run.target, at, run.allowed)
+    return at
+
+
+def _by_rules(
+    run: Pass, rules: Callable[..., Any], at: tuple[Selected, Selected], function: Callable[[Tensor], Tensor] | None
+) -> Jacobian:
+    """Through the rules of the model's own sublayers."""
+    with torch.no_grad(), _explained(run):
+        products = rules(run, at, function)
     for name, value in ((run.source, products.source), (run.target, products.primal)):
         _check_numbers(value, name)
 

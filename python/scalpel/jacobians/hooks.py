@@ -99,7 +99,7 @@ class CircuitPass(Pass):
         ):
             if isinstance(given, Tensor) and given.device != model.device:
                 raise ValueError(f"{name} is on {given.device} and the model on {model.device}: move one of them")
-        self.inputs = _kept((model._checked_ids(input_ids), attention_mask, position_ids))
+        self.inputs = kept((model._checked_ids(input_ids), attention_mask, position_ids))
         self.interventions = list(model._interventions)
         # a shallow copy shares every weight and keeps the ablations of this moment, whatever is left later
         self._frozen = copy.copy(model)
@@ -163,7 +163,7 @@ class ModulePass(Pass):
             arguments = inputs if isinstance(inputs, tuple) else (inputs,)
         if "use_cache" in inspect.signature(model.forward).parameters:
             keywords.setdefault("use_cache", False)  # a cache of keys would outlive the pass
-        self.inputs = _kept((arguments, keywords))
+        self.inputs = kept((arguments, keywords))
         self.largest = 0
         self._measured = False
 
@@ -311,14 +311,14 @@ def _only(name: str, inside: Any, beside: Any) -> Any:
     return inside if beside is None else beside
 
 
-def _kept(value: Any) -> Any:
+def kept(value: Any) -> Any:
     """A copy that later changes in place cannot reach; also what frees it from inference mode."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, Mapping):
-        return {key: _kept(each) for key, each in value.items()}
+        return {key: kept(each) for key, each in value.items()}
     if isinstance(value, (tuple, list)):
-        return _rebuilt(value, [_kept(each) for each in value])
+        return _rebuilt(value, [kept(each) for each in value])
     return value
 
 

@@ -151,10 +151,15 @@ def _reached(hooks: list[str], source: str, target: str, chosen: Selected, reads
 
 def _parents(name: str, hooks: list[str]) -> list[tuple[str, bool]]:
     layer, _, hook = name.partition(".")
+    if hook == "mlp.act_in" and f"{layer}.resid_mid" not in hooks:  # attention and MLP in parallel
+        return [(f"{layer}.resid_in", False)]
     if hook in _PATHS:
         return [(f"{layer}.{parent}", mixes) for parent, mixes in _PATHS[hook]]
     if name == "logits":
         return [("final_resid", False)]
     # the residual stream at the head of a layer, or after the last one: what the layer before left
     before = hooks[hooks.index(name) - 1].partition(".")[0] if hooks.index(name) else ""
-    return [(f"{before}.resid_mid", False), (f"{before}.mlp.resid_delta", False)] if before else []
+    parents = ["resid_mid", "mlp.resid_delta"]
+    if f"{before}.resid_mid" not in hooks:
+        parents += ["resid_in", "attn.resid_delta"]
+    return [(f"{before}.{parent}", False) for parent in parents] if before else []

@@ -1,0 +1,192 @@
+"""Products with the Jacobian of a dense decoder: T tangents stacked as rows of the same matrix products.
+
+The primal runs once. Before the first source token nothing moves, and after the last target token nothing is
+wanted: those rows are left out. Tangents go in chunks that bound the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.func import jvp, vjp, vmap
+
+from ..models.decoder import Dense
+from .dense_layer import Buffers, DenseLayer
+from .dense_primal import DensePrimal, places_of, through_layer
+from .dense_rules import DenseNorm
+from .operator import finished
+from .positions import Selected, read_at
+from .trace import Found
+
+if TYPE_CHECKING:
+    from .decoder_pass import DecoderPass
+
+Function = Callable[[Tensor], Tensor]
+
+_CHUNK_BYTES = 1 << 28  # what the largest buffer of a chunk of tangents may take
+
+
+class DenseProducts:
+    """Products with the Jacobian between two hooks of a decoder, and the primal there."""
+
+    def __init__(self, run: DecoderPass, at: tuple[Selected, Selected], function: Function | None) -> None:
+        self.run = run
+        self.at = at
+        self.function = function
+        self.config = run.decoder.config
+        self.batch, self.length = run.ids.shape
+        chosen = [range(self.length) if each is None else each for each in at]
+        self.first, self.stop = min(chosen[0]), max(chosen[1]) + 1
+        self.places = places_of(run.decoder, run.positions, run.real, run.dtype)
+        self.primals: dict[int, DensePrimal] = {}
+        self.final: tuple[DenseNorm, Dense] | None = None
+        self.neurons = 0
+        self._run_primal()
+
+    def _run_primal(self) -> None:
+        run, decoder = self.run, self.run.decoder
+        seen: dict[str, Tensor] = {}
+
+        def tap(name: str, value: Tensor) -> Tensor:
+            if name == run.source:
+                seen["source"] = read_at(value, self.at[0]).clone()
+            if name == run.target:
+                raise Found(value)
+            return value
+
+        try:
+            x = decoder.embed(run.ids, run.positions).to(run.dtype)
+            for i in range(self.config.layers):
+                layer, primal = decoder.layer(i), DensePrimal()
+                self.neurons = layer.down.weight.shape[1]
+                if i >= run.source_layer:
+                    self.primals[i] = primal
+                x = through_layer(decoder, i, layer, x, self.places, tap, primal)
+            x = tap("final_resid", x)
+            weight, head = decoder.final()
+            norm = DenseNorm.at(x, weight, self.config.eps, self.config.rms)
+            self.final = norm, head
+            recorded = head(norm.value())
+        except Found as found:
+            recorded = found.args[0]
+        self.source = seen["source"]
+        self.recorded = read_at(recorded, self.at[1]).clone()
+        self.primal = self._of_recorded(self.recorded).clone()
+
+    def _of_recorded(self, value: Tensor) -> Tensor:
+        return finished(value, self.function, self.run.target, self.run.dtype)
+
+    def _chunks(self, tangents: Tensor) -> tuple[Tensor, ...]:
+        widest = max(3 * self.config.heads * self.config.head_dim, self.neurons)
+        each = self.batch * self.length * widest * self.source.element_size()
+        return tangents.split(max(1, _CHUNK_BYTES // each))
+
+    # ---- forward -------------------------------------------------------------------------------
+
+    def push(self, tangents: Tensor) -> Tensor:
+        """(T, *source) → (T, *target)."""
+        found = tangents.new_empty(len(tangents), *self.recorded.shape)
+        buffers, done = Buffers(), 0
+        for chunk in self._chunks(tangents):
+            found[done : done + len(chunk)] = self._push(chunk, buffers)
+            done += len(chunk)
+        if self.function is None:
+            return found
+        return vmap(lambda tangent: jvp(self._of_recorded, (self.recorded,), (tangent,))[1])(found)
+
+    def _push(self, tangents: Tensor, buffers: Buffers) -> Tensor:
+        part = slice(self.first, self.length)
+        start = self._placed(tangents, self.at[0], part)
+
+        def hook(name: str, t: Tensor | None) -> Tensor | None:
+            if name == self.run.source:
+                t = start
+            if name == self.run.target:
+                raise Found(t)
+            return t
+
+        x: Tensor | None = None
+        watched = {self.run.source, self.run.target}
+        try:
+            for i, primal in self.primals.items():
+                x = self._layer(i, primal, part, buffers).push(x, hook, watched)
+            x = hook("final_resid", x)
+        except Found as found:
+            x = found.args[0]
+            if x is None:
+                return tangents.new_zeros(len(tangents), *self.recorded.shape)
+            return self._taken(x, self.at[1], part)
+        assert self.final is not None and x is not None
+        norm, head = self.final
+        wanted = self._taken(norm.rows(part).jvp(x, x), self.at[1], part)
+        return Dense(head.weight)(wanted)
+
+    # ---- backward ------------------------------------------------------------------------------
+
+    def pull(self, cotangents: Tensor) -> Tensor:
+        """(T, *target) → (T, *source)."""
+        if self.function is not None:
+            back = vjp(self._of_recorded, self.recorded)[1]
+            cotangents = vmap(lambda cotangent: back(cotangent)[0])(cotangents)
+        found = cotangents.new_empty(len(cotangents), *self.source.shape)
+        buffers, done = Buffers(), 0
+        for chunk in self._chunks(cotangents):
+            found[done : done + len(chunk)] = self._pull(chunk, buffers)
+            done += len(chunk)
+        return found
+
+    def _pull(self, cotangents: Tensor, buffers: Buffers) -> Tensor:
+        part = slice(0, self.stop)
+        x: Tensor | None = None
+        start: Tensor | None = None
+        if self.run.target == "logits":
+            assert self.final is not None
+            norm, head = self.final
+            rows = (cotangents.to(head.weight.dtype) @ head.weight).to(cotangents.dtype)
+            x = norm.rows(part).vjp(self._placed(rows, self.at[1], part))
+        else:
+            start = self._placed(cotangents, self.at[1], part)
+
+        def hook(name: str, u: Tensor | None) -> Tensor | None:
+            if name == self.run.target:
+                u = start
+            if name == self.run.source:
+                raise Found(u)
+            return u
+
+        try:
+            x = hook("final_resid", x)
+            for i, primal in reversed(self.primals.items()):
+                x = self._layer(i, primal, part, buffers).pull(x, hook)
+        except Found as found:
+            if found.args[0] is not None:
+                return self._taken(found.args[0], self.at[0], part)
+        return cotangents.new_zeros(len(cotangents), *self.source.shape)
+
+    # ---- both ways -----------------------------------------------------------------------------
+
+    def _layer(self, i: int, primal: DensePrimal, part: slice, buffers: Buffers) -> DenseLayer:
+        decoder = self.run.products
+        return DenseLayer(decoder, i, decoder.layer(i), primal, self.places, part, buffers)
+
+    def _placed(self, rows: Tensor, selected: Selected, part: slice) -> Tensor:
+        """(T, B, chosen tokens, width), copied, as the tokens of ``part``."""
+        count, batch, _, width = rows.shape
+        full = rows.new_zeros(count, batch, part.stop - part.start, width)
+        if selected is None:
+            full.copy_(rows[:, :, part])
+        else:
+            full[:, :, [each - part.start for each in selected]] = rows
+        return full
+
+    def _taken(self, full: Tensor, selected: Selected, part: slice) -> Tensor:
+        """The chosen tokens of those of ``part``; zero where a chosen token is not among them."""
+        chosen = range(self.length) if selected is None else selected
+        inside = [n for n, each in enumerate(chosen) if part.start <= each < part.stop]
+        if len(inside) == len(chosen) == full.shape[2] and selected is None:
+            return full
+        found = full.new_zeros(*full.shape[:2], len(chosen), full.shape[-1])
+        found[:, :, inside] = full[:, :, [chosen[n] - part.start for n in inside]]
+        return found

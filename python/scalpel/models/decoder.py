@@ -1,0 +1,156 @@
+"""Dense decoders as the Jacobian engine reads them: what a family's config says, and one layer's weights at a time.
+
+A family is a file of its own (gpt2, gpt_neox, llama) with the functions that :class:`Family` lists. Weights come
+from anything that gives tensors by their names: a module's parameters, or a folder of safetensors. Every
+matrix is (out, in), whatever its file holds; views, never copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["Decoder", "DecoderConfig", "DecoderLayer", "Dense", "Family", "NormWeight", "Rotary", "Weights"]
+
+
+class Weights(Protocol):
+    """Tensors by the names that transformers gives them."""
+
+    def __call__(self, name: str) -> Tensor:
+        """The tensor of that name; KeyError where there is none."""
+
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        """Some rows of a table: (*index.shape, width)."""
+
+    def __contains__(self, name: object) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864): channel c turns with channel c + pairs."""
+
+    inverse: Tensor  # (pairs,) float32, radians a token
+    scaling: float  # of cosine and sine (YaRN)
+
+    def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine (B or 1, L, 1, pairs) at positions (B or 1, L), rounded as transformers rounds them."""
+        angle = (positions[..., None].float() * self.inverse)[:, :, None]
+        return (angle.cos() * self.scaling).to(dtype), (angle.sin() * self.scaling).to(dtype)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of a decoder and the switches in which the families differ."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_length: int
+    rms: bool  # RMSNorm; else LayerNorm
+    eps: float
+    activation: str  # as transformers names it
+    rotary: Rotary | None = None
+    parallel: bool = False  # attention and MLP read the same residual stream
+    windows: tuple[int | None, ...] = ()  # a layer's: how many keys, its own included, a query may look back
+    scales: tuple[float, ...] = ()  # a layer's: of the scores
+
+    def window(self, i: int) -> int | None:
+        return self.windows[i] if self.windows else None
+
+    def scale(self, i: int) -> float:
+        return self.scales[i] if self.scales else float(self.head_dim**-0.5)
+
+
+@dataclass(frozen=True)
+class NormWeight:
+    gain: Tensor  # (width,)
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Dense:
+    """y = W x + b."""
+
+    weight: Tensor  # (out, in)
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., in) → (..., out) of x's dtype; the product itself is in that of the weight."""
+        y = F.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    norm1: NormWeight
+    norm2: NormWeight
+    qkv: tuple[Dense, ...]  # one for each of q, k and v, or one that gives all
+    out: Dense
+    up: tuple[Dense, ...]  # one, or the gate and what it multiplies
+    down: Dense
+    by_head: bool = False  # one matrix gives q, k, v of the first head, then of the second ...
+    q_norm: Tensor | None = None  # (head_dim,) RMSNorm of each head
+    k_norm: Tensor | None = None
+
+
+class Family(Protocol):
+    """What a family's file has."""
+
+    ARCHITECTURES: tuple[str, ...]  # model classes, as a config's "architectures" names them
+    PATHS: dict[str, str]  # our hook → module path, with {i} for the layer
+
+    @staticmethod
+    def read(config: Any) -> DecoderConfig | None:
+        """None where the config asks for what the engine has no rule for."""
+
+    @staticmethod
+    def layer(get: Weights, i: int) -> DecoderLayer: ...
+
+    @staticmethod
+    def embed(get: Weights, ids: Tensor, positions: Tensor) -> Tensor:
+        """ids (B, L), positions (B or 1, L) → (B, L, width)."""
+
+    @staticmethod
+    def final(get: Weights) -> tuple[NormWeight, Dense]: ...
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A decoder whose layers can be had one at a time."""
+
+    family: Family
+    config: DecoderConfig
+    weights: Weights
+
+    def layer(self, i: int) -> DecoderLayer:
+        return self.family.layer(self.weights, i)
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return self.family.embed(self.weights, ids, positions)
+
+    def final(self) -> tuple[NormWeight, Dense]:
+        """The norm after the last layer, and the output matrix."""
+        return self.family.final(self.weights)
+
+    @property
+    def activation(self) -> Callable[[Tensor], Tensor]:
+        from transformers.activations import ACT2FN
+
+        found: Callable[[Tensor], Tensor] = ACT2FN[self.config.activation]
+        return found
+
+
+def rotary_of(kind: Any, config: Any) -> Rotary | None:
+    """From a family's own class of rotary embeddings; None where the angles depend on the text's length."""
+    if config.rope_parameters.get("rope_type", "default") not in ("default", "linear", "llama3", "yarn"):
+        return None
+    made = kind(config)
+    return Rotary(made.inv_freq.detach().float(), float(made.attention_scaling))

@@ -1,0 +1,79 @@
+"""GPT-2 (Radford et al. 2019): learned positions, LayerNorm, one matrix for q, k and v, stored (in, out)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .decoder import DecoderConfig, DecoderLayer, Dense, NormWeight, Weights
+
+ARCHITECTURES = ("GPT2LMHeadModel",)
+PATHS = {
+    "resid_in": "transformer.h.{i}:in",
+    "attn.act_in": "transformer.h.{i}.ln_1",
+    "attn.y": "transformer.h.{i}.attn.c_proj:in",
+    "attn.resid_delta": "transformer.h.{i}.attn",
+    "resid_mid": "transformer.h.{i}.ln_2:in",
+    "mlp.act_in": "transformer.h.{i}.ln_2",
+    "mlp.post_act": "transformer.h.{i}.mlp.c_proj:in",
+    "mlp.resid_delta": "transformer.h.{i}.mlp",
+    "after": "transformer.h.{i}",
+    "final_resid": "transformer.ln_f:in",
+}
+
+
+def read(config: Any) -> DecoderConfig | None:
+    if config.add_cross_attention:
+        return None
+    head_dim = config.n_embd // config.n_head
+    scale = float(head_dim**-0.5) if config.scale_attn_weights else 1.0
+    by_layer = config.scale_attn_by_inverse_layer_idx
+    return DecoderConfig(
+        layers=config.n_layer,
+        width=config.n_embd,
+        heads=config.n_head,
+        kv_heads=config.n_head,
+        head_dim=head_dim,
+        vocab_size=config.vocab_size,
+        max_length=config.n_positions,
+        rms=False,
+        eps=config.layer_norm_epsilon,
+        activation=config.activation_function,
+        scales=tuple(scale / (i + 1 if by_layer else 1) for i in range(config.n_layer)),
+    )
+
+
+def _prefix(get: Weights) -> str:
+    return "transformer." if "transformer.wte.weight" in get else ""  # the public checkpoints have none
+
+
+def _norm(get: Weights, name: str) -> NormWeight:
+    return NormWeight(get(f"{name}.weight"), get(f"{name}.bias"))
+
+
+def _turned(get: Weights, name: str) -> Dense:
+    return Dense(get(f"{name}.weight").T, get(f"{name}.bias"))
+
+
+def layer(get: Weights, i: int) -> DecoderLayer:
+    at = f"{_prefix(get)}h.{i}"
+    return DecoderLayer(
+        norm1=_norm(get, f"{at}.ln_1"),
+        norm2=_norm(get, f"{at}.ln_2"),
+        qkv=(_turned(get, f"{at}.attn.c_attn"),),
+        out=_turned(get, f"{at}.attn.c_proj"),
+        up=(_turned(get, f"{at}.mlp.c_fc"),),
+        down=_turned(get, f"{at}.mlp.c_proj"),
+    )
+
+
+def embed(get: Weights, ids: Tensor, positions: Tensor) -> Tensor:
+    prefix = _prefix(get)
+    return get.rows(f"{prefix}wte.weight", ids) + get.rows(f"{prefix}wpe.weight", positions)
+
+
+def final(get: Weights) -> tuple[NormWeight, Dense]:
+    prefix = _prefix(get)
+    head = "lm_head.weight" if "lm_head.weight" in get else f"{prefix}wte.weight"
+    return _norm(get, f"{prefix}ln_f"), Dense(get(head))

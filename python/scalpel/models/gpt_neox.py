@@ -1,0 +1,76 @@
+"""GPT-NeoX and Pythia (Black et al. 2022; Biderman et al. 2023): partly rotary, attention and MLP in parallel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .decoder import DecoderConfig, DecoderLayer, Dense, NormWeight, Weights, rotary_of
+
+ARCHITECTURES = ("GPTNeoXForCausalLM",)
+PATHS = {
+    "resid_in": "gpt_neox.layers.{i}:in",
+    "attn.act_in": "gpt_neox.layers.{i}.input_layernorm",
+    "attn.y": "gpt_neox.layers.{i}.attention.dense:in",
+    "attn.resid_delta": "gpt_neox.layers.{i}.attention",
+    "resid_mid": "gpt_neox.layers.{i}.post_attention_layernorm:in",
+    "mlp.act_in": "gpt_neox.layers.{i}.post_attention_layernorm",
+    "mlp.post_act": "gpt_neox.layers.{i}.mlp.dense_4h_to_h:in",
+    "mlp.resid_delta": "gpt_neox.layers.{i}.mlp",
+    "after": "gpt_neox.layers.{i}",
+    "final_resid": "gpt_neox.final_layer_norm:in",
+}
+
+
+def read(config: Any) -> DecoderConfig | None:
+    from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
+
+    rotary = rotary_of(GPTNeoXRotaryEmbedding, config)
+    if rotary is None:
+        return None
+    return DecoderConfig(
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_attention_heads,
+        head_dim=config.hidden_size // config.num_attention_heads,
+        vocab_size=config.vocab_size,
+        max_length=config.max_position_embeddings,
+        rms=False,
+        eps=config.layer_norm_eps,
+        activation=config.hidden_act,
+        rotary=rotary,
+        parallel=config.use_parallel_residual,
+    )
+
+
+def _norm(get: Weights, name: str) -> NormWeight:
+    return NormWeight(get(f"{name}.weight"), get(f"{name}.bias"))
+
+
+def _dense(get: Weights, name: str) -> Dense:
+    return Dense(get(f"{name}.weight"), get(f"{name}.bias") if f"{name}.bias" in get else None)
+
+
+def layer(get: Weights, i: int) -> DecoderLayer:
+    at = f"gpt_neox.layers.{i}"
+    return DecoderLayer(
+        norm1=_norm(get, f"{at}.input_layernorm"),
+        norm2=_norm(get, f"{at}.post_attention_layernorm"),
+        qkv=(_dense(get, f"{at}.attention.query_key_value"),),
+        by_head=True,
+        out=_dense(get, f"{at}.attention.dense"),
+        up=(_dense(get, f"{at}.mlp.dense_h_to_4h"),),
+        down=_dense(get, f"{at}.mlp.dense_4h_to_h"),
+    )
+
+
+def embed(get: Weights, ids: Tensor, positions: Tensor) -> Tensor:
+    return get.rows("gpt_neox.embed_in.weight", ids)
+
+
+def final(get: Weights) -> tuple[NormWeight, Dense]:
+    head = "lm_head.weight" if "lm_head.weight" in get else "embed_out.weight"  # older checkpoints
+    head = head if head in get else "gpt_neox.embed_in.weight"
+    return _norm(get, "gpt_neox.final_layer_norm"), Dense(get(head))

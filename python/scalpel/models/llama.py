@@ -1,0 +1,88 @@
+"""Llama (Touvron et al. 2023) and those of its shape: Mistral, Qwen2, Qwen3.
+
+RMSNorm, rotary positions, grouped-query attention, a gated MLP. Qwen2 has biases at q, k and v, Qwen3 a norm of
+each head of q and k, Mistral and some Qwen layers a sliding window.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .decoder import DecoderConfig, DecoderLayer, Dense, NormWeight, Weights, rotary_of
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+PATHS = {
+    "resid_in": "model.layers.{i}:in",
+    "attn.act_in": "model.layers.{i}.input_layernorm",
+    "attn.k": "model.layers.{i}.self_attn.k_proj",
+    "attn.q": "model.layers.{i}.self_attn.q_proj",
+    "attn.v": "model.layers.{i}.self_attn.v_proj",
+    "attn.y": "model.layers.{i}.self_attn.o_proj:in",
+    "attn.resid_delta": "model.layers.{i}.self_attn",
+    "resid_mid": "model.layers.{i}.post_attention_layernorm:in",
+    "mlp.act_in": "model.layers.{i}.post_attention_layernorm",
+    "mlp.post_act": "model.layers.{i}.mlp.down_proj:in",
+    "mlp.resid_delta": "model.layers.{i}.mlp",
+    "after": "model.layers.{i}",
+    "final_resid": "model.norm:in",
+}
+
+
+def read(config: Any) -> DecoderConfig | None:
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rotary = rotary_of(LlamaRotaryEmbedding, config)
+    if rotary is None:
+        return None
+    return DecoderConfig(
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        vocab_size=config.vocab_size,
+        max_length=config.max_position_embeddings,
+        rms=True,
+        eps=config.rms_norm_eps,
+        activation=config.hidden_act,
+        rotary=rotary,
+        windows=_windows(config),
+    )
+
+
+def _windows(config: Any) -> tuple[int | None, ...]:
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:  # Mistral: every layer
+        return (window,) * config.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _dense(get: Weights, name: str) -> Dense:
+    return Dense(get(f"{name}.weight"), get(f"{name}.bias") if f"{name}.bias" in get else None)
+
+
+def layer(get: Weights, i: int) -> DecoderLayer:
+    at = f"model.layers.{i}"
+    attn = f"{at}.self_attn"
+    return DecoderLayer(
+        norm1=NormWeight(get(f"{at}.input_layernorm.weight"), None),
+        norm2=NormWeight(get(f"{at}.post_attention_layernorm.weight"), None),
+        qkv=tuple(_dense(get, f"{attn}.{name}_proj") for name in "qkv"),
+        q_norm=get(f"{attn}.q_norm.weight") if f"{attn}.q_norm.weight" in get else None,
+        k_norm=get(f"{attn}.k_norm.weight") if f"{attn}.k_norm.weight" in get else None,
+        out=_dense(get, f"{attn}.o_proj"),
+        up=(_dense(get, f"{at}.mlp.gate_proj"), _dense(get, f"{at}.mlp.up_proj")),
+        down=_dense(get, f"{at}.mlp.down_proj"),
+    )
+
+
+def embed(get: Weights, ids: Tensor, positions: Tensor) -> Tensor:
+    return get.rows("model.embed_tokens.weight", ids)
+
+
+def final(get: Weights) -> tuple[NormWeight, Dense]:
+    head = "lm_head.weight" if "lm_head.weight" in get else "model.embed_tokens.weight"
+    return NormWeight(get("model.norm.weight"), None), Dense(get(head))
