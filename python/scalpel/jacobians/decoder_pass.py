@@ -70,7 +70,7 @@ def decoder_pass(
         if hook is None:
             return None
         ends.append(hook)
-    inputs = _plain_inputs(decoder, input_ids, beside)
+    inputs = plain_inputs(decoder, input_ids, beside)
     if inputs is None or ends[0] == LOGITS:
         return None
     return DecoderPass(model, decoder, inputs, (ends[0], ends[1]), precision)
@@ -91,7 +91,7 @@ def module_paths(model: nn.Module, source: str, target: str) -> tuple[str, str]:
     return module_path(source, family, shape, True), module_path(target, family, shape, False)
 
 
-def _plain_inputs(decoder: Decoder, input_ids: Any, beside: dict[str, Any]) -> dict[str, Any] | None:
+def plain_inputs(decoder: Decoder, input_ids: Any, beside: dict[str, Any]) -> dict[str, Any] | None:
     """Token ids with, perhaps, a two-dimensional mask and positions; None for anything else."""
     batch = dict(input_ids) if isinstance(input_ids, Mapping) else {"input_ids": input_ids}
     beside = {name: value for name, value in beside.items() if value is not None}

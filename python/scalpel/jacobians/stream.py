@@ -1,0 +1,105 @@
+"""Layer after layer of a decoder too large for memory: its values, and the Jacobian of each layer in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..models.decoder import Decoder
+from ..models.folder import decoder_in, streamed_layers
+from .decoder_pass import plain_inputs
+from .dense_layer import Buffers, DenseLayer
+from .dense_primal import DensePrimal, places_of, through_layer
+
+
+@dataclass
+class StreamedLayer:
+    """One layer between two values of the residual stream, (B, L, width) each; its products while it is in memory.
+
+    All tokens to all tokens, the identity path included. The products raise RuntimeError once the next layer has
+    been asked for, ValueError or TypeError for tangents of another shape or dtype.
+    """
+
+    number: int
+    before: Tensor
+    after: Tensor
+    _rules: DenseLayer | None
+
+    def jvp(self, V: Tensor) -> Tensor:
+        """T tangents of ``before``, (T, B, L, width), to those of ``after``."""
+        found = self._checked(V).push(V.detach().clone(), lambda _, t: t, set())
+        assert found is not None
+        return found
+
+    def vjp(self, U: Tensor) -> Tensor:
+        """T cotangents of ``after`` to those of ``before``."""
+        found = self._checked(U).pull(U.detach(), lambda _, u: u)
+        assert found is not None
+        return found
+
+    def _checked(self, tangents: Tensor) -> DenseLayer:
+        if self._rules is None:
+            raise RuntimeError(f"layer {self.number} has left memory: take its products before the next layer's turn")
+        if tangents.dim() != 4 or tangents.shape[1:] != self.before.shape:
+            shape = ", ".join(map(str, ("T", *self.before.shape)))
+            raise ValueError(f"tangents have shape {tuple(tangents.shape)}; they must be ({shape})")
+        if tangents.dtype != self.before.dtype:
+            raise TypeError(f"tangents are {tangents.dtype}; here they must be {self.before.dtype}")
+        return self._rules
+
+
+def stream_layers(
+    folder: str | Path,
+    input_ids: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> Iterator[StreamedLayer]:
+    """The layers of the model in ``folder`` in order, one in memory and the next being read.
+
+    ``folder``: as transformers' ``save_pretrained`` writes it (config.json and safetensors, whole or in shards),
+    of a family that has rules (see :func:`scalpel.jacobian`); float64, float32, bfloat16, or float16, which is
+    computed in float32. ``input_ids`` (B, L), ``attention_mask`` and ``position_ids`` as there. Values and
+    tangents are float32 (float64 of a float64 model); products of a bfloat16 model are bfloat16. What comes
+    before a layer's products is the user's: orthonormalise, record, stop early. A layer is valid until the next.
+
+    Forward mode needs no more than this::
+
+        for layer in stream_layers(folder, input_ids):
+            V = layer.jvp(V)  # in the end, the tangents of final_resid
+
+    Raises CheckpointError (a ValueError) for a folder that can't be read or has no rules, ValueError for inputs
+    that the model does not take.
+    """
+    decoder = decoder_in(folder)
+    beside = {"attention_mask": attention_mask, "position_ids": position_ids}
+    inputs = plain_inputs(decoder, input_ids, beside)
+    if inputs is None:
+        raise ValueError(
+            f"input_ids, attention_mask or position_ids do not fit: int64 (B, L) with ids below "
+            f"{decoder.config.vocab_size}, at most {decoder.config.max_length} tokens, and a mask of zeros and ones"
+        )
+    return _layers(decoder, inputs)
+
+
+def _layers(decoder: Decoder, inputs: dict[str, Tensor]) -> Iterator[StreamedLayer]:
+    ids = inputs["input_ids"]
+    positions = inputs.get("position_ids", torch.arange(ids.shape[1])[None])
+    everything, buffers = slice(0, ids.shape[1]), Buffers()
+    with torch.no_grad():
+        x = decoder.embed(ids, positions)
+        x = x if x.dtype == torch.float64 else x.float()
+        places = places_of(decoder, positions, inputs.get("attention_mask"), x.dtype)
+    for i, layer in streamed_layers(decoder):
+        with torch.no_grad():
+            primal = DensePrimal()
+            after = through_layer(decoder, i, layer, x, places, lambda _, value: value, primal)
+            rules = DenseLayer(decoder, i, layer, primal, places, everything, buffers)
+        streamed = StreamedLayer(i, x, after, rules)
+        yield streamed
+        streamed._rules = None  # its memory will hold another layer
+        x = after

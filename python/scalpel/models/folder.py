@@ -1,0 +1,239 @@
+"""A decoder in a folder of safetensors, read a layer at a time: no module is built, and one layer is in memory.
+
+While a layer computes, the next is read into a second piece of memory; both are used again and again, so that
+a model of any size takes two layers' worth. Files are read, not mapped: a mapped file would count as resident.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .decoder import Decoder, DecoderLayer
+from .families import family_of, supported
+from .weight_files import CheckpointError, read_json, some
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ALIGNED = 64
+_PIECE = 1 << 26  # bytes of one read
+
+
+class _Place(NamedTuple):
+    """Where a tensor's bytes are."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class FolderWeights:
+    """The tensors of a folder's safetensors by name, each read when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.places: dict[str, _Place] = {}
+        for path in _shards(folder):
+            self.places |= _header(path)
+
+    def __call__(self, name: str) -> Tensor:
+        place = self._place(name)
+        memory = torch.empty(place.bytes, dtype=torch.uint8)
+        _read(place.path, place.begin, memory)
+        return _wide(memory.view(place.dtype).view(place.shape))
+
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        place = self._place(name)
+        step = place.bytes // max(1, place.shape[0])
+        wanted, where = index.unique(return_inverse=True)
+        memory = torch.empty(len(wanted), step, dtype=torch.uint8)
+        for row, number in zip(memory, wanted.tolist(), strict=True):
+            _read(place.path, place.begin + number * step, row)
+        return _wide(memory.view(place.dtype))[where]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places
+
+    def _place(self, name: str) -> _Place:
+        if name not in self.places:
+            raise CheckpointError(
+                f"{self.folder} has no tensor {name!r}; it holds {some(sorted(self.places))}. "
+                "Is config.json that of these weights?"
+            )
+        return self.places[name]
+
+
+def decoder_in(folder: str | Path) -> Decoder:
+    """The decoder in a folder with config.json and safetensors, as transformers writes them.
+
+    Raises CheckpointError where the folder lacks one of these, or names a model that has no rules.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json: give a folder as transformers' save_pretrained writes it")
+    names = read_json(folder / "config.json").get("architectures") or ["none"]
+    family = family_of(str(names[0]))
+    if family is None:
+        raise CheckpointError(f"{folder} holds a {names[0]}, which has no rules; those that have: {some(supported())}")
+    from transformers import AutoConfig
+
+    config = family.read(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    if config is None:
+        raise CheckpointError(f"the config of {folder} asks for attention or positions that have no rules")
+    return Decoder(family, config, FolderWeights(folder))
+
+
+def streamed_layers(decoder: Decoder) -> Iterator[tuple[int, DecoderLayer]]:
+    """All layers in order, each valid until the next is asked for; the next is read meanwhile."""
+    weights = decoder.weights
+    assert isinstance(weights, FolderWeights)
+    wanted = [_names_of(decoder, i) for i in range(decoder.config.layers)]
+    size = max((_room(weights, names) for names in wanted), default=0)
+    slots = [torch.empty(size, dtype=torch.uint8) for _ in range(min(2, len(wanted)))]
+    with ThreadPoolExecutor(1, thread_name_prefix="scalpel-read-ahead") as reader:
+        coming = reader.submit(_fill, weights, wanted[0], slots[0]) if wanted else None
+        for i in range(len(wanted)):
+            assert coming is not None
+            tensors = coming.result()
+            coming = None
+            if i + 1 < len(wanted):
+                coming = reader.submit(_fill, weights, wanted[i + 1], slots[(i + 1) % 2])
+            yield i, decoder.family.layer(_Held(tensors, weights), i)
+
+
+class _Held:
+    """One layer's tensors, already read."""
+
+    def __init__(self, tensors: dict[str, Tensor], weights: FolderWeights) -> None:
+        self._tensors = tensors
+        self._weights = weights
+
+    def __call__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        return self._weights.rows(name, index)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights
+
+
+class _Asked:
+    """Notes which tensors a family reads for a layer."""
+
+    def __init__(self, weights: FolderWeights) -> None:
+        self.names: list[str] = []
+        self._weights = weights
+
+    def __call__(self, name: str) -> Tensor:
+        place = self._weights._place(name)
+        self.names.append(name)
+        return torch.empty(place.shape, dtype=place.dtype, device="meta")
+
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights
+
+
+def _names_of(decoder: Decoder, i: int) -> list[str]:
+    assert isinstance(decoder.weights, FolderWeights)
+    asked = _Asked(decoder.weights)
+    decoder.family.layer(asked, i)
+    return asked.names
+
+
+def _aligned(size: int) -> int:
+    return (size + _ALIGNED - 1) // _ALIGNED * _ALIGNED
+
+
+def _room(weights: FolderWeights, names: list[str]) -> int:
+    return sum(_aligned(weights.places[name].bytes) for name in names)
+
+
+def _fill(weights: FolderWeights, names: list[str], slot: Tensor) -> dict[str, Tensor]:
+    found, at = {}, 0
+    for name in names:
+        place = weights.places[name]
+        memory = slot[at : at + place.bytes]
+        _read(place.path, place.begin, memory)
+        found[name] = _wide(memory.view(place.dtype).view(place.shape))
+        at += _aligned(place.bytes)
+    return found
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """float16, in which products overflow, as float32."""
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
+
+
+# ---- files -------------------------------------------------------------------------------------
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        where = read_json(index).get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+            raise CheckpointError(f"{index} has no 'weight_map' of key to file name")
+        paths = [folder / name for name in sorted(set(where.values()))]
+    else:
+        paths = [folder / "model.safetensors"]
+    for path in paths:
+        if path.parent != folder or not path.is_file():
+            raise CheckpointError(f"{path} is not there: a folder of safetensors is read, whole or in shards")
+    return paths
+
+
+def _header(path: Path) -> dict[str, _Place]:
+    """Where the tensors of one file are (the format of safetensors: 8 bytes of length, JSON, the tensors)."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 0 < length <= size - 8:
+            raise CheckpointError(f"{path} is no safetensors file, or it is cut short")
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{path} can't be read as safetensors: {error}") from error
+    found = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = entry["data_offsets"]
+        if 8 + length + end > size:
+            raise CheckpointError(f"{path} is cut short: {name!r} ends at byte {8 + length + end} of {size}")
+        if entry["dtype"] not in _DTYPES:
+            continue  # masks and counters, which no family reads
+        place = _Place(path, _DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin)
+        if place.bytes != end - begin:
+            raise CheckpointError(f"{path}: {name!r} of shape {place.shape} has {end - begin} bytes")
+        found[name] = place
+    return found
+
+
+def _read(path: Path, begin: int, into: Tensor) -> None:
+    """Bytes from ``begin`` on; ``into`` (n,) uint8."""
+    view = memoryview(into.numpy())  # type: ignore[arg-type]
+    with path.open("rb", buffering=0) as file:
+        done = 0
+        while done < len(view):
+            count = os.preadv(file.fileno(), [view[done : done + _PIECE]], begin + done)
+            if count == 0:
+                raise CheckpointError(f"{path} is cut short at byte {begin + done}: it changed while it was read")
+            done += count
