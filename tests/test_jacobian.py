@@ -61,6 +61,26 @@ def test_from_every_hook_and_to_every_hook(case: str) -> None:
         check(model, ids, "0.resid_in", target, (1, None))
 
 
+@pytest.mark.parametrize(
+    "alias,hook",
+    [
+        ("blocks.1.hook_resid_pre", "1.resid_in"),
+        ("blocks.0.hook_resid_post", "1.resid_in"),
+        ("blocks.1.attn.hook_z", "1.attn.y"),
+        ("transformer.h.0.mlp", "0.mlp.resid_delta"),
+        ("transformer.h.1.mlp.c_proj:in", "1.mlp.post_act"),
+    ],
+)
+def test_other_names_of_a_hook(alias: str, hook: str) -> None:
+    model = build("plain")
+    ids = tokens(model, 1, 3)
+    named, ours = jacobian(model, ids, alias), jacobian(model, ids, hook)
+    assert torch.equal(named.to_dense(), ours.to_dense())
+    assert (jacobian(model, ids, hook, "blocks.1.hook_resid_post") @ jacobian(model, ids, alias, alias)).shape
+    with pytest.raises(ValueError, match="unknown source 'transformer.h.1.ln_2:in'"):
+        jacobian(model, ids, "transformer.h.1.ln_2:in")  # a change there leaves the residual stream as it is
+
+
 def test_no_layer() -> None:
     model = build("no_layer")
     check(model, tokens(model, 2, 3), "final_resid", "logits")

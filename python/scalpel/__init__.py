@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ._info import __version__, show_config
     from .covariance import StreamingCovariance
     from .jacobians.entry import jacobian
+    from .jacobians.lyapunov import lyapunov
     from .models.circuitgpt import CircuitGPT
     from .models.config import CircuitGPTConfig
     from .ops import AbsTopK, keep_topk, topk_indices, topk_mask
@@ -24,6 +25,7 @@ _HOME = {
     "topk_indices": "ops",
     "AbsTopK": "ops",
     "jacobian": "jacobians.entry",
+    "lyapunov": "jacobians.lyapunov",
     "StreamingCovariance": "covariance",
     "CircuitGPT": "models.circuitgpt",
     "CircuitGPTConfig": "models.config",
@@ -39,6 +41,7 @@ __all__ = [
     "experiments",
     "jacobian",
     "keep_topk",
+    "lyapunov",
     "reference",
     "semigroup",
     "show_config",

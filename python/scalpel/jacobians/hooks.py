@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..models.circuitgpt import CircuitGPT, allowed_keys
+from ..models.circuitgpt import MODULE_PATHS, CircuitGPT, allowed_keys
+from ..models.families import hook_named
 
 LOGITS = "logits"
 _IDLE_KEYS = ("labels", "token_type_ids", "special_tokens_mask")  # of a batch: no CircuitGPT reads them
@@ -77,6 +78,9 @@ class CircuitPass(Pass):
         source: str,
         target: str,
     ) -> None:
+        hooks = model.hook_names
+        source = hook_named(source, MODULE_PATHS, hooks, True) or source
+        target = hook_named(target, MODULE_PATHS, hooks, False) or target
         super().__init__(model, source, target)
         if isinstance(input_ids, Mapping):
             batch = {key: value for key, value in input_ids.items() if key not in _IDLE_KEYS}
@@ -89,7 +93,7 @@ class CircuitPass(Pass):
             input_ids = batch["input_ids"]
             attention_mask = _only("attention_mask", batch.get("attention_mask"), attention_mask)
             position_ids = _only("position_ids", batch.get("position_ids"), position_ids)
-        self.hooks = [*model.hook_names, LOGITS]
+        self.hooks = [*hooks, LOGITS]
         known_hook(source, self.hooks[:-1], "source", "a CircuitGPT")
         known_hook(target, self.hooks, "target", "a CircuitGPT")
         for name, given in (

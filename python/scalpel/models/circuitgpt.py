@@ -350,6 +350,21 @@ def hook_names(n_layer: int) -> list[str]:
     return [f"{i}.{hook}" for i in range(n_layer) for hook in in_layer] + ["final_resid"]
 
 
+# hook → the module whose output, or with ":in" input, has its value; {i} is the layer
+MODULE_PATHS = {
+    "resid_in": "transformer.h.{i}:in",
+    "attn.act_in": "transformer.h.{i}.attn.c_attn:in",
+    "attn.y": "transformer.h.{i}.attn.c_proj:in",
+    "attn.resid_delta": "transformer.h.{i}.attn",
+    "resid_mid": "transformer.h.{i}.ln_2:in",
+    "mlp.act_in": "transformer.h.{i}.mlp.c_fc:in",
+    "mlp.post_act": "transformer.h.{i}.mlp.c_proj:in",
+    "mlp.resid_delta": "transformer.h.{i}.mlp",
+    "after": "transformer.h.{i}",
+    "final_resid": "transformer.ln_f:in",
+}
+
+
 def sinusoids(block_size: int, width: int) -> Tensor:
     """The fixed position table (block_size, width).
 

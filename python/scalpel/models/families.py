@@ -97,27 +97,33 @@ def hooks_of(config: DecoderConfig) -> list[str]:
     return [f"{i}.{name}" for i in range(config.layers) for name in names] + ["final_resid"]
 
 
-def _aliases(family: Family, config: DecoderConfig, as_source: bool) -> Iterator[tuple[str, str]]:
+def _aliases(paths_of: dict[str, str], hooks: list[str], as_source: bool) -> Iterator[tuple[str, str]]:
     """(another name, our hook)."""
-    ours = set(hooks_of(config))
-    for i in range(config.layers):
-        following = f"{i + 1}.resid_in" if i + 1 < config.layers else "final_resid"
+    ours, layers = set(hooks), 1 + int(hooks[-2].partition(".")[0]) if len(hooks) > 1 else 0
+    for i in range(layers):
+        following = f"{i + 1}.resid_in" if i + 1 < layers else "final_resid"
         named = [(f"blocks.{i}.{name}", hook) for name, hook in _TRANSFORMER_LENS.items()]
-        paths = ((hook, path) for hook, path in family.PATHS.items() if hook != "final_resid")
+        paths = ((hook, path) for hook, path in paths_of.items() if hook != "final_resid")
         # The input of the second norm has resid_mid's value, but a change there leaves the residual stream as it is.
         named += [(path.format(i=i), hook) for hook, path in paths if not (as_source and hook == "resid_mid")]
         for name, hook in named:
             whole = following if hook == "after" else f"{i}.{hook}"
             if whole in ours:
                 yield name, whole
-    yield family.PATHS["final_resid"], "final_resid"
+    yield paths_of["final_resid"], "final_resid"
+
+
+def hook_named(name: str, paths: dict[str, str], hooks: list[str], as_source: bool) -> str | None:
+    """The hook that ``name`` is: our own name, TransformerLens's or a module path; None where it is none.
+
+    ``paths``: hook → module path, as a family lists them; ``hooks``: ours, in order, ``final_resid`` last.
+    """
+    return name if name in hooks else dict(_aliases(paths, hooks, as_source)).get(name)
 
 
 def our_hook(name: str, family: Family, config: DecoderConfig, as_source: bool = False) -> str | None:
-    """The hook that ``name`` is: our own name, TransformerLens's or a module path; None where it is none."""
-    if name in hooks_of(config):
-        return name
-    return dict(_aliases(family, config, as_source)).get(name)
+    """:func:`hook_named` of a decoder."""
+    return hook_named(name, family.PATHS, hooks_of(config), as_source)
 
 
 def module_path(name: str, family: Family, config: DecoderConfig, as_source: bool = False) -> str:
