@@ -1,0 +1,539 @@
+"""scalpel.lyapunov against dense decompositions of the whole product, in float64 or in hundreds of digits."""
+
+import math
+import warnings
+from collections.abc import Iterator
+from itertools import pairwise
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import scalpel
+from circuitgpt_cases import build, tokens
+from scalpel import CircuitGPT, jacobian, lyapunov
+from scalpel.jacobians.depth import Spectra, haar_block, measure_alignment
+from scalpel.jacobians.graded import GradedProduct
+from scalpel.jacobians.operator import Jacobian
+from scalpel.jacobians.sweeps import Sweeps, frame_growth
+from scalpel.reference_jacobian import jacobian_dense
+
+pytestmark = pytest.mark.filterwarnings("ignore:scalpel.jacobian differentiates")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def orthogonal(n: int, seed: int = 0) -> Tensor:
+    return torch.linalg.qr(random(n, n, seed=seed))[0]
+
+
+def network(*matrices: Tensor) -> tuple[nn.Sequential, Tensor, list[str]]:
+    """A chain of linear layers, an input, and the hooks between its layers."""
+    layers = []
+    for matrix in matrices:
+        layer = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, dtype=matrix.dtype)
+        with torch.no_grad():
+            layer.weight.copy_(matrix)
+        layers.append(layer)
+    given = torch.zeros(1, matrices[0].shape[1], dtype=matrices[0].dtype)
+    return nn.Sequential(*layers), given, ["0:in", *(str(i) for i in range(len(matrices)))]
+
+
+def exponents_of(T: int, *matrices: Tensor, **options) -> scalpel.jacobians.lyapunov.Lyapunov:
+    model, given, hooks = network(*matrices)
+    return lyapunov(model, given, T, hooks=hooks, **options)
+
+
+def operators(matrices: list[Tensor]) -> list[Jacobian]:
+    found = []
+    for matrix in matrices:
+        model, given, _ = network(matrix)
+        found.append(jacobian(model, given, "0:in", "0"))
+    return found
+
+
+def stream(model: CircuitGPT) -> list[str]:
+    return [f"{i}.resid_in" for i in range(model.config.n_layer)] + ["final_resid"]
+
+
+def dense_layers(model: CircuitGPT, ids: Tensor, identity: bool) -> list[Tensor]:
+    names = stream(model)
+    found = [jacobian_dense(model, ids, a, b) for a, b in pairwise(names)]
+    return found if identity else [J - torch.eye(len(J), dtype=J.dtype) for J in found]
+
+
+def dense_product(layers: list[Tensor]) -> Tensor:
+    product = torch.eye(layers[0].shape[1], dtype=torch.float64)
+    for layer in layers:
+        product = layer @ product
+    return product
+
+
+def at_tokens(matrix: Tensor, chosen: list[int], length: int, width: int) -> Tensor:
+    """The rows and columns of a matrix (B·L·width) that belong to the chosen tokens."""
+    kept = torch.zeros(len(matrix) // (length * width), length, width, dtype=torch.bool)
+    kept[:, chosen] = True
+    return matrix[kept.flatten()][:, kept.flatten()]
+
+
+def logs(matrix: Tensor, T: int) -> Tensor:
+    return torch.linalg.svdvals(matrix)[:T].log()
+
+
+CASES = ["plain", "like_csp_yolo2", "topk_resid_post_mlp", "relu_residual", "positions_concatenated"]
+
+
+@pytest.mark.parametrize("identity", [True, False])
+@pytest.mark.parametrize("positions", [None, -1, slice(1, 4)])
+@pytest.mark.parametrize("case", CASES)
+def test_a_circuitgpt_against_its_dense_product(case: str, positions, identity: bool) -> None:
+    model, T = build(case), 3
+    ids = tokens(model, 2, 5)
+    L = lyapunov(model, ids, T, positions=positions, identity=identity)
+    layers = dense_layers(model, ids, identity)
+    chosen = np.atleast_1d(np.arange(5)[slice(None) if positions is None else positions]).tolist()
+
+    def cut(matrix: Tensor) -> Tensor:
+        return at_tokens(matrix, chosen, 5, model.config.d_model)
+
+    P = cut(dense_product(layers))
+    torch.testing.assert_close(L.log_singular_values, logs(P, T), rtol=0, atol=1e-10)
+    assert torch.equal(L.exponents, L.log_singular_values / 2)
+    assert L.depth == 2 and L.converged and bool((L.residual <= 1e-7).all())
+    assert L.hooks == ("0.resid_in", "1.resid_in", "final_resid")
+    assert L.identity == ("with_identity" if identity else "without_identity")
+    assert L.positions == (None if positions is None else tuple(chosen))
+    for depth in (1, 2):
+        torch.testing.assert_close(L.layer_spectra[depth - 1].log(), logs(cut(layers[depth - 1]), T), rtol=0, atol=1e-9)
+        reached = logs(cut(dense_product(layers[:depth])), T)
+        torch.testing.assert_close(L.cumulative_spectra[depth - 1].log(), reached, rtol=0, atol=1e-9)
+    # the right vectors are those of the product: P v is as long as it should be, and they are orthonormal
+    assert L.right.shape == (T, 2, len(chosen), model.config.d_model)
+    V = L.right.flatten(1)
+    torch.testing.assert_close(V @ V.T, torch.eye(T, dtype=torch.float64), rtol=0, atol=1e-10)
+    torch.testing.assert_close((V @ P.T).norm(dim=1).log(), L.log_singular_values, rtol=0, atol=1e-8)
+
+
+def test_every_singular_value_of_a_model() -> None:
+    model = build("plain")
+    ids = tokens(model, 1, 3)
+    L = lyapunov(model, ids, 36)
+    P = jacobian_dense(model, ids, "0.resid_in", "final_resid")
+    torch.testing.assert_close(L.log_singular_values, logs(P, 36), rtol=0, atol=1e-9)
+    # all triples of each layer are known, so the layers that are cut to them are the layers
+    torch.testing.assert_close(L.alignment.exponents, L.exponents, rtol=0, atol=1e-9)
+    torch.testing.assert_close(L.alignment.overlap, torch.ones(1, dtype=torch.float64))
+    assert torch.equal(L.alignment.expected, torch.ones(1, dtype=torch.float64))
+
+
+def test_one_layer_and_float32() -> None:
+    model = build("one_layer")
+    ids = tokens(model, 1, 4)
+    L = lyapunov(model, ids, 4)
+    true = logs(jacobian_dense(model, ids, "0.resid_in", "final_resid"), 4)
+    torch.testing.assert_close(L.exponents, true, rtol=0, atol=1e-10)
+    assert L.alignment.overlap.shape == (0,) and L.depth == 1
+    # with one layer there are no singular vectors to draw
+    torch.testing.assert_close(L.alignment.null_exponents, true.expand(16, 4), rtol=0, atol=1e-10)
+    single = lyapunov(model.float(), ids, 4)
+    assert single.exponents.dtype == torch.float64 and single.right.dtype == torch.float32
+    torch.testing.assert_close(single.exponents, true, rtol=0, atol=1e-5)
+
+
+def test_interventions_count() -> None:
+    model = build("plain")
+    ids = tokens(model, 1, 4)
+    with model.ablate([f"0.mlp.post_act:{i}" for i in range(20)], kind="zero"):
+        L = lyapunov(model, ids, 3)
+        true = logs(jacobian_dense(model, ids, "0.resid_in", "final_resid"), 3)
+    torch.testing.assert_close(L.log_singular_values, true, rtol=0, atol=1e-9)
+    assert float((L.exponents - lyapunov(model, ids, 3).exponents).abs().max()) > 1e-3
+
+
+# ---- products that float64 does not hold -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "depth", "T"), [(6, 60, 6), (12, 40, 3)])
+def test_values_hundreds_of_orders_apart(n: int, depth: int, T: int) -> None:
+    matrices = [random(n, n, seed=i) for i in range(depth)]
+    found = Sweeps(operators(matrices), T, 0).solve(1e-7, 200, torch.zeros(n, 0, dtype=torch.float64))
+    with mpmath.workdps(400):
+        product = mpmath.eye(n)
+        for matrix in matrices:
+            product = mpmath.matrix(matrix.tolist()) * product
+        true = sorted((float(mpmath.log(s)) for s in mpmath.svd_r(product, compute_uv=False)), reverse=True)
+    if n == T:
+        assert true[0] - true[-1] > 70  # far more than the 36 nats of float64's precision
+    assert found.converged
+    torch.testing.assert_close(found.logs, torch.tensor(true[:T], dtype=torch.float64), rtol=0, atol=1e-11)
+
+
+def test_a_product_beyond_the_range_of_its_dtype() -> None:
+    turns = [orthogonal(5, seed=i) for i in range(9)]
+    values = torch.tensor([1e50, 3e49, 1e49, 1e48, 1e47], dtype=torch.float64)
+    matrices = [turns[i + 1] @ torch.diag(values) @ turns[i].T for i in range(8)]
+    L = exponents_of(5, *matrices)  # up to 1e400
+    torch.testing.assert_close(L.exponents, values.log(), rtol=0, atol=1e-10)
+    assert math.isinf(float(L.cumulative_spectra[-1, 0])) and bool(L.cumulative.log_values.isfinite().all())
+    small = exponents_of(5, *(matrix * 1e-100 for matrix in matrices))  # down to 1e-424
+    torch.testing.assert_close(small.exponents, values.log() - 100 * math.log(10), rtol=0, atol=1e-10)
+
+
+def test_layers_that_undo_each_other() -> None:
+    steep = torch.diag(10.0 ** -torch.arange(10, dtype=torch.float64))
+    back = torch.diag(10.0 ** torch.arange(-9, 1, dtype=torch.float64))
+    Q = orthogonal(10)
+    L = exponents_of(10, steep @ Q.T, orthogonal(10, seed=1), orthogonal(10, seed=1).T, back)
+    torch.testing.assert_close(L.log_singular_values, torch.full((10,), -9 * math.log(10)).double(), rtol=0, atol=1e-6)
+
+
+def test_a_graded_product_keeps_relative_accuracy() -> None:
+    product = GradedProduct(4)
+    values = np.array([1.0, 1e-3, 1e-6, 1e-9])
+    for i in range(100):
+        factor = orthogonal(4, seed=i + 1).numpy() @ np.diag(values) @ orthogonal(4, seed=i).numpy().T
+        product.extend(factor, 0.0)
+    left, found = product.svd()
+    # a factor as stored is only known to eps of its largest value: 1e-16 / 1e-9 of its smallest
+    np.testing.assert_allclose(found, 100 * np.log(values), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(left.T @ left, np.eye(4), atol=1e-13)
+    rng, rising, determinant = np.random.default_rng(0), GradedProduct(6), 0.0
+    for _ in range(40):  # the later diagonal entries are the larger ones: without pivots this loses three digits
+        factor = np.triu(rng.standard_normal((6, 6)))
+        factor[np.diag_indices(6)] = np.exp(2 * rng.standard_normal(6)) * [0.1, 1, 1, 2, 3, 9]
+        rising.extend(factor, 0.0)
+        determinant += np.log(np.diagonal(factor)).sum()
+    assert abs(rising.svd()[1].sum() - determinant) < 1e-10
+    triangle = GradedProduct(3)
+    exact = np.array([[1.0, 0.5, 0.25], [0.0, 1e-30, 1e-31], [0.0, 0.0, 1e-60]])
+    triangle.extend(exact, 0.0)
+    assert abs(triangle.svd()[1].sum() - np.log(1e-90)) < 1e-12
+
+
+def test_zero_singular_values() -> None:
+    low = random(8, 3) @ random(3, 8, seed=1)
+    L = exponents_of(6, random(8, 8, seed=2), low, random(8, 8, seed=3))
+    true = logs(random(8, 8, seed=3) @ low @ random(8, 8, seed=2), 3)
+    torch.testing.assert_close(L.log_singular_values[:3], true, rtol=0, atol=1e-9)
+    assert bool((L.log_singular_values[3:] == -math.inf).all()) and L.converged
+    assert L.layers.zeros.tolist() == [0, 3, 0] and L.cumulative.zeros.tolist() == [0, 3, 3]
+    assert not bool(L.exponents.isnan().any()) and bool((L.right[3:].norm(dim=1) == 0).all())
+    assert not bool(L.frame_growth.isnan().any()) and bool((L.mean_frame_growth[3:] == -math.inf).all())
+    # no tail is left where a zero was seen: the interval closes on the true value
+    s = torch.linalg.svdvals(low @ random(8, 8, seed=2))[:3]
+    torch.testing.assert_close(L.cumulative.effective_rank()[1], effective_rank(s).expand(2), rtol=0, atol=1e-9)
+    nothing = exponents_of(3, random(8, 8), torch.zeros(8, 8).double(), random(8, 8, seed=1))
+    assert bool((nothing.exponents == -math.inf).all()) and nothing.converged
+    assert nothing.cumulative.effective_rank()[-1].tolist() == [0, 0]
+    assert bool((nothing.alignment.null_exponents == -math.inf).all()) and bool(nothing.alignment.overlap.isnan().all())
+
+
+# ---- how they are reached --------------------------------------------------------------------------
+
+
+def test_one_forward_sweep_is_not_the_answer() -> None:
+    J = torch.diag(torch.tensor([4.0, 1.0], dtype=torch.float64))
+    L = exponents_of(2, J, torch.eye(2).double())
+    torch.testing.assert_close(L.exponents, torch.tensor([4.0, 1.0]).double().log() / 2, rtol=0, atol=1e-12)
+    # a unit vector q other than (1, 0) is stretched to sqrt(16 q₁² + q₂²) < 4
+    q = torch.linalg.qr(random(2, 2))[0][:, 0]
+    first = 0.5 * math.log(16 * float(q[0]) ** 2 + float(q[1]) ** 2)
+    torch.testing.assert_close(L.frame_growth[0], torch.tensor([first, math.log(4) - first], dtype=torch.float64))
+    assert float(L.exponents[0] - L.mean_frame_growth[0]) > 0.1
+    # what both share is the volume
+    torch.testing.assert_close(L.mean_frame_growth.sum(), L.exponents.sum())
+
+
+def test_frame_growth_is_the_qr_sweep() -> None:
+    matrices = [random(7, 7, seed=i) for i in range(5)]
+    Q = torch.linalg.qr(random(7, 3, seed=4))[0]
+    growth = frame_growth(operators(matrices), 3, seed=4)
+    for matrix, row in zip(matrices, growth, strict=True):
+        Q, R = torch.linalg.qr(matrix @ Q)
+        torch.testing.assert_close(row, R.diagonal().abs().log())
+    assert torch.equal(exponents_of(3, *matrices, seed=4).frame_growth, growth)
+
+
+@pytest.mark.parametrize("ratio", [0.9, 0.95, 0.97])
+def test_the_sweeps_converge_alone_and_the_residual_bounds_the_error(ratio: float) -> None:
+    n, T = 60, 4
+    values = ratio ** torch.arange(n, dtype=torch.float64)
+    turns = [orthogonal(n, seed=i) for i in range(4)]
+    chain = operators([turns[i + 1] @ torch.diag(values) @ turns[i].T for i in range(3)])
+    true = 3 * values[:T].log()
+    nowhere = torch.zeros(n, 0, dtype=torch.float64)
+    one = Sweeps(chain, T, 0).solve(1e-7, 1, nowhere)
+    assert not one.converged
+    found = Sweeps(chain, T, 0).solve(1e-7, 200, nowhere)
+    assert found.converged and 1 < found.sweeps <= 60
+    torch.testing.assert_close(found.logs, true, rtol=0, atol=1e-11)
+    for loose in (1e-1, 1e-2, 1e-3):
+        rough = Sweeps(chain, T, 0).solve(loose, 200, nowhere)
+        assert rough.converged and rough.sweeps <= found.sweeps
+        assert float((true - rough.logs).max()) <= loose**2 and float((rough.logs - true).max()) <= 1e-11
+
+
+def test_it_says_when_it_did_not_converge() -> None:
+    model = build("plain")
+    ids = tokens(model, 1, 4)
+    with pytest.warns(RuntimeWarning, match="stopped after 2 sweeps from '0.resid_in' to 'final_resid'.*max_sweeps"):
+        L = lyapunov(model, ids, 3, tol=0.0, max_sweeps=2, cumulative=False)
+    assert not L.converged and L.sweeps == 2
+    with pytest.warns(RuntimeWarning, match="to 'final_resid'"), pytest.warns(RuntimeWarning, match="to '1.resid_in'"):
+        stuck = lyapunov(model, ids, 3, tol=0.0)  # rounding is where the residual stays, whatever the sweeps
+    assert not stuck.converged and 2 < stuck.sweeps < 200
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert lyapunov(model, ids, 3).converged
+
+
+def test_the_seed_decides() -> None:
+    model = build("like_csp_yolo2")
+    ids = tokens(model, 1, 5)
+    first, again, other = (lyapunov(model, ids, 4, seed=seed) for seed in (1, 1, 2))
+    for name in ("exponents", "right", "frame_growth", "residual"):
+        assert torch.equal(getattr(first, name), getattr(again, name))
+    assert torch.equal(first.alignment.null_exponents, again.alignment.null_exponents)
+    assert torch.equal(first.layers.tail_energy, again.layers.tail_energy)
+    torch.testing.assert_close(first.exponents, other.exponents, rtol=0, atol=1e-11)
+    assert not torch.equal(first.frame_growth, other.frame_growth)
+    assert not torch.equal(first.alignment.null_exponents, other.alignment.null_exponents)
+
+
+def test_without_the_spectra_at_each_depth() -> None:
+    model = build("plain")
+    ids = tokens(model, 1, 4)
+    L, short = lyapunov(model, ids, 3), lyapunov(model, ids, 3, cumulative=False, probes=0, draws=0)
+    assert short.cumulative is None and short.cumulative_spectra is None
+    assert torch.equal(short.exponents, L.exponents) and short.alignment.null_exponents.shape == (0, 3)
+    torch.testing.assert_close(L.cumulative.log_values[-1], L.log_singular_values, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="no tail was estimated: ask for probes"):
+        short.layers.stable_rank(certain=False)
+
+
+# ---- beside the exponents --------------------------------------------------------------------------
+
+
+def test_growth_of_the_residual() -> None:
+    model = build("plain")
+    ids = tokens(model, 2, 5)
+    with torch.no_grad():
+        _, acts = model.run_with_cache(ids)
+    values = [acts[name] for name in stream(model)]
+    L = lyapunov(model, ids, 2)
+    torch.testing.assert_close(L.log_norms, torch.stack([value.norm().log() for value in values]))
+    torch.testing.assert_close(L.log_norms_without_first, torch.stack([value[:, 1:].norm().log() for value in values]))
+    growth = math.log(float(values[-1].norm() / values[0].norm())) / 2
+    assert abs(L.log_norm_growth - growth) < 1e-12
+    torch.testing.assert_close(L.exponents_less_growth, L.exponents - growth)
+    rest = math.log(float(values[-1][:, 1:].norm() / values[0][:, 1:].norm())) / 2
+    torch.testing.assert_close(L.exponents_less_growth_without_first, L.exponents - rest)
+    last = lyapunov(model, ids, 2, positions=-1)
+    torch.testing.assert_close(last.log_norms, torch.stack([value[:, -1].norm().log() for value in values]))
+    assert torch.equal(last.log_norms, last.log_norms_without_first)
+    first = lyapunov(model, ids, 2, positions=0)
+    assert first.log_norms_without_first is None and first.exponents_less_growth_without_first is None
+
+
+def effective_rank(s: Tensor, power: int = 1) -> Tensor:
+    return torch.special.entr(s**power / (s**power).sum()).sum().exp()
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_no_tail_leaves_the_certain_interval(power: int) -> None:
+    T, size = 4, 20
+    of = "singular" if power == 1 else "eigen"
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        head = torch.rand(T, generator=generator, dtype=torch.float64).sort(descending=True)[0] * 7
+        spectra = Spectra(head.log()[None], (size,))
+        (low, high), (stable_low, stable_high) = spectra.effective_rank(of)[0], spectra.stable_rank()[0]
+        for sharp in (0.1, 1, 10):
+            tail = head[-1] * torch.rand(size - T, generator=generator, dtype=torch.float64) ** sharp
+            s = torch.cat([head, tail])
+            assert low <= effective_rank(s, power) <= high
+            assert stable_low <= (s**2).sum() / s[0] ** 2 <= stable_high
+            # with the energy known exactly
+            energy = torch.stack([(tail**2).sum() / s[0] ** 2, torch.tensor(0.0)])[None]
+            known = Spectra(head.log()[None], (size,), energy)
+            narrow = known.effective_rank(of, certain=False)[0]
+            assert low <= narrow[0] <= effective_rank(s, power) <= narrow[1] + 1e-12 and narrow[1] <= high + 1e-12
+            assert narrow[1] < high - 0.1 or sharp < 10
+            torch.testing.assert_close(known.stable_rank(certain=False)[0], ((s**2).sum() / s[0] ** 2).expand(2))
+        # both ends are attained
+        torch.testing.assert_close(low, effective_rank(head, power))
+        torch.testing.assert_close(high, effective_rank(torch.cat([head, head[-1].expand(size - T)]), power))
+    with pytest.raises(ValueError, match="of is 'energy'; allowed: 'singular', 'eigen'"):
+        spectra.effective_rank("energy")
+
+
+@pytest.mark.parametrize("case", ["plain", "topk_resid_post_mlp"])
+def test_the_intervals_hold_the_models_ranks(case: str) -> None:
+    model = build(case)
+    ids = tokens(model, 1, 5)
+    L = lyapunov(model, ids, 5, probes=40)
+    layers = dense_layers(model, ids, True)
+    for spectra, matrices in ((L.layers, layers), (L.cumulative, [layers[0], layers[1] @ layers[0]])):
+        for i, matrix in enumerate(matrices):
+            s = torch.linalg.svdvals(matrix)
+            for certain in (True, False):
+                low, high = spectra.effective_rank(certain=certain)[i]
+                assert low < effective_rank(s) < high
+                low, high = spectra.stable_rank(certain=certain)[i]
+                assert low < (s**2).sum() / s[0] ** 2 < high
+            assert spectra.stable_rank(certain=False)[i].diff() < spectra.stable_rank()[i].diff()
+            true, (mean, error) = (s[5:] ** 2).sum() / s[0] ** 2, spectra.tail_energy[i]
+            assert abs(true - mean) < 4 * error and error < mean
+
+
+def test_alignment_of_known_subspaces() -> None:
+    Q = orthogonal(9)
+    strong = torch.tensor([5.0, 4.0, 3.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1], dtype=torch.float64)
+    symmetric = Q @ torch.diag(strong) @ Q.T
+    turned = Q @ torch.diag(strong.flip(0)) @ Q.T
+    same = exponents_of(3, symmetric, symmetric, turned).alignment
+    torch.testing.assert_close(same.overlap, torch.tensor([1.0, 0.0]).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(same.cosines, torch.tensor([[1.0] * 3, [0.0] * 3]).double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(same.expected, torch.full((2,), 1 / 3).double())
+    # what the first two do to each other is their squares; the third, cut to its own span, then ends it
+    pair = exponents_of(3, symmetric, symmetric)
+    torch.testing.assert_close(pair.alignment.exponents, strong[:3].log(), rtol=0, atol=1e-12)
+    assert bool((same.exponents == -math.inf).all())
+    # aligned layers stretch more than the same ones with random vectors, and a random product is as the null says
+    assert bool((pair.alignment.null_exponents[:, 0] < pair.alignment.exponents[0]).all())
+
+
+def test_the_null_is_the_product_with_random_singular_vectors() -> None:
+    n, depth = 6, 3
+    values = torch.tensor([3.0, 2.0, 1.5, 1.0, 0.5, 0.2], dtype=torch.float64)
+    eye = torch.eye(n, dtype=torch.float64)
+    drawn = measure_alignment([(eye, values, eye)] * depth, 1e-14, 400, 0).null_exponents
+    direct = []
+    for i in range(400):
+        turns = [orthogonal(n, seed=1000 + 10 * i + j) for j in range(2)]
+        signs = [torch.sign(random(n, seed=5000 + 10 * i + j)) for j in range(2)]
+        S = torch.diag(values)
+        direct.append(logs(S @ (turns[0] * signs[0]) @ S @ (turns[1] * signs[1]) @ S, n) / depth)
+    other = torch.stack(direct)
+    error = (drawn.var(dim=0) / 400 + other.var(dim=0) / 400).sqrt()
+    assert bool(((drawn.mean(dim=0) - other.mean(dim=0)).abs() < 4 * error).all())
+    torch.testing.assert_close(drawn.sum(dim=1), values.log().sum().expand(400), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("rows", "columns", "n"), [(3, 4, 50), (4, 3, 6), (5, 5, 5), (2, 5, 6)])
+def test_the_corner_of_a_random_orthogonal_matrix(rows: int, columns: int, n: int) -> None:
+    rng = np.random.default_rng(0)
+    blocks = np.stack([haar_block(rows, columns, n, rng) for _ in range(4000)])
+    assert np.linalg.norm(blocks, 2, axis=(1, 2)).max() <= 1 + 1e-12
+    # moments of the Haar measure: E q² = 1/n, E q⁴ = 3/(n(n + 2)), E q = 0
+    np.testing.assert_allclose((blocks**2).mean(axis=0), 1 / n, atol=0.15 / n)
+    np.testing.assert_allclose((blocks**4).mean(), 3 / (n * (n + 2)), rtol=0.1)
+    np.testing.assert_allclose(blocks.mean(axis=0), 0, atol=5 / math.sqrt(4000 * n))
+    if (rows, columns) == (n, n):
+        np.testing.assert_allclose(blocks[0] @ blocks[0].T, np.eye(n), atol=1e-12)
+
+
+@pytest.mark.parametrize("positions", [None, -1])
+def test_rank_bounds_of_topk(positions) -> None:
+    # 4 of 12 channels of the residual stream are left after each MLP
+    count = 5 if positions is None else 1
+    model = build("topk_resid_post_mlp")
+    ids = tokens(model, 1, 5)
+    L = lyapunov(model, ids, 4, positions=positions)
+    assert L.rank_bounds == (4 * count,) * 2 and L.lost == (8 * count,) * 2
+    chosen = list(range(5)) if positions is None else [4]
+    for layer in dense_layers(model, ids, True):
+        assert torch.linalg.matrix_rank(at_tokens(layer, chosen, 5, 12)) <= 4 * count
+    assert L.layers.sizes == (4 * count,) * 2
+    # the branches alone: there a TopK of the stream bounds nothing, one inside them does
+    assert lyapunov(model, ids, 4, positions=positions, identity=False).rank_bounds == (None, None)
+    model = build("like_csp_yolo2")  # 3 of 12 channels at attn_in, attn_out, mlp_in and mlp_out
+    assert lyapunov(model, ids, 4, positions=positions).rank_bounds == (None, None)
+    L = lyapunov(model, ids, 4, positions=positions, identity=False)
+    assert L.rank_bounds == (6 * count,) * 2 and L.lost == (6 * count,) * 2
+    for layer in dense_layers(model, ids, False):
+        assert torch.linalg.matrix_rank(at_tokens(layer, chosen, 5, 12)) <= 6 * count
+    assert lyapunov(build("plain"), ids, 2, identity=False).lost == (None, None)
+
+
+def test_no_bound_is_claimed_where_it_could_be_wrong() -> None:
+    model = build("like_csp_yolo2")
+    ids = tokens(model, 1, 4)
+    with model.ablate(["0.mlp.post_act:0"], kind="zero"):
+        assert lyapunov(model, ids, 2, identity=False).rank_bounds == (None, None)
+    handle = model.transformer.h[0].mlp.register_forward_hook(lambda *_: None)
+    assert lyapunov(model, ids, 2, identity=False).rank_bounds == (None, None)
+    handle.remove()
+    inner = lyapunov(model, ids, 2, hooks=["0.resid_in", "0.resid_mid", "1.resid_mid"])
+    assert inner.rank_bounds == (None, None) and inner.hooks == ("0.resid_in", "0.resid_mid", "1.resid_mid")
+    P = jacobian_dense(model, ids, "0.resid_in", "1.resid_mid")
+    torch.testing.assert_close(inner.log_singular_values, logs(P, 2), rtol=0, atol=1e-10)
+    # all of the stream in one step: the least that any of its layers keeps
+    topk = build("topk_resid_post_attn")
+    assert lyapunov(topk, ids, 2, hooks=["0.resid_in", "final_resid"]).rank_bounds == (16,)
+
+
+# ---- arguments -------------------------------------------------------------------------------------
+
+
+def test_layers_of_different_widths() -> None:
+    L = exponents_of(3, random(5, 8), random(9, 5, seed=1), random(4, 9, seed=2))
+    P = random(4, 9, seed=2) @ random(9, 5, seed=1) @ random(5, 8)
+    torch.testing.assert_close(L.log_singular_values, logs(P, 3), rtol=0, atol=1e-10)
+    assert L.layers.sizes == (5, 5, 4) and L.cumulative.sizes == (5, 5, 4)
+    assert L.log_norms_without_first is None
+    with pytest.raises(ValueError, match="same shape at both ends; '0:in' has .1, 8. and '0' .1, 5.*identity at True"):
+        exponents_of(3, random(5, 8), random(9, 5), identity=False)
+    with pytest.raises(ValueError, match="positions need values .batch, tokens, width.*leave positions at None"):
+        exponents_of(3, random(5, 5), positions=-1)
+
+
+def test_what_is_refused() -> None:
+    model = build("plain")
+    ids = tokens(model, 1, 3)
+    for T in (0, -2):
+        with pytest.raises(ValueError, match=f"T is {T}; it must be 1 or more"):
+            lyapunov(model, ids, T)
+    with pytest.raises(ValueError, match="T is 37; the layer from '0.resid_in' to '1.resid_in' has 36 .* 1 <= T <= 36"):
+        lyapunov(model, ids, 37)
+    with pytest.raises(ValueError, match="1 <= T <= 12"):
+        lyapunov(model, ids, 13, positions=-1)
+    for T in (True, 2.0, "2"):
+        with pytest.raises(TypeError, match="T is .*it must be an int"):
+            lyapunov(model, ids, T)
+    with pytest.raises(ValueError, match="positions is a pair"):
+        lyapunov(model, ids, 2, positions=(0, 1))
+    with pytest.raises(ValueError, match="chosen position 3 is outside the text of 3 tokens"):
+        lyapunov(model, ids, 2, positions=3)
+    with pytest.raises(ValueError, match="no layer"):
+        lyapunov(build("no_layer"), ids, 2)
+    with pytest.raises(ValueError, match="the layers of Sequential are not known: name the hooks"):
+        lyapunov(network(random(3, 3))[0], torch.zeros(1, 3), 1)
+    with pytest.raises(ValueError, match="at least two hooks, each once"):
+        lyapunov(model, ids, 1, hooks=["0.resid_in"])
+    with pytest.raises(TypeError, match="it must be a list of hooks' names"):
+        lyapunov(model, ids, 1, hooks="0.resid_in")
+    with pytest.raises(ValueError, match="no path"):
+        lyapunov(model, ids, 1, hooks=["final_resid", "0.resid_in"])
+    with pytest.raises(ValueError, match="draws is -1; it must be 0 or more"):
+        lyapunov(model, ids, 1, draws=-1)
+    with pytest.raises(TypeError, match="bfloat16, whose rounding hides .*model.float"):
+        lyapunov(build("plain").bfloat16(), ids, 1)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        exponents_of(1, torch.full((8, 8), 1e308, dtype=torch.float64))
+
+
+def test_it_is_public() -> None:
+    assert "lyapunov" in scalpel.__all__ and scalpel.lyapunov is lyapunov
