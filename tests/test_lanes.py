@@ -76,11 +76,34 @@ def test_linear(shape: tuple[Any, ...], dtype: torch.dtype, target: str) -> None
     assert ran == (expected.numel() > 0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("tokens", [0, 1, 15, 16, 17, 40])
-def test_a_layer_with_tokens_in_the_lanes(tokens: int, target: str) -> None:
-    weight = sparse_matrix(30, 50, 0.1, torch.float32)
-    x = torch.randn(tokens, 50)
-    close(SparseWeight.from_dense(weight).forward(x), reference_lanes.linear(weight)(x))
+def test_a_layer_with_tokens_in_the_lanes(tokens: int, threads: int, dtype: torch.dtype, target: str) -> None:
+    before = torch.get_num_threads()
+    for rows, cols in ((30, 50), (1, 1), (16, 33), (300, 700), (3, 0)):
+        weight, bias = sparse_matrix(rows, cols, 0.1, dtype), torch.randn(rows, dtype=dtype)
+        x = torch.randn(tokens, cols, dtype=dtype)
+        expected = reference_lanes.linear(weight)(x)
+        calls = _core.kernel_calls()["jvp"][target][1]
+        torch.set_num_threads(threads)
+        close(SparseWeight.from_dense(weight).forward(x), expected)
+        close(SparseWeight.from_dense(weight).forward(x.T.contiguous().T, bias), expected + bias)
+        torch.set_num_threads(before)
+        assert (_core.kernel_calls()["jvp"][target][1] > calls) == (tokens > 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [0, 1, 15, 16])
+def test_rows_and_lanes(count: int, dtype: torch.dtype, target: str) -> None:
+    for tokens, channels in ((0, 3), (3, 0), (1, 1), (5, 16), (70, 33)):
+        rows = torch.randn(count, tokens, channels, dtype=dtype)
+        lanes = Lanes.from_rows(rows)
+        expected = torch.zeros(tokens, channels, LANES, dtype=dtype)
+        expected[..., :count] = rows.permute(1, 2, 0)
+        assert torch.equal(lanes.values, expected)
+        assert torch.equal(lanes.rows(count), rows)
+        assert torch.equal(Lanes.from_rows(rows.transpose(1, 2).contiguous().transpose(1, 2)).values, expected)
 
 
 def test_sparse_and_dense_weights_agree_and_follow_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:

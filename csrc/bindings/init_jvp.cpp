@@ -14,14 +14,20 @@ LanesOf lanes_of(const py::object& lanes, const py::object& index) {
   return {view_or_none(lanes), view_or_none(index)};
 }
 
-void linear(const ArrayTuple& starts, const ArrayTuple& columns, const ArrayTuple& weights, std::int64_t cols,
-            const ArrayTuple& x, const py::object& x_index, const py::object& scale, const ArrayTuple& out,
-            const py::object& out_index, int threads) {
+SparseMatrix matrix_of(const ArrayTuple& starts, const ArrayTuple& columns, const ArrayTuple& weights,
+                       std::int64_t cols) {
   SparseMatrix matrix;
   matrix.starts = view_of(starts);
   matrix.columns = view_of(columns);
   matrix.weights = view_of(weights);
   matrix.cols = cols;
+  return matrix;
+}
+
+void linear(const ArrayTuple& starts, const ArrayTuple& columns, const ArrayTuple& weights, std::int64_t cols,
+            const ArrayTuple& x, const py::object& x_index, const py::object& scale, const ArrayTuple& out,
+            const py::object& out_index, int threads) {
+  const SparseMatrix matrix = matrix_of(starts, columns, weights, cols);
   const TensorView in = view_of(x);
   const TensorView in_index = view_or_none(x_index);
   const TensorView scales = view_or_none(scale);
@@ -29,6 +35,24 @@ void linear(const ArrayTuple& starts, const ArrayTuple& columns, const ArrayTupl
   const TensorView to_index = view_or_none(out_index);
   const py::gil_scoped_release release;
   linear_lanes(matrix, in, in_index, scales, to, to_index, threads);
+}
+
+void layer(const ArrayTuple& starts, const ArrayTuple& columns, const ArrayTuple& weights, std::int64_t cols,
+           const ArrayTuple& x, const py::object& bias, const ArrayTuple& out, int threads) {
+  const SparseMatrix matrix = matrix_of(starts, columns, weights, cols);
+  const TensorView in = view_of(x);
+  const TensorView added = view_or_none(bias);
+  const TensorView to = view_of(out);
+  const py::gil_scoped_release release;
+  linear_rows(matrix, in, added, to, threads);
+}
+
+template <void (*turn)(const TensorView&, const TensorView&, int)>
+void turned(const ArrayTuple& from, const ArrayTuple& to, int threads) {
+  const TensorView in = view_of(from);
+  const TensorView out = view_of(to);
+  const py::gil_scoped_release release;
+  turn(in, out, threads);
 }
 
 Norm norm_of(const ArrayTuple& normed, const ArrayTuple& rate, const ArrayTuple& gain, bool centred,
@@ -110,6 +134,13 @@ void init_jvp(py::module_& m) {
   m.def("linear_lanes", &linear, arg("starts"), arg("columns"), arg("weights"), arg("cols"), arg("x"),
         arg("x_index"), arg("scale"), arg("out"), arg("out_index"), arg("threads") = 0,
         "A sparse matrix, in compressed rows, times lanes. Indices and scale may be None.");
+  m.def("linear_rows", &layer, arg("starts"), arg("columns"), arg("weights"), arg("cols"), arg("x"),
+        arg("bias"), arg("out"), arg("threads") = 0,
+        "Rows times the transposed sparse matrix, plus a bias, which may be None.");
+  m.def("rows_to_lanes", &turned<rows_to_lanes>, arg("rows"), arg("lanes"), arg("threads") = 0,
+        "Tangents as rows, to lanes.");
+  m.def("lanes_to_rows", &turned<lanes_to_rows>, arg("lanes"), arg("rows"), arg("threads") = 0,
+        "Lanes to tangents as rows.");
   m.def("norm_jvp", &norm_forward, arg("normed"), arg("rate"), arg("gain"), arg("centred"), arg("over"),
         arg("x"), arg("out"), arg("out_index"), arg("threads") = 0,
         "Tangents of RMSNorm or (centred) LayerNorm.");

@@ -24,21 +24,6 @@ const JvpKernels* kernels_of(Target target) {
 
 namespace {
 
-void check_matrix(const SparseMatrix& weight, DType dtype) {
-  const std::int64_t rows = weight.rows();
-  const std::int64_t nonzeros = weight.columns.ndim == 1 ? weight.columns.shape[0] : -1;
-  if (rows < 0) refuse("the matrix's starts are empty; they must be (rows + 1,)");
-  expect(weight.starts, "the matrix's starts", DType::kInt64, {rows + 1});
-  expect(weight.columns, "the matrix's columns", DType::kInt32, {nonzeros});
-  expect(weight.weights, "the matrix's weights", dtype, {nonzeros});
-  const auto* const starts = data<const std::int64_t>(weight.starts);
-  if (starts[0] != 0 || starts[rows] != nonzeros || !std::is_sorted(starts, starts + rows + 1)) {
-    refuse("the matrix's starts must ascend from 0 to the number of non-zeros, " + std::to_string(nonzeros));
-  }
-  expect_range(data<const std::int32_t>(weight.columns), nonzeros, weight.cols, "the matrix holds column ",
-               "columns");
-}
-
 // Tokens of a dense lanes array of `width` channels and of one with an index.
 std::int64_t check_pair(const TensorView& dense, const char* dense_name, std::int64_t width,
                         const TensorView& lanes, const TensorView& index, const char* name, DType dtype) {

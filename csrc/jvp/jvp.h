@@ -33,12 +33,20 @@ struct SparseMatrix {
 };
 
 // out[n, e] = scale[n, e] * sum over c of weight[out channel, c] * in[n, c], and only where out lists it.
-// jvp of a linear layer; with the transposed matrix its vjp; and, with sixteen tokens in the lanes and no
-// index, the layer itself. scale (tokens, entries of out) may be absent. A channel that `in` lists twice: the
-// last one counts.
+// jvp of a linear layer; with the transposed matrix its vjp. scale (tokens, entries of out) may be absent. A
+// channel that `in` lists twice: the last one counts.
 void linear_lanes(const SparseMatrix& weight, const TensorView& in, const TensorView& in_index,
                   const TensorView& scale, const TensorView& out, const TensorView& out_index,
                   int threads = 0);
+
+// The layer itself: out (tokens, rows) = x (tokens, cols) times the transposed matrix, plus bias (rows,),
+// which may be absent.
+void linear_rows(const SparseMatrix& weight, const TensorView& x, const TensorView& bias,
+                 const TensorView& out, int threads = 0);
+
+// Tangents as rows, (T, tokens, channels) with T <= 16, to lanes of all channels, zero beyond T; and back.
+void rows_to_lanes(const TensorView& rows, const TensorView& lanes, int threads = 0);
+void lanes_to_rows(const TensorView& lanes, const TensorView& rows, int threads = 0);
 
 // The primal of RMSNorm or LayerNorm: y = gain * normed (+ bias), normed = (x - mean) * rate.
 struct Norm {

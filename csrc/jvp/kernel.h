@@ -28,6 +28,29 @@ struct LinearTask {
   Real* line;               // scratch: (entries of in + 1) * 16
 };
 
+// Sixteen tokens from `first` on, and the matrix's rows [begin, end).
+template <class Real>
+struct LinearRowsTask {
+  const std::int64_t* starts;
+  const std::int32_t* columns;
+  const Real* weights;
+  const Real* bias;  // or nullptr
+  std::int64_t rows, cols, tokens;
+  const Real* x;
+  Real* out;
+  std::int64_t first, begin, end;
+  Real* line;  // scratch: cols * 16
+};
+
+// (count, tokens, channels) and lanes of all channels.
+template <class Real>
+struct TurnTask {
+  Real* rows;
+  Real* lanes;
+  std::int64_t count, tokens, channels;
+  std::int64_t begin, end;  // tokens
+};
+
 template <class Real>
 struct NormTask {
   const Real* normed;
@@ -89,6 +112,9 @@ constexpr std::int64_t attention_scratch(std::int64_t length, std::int64_t d) {
 template <class Real>
 struct JvpKernelsOf {
   void (*linear)(const LinearTask<Real>&);
+  void (*linear_rows)(const LinearRowsTask<Real>&);
+  void (*rows_to_lanes)(const TurnTask<Real>&);
+  void (*lanes_to_rows)(const TurnTask<Real>&);
   void (*norm_jvp)(const NormTask<Real>&);
   void (*norm_vjp)(const NormTask<Real>&);
   void (*gather)(const CopyTask<Real>&);

@@ -96,6 +96,22 @@ T* data(const TensorView& view) {
   return static_cast<T*>(view.data);
 }
 
+// Rows that ascend, columns within the matrix.
+inline void check_matrix(const SparseMatrix& weight, DType dtype) {
+  const std::int64_t rows = weight.rows();
+  const std::int64_t nonzeros = weight.columns.ndim == 1 ? weight.columns.shape[0] : -1;
+  if (rows < 0) refuse("the matrix's starts are empty; they must be (rows + 1,)");
+  expect(weight.starts, "the matrix's starts", DType::kInt64, {rows + 1});
+  expect(weight.columns, "the matrix's columns", DType::kInt32, {nonzeros});
+  expect(weight.weights, "the matrix's weights", dtype, {nonzeros});
+  const auto* const starts = data<const std::int64_t>(weight.starts);
+  if (starts[0] != 0 || starts[rows] != nonzeros || !std::is_sorted(starts, starts + rows + 1)) {
+    refuse("the matrix's starts must ascend from 0 to the number of non-zeros, " + std::to_string(nonzeros));
+  }
+  expect_range(data<const std::int32_t>(weight.columns), nonzeros, weight.cols, "the matrix holds column ",
+               "columns");
+}
+
 inline bool absent(const TensorView& view) { return view.ndim == 0; }
 
 template <class Real>

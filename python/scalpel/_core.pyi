@@ -63,6 +63,18 @@ def linear_lanes(
     out_index: _Array | None,
     threads: int = 0,
 ) -> None: ...
+def linear_rows(
+    starts: _Array,
+    columns: _Array,
+    weights: _Array,
+    cols: int,
+    x: _Array,
+    bias: _Array | None,
+    out: _Array,
+    threads: int = 0,
+) -> None: ...
+def rows_to_lanes(rows: _Array, lanes: _Array, threads: int = 0) -> None: ...
+def lanes_to_rows(lanes: _Array, rows: _Array, threads: int = 0) -> None: ...
 def norm_jvp(
     normed: _Array,
     rate: _Array,

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from . import _core
 from ._memory import empty, memory_of
-from .ops import unwatched
+from .ops import untraced
 
 __all__ = ["LANES", "Attention", "Lanes", "Linear", "Norm", "SparseWeight", "apply_linear"]
 
@@ -39,10 +39,10 @@ class Lanes:
     @classmethod
     def from_rows(cls, rows: Tensor) -> Lanes:
         """(T <= 16, N, channels) → all channels; the lanes beyond T are zero."""
-        count, tokens, channels = rows.shape
-        values = empty((tokens, channels, LANES), rows.dtype).zero_()
-        values[..., :count] = rows.permute(1, 2, 0)
-        return cls(values, None, channels)
+        rows = rows.contiguous()
+        values = empty((*rows.shape[1:], LANES), rows.dtype)
+        _core.rows_to_lanes(_memory(rows), _memory(values), _threads())
+        return cls(values, None, rows.shape[2])
 
     @classmethod
     def empty(cls, like: Tensor, index: Tensor | None, channels: int) -> Lanes:
@@ -60,7 +60,10 @@ class Lanes:
         if tokens is not None:
             values = values[tokens]
             index = None if index is None else index[tokens]
-        return spread(values[..., :count], index, self.channels).permute(2, 0, 1).contiguous()
+        values = values.contiguous() if index is None else spread(values, index, self.channels)
+        rows = empty((count, values.shape[0], self.channels), values.dtype)
+        _core.lanes_to_rows(_memory(values), _memory(rows), _threads())
+        return rows
 
     def at(self, index: Tensor) -> Lanes:
         """Those of the channels in ``index``; all channels are there."""
@@ -149,14 +152,12 @@ class SparseWeight:
         )
         return out
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (N, cols) times the transposed matrix: (N, rows), with sixteen tokens in the lanes."""
-        tokens = x.shape[0]
-        blocks = (tokens + LANES - 1) // LANES
-        padded = x if tokens == blocks * LANES else torch.cat([x, x.new_zeros(blocks * LANES - tokens, x.shape[1])])
-        lanes = padded.view(blocks, LANES, self.cols).transpose(1, 2).contiguous()
-        out = self.apply(Lanes(lanes, None, self.cols), None).values
-        return out.transpose(1, 2).reshape(blocks * LANES, self.rows)[:tokens]
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (N, cols) times the transposed matrix, plus bias (rows,): (N, rows), with sixteen tokens in the lanes."""
+        x, out = x.contiguous(), empty((x.shape[0], self.rows), x.dtype)
+        matrix = _memory(self.starts), _memory(self.columns), _memory(self.weights), self.cols
+        _core.linear_rows(*matrix, _memory(x), _maybe(bias), _memory(out), _threads())
+        return out
 
 
 def apply_linear(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -164,13 +165,12 @@ def apply_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return layer(x)
     plain = type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
-    if not plain or torch.is_grad_enabled() or x.dtype not in (torch.float32, torch.float64) or not unwatched(x):
+    if not plain or torch.is_grad_enabled() or x.dtype not in (torch.float32, torch.float64) or not untraced(x):
         return layer(x)
     linear = Linear(layer)
     if layer.weight.dtype != x.dtype or linear.density() >= SPARSE_BELOW:
         return layer(x)
-    out = linear.sparse().forward(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
-    return out if layer.bias is None else out.add_(layer.bias)
+    return linear.sparse().forward(x.reshape(-1, x.shape[-1]), layer.bias).view(*x.shape[:-1], -1)
 
 
 _copies: weakref.WeakKeyDictionary[nn.Module, dict[Any, Any]] = weakref.WeakKeyDictionary()

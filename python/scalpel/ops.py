@@ -332,6 +332,11 @@ def unwatched(x: torch.Tensor) -> bool:
 
     What torch does not let one ask about (an ExecutionTraceObserver) does not see the plain call.
     """
+    return untraced(x) and not torch.autograd._profiler_enabled()
+
+
+def untraced(x: torch.Tensor) -> bool:
+    """The same, but a profile may watch."""
     return (
         type(x) in (torch.Tensor, torch.nn.Parameter)
         and x.device.type == "cpu"
@@ -340,7 +345,6 @@ def unwatched(x: torch.Tensor) -> bool:
         and _len_torch_dispatch_stack_pre_dispatch() == 0
         and not torch._C._is_torch_function_mode_enabled()
         and torch._C._get_tracing_state() is None
-        and not torch.autograd._profiler_enabled()
     )
 
 

@@ -50,8 +50,9 @@ def jacobian(
     ``GPT2LMHeadModel``), whose hooks have the same names (q and k before their norm and rotation; GPT-NeoX in
     parallel has no ``resid_mid``). Both also take TransformerLens's names (``blocks.0.hook_resid_pre``; the heads
     side by side) and the module paths of these values. Or any other nn.Module, whose hooks are module paths:
-    ``"name"`` is the module's output and ``"name:in"`` its input (the first tensor, where there are several; the first run, where it runs several
-    times; ``""`` is the model itself), ``"logits"`` the model's output or its ``logits``.
+    ``"name"`` is the module's output and ``"name:in"`` its input (the first tensor, where there are several; the
+    first run, where it runs several times; ``""`` is the model itself), ``"logits"`` the model's output or its
+    ``logits``.
     ``input_ids``: (B, L) integers, or a batch as transformers' tokenizers give it (a mapping with
     ``input_ids`` and, optionally, ``attention_mask`` and ``position_ids``, which may also stand beside it).
     For an nn.Module also any tensor, a tuple of arguments, or a mapping of keyword arguments.

@@ -12,20 +12,26 @@ def attend(q: Tensor, k: Tensor, v: Tensor, n_head: int, allowed: Tensor, sink_l
     """Outputs (B, L, width) of all heads side by side, from q, k and v of that shape.
 
     ``allowed``: bool (L, L) or (B, 1, L, L); ``sink_logit`` (n_head,) or None. Where nothing is differentiated,
-    torch's fused kernel is used with the sink as one more key; it holds no (L, L) weights, and rounds otherwise.
+    torch's fused kernels are used; they hold no (L, L) weights, and round otherwise.
     """
     if _differentiated():
         return _joined(attention_weights(q, k, n_head, allowed, sink_logit) @ _heads(v, n_head))
     bias = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill_(~allowed, float("-inf"))
-    keys, values = _heads(k, n_head), _heads(v, n_head)
-    if sink_logit is not None:
-        bias = bias.expand(*allowed.shape[:-3], n_head, *allowed.shape[-2:])
-        column = sink_logit.to(q.dtype).view(-1, 1, 1).expand(*bias.shape[:-1], 1)
-        bias = torch.cat([column, bias], dim=-1)
-        keys, values = F.pad(keys, (0, 0, 1, 0)), F.pad(values, (0, 0, 1, 0))
-    # the fused kernel wants a batch dimension on the mask
+    # the fused kernels want a batch dimension on the mask
     bias = bias if bias.dim() == 4 else bias[(None,) * (4 - bias.dim())]
-    return _joined(F.scaled_dot_product_attention(_heads(q, n_head), keys, values, attn_mask=bias))
+    queries, keys, values = _heads(q, n_head), _heads(k, n_head), _heads(v, n_head)
+    if sink_logit is None:
+        return _joined(F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias))
+    if q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64):
+        # The kernel behind the call above, which also gives each row's log-sum-exp: with it the sink's share.
+        y, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, keys, values, attn_mask=bias)
+        return _joined(y * torch.sigmoid(log_sum - sink_logit.to(q.dtype)[:, None])[..., None])
+    # As one more key, whose value is zero.
+    bias = bias.expand(-1, n_head, -1, -1)
+    column = sink_logit.to(q.dtype).view(-1, 1, 1).expand(*bias.shape[:-1], 1)
+    keys, values = F.pad(keys, (0, 0, 1, 0)), F.pad(values, (0, 0, 1, 0))
+    mask = torch.cat([column, bias], dim=-1)
+    return _joined(F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask))
 
 
 def attention_weights(q: Tensor, k: Tensor, n_head: int, allowed: Tensor, sink_logit: Tensor | None) -> Tensor:
