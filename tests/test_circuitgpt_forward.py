@@ -83,7 +83,9 @@ def test_visiting_non_zeros_only_changes_nothing(name, density, monkeypatch):
     ids = tokens(model)
     calls = []
     forward = SparseWeight.forward
-    monkeypatch.setattr(SparseWeight, "forward", lambda self, *given: calls.append(self.density) or forward(self, *given))
+    monkeypatch.setattr(
+        SparseWeight, "forward", lambda self, *given: calls.append(self.density) or forward(self, *given)
+    )
     expected, hooks = model.run_with_cache(ids)
     assert not calls  # there is a gradient to keep
     with torch.no_grad():

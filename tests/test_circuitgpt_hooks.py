@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+import scalpel
 from circuitgpt_cases import build, one_thread, tokens  # noqa: F401
 from scalpel.models.ablation import hook_means
+from scalpel.models.mask_watch import watch_masks
 
 
 @pytest.fixture
@@ -231,3 +233,17 @@ def test_bad_ablations_are_refused_before_they_start(model, nodes, options, says
 def test_ids_that_are_no_integers_are_not_rounded(model):
     with pytest.raises(TypeError, match="token ids are integers"):
         model.ablate(["0.attn.v:1"], reference=[[1.7, 2.0]])
+
+
+def test_masks_are_watched() -> None:
+    model = build("topk_everywhere_relu_residual")
+    ids, seen = tokens(model, 2, 5), {}
+    with watch_masks(lambda name, x, k: seen.__setitem__((name, k is None), (x, k))):
+        _, recorded = model.run_with_cache(ids)
+    count = len(seen)
+    model(ids)  # outside, nobody watches
+    assert len(seen) == count == 2 * (10 + 2)  # ten TopKs a layer, and a ReLU after each block
+    for (name, relu), (x, k) in seen.items():
+        if not relu and name in recorded:
+            assert torch.equal(scalpel.keep_topk(x, k), recorded[name])
+    assert torch.equal(seen["0.resid_post_mlp", False][0], seen["0.resid_post_mlp", True][0].relu())

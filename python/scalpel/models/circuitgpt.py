@@ -18,6 +18,7 @@ from ..lanes import apply_linear
 from ..ops import keep_topk
 from .attention import allowed_keys, attend
 from .config import CircuitGPTConfig
+from .mask_watch import watched
 
 if TYPE_CHECKING:
     import contextlib
@@ -44,9 +45,12 @@ class _Sparsifier:
     def __init__(self, config: CircuitGPTConfig) -> None:
         self.config = config
 
-    def __call__(self, x: Tensor, location: str) -> Tensor:
+    def __call__(self, x: Tensor, location: str, name: str) -> Tensor:
         k = self.config.k_at(location, x.shape[-1])
-        return x if k is None else keep_topk(x, k)
+        if k is None:
+            return x
+        watched(name, x, k)
+        return keep_topk(x, k)
 
 
 class _Sink(nn.Module):
@@ -70,14 +74,14 @@ class Attention(nn.Module):
         self._sparsify = _Sparsifier(config)
 
     def forward(self, x: Tensor, allowed: Tensor, tap: Tap, at: str) -> Tensor:
-        x = tap(f"{at}.act_in", self._sparsify(x, "attn_in"))
+        x = tap(f"{at}.act_in", self._sparsify(x, "attn_in", f"{at}.act_in"))
         q, k, v = apply_linear(self.c_attn, x).split(self.config.d_attn, dim=-1)
-        k = tap(f"{at}.k", self._sparsify(k, "attn_k"))
-        q = tap(f"{at}.q", self._sparsify(q, "attn_q"))
-        v = tap(f"{at}.v", self._sparsify(v, "attn_v"))
+        k = tap(f"{at}.k", self._sparsify(k, "attn_k", f"{at}.k"))
+        q = tap(f"{at}.q", self._sparsify(q, "attn_q", f"{at}.q"))
+        v = tap(f"{at}.v", self._sparsify(v, "attn_v", f"{at}.v"))
         sink = self.attn_imp.sink_logit if self.config.sink else None
         y = tap(f"{at}.y", attend(q, k, v, self.config.n_head, allowed, sink))
-        return self._sparsify(apply_linear(self.c_proj, y), "attn_out")
+        return self._sparsify(apply_linear(self.c_proj, y), "attn_out", f"{at}.resid_delta")
 
 
 class MLP(nn.Module):
@@ -86,15 +90,19 @@ class MLP(nn.Module):
     def __init__(self, config: CircuitGPTConfig) -> None:
         super().__init__()
         assert config.d_mlp is not None
+        self.config = config
         self.c_fc = nn.Linear(config.d_in, config.d_mlp, bias=config.bias)
         self.c_proj = nn.Linear(config.d_mlp, config.d_model, bias=config.bias)
         self.activation = F.gelu if config.activation_type == "gelu" else F.relu
         self._sparsify = _Sparsifier(config)
 
     def forward(self, x: Tensor, tap: Tap, at: str) -> Tensor:
-        x = tap(f"{at}.act_in", self._sparsify(x, "mlp_in"))
-        x = tap(f"{at}.post_act", self._sparsify(self.activation(apply_linear(self.c_fc, x)), "mlp_neuron"))
-        return self._sparsify(apply_linear(self.c_proj, x), "mlp_out")
+        x = tap(f"{at}.act_in", self._sparsify(x, "mlp_in", f"{at}.act_in"))
+        before = apply_linear(self.c_fc, x)
+        if self.config.activation_type == "relu":
+            watched(f"{at}.post_act", before, None)
+        x = tap(f"{at}.post_act", self._sparsify(self.activation(before), "mlp_neuron", f"{at}.post_act"))
+        return self._sparsify(apply_linear(self.c_proj, x), "mlp_out", f"{at}.resid_delta")
 
 
 class Block(nn.Module):
@@ -118,18 +126,19 @@ class Block(nn.Module):
         if positions is not None:
             read = torch.cat([read, self.ln_p1(positions).expand(*read.shape[:-1], -1)], dim=-1)
         delta = self.attn(read, allowed, tap, f"{at}.attn")
-        x = self._settle(x + tap(f"{at}.attn.resid_delta", delta), "resid_post_attn")
+        x = self._settle(x + tap(f"{at}.attn.resid_delta", delta), "resid_post_attn", at)
         x = tap(f"{at}.resid_mid", x)
         read = self.ln_2(x)
         if positions is not None:
             read = torch.cat([read, self.ln_p2(positions).expand(*read.shape[:-1], -1)], dim=-1)
         delta = self.mlp(read, tap, f"{at}.mlp")
-        return self._settle(x + tap(f"{at}.mlp.resid_delta", delta), "resid_post_mlp")
+        return self._settle(x + tap(f"{at}.mlp.resid_delta", delta), "resid_post_mlp", at)
 
-    def _settle(self, x: Tensor, location: str) -> Tensor:
+    def _settle(self, x: Tensor, location: str, at: str) -> Tensor:
         if self.config.residual_activation_type == "relu":
+            watched(f"{at}.{location}", x, None)
             x = x.relu()
-        return self._sparsify(x, location)
+        return self._sparsify(x, location, f"{at}.{location}")
 
 
 class CircuitGPT(nn.Module):
