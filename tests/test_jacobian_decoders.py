@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from decoder_cases import MODELS, exact_norms, ids_of, model_of
@@ -246,3 +248,35 @@ def test_a_bfloat16_model(model: Any) -> None:
     V = torch.randn(4, *J.source_shape, generator=torch.Generator().manual_seed(0))
     right = wide.jvp(V.double())
     assert float((J.jvp(V).double() - right).norm() / right.norm()) < 0.1
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(list(MODELS)),
+    seed=st.integers(0, 2**16),
+    batch=st.integers(1, 2),
+    length=st.integers(1, 6),
+    data=st.data(),
+)
+def test_random_ends_and_positions(name: str, seed: int, batch: int, length: int, data: Any) -> None:
+    model = model_of(name, seed)
+    decoder = decoder_of(model)
+    assert decoder is not None
+    hooks = [hook for hook in hooks_of(decoder.config) if module_path(hook, decoder.family, decoder.config) != hook]
+    source = data.draw(st.sampled_from([hook for hook in hooks if not hook.endswith("resid_mid")]))
+    target = data.draw(st.sampled_from([*hooks[hooks.index(source) :], "logits"]))
+    picks = st.one_of(st.none(), st.lists(st.integers(0, length - 1), min_size=1, max_size=2, unique=True))
+    positions = (data.draw(picks), data.draw(picks))
+    ids = ids_of(batch, length, seed)
+    expected = jacobian_dense(model, ids, path(model, source), path(model, target), positions)
+    try:
+        J = jacobian(model, ids, source, target, positions)
+    except ValueError as error:
+        assert "no path" in str(error)
+        assert not expected.any()
+        return
+    T = data.draw(st.sampled_from([0, 1, 3]))
+    V = torch.randn(T, *J.source_shape, dtype=torch.float64)
+    U = torch.randn(T, *J.target_shape, dtype=torch.float64)
+    torch.testing.assert_close(J.jvp(V).flatten(1), V.flatten(1) @ expected.T, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(J.vjp(U).flatten(1), U.flatten(1) @ expected, rtol=1e-8, atol=1e-9)

@@ -1,13 +1,16 @@
 """Singular triples of an operator against the dense decomposition, on spectra that are hard to resolve."""
 
+import copy
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from circuitgpt_cases import BASE, tokens
+from decoder_cases import exact_norms, ids_of, model_of
 from scalpel import CircuitGPT, CircuitGPTConfig, jacobian
 from scalpel.jacobians.operator import Jacobian
 
@@ -143,3 +146,24 @@ def test_derivatives_that_are_not_finite() -> None:
     for width in (4, 400):
         with pytest.raises(ValueError, match="NaN or infinity"):
             jacobian(Root(), torch.zeros(1, width), ":in", "").svd(1)
+
+
+@pytest.mark.parametrize("name", ["circuit", "gpt2", "llama"])
+def test_sixteen_values_of_a_float32_model_are_those_of_float64(name: str) -> None:
+    """Within 1e-4 of a dense decomposition in float64, relative to each value."""
+    if name == "circuit":
+        config = CircuitGPTConfig(
+            **(BASE | {"n_layer": 3, "d_model": 48, "n_head": 4, "d_mlp": 96}), afrac=0.25, afrac_loctypes="mlp_neuron"
+        )
+        model: nn.Module = CircuitGPT(config, seed=1).requires_grad_(False)
+        for parameter in model.parameters():
+            parameter.mul_(4)
+        ids = tokens(model, 1, 10)
+    else:
+        pytest.importorskip("transformers")
+        model, ids = model_of(name), ids_of(1, 12)
+    with exact_norms() if name == "llama" else nullcontext():
+        dense = jacobian(copy.deepcopy(model).double(), ids).to_dense()
+        found = jacobian(model.float(), ids).spectrum(16)
+    true = torch.linalg.svdvals(dense)[:16]
+    assert float((found.double() / true - 1).abs().max()) <= 1e-4

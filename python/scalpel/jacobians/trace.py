@@ -70,6 +70,8 @@ class CircuitTrace:
         self.model = run._frozen
         self.config = self.model.config
         self.selected = selected
+        at = run.source.partition(".")[0]
+        self.first = int(at) if at.isdecimal() else self.config.n_layer  # before it nothing is kept
         self.layers: list[Layer] = []
         self.changed: dict[str, tuple[Function, Tensor]] = {}  # hooks at which an intervention moves the value
         self.final: Norm | None = None
@@ -106,7 +108,8 @@ class CircuitTrace:
     def _layer(self, number: int, block: Any, x: Tensor, positions: Tensor | None, allowed: Tensor) -> Tensor:
         config = self.config
         layer = Layer(number, block)
-        self.layers.append(layer)
+        if number >= self.first:
+            self.layers.append(layer)
         x = self._hook(f"{number}.resid_in", x)
         attn, mlp = layer.attn, layer.mlp
         attn.norm = self._norm(block.ln_1, x)
