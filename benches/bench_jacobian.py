@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import scalpel
+from measure import commit, in_a_process, medians, peak_beyond, where_measured
 from scalpel import CircuitGPT, bench
 from scalpel.models.attention import allowed_keys, attention_weights
 from scalpel.models.config import CircuitGPTConfig
@@ -184,47 +183,49 @@ def check(model: CircuitGPT, ids: Tensor) -> None:
             raise bench.WrongAnswer(f"{name} product is {worst:.1e} (relative) off; nothing was timed")
 
 
-def medians(contenders: dict[str, tuple[Callable[[], Any], int]]) -> dict[str, float]:
-    """Milliseconds of each contender's rounds, after one that warms it up."""
-    found = {}
-    for name, (run, rounds) in contenders.items():
-        times = []
-        for turn in range(-1, rounds):
-            begun = time.perf_counter()
-            run()
-            if turn >= 0:
-                times.append(time.perf_counter() - begun)
-        found[name] = statistics.median(times) * 1e3
+FULL = 0.015  # csp_yolo2's density, at which all peers are timed
+
+
+def contenders_at(density: float, seed: int) -> dict[str, tuple[Callable[[], Any], int]]:
+    """What is timed, and how many rounds."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(64, (1, LENGTH), generator=generator)
+    model = model_of(density, torch.float32, seed)
+    J = scalpel.jacobian(model, ids)
+    V = torch.randn(TANGENTS, *J.source_shape, generator=generator)
+    U = torch.randn(TANGENTS, *J.target_shape, generator=generator)
+    found: dict[str, tuple[Callable[[], Any], int]] = {
+        "jvp": (lambda: J.jvp(V), 7),
+        "vjp": (lambda: J.vjp(U), 7),
+        "primal": (lambda: scalpel.jacobian(model, ids), 5),
+        "GEMM floor": (gemm_floor(model), 3),
+        "forward": (lambda: model(ids), 9),
+        "dense forward": (lambda: dense_forward(model, ids), 5),
+        "vmap(jvp)": (lambda: through_torch_func(model, ids, V), 2 if density == FULL else 1),
+    }
+    if density == FULL:
+        csr = TorchCSR(model, ids)
+        found["torch CSR"] = (lambda: csr.jvp(V), 3)
     return found
 
 
-def run(seed: int = 0) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(64, (1, LENGTH), generator=generator)
+def run(densities: tuple[float, ...] = DENSITIES, seed: int = 0) -> dict[str, Any]:
+    ids = torch.randint(64, (1, LENGTH), generator=torch.Generator().manual_seed(seed))
     rows = []
     with torch.no_grad():
-        for density in DENSITIES:
+        for density in densities:
             check(model_of(density, torch.float64, seed), ids[:, :48])
-            model = model_of(density, torch.float32, seed)
-            J = scalpel.jacobian(model, ids)
-            V = torch.randn(TANGENTS, *J.source_shape, generator=generator)
-            U = torch.randn(TANGENTS, *J.target_shape, generator=generator)
-            full = density == 0.015
-            contenders: dict[str, tuple[Callable[[], Any], int]] = {
-                "jvp": (lambda J=J, V=V: J.jvp(V), 5),
-                "vjp": (lambda J=J, U=U: J.vjp(U), 5),
-                "primal": (lambda model=model: scalpel.jacobian(model, ids), 3),
-                "GEMM floor": (gemm_floor(model), 3),
-                "forward": (lambda model=model: model(ids), 5),
-                "dense forward": (lambda model=model: dense_forward(model, ids), 3),
-            }
-            if full:
-                csr = TorchCSR(model, ids)
-                contenders["torch CSR"] = (lambda csr=csr, V=V: csr.jvp(V), 3)
-                contenders["vmap(jvp)"] = (lambda model=model, V=V: through_torch_func(model, ids, V), 2)
-            rows.append({"density": density, "ms": medians(contenders)})
+            rows.append({"density": density, "ms": medians(contenders_at(density, seed))})
             print(density, {name: round(t, 1) for name, t in rows[-1]["ms"].items()}, flush=True)
-    return {"tangents": TANGENTS, "length": LENGTH, "rows": rows, "environment": bench.environment()}
+    memory = {who: in_a_process(__file__, "--memory", who) for who in ("jvp", "vjp", "torch CSR", "vmap(jvp)")}
+    return {
+        "tangents": TANGENTS,
+        "length": LENGTH,
+        "rows": rows,
+        "memory": memory,
+        "environment": bench.environment(),
+        "commit": commit(),
+    }
 
 
 def dense_forward(model: CircuitGPT, ids: Tensor) -> Tensor:
@@ -258,9 +259,15 @@ def table(result: dict[str, Any]) -> str:
         "Made by `python benches/bench_jacobian.py`; the numbers behind it are in `jacobian.json`. Do not edit.",
         "",
         f"{LAYERS} layers of csp_yolo2's shape (width {WIDTH}, {HEADS} heads, a quarter of the activations kept), "
-        f"{LENGTH} tokens, {TANGENTS} tangents, float32;",
-        f"warm medians in milliseconds, after the answers were checked in float64. {environment['processor']}, "
-        f"{environment['threads']} threads, target {environment['target']}, torch {environment['torch']}.",
+        f"{LENGTH} tokens,",
+        f"{TANGENTS} tangents from `0.resid_in` to `final_resid`, float32, random weights; warm medians in",
+        "milliseconds, contenders in turn, after the answers were checked in float64 (over 48 tokens).",
+        where_measured(environment, result["commit"]),
+        "",
+        "- *vmap(jvp)*: torch.func over the same model",
+        "- *torch CSR*: the same products by hand over torch's CSR matrices",
+        "- *GEMM floor*: the dense products of T + 1 forward passes",
+        "- *dense forward*: dense linears, abs, topk, gather and scatter, explicit attention with the sink",
         "",
         "| density | jvp | vjp | primal | vmap(jvp) ÷ jvp | torch CSR ÷ jvp | jvp ÷ GEMM floor | forward "
         "| dense forward ÷ it |",
@@ -273,6 +280,12 @@ def table(result: dict[str, Any]) -> str:
             f"| {row['density']:.1%} | {ms['jvp']:.0f} | {ms['vjp']:.0f} | {ms['primal']:.0f} | {' | '.join(peers)} "
             f"| {ms['jvp'] / ms['GEMM floor']:.3f} | {ms['forward']:.0f} | {ms['dense forward'] / ms['forward']:.1f}× |"
         )
+    lines += [
+        "",
+        f"Peak resident memory of one product at {FULL:.1%}, result included, each in a process of its own (MiB): "
+        + ", ".join(f"{who} {found['beyond'] / 2**20:.0f}" for who, found in result["memory"].items())
+        + ".",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -280,9 +293,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=DOCS, help="the folder for jacobian.json and jacobian.md")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--densities", type=float, nargs="+", default=list(DENSITIES))
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.memory:
+        with torch.no_grad():
+            print(json.dumps({"beyond": peak_beyond(contenders_at(FULL, options.seed)[options.memory][0])}))
+        return
     options.out.mkdir(parents=True, exist_ok=True)
-    result = run(options.seed)
+    result = run(tuple(options.densities), options.seed)
     (options.out / "jacobian.json").write_text(json.dumps(result, indent=1) + "\n")
     (options.out / "jacobian.md").write_text(table(result))
     print(table(result))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 import scalpel
+from measure import commit
 from scalpel import bench
 
 WIDTHS = (512, 2048, 8192, 16384, 65536)
@@ -221,13 +221,6 @@ def run(widths: tuple[int, ...] = WIDTHS, seed: int = 0) -> dict[str, Any]:
             "corners": corner_table(generator, (512, 2048, 16384)),
             "environment": bench.environment(),
         }
-
-
-def commit() -> str:
-    """What was measured, as git names it."""
-    command = ["git", "describe", "--always", "--dirty"]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return found.stdout.strip() or "unknown"
 
 
 def table(result: dict[str, Any]) -> str:

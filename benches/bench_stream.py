@@ -1,0 +1,218 @@
+"""A Llama-shaped model of 16 GB in bfloat16 shards, a layer at a time: time against reading and GEMM, peak memory.
+
+`python benches/bench_stream.py --folder FOLDER` writes the model there if it is not there yet (16 GB of random
+weights), checks a small one against the model in memory, times, and writes docs/stream.json and docs/stream.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import scalpel
+from measure import commit, in_a_process, medians, peak_beyond, where_measured
+from scalpel import bench
+from scalpel.jacobians.stream import stream_layers
+
+WIDTH, MLP, HEADS, KV_HEADS, LAYERS, VOCAB = 4096, 14336, 32, 8, 32, 128256
+LENGTH, TANGENTS = 64, 4
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def config_of(layers: int, **changes: int) -> Any:
+    import transformers
+
+    shape = {
+        "hidden_size": WIDTH,
+        "intermediate_size": MLP,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "num_hidden_layers": layers,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 8192,
+    }
+    return transformers.LlamaConfig(**(shape | changes), dtype="bfloat16", architectures=["LlamaForCausalLM"])
+
+
+def write_model(folder: Path) -> None:
+    """A shard a layer; every layer has the same random numbers, which no product can tell."""
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(0)
+
+    def matrix(out: int, inside: int) -> Tensor:
+        return (torch.randn(out, inside, generator=generator) * inside**-0.5).bfloat16()
+
+    kv = WIDTH // HEADS * KV_HEADS
+    layer = {
+        "self_attn.q_proj": matrix(WIDTH, WIDTH),
+        "self_attn.k_proj": matrix(kv, WIDTH),
+        "self_attn.v_proj": matrix(kv, WIDTH),
+        "self_attn.o_proj": matrix(WIDTH, WIDTH),
+        "mlp.gate_proj": matrix(MLP, WIDTH),
+        "mlp.up_proj": matrix(MLP, WIDTH),
+        "mlp.down_proj": matrix(WIDTH, MLP),
+        "input_layernorm": torch.ones(WIDTH).bfloat16(),
+        "post_attention_layernorm": torch.ones(WIDTH).bfloat16(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    places = {}
+    for i in range(LAYERS):
+        tensors = {f"model.layers.{i}.{name}.weight": tensor for name, tensor in layer.items()}
+        save_file(tensors, folder / f"layer-{i:02}.safetensors")
+        places |= dict.fromkeys(tensors, f"layer-{i:02}.safetensors")
+    ends = {name: matrix(VOCAB, WIDTH) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    ends["model.norm.weight"] = torch.ones(WIDTH).bfloat16()
+    save_file(ends, folder / "ends.safetensors")
+    places |= dict.fromkeys(ends, "ends.safetensors")
+    config_of(LAYERS).save_pretrained(folder)
+    # Written last: a folder with an index is whole.
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+def check() -> None:
+    """A small model of the same family: layer by layer from its folder, and whole in memory."""
+    import transformers
+
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = transformers.LlamaForCausalLM(config_of(3, **small, vocab_size=50)).double().requires_grad_(False)
+    ids = torch.arange(12)[None]
+    J = scalpel.jacobian(model, ids)
+    V = torch.randn(TANGENTS, *J.source_shape, dtype=torch.float64)
+    expected = J.jvp(V)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        for layer in stream_layers(folder, ids):
+            V = layer.jvp(V)
+    worst = float((V - expected).abs().max() / expected.abs().max())
+    if not worst <= 1e-9:
+        raise bench.WrongAnswer(f"the streamed product is {worst:.1e} (relative) off; nothing was timed")
+
+
+def stream(folder: Path) -> Tensor:
+    ids = torch.randint(VOCAB, (1, LENGTH), generator=torch.Generator().manual_seed(0))
+    V = torch.randn(TANGENTS, 1, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1))
+    for layer in stream_layers(folder, ids):
+        V = layer.jvp(V)
+    return V
+
+
+def read_all(folder: Path) -> int:
+    """Reads the layers' files once, into the same memory."""
+    memory, total = memoryview(bytearray(1 << 26)), 0
+    for path in sorted(folder.glob("layer-*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(memory):
+                total += count
+    return total
+
+
+def forget(folder: Path) -> None:
+    """Out of the system's cache, as at the first run."""
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def seconds_of_gemm() -> float:
+    """The matrix products of T + 1 forward passes in bfloat16 and nothing else: those of a layer, times the layers."""
+    rows, kv = (TANGENTS + 1) * LENGTH, WIDTH // HEADS * KV_HEADS
+    products = []
+    for inside, out in ((WIDTH, WIDTH + 2 * kv), (WIDTH, WIDTH), (WIDTH, 2 * MLP), (MLP, WIDTH)):
+        x, weight = torch.randn(rows, inside).bfloat16(), torch.randn(out, inside).bfloat16()
+        products.append((x, weight.T, torch.empty(rows, out, dtype=torch.bfloat16)))
+
+    def run() -> None:
+        for x, weight, out in products:
+            torch.mm(x, weight, out=out)
+
+    return LAYERS * medians({"layer": (run, 5)})["layer"] / 1e3
+
+
+def run(folder: Path, rounds: int = 2) -> dict[str, Any]:
+    check()
+    if not (folder / "model.safetensors.index.json").is_file():
+        write_model(folder)
+    times: dict[str, list[float]] = {"reading": [], "GEMM": [], "streamed": []}
+    size = 0
+    for _ in range(rounds):
+        forget(folder)
+        begun = time.perf_counter()
+        size = read_all(folder)
+        times["reading"].append(time.perf_counter() - begun)
+        times["GEMM"].append(seconds_of_gemm())
+        forget(folder)
+        begun = time.perf_counter()
+        if not bool(stream(folder).isfinite().all()):
+            raise bench.WrongAnswer("the tangents are not finite")
+        times["streamed"].append(time.perf_counter() - begun)
+        print({name: round(found[-1], 2) for name, found in times.items()}, flush=True)
+    memory = in_a_process(__file__, "--folder", str(folder), "--memory")
+    return {
+        "seconds": times,
+        "bytes": size,
+        "resident": memory["resident"],
+        "environment": bench.environment(),
+        "commit": commit(),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """docs/stream.md. Every figure in it is computed from the result."""
+    best = {name: min(found) for name, found in result["seconds"].items()}
+    larger = max(best["reading"], best["GEMM"])
+    return "\n".join(
+        [
+            "# A model larger than memory: figures",
+            "",
+            "Made by `python benches/bench_stream.py`; the numbers behind it are in `stream.json`. Do not edit.",
+            "",
+            f"Llama's shape: {LAYERS} layers of width {WIDTH}, {HEADS} heads sharing {KV_HEADS}, MLP {MLP}; layers of "
+            f"{result['bytes'] / 1e9:.1f} GB in",
+            f"bfloat16 shards, random weights; {LENGTH} tokens, {TANGENTS} tangents through all layers. The files are "
+            "out of",
+            f"the system's cache before each run; the best of {len(result['seconds']['streamed'])} runs.",
+            where_measured(result["environment"], result["commit"]),
+            "",
+            "| | |",
+            "|---|---:|",
+            f"| primal and tangents, streamed | {best['streamed']:.1f} s |",
+            f"| reading the layers' files alone | {best['reading']:.1f} s |",
+            f"| bfloat16 products of T + 1 forward passes alone | {best['GEMM']:.1f} s |",
+            f"| streamed ÷ the larger of these | {best['streamed'] / larger:.2f} |",
+            f"| peak resident memory, the process whole | {result['resident'] / 2**30:.2f} GiB |",
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="where the model is, or is to be written")
+    parser.add_argument("--out", type=Path, default=DOCS, help="the folder for stream.json and stream.md")
+    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory:
+        import resource
+
+        peak_beyond(lambda: stream(options.folder))
+        print(json.dumps({"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    result = run(options.folder)
+    (options.out / "stream.json").write_text(json.dumps(result, indent=1) + "\n")
+    (options.out / "stream.md").write_text(table(result))
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
