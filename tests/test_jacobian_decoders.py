@@ -136,6 +136,16 @@ def test_products_are_linear_adjoint_and_compose(model: Any) -> None:
     torch.testing.assert_close((second @ first).jvp(V), whole.jvp(V), **EXACT)
 
 
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 300])
+@pytest.mark.parametrize("length", [1, 16])
+def test_any_number_of_tangents_over_one_token_and_the_full_context(length: int, count: int) -> None:
+    J = jacobian(model_of("gpt2"), ids_of(1, length))
+    dense = J.to_dense()
+    V = torch.randn(count, *J.source_shape, dtype=torch.float64)
+    torch.testing.assert_close(J.jvp(V).flatten(1), V.flatten(1) @ dense.T, **EXACT)
+    torch.testing.assert_close(J.vjp(V).flatten(1), V.flatten(1) @ dense, **EXACT)
+
+
 def test_chunks_change_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     J = jacobian(model, ids_of())
     V = torch.randn(5, *J.source_shape, dtype=torch.float64)
