@@ -13,6 +13,8 @@ from .positions import Selected, describe
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
+    from .validity import ValidityRadius
+
 Product = Callable[[Tensor], Tensor]
 
 _DENSE_BLOCK = 256  # unit tangents at a time when the matrix is wanted after all
@@ -71,6 +73,7 @@ class Jacobian:
         self._source = source
         self._target = target
         self._transposed: Jacobian | None = None
+        self._derived: str | None = None  # from another operator: "transpose" or "composition"
 
     @property
     def primal(self) -> Tensor:
@@ -126,6 +129,7 @@ class Jacobian:
         if self._transposed is None:
             self._transposed = Jacobian(self._pull, self._push, self._target, self._source)
             self._transposed._transposed = self
+            self._transposed._derived = self._derived or "transpose"
         return self._transposed
 
     @property
@@ -156,12 +160,14 @@ class Jacobian:
         problem = first._target.mismatch(self._source)
         if problem:
             raise ValueError(f"J2 @ J1 needs J1 to end where J2 starts, and {problem}")
-        return Jacobian(
+        composed = Jacobian(
             lambda tangents: self._push(first._push(tangents)),
             lambda cotangents: first._pull(self._pull(cotangents)),
             first._source,
             self._target,
         )
+        composed._derived = "composition"
+        return composed
 
     def svd(self, k: int, *, seed: int = 0, tol: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The k largest singular triples (U (m, k), S (k,) descending, Vh (k, n)), laid out as
@@ -181,6 +187,24 @@ class Jacobian:
     def spectrum(self, k: int, *, seed: int = 0, tol: float | None = None) -> Tensor:
         """The k largest singular values, (k,) descending; see :meth:`svd`."""
         return self.svd(k, seed=seed, tol=tol)[1]
+
+    def validity_radius(self, V: Tensor) -> "ValidityRadius":
+        """For T tangents at the source, V (T, *source_shape), the largest step along each that flips no mask.
+
+        ``radius`` (T,): the largest s such that the source value moved by less than s·V[t] leaves every AbsTopK the
+        same kept entries and every ReLU the same signs, to first order: the inputs of masks move along their own
+        tangents. inf where nothing can flip. Masks count that lie after the source hook and that the target reads, at
+        the tokens that it reads; not those in a target's function. The model is then run again beside that radius:
+        see :class:`scalpel.jacobians.validity.ValidityRadius` for ``first``, ``verified`` and ``flips``.
+
+        Of a CircuitGPT; a transformers model with a smooth activation has none, so inf. One pass with a tangent and
+        two without for each tangent. NotImplementedError for other models; ValueError for a transpose, a
+        composition, or a V that is not finite.
+        """
+        from .validity import validity_radius
+
+        self._check(V, "V", "validity_radius", tuple(self.source_shape))
+        return validity_radius(self, V)
 
     def to_dense(self) -> Tensor:
         """The matrix (m, n), for small cases: min(m, n) products and m·n numbers of memory."""

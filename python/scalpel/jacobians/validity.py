@@ -1,0 +1,277 @@
+"""How far a tangent may be followed before a mask flips: the step up to which a Jacobian stays the same linear map
+of TopKs and ReLUs.
+
+A Jacobian holds the masks of its primal fixed. Along a tangent the input of every mask moves as x + s·t, t being its
+own tangent; where that first gives another mask is a root per row, and the radius is the least of them.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..models.mask_watch import watch_masks
+from ..ops import topk_mask
+from .decoder_pass import DecoderPass
+from .entry import _explained
+from .hooks import CircuitPass, Pass, kept
+from .operator import Jacobian
+from .positions import Selected, _parents, add_at
+
+_INSIDE, _BEYOND = 0.99, 1.01  # of the radius: where the model is run again
+_SMOOTH = (  # activations of transformers with no mask in them
+    "gelu",
+    "gelu_accurate",
+    "gelu_fast",
+    "gelu_new",
+    "gelu_python",
+    "gelu_pytorch_tanh",
+    "linear",
+    "mish",
+    "quick_gelu",
+    "sigmoid",
+    "silu",
+    "swish",
+    "tanh",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class ValidityRadius:
+    """What :meth:`Jacobian.validity_radius` gives, for each of T tangents.
+
+    ``radius``: (T,), float64 on the CPU, in units of the tangent: the step s·V[t] at which the first mask flips, to
+    first order; inf where none ever does; 0 where a TopK's last kept entry is tied with one that is not and the
+    tangent breaks the tie, as it does at the zeros of sparse weights.
+    ``first``: the mask that flips there, by the name that ``models.mask_watch`` gives it; None where the radius is
+    inf.
+    ``verified``: (T,) bool: the model, run again at 0.99 of the radius, has the masks that it has at the primal; for
+    a radius of inf, at a step as long as the source value (of length 1 where that is zero). Nothing to learn where
+    the radius is 0.
+    ``flips``: (T,) bool: run again at 1.01 of the radius, some mask is another. False for a radius of 0 or inf, which
+    have no such step.
+
+    The model between the masks is not linear, so the true step may be shorter (``verified`` is False) or longer
+    (``flips`` is False). Where both are True, a flip lies between the two steps; that there is none before the first
+    of them is then known at that step, not at each one on the way. A radius at which the values move by no more than
+    their rounding is rounding too, in float32 often: take the model in float64 there.
+    """
+
+    radius: Tensor
+    first: list[str | None]
+    verified: Tensor
+    flips: Tensor
+
+
+def validity_radius(J: Jacobian, V: Tensor) -> ValidityRadius:
+    """See :meth:`Jacobian.validity_radius`; V (T, *source_shape) is checked there."""
+    run, count = _pass_of(J), V.shape[0]
+    if not bool(V.isfinite().all()):
+        raise ValueError(f"V holds {int((~V.isfinite()).sum())} values that are not finite: no step along them is")
+    if not isinstance(run, CircuitPass):
+        return ValidityRadius(
+            torch.full((count,), math.inf, dtype=torch.float64),
+            [None] * count,
+            torch.ones(count, dtype=torch.bool),
+            torch.zeros(count, dtype=torch.bool),
+        )
+    run.check_weights()
+    radius: list[float] = []
+    first: list[str | None] = []
+    verified: list[bool] = []
+    flips: list[bool] = []
+    with torch.inference_mode(False), torch.no_grad(), _explained(run):
+        masks = _Masks(run, J._source.positions, J._target.positions)
+        for tangent in kept(V):
+            reach, name = masks.first_flip(tangent)
+            radius.append(reach)
+            first.append(name)
+            inside = _INSIDE * reach
+            if math.isinf(reach):
+                inside = _length(J._source.value) / _length(tangent)
+            verified.append(masks.same(inside * tangent))
+            flips.append(0 < reach < math.inf and not masks.same(_BEYOND * reach * tangent))
+    return ValidityRadius(
+        torch.tensor(radius, dtype=torch.float64), first, torch.tensor(verified).bool(), torch.tensor(flips).bool()
+    )
+
+
+def _length(value: Tensor) -> float:
+    """The Euclidean norm, or 1 for zero."""
+    return float(value.double().norm()) or 1.0
+
+
+def _pass_of(J: Jacobian) -> Pass:
+    """The pass whose masks count; an error where they are not known."""
+    if J._derived is not None:
+        instead = {
+            "transpose": "its tangents are cotangents of the model, which move no value; take J itself",
+            "composition": "it belongs to more than one pass; take one scalpel.jacobian from the first source to the "
+            "last target, or each factor's own with the tangents that reach it",
+        }[J._derived]
+        raise ValueError(f"the validity radius of a {J._derived} is not defined: {instead}")
+    run = J._source.run
+    if isinstance(run, CircuitPass):
+        return run
+    kind = type(run.model).__name__
+    if not isinstance(run, DecoderPass):
+        raise NotImplementedError(
+            f"the masks of {kind} cannot be seen between module paths: validity_radius takes the Jacobian of a "
+            "CircuitGPT, or of a transformers model between hooks that scalpel.jacobian has rules for"
+        )
+    activation = run.decoder.config.activation
+    if activation not in _SMOOTH:
+        raise NotImplementedError(
+            f"{kind} has the activation {activation!r}, whose masks are not watched: validity_radius takes a "
+            f"CircuitGPT, or a transformers model with one of {', '.join(_SMOOTH)}"
+        )
+    return run
+
+
+class _Masks:
+    """The masks that the target of a pass reads, at the primal and at steps away from it."""
+
+    def __init__(self, run: CircuitPass, source: Selected, target: Selected) -> None:
+        self.run = run
+        self.source = source
+        self.read = _read_by(run, target)
+        self.at_primal: list[Tensor] = []
+        self._watch(lambda _, x, k: self.at_primal.append(_mask(x, k)), None)
+
+    def first_flip(self, tangent: Tensor) -> tuple[float, str | None]:
+        """The least s > 0, to first order, where a mask on x + s·tangent flips, and which; inf and None if none."""
+        least, first = math.inf, None
+
+        def watch(name: str, x: Tensor, k: int | None) -> None:
+            nonlocal least, first
+            dual = forward_ad.unpack_dual(x)
+            if dual.tangent is None:  # before the source, or beside it
+                return
+            at, along = dual.primal, dual.tangent
+            if not bool(along.isfinite().all() & at.isfinite().all()):
+                raise ValueError(f"the values at {name!r}, or their tangents, are not all finite: no step is known")
+            found = relu_flip(at, along, least) if k is None else topk_flip(at, along, k, least)
+            if found < least:
+                least, first = found, name
+
+        with forward_ad.dual_level():
+            self._watch(watch, forward_ad.make_dual(torch.zeros_like(tangent), tangent))
+        return least, first
+
+    def same(self, step: Tensor) -> bool:
+        """Whether the model with ``step`` added to its source has the masks of the primal."""
+        masks = iter(self.at_primal)
+        same = True
+
+        def watch(_: str, x: Tensor, k: int | None) -> None:
+            nonlocal same
+            before = next(masks)
+            same = same and torch.equal(_mask(x, k), before)
+
+        self._watch(watch, step)
+        return same
+
+    def _watch(self, watch: Callable[[str, Tensor, int | None], None], step: Tensor | None) -> None:
+        """One pass, with ``watch`` given the rows (tokens, width) that the target reads of every mask's input."""
+
+        def rows(name: str, x: Tensor, k: int | None) -> None:
+            read = self.read.get(_hook_after(name, self.run.hooks))
+            if read is not None and (k is None or 0 < k < x.shape[-1]):
+                watch(name, x[read.expand(x.shape[:-1])], k)
+
+        with watch_masks(rows), _eager():
+            self.run.run(lambda value: value if step is None else add_at(value, step, self.source))
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """A block that was compiled runs as it was written: a compiled graph shows no mask."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and to import it takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _mask(x: Tensor, k: int | None) -> Tensor:
+    return x > 0 if k is None else topk_mask(x, k)
+
+
+def _hook_after(name: str, hooks: list[str]) -> str:
+    """The first hook whose value the mask ``name`` makes: itself, or one of the residual stream."""
+    layer, _, place = name.partition(".")
+    if place == "resid_post_attn":
+        return f"{layer}.resid_mid"
+    if place == "resid_post_mlp":
+        return hooks[hooks.index(f"{layer}.mlp.resid_delta") + 1]
+    return name
+
+
+def _read_by(run: CircuitPass, chosen: Selected) -> dict[str, Tensor]:
+    """For each hook that the target reads, by the wiring, its tokens (B or 1, L) that do.
+
+    What cannot change the Jacobian is left out by it: k where the target is q, and tokens after the target's.
+    """
+    reads = run.allowed[None] if run.allowed.dim() == 2 else run.allowed[:, 0]
+    ends = torch.zeros_like(reads[:, 0])
+    ends[:, slice(None) if chosen is None else list(chosen)] = True
+    read = {run.target: ends}
+    for name in reversed(run.hooks[: run.hooks.index(run.target) + 1]):
+        if name in read:
+            for parent, mixes in _parents(name, run.hooks):
+                tokens = (reads & read[name][:, :, None]).any(1) if mixes else read[name]
+                read[parent] = read[parent] | tokens if parent in read else tokens
+    return read
+
+
+def relu_flip(x: Tensor, t: Tensor, before: float) -> float:
+    """The least s > 0 where some entry of x + s·t is on the other side of 0, or ``before`` where that is less."""
+    crosses = torch.where(x > 0, t < 0, t > 0)
+    if not bool(crosses.any()):
+        return before
+    return min(before, float((x[crosses].double().abs() / t[crosses].double().abs()).min()))
+
+
+def topk_flip(x: Tensor, t: Tensor, k: int, before: float) -> float:
+    """The least s > 0 where some row of |x + s·t| (rows, width) has another top k, or ``before`` where that is less.
+    0 < k < width.
+
+    A row flips where the largest entry that is not kept, a convex function of s, passes the smallest that is kept,
+    |x_i| + s·sign(x_i)·t_i, a concave one up to a zero of it: no entry is below zero, so a kept one that reaches it
+    has been passed. Their difference is convex and at most 0 at s = 0. Newton's steps from the right, each to the
+    root of a line under it, come down to its last root and never jump past it; it has finitely many pieces. All rows
+    share one s, and a row that does not flip before it is done with.
+
+    A kept value that goes through zero among others that are and stay zero is kept on either side: no flip. Where
+    those only pass through zero at that very step (twins of it that do the same), the step is taken for a flip.
+    """
+    kept = topk_mask(x, k)
+    moving = (t != 0).any(-1) & (~kept & ((x != 0) | (t != 0))).any(-1)
+    x, t, kept = x[moving].double(), t[moving].double(), kept[moving]
+    size = x.abs()
+    slope = torch.where(x == 0, t.abs(), x.sign() * t)  # of |x + s·t| just after s = 0
+    s = before
+    while len(x):
+        far = math.isinf(s)
+        moved = t if far else x + s * t  # at infinity the slopes alone count
+        low = slope if far else size + s * slope
+        j = moved.abs().masked_fill(kept, -1.0).argmax(-1, keepdim=True)
+        i = low.masked_fill(~kept, math.inf).argmin(-1, keepdim=True)
+        sign = torch.where(moved.gather(-1, j) < 0, -1.0, 1.0)
+        rise = sign * t.gather(-1, j) - slope.gather(-1, i)
+        passed = (moved.gather(-1, j).abs() > low.gather(-1, i)) & (rise > 0)
+        root = torch.where(passed, (size.gather(-1, i) - sign * x.gather(-1, j)) / rise, math.inf)
+        least = float(root.min())
+        if not least < s:
+            break
+        s = least
+        alive = passed[:, 0]
+        x, t, kept, size, slope = x[alive], t[alive], kept[alive], size[alive], slope[alive]
+    return s
