@@ -126,7 +126,7 @@ def _by_rules(
     run: Pass, rules: Callable[..., Any], at: tuple[Selected, Selected], function: Callable[[Tensor], Tensor] | None
 ) -> Jacobian:
     """Through the rules of the model's own sublayers."""
-    with torch.no_grad(), _explained(run):
+    with torch.no_grad(), explained(run):
         products = rules(run, at, function)
     for name, value in ((run.source, products.source), (run.target, products.primal)):
         _check_numbers(value, name)
@@ -134,7 +134,7 @@ def _by_rules(
     def checked(product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def go(tangents: Tensor) -> Tensor:
             run.check_weights()
-            with _plain_tensors(), torch.no_grad(), _explained(run):
+            with _plain_tensors(), torch.no_grad(), explained(run):
                 return product(tangents)
 
         return go
@@ -171,7 +171,7 @@ class _Derivative:
             dual = forward_ad.make_dual(torch.zeros_like(at_source[0]), tangent.to(at_source[0]))
             return add_at(value, dual, self.at[0])
 
-        with torch.no_grad(), forward_ad.dual_level(), _explained(self.run):
+        with torch.no_grad(), forward_ad.dual_level(), explained(self.run):
             recorded = self.run.run(enter)
             self.at = (self.at[0], _select(self.wanted[1], recorded, "target"))
             dual = forward_ad.unpack_dual(self._finished(recorded, at_source[0].dtype))
@@ -194,13 +194,13 @@ class _Derivative:
         """(T, *source) → (T, *target): T tangents beside one primal."""
         self.run.check_weights()
         zero = torch.zeros_like(self.source)
-        with _plain_tensors(), torch.no_grad(), _explained(self.run):
+        with _plain_tensors(), torch.no_grad(), explained(self.run):
             return vmap(lambda tangent: jvp(self._moved, (zero,), (tangent,))[1], chunk_size=self.chunk)(tangents)
 
     def pull(self, cotangents: Tensor) -> Tensor:
         """(T, *target) → (T, *source): one pass forward, T of them back."""
         self.run.check_weights()
-        with _plain_tensors(), torch.no_grad(), _explained(self.run):
+        with _plain_tensors(), torch.no_grad(), explained(self.run):
             back = vjp(self._moved, torch.zeros_like(self.source))[1]
             return vmap(lambda cotangent: back(cotangent)[0], chunk_size=self.chunk)(cotangents)
 
@@ -275,7 +275,7 @@ def _plain_tensors() -> Iterator[None]:
 
 
 @contextmanager
-def _explained(run: Pass) -> Iterator[None]:
+def explained(run: Pass) -> Iterator[None]:
     """Errors of the derivative machinery, with the hooks named and the operation that is the cause."""
     try:
         yield

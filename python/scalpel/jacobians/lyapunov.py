@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.families import decoder_of, hooks_of
 from .depth import Alignment, Spectra, measure_alignment, rank_bound
 from .entry import jacobian
 from .operator import Jacobian, Product
@@ -150,8 +151,9 @@ def lyapunov(
     ``model``, ``input_ids``, ``attention_mask``, ``position_ids``: as :func:`scalpel.jacobian` takes them. For the
     null of an untrained model, give one.
     ``T``: 1 to the smallest number of singular values that the product or a layer has.
-    ``hooks``: the hooks between which the layers lie, in the model's order, at least two. By default a CircuitGPT's
-    residual stream at the head of each layer, and at the end; other models need them said. The product is the chain
+    ``hooks``: the hooks between which the layers lie, in the model's order, at least two. By default the
+    residual stream at the head of each layer, and at the end, of a CircuitGPT or of a decoder that
+    :func:`scalpel.jacobian` has rules for; other models need them said. The product is the chain
     through these hooks alone, and the Jacobian from the first to the last only where every path passes each.
     ``positions``: None, an int, a slice or a list of ints. All tokens take part between the layers; the product starts
     from tangents at the chosen tokens of the first hook and is read at the chosen tokens of the last:
@@ -243,6 +245,8 @@ def _layer_hooks(model: nn.Module, hooks: Sequence[str] | None) -> list[str]:
             raise ValueError(f"hooks is {list(hooks)!r}; it must name at least two hooks, each once")
         return list(hooks)
     known = getattr(model, "hook_names", None)
+    if known is None and (decoder := decoder_of(model)) is not None:
+        known = hooks_of(decoder.config)
     if known is None:
         raise ValueError(
             f"the layers of {type(model).__name__} are not known: name the hooks between them, such as "

@@ -142,14 +142,14 @@ def _reached(hooks: list[str], source: str, target: str, chosen: Selected, reads
     reach = {source: start}
     for name in hooks[hooks.index(source) + 1 : hooks.index(target) + 1]:
         found = none
-        for parent, mixes in _parents(name, hooks):
+        for parent, mixes in parents_of(name, hooks):
             if parent in reach:
                 found = found | ((reads & reach[parent][:, None, :]).any(-1) if mixes else reach[parent])
         reach[name] = found
     return reach[target]
 
 
-def _parents(name: str, hooks: list[str]) -> list[tuple[str, bool]]:
+def parents_of(name: str, hooks: list[str]) -> list[tuple[str, bool]]:
     layer, _, hook = name.partition(".")
     if hook == "mlp.act_in" and f"{layer}.resid_mid" not in hooks:  # attention and MLP in parallel
         return [(f"{layer}.resid_in", False)]

@@ -20,10 +20,10 @@ from torch.autograd import forward_ad
 from ..models.mask_watch import watch_masks
 from ..ops import topk_mask
 from .decoder_pass import DecoderPass
-from .entry import _explained
+from .entry import explained
 from .hooks import CircuitPass, Pass, kept
 from .operator import Jacobian
-from .positions import Selected, _parents, add_at
+from .positions import Selected, add_at, parents_of
 
 _INSIDE, _BEYOND = 0.99, 1.01  # of the radius: where the model is run again
 _SMOOTH = (  # activations of transformers with no mask in them
@@ -87,7 +87,7 @@ def validity_radius(J: Jacobian, V: Tensor) -> ValidityRadius:
     first: list[str | None] = []
     verified: list[bool] = []
     flips: list[bool] = []
-    with torch.inference_mode(False), torch.no_grad(), _explained(run):
+    with torch.inference_mode(False), torch.no_grad(), explained(run):
         masks = _Masks(run, J._source.positions, J._target.positions)
         for tangent in kept(V):
             reach, name = masks.first_flip(tangent)
@@ -225,7 +225,7 @@ def _read_by(run: CircuitPass, chosen: Selected) -> dict[str, Tensor]:
     read = {run.target: ends}
     for name in reversed(run.hooks[: run.hooks.index(run.target) + 1]):
         if name in read:
-            for parent, mixes in _parents(name, run.hooks):
+            for parent, mixes in parents_of(name, run.hooks):
                 tokens = (reads & read[name][:, :, None]).any(1) if mixes else read[name]
                 read[parent] = read[parent] | tokens if parent in read else tokens
     return read
