@@ -123,7 +123,7 @@ void run(const Attention& at, const LanesOf& q, const LanesOf& k, const LanesOf&
     const std::int64_t pieces = sizes.batch * at.kv_heads;
     threads = threads_of(pieces, group * sizes.length * sizes.length * sizes.d, threads);
     const PerThread<Real> scratch(threads, attention_scratch(sizes.length, sizes.d));
-    const PerThread<std::uint16_t> nonzero(threads, 2 * sizes.length * (sizes.d + 1));
+    const PerThread<std::uint16_t> nonzero(threads, attention_nonzero(sizes.length, sizes.d));
     auto body = [&](std::int64_t begin, std::int64_t end, int thread) {
       for (std::int64_t piece = begin; piece < end; ++piece) {
         const std::int64_t b = piece / at.kv_heads;

@@ -85,8 +85,8 @@ struct LanesOf {
   TensorView index;
 };
 
-// Tangents of y (no index) from those of q, k and v. No array of length x length but the weights of eight
-// queries of one head.
+// Tangents of y (no index) from those of q, k and v. No array of length x length: each thread holds the
+// weights of eight queries of one head, and a copy of that head's k and v and of their lanes.
 void attention_jvp(const Attention& at, const LanesOf& q, const LanesOf& k, const LanesOf& v,
                    const TensorView& y, int threads = 0);
 // Cotangents of q, k and v at their indices from those of y (no index).

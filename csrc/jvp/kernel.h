@@ -101,13 +101,13 @@ struct AttentionTask {
   std::uint16_t* nonzero;
 };
 
-// Elements of scratch: keys transposed, the weights and queries of a tile, and two blocks of (d, 16) for each
-// of its queries. Beside it `nonzero`, 2 * length * (d + 1) numbers: which channels of each key and value are
-// not zero.
+// Elements of scratch: keys transposed, the weights and queries of a tile, two blocks of (d, 16) for each of
+// its queries, and the head's k, v and their entries side by side. Beside it `nonzero`: channels, see there.
 constexpr std::int64_t attention_scratch(std::int64_t length, std::int64_t d) {
   const std::int64_t padded = (length + 15) / 16 * 16;
-  return d * padded + kQueryTile * padded + kQueryTile * d + 2 * kQueryTile * d * 16;
+  return d * padded + kQueryTile * padded + kQueryTile * d + 2 * kQueryTile * d * 16 + 2 * length * d * 17;
 }
+constexpr std::int64_t attention_nonzero(std::int64_t length, std::int64_t d) { return 4 * length * (d + 1); }
 
 template <class Real>
 struct JvpKernelsOf {
