@@ -49,7 +49,7 @@ class CircuitProducts:
     def push(self, tangents: Tensor) -> Tensor:
         """(T, *source) → (T, *target)."""
         rows = [self._push(chunk) for chunk in tangents.split(LANES)]
-        found = torch.cat(rows) if rows else tangents.new_zeros(0, *self.recorded.shape)
+        found = _together(rows) if rows else tangents.new_zeros(0, *self.recorded.shape)
         if self.function is None:
             return found
         return vmap(lambda tangent: jvp(self._of_recorded, (self.recorded,), (tangent,))[1])(found)
@@ -135,7 +135,7 @@ class CircuitProducts:
             back = vjp(self._of_recorded, self.recorded)[1]
             cotangents = vmap(lambda cotangent: back(cotangent)[0])(cotangents)
         rows = [self._pull(chunk) for chunk in cotangents.split(LANES)] if len(cotangents) else []
-        return torch.cat(rows) if rows else cotangents.new_zeros(0, *self.source.shape)
+        return _together(rows) if rows else cotangents.new_zeros(0, *self.source.shape)
 
     def _pull(self, cotangents: Tensor) -> Tensor:
         count = cotangents.shape[0]
@@ -277,6 +277,10 @@ class CircuitProducts:
             lanes = lanes.resized(self.config.d_model)
         rows = lanes.rows(count, tokens)
         return rows.view(count, self.batch, -1, rows.shape[-1])
+
+
+def _together(rows: list[Tensor]) -> Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _of_residual(name: str) -> bool:
