@@ -48,7 +48,7 @@ def announced(value: bool) -> None:
 def path(model: Any, hook: str) -> str:
     decoder = decoder_of(model)
     assert decoder is not None
-    found = module_path(hook, decoder.family, decoder.config)
+    found = module_path(hook, decoder.family, hooks_of(decoder.config))
     assert hook == "logits" or found != hook, hook
     return found
 
@@ -79,7 +79,7 @@ def test_every_hook_as_source_and_as_target(model: Any) -> None:
     decoder = decoder_of(model)
     assert decoder is not None
     for hook in hooks_of(decoder.config):
-        if hook.startswith("1.") and module_path(hook, decoder.family, decoder.config) != hook:
+        if hook.startswith("1.") and module_path(hook, decoder.family, hooks_of(decoder.config)) != hook:
             if not hook.endswith("resid_mid"):
                 check(model, ids_of(1, 4), hook, "final_resid")
             if hook != "1.resid_in":
@@ -272,7 +272,9 @@ def test_random_ends_and_positions(name: str, seed: int, batch: int, length: int
     model = model_of(name, seed)
     decoder = decoder_of(model)
     assert decoder is not None
-    hooks = [hook for hook in hooks_of(decoder.config) if module_path(hook, decoder.family, decoder.config) != hook]
+    hooks = [
+        hook for hook in hooks_of(decoder.config) if module_path(hook, decoder.family, hooks_of(decoder.config)) != hook
+    ]
     source = data.draw(st.sampled_from([hook for hook in hooks if not hook.endswith("resid_mid")]))
     target = data.draw(st.sampled_from([*hooks[hooks.index(source) :], "logits"]))
     picks = st.one_of(st.none(), st.lists(st.integers(0, length - 1), min_size=1, max_size=2, unique=True))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import decoder_cases
 import scalpel
 from circuitgpt_cases import build, tokens
 from scalpel import CircuitGPT, jacobian, lyapunov
@@ -533,6 +534,18 @@ def test_what_is_refused() -> None:
         lyapunov(build("plain").bfloat16(), ids, 1)
     with pytest.raises(ValueError, match="NaN or infinity"):
         exponents_of(1, torch.full((8, 8), 1e308, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "llama"])
+def test_the_layers_of_a_decoder_are_known(name: str) -> None:
+    pytest.importorskip("transformers")
+    model, ids = decoder_cases.model_of(name), decoder_cases.ids_of(1, 5)
+    names = ["0.resid_in", "1.resid_in", "2.resid_in", "final_resid"]
+    L = lyapunov(model, ids, 3)
+    assert L.hooks == tuple(names)
+    assert torch.equal(L.exponents, lyapunov(model, ids, 3, hooks=names).exponents)
+    layers = [jacobian(model, ids, a, b).to_dense() for a, b in pairwise(names)]
+    torch.testing.assert_close(L.log_singular_values, logs(dense_product(layers), 3), rtol=0, atol=1e-8)
 
 
 def test_it_is_public() -> None:

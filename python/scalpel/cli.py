@@ -1,4 +1,4 @@
-"""The command line: ``scalpel run``, ``experiment``, ``train``, ``bench``.
+"""The command line: ``scalpel run``, ``experiment``, ``analyze``, ``train``, ``bench``.
 
 What needs torch is imported inside the commands, so that ``--help`` answers at once. Results go to stdout,
 everything else to stderr; exit codes: 0 done (whatever the verdicts say), 1 something is broken, 2 the input
@@ -194,6 +194,75 @@ def _options(given: list[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             options[key] = value
     return options
+
+
+@app.command()
+@_guarded("interrupted; the same command goes on from the last finished chunk")
+def analyze(
+    model: Annotated[
+        str, typer.Argument(help="A shipped model, a CircuitGPT's folder or hub id, or a folder of transformers'.")
+    ],
+    text: Annotated[Path, typer.Option(help="The text, a UTF-8 file; its first chunks are analysed.")],
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="A tokenizer.json, or encoder.json with vocab.bpe beside it; by default the model's own."),
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a chunk; by default 64, or the model's context.")
+    ] = None,
+    chunks: Annotated[int, typer.Option(min=1, help="How many chunks, as far as the text goes.")] = 8,
+    tangents: Annotated[int, typer.Option(min=1, help="How many directions, and so singular values.")] = 16,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Leave the model in its folder, one layer in memory at a time.")
+    ] = False,
+    untrained: Annotated[
+        bool, typer.Option("--untrained/--no-untrained", help="Beside it an untrained model of the same shape.")
+    ] = True,
+    out: Annotated[Path, typer.Option(help="Folder of the report and of finished chunks.")] = Path("scalpel-analysis"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure anew what the folder holds.")] = False,
+    seed: Seed = 0,
+    open_: Annotated[bool, typer.Option("--open/--no-open", help="Open the report in a browser.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure what a text does to a model's layers: spectra, ranks, active fractions, margins; write a report.
+
+    Stopped, the same command goes on where it was.
+    """
+    from .report import check_folder
+
+    check_folder(out)
+    from .analysis import analyze as measure
+    from .report.analysis import headlines, write_analysis
+
+    with show.Steps("analyze") as steps:
+        analysis = measure(
+            model,
+            text,
+            out,
+            tokenizer=tokenizer,
+            length=length,
+            chunks=chunks,
+            tangents=tangents,
+            stream=stream,
+            untrained=untrained,
+            fresh=fresh,
+            seed=seed,
+            progress=steps.stage,
+        )
+        steps.stage("writing the report", 1.0)
+        page = write_analysis(out, analysis)
+    if as_json:
+        _print_json(analysis.to_json(indent=2))
+    else:
+        show.out().print(show.facts(str(analysis.model["name"]), headlines(analysis)))
+        show.out().print(f"Report: {page}", soft_wrap=True)
+    for note in analysis.notes:
+        show.err().print(f"note: {note}", soft_wrap=True)
+    if open_:
+        import webbrowser
+
+        webbrowser.open(page.resolve().as_uri())
 
 
 @app.command()

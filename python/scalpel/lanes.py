@@ -168,6 +168,7 @@ def apply_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return layer(x)
     plain = type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
+    plain = plain and x.numel() > 0 and "forward" not in vars(layer)
     if not plain or torch.is_grad_enabled() or x.dtype not in (torch.float32, torch.float64) or not untraced(x):
         return layer(x)
     linear = Linear(layer)
@@ -225,7 +226,8 @@ class Linear:
 
     def _kept(self, what: str, make: Any) -> Any:
         weight = self.layer.weight.detach()
-        mark = (weight._version, weight.data_ptr(), weight.dtype, tuple(weight.shape))
+        version = 0 if weight.is_inference() else weight._version
+        mark = (version, weight.data_ptr(), weight.dtype, tuple(weight.shape))
         # A change through .data leaves no trace but the numbers themselves; some of them are looked at.
         sample = weight.flatten()[:: max(1, weight.numel() // 256)]
         kept = _copies.get(self.layer)

@@ -39,7 +39,7 @@ class CircuitProducts:
         self.source = trace.source
         self.recorded = read_at(trace.recorded, at[1])
         self.batch, self.length = run.inputs[0].shape
-        self.primal = self._of_recorded(self.recorded).clone()
+        self.primal = self._of_recorded(self.recorded.clone()).clone()  # the function may work in place
 
     def _of_recorded(self, value: Tensor) -> Tensor:
         return finished(value, self.function, self.run.target, self.source.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,8 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from ..models.decoder import Decoder, Weights
-from ..models.families import decoder_of, family_of, hooks_of, module_path, our_hook
-from .hooks import LOGITS, Pass, kept, known_hook
+from ..models.families import (
+    decoder_or_reason,
+    family_of_model,
+    first_hook,
+    hooks_of,
+    hooks_of_model,
+    marks_of,
+    module_path,
+    our_hook,
+)
+from .dense_primal import logits_of
+from .hooks import LOGITS, Pass, evaluating, kept, known_hook
 
 _KEYS = ("input_ids", "attention_mask", "position_ids")
 
@@ -40,6 +52,12 @@ class DecoderPass(Pass):
         narrow = precision == "bfloat16" and weight.dtype != torch.bfloat16
         self.products = replace(decoder, weights=NarrowWeights.of(model, decoder.weights)) if narrow else decoder
 
+    def check_weights(self) -> None:
+        super().check_weights()
+        hooked = first_hook(self.model)
+        if hooked is not None:
+            raise RuntimeError(f"{hooked} since this Jacobian was made: call scalpel.jacobian again")
+
     @property
     def length(self) -> int:
         return int(self.ids.shape[1])
@@ -59,64 +77,115 @@ class DecoderPass(Pass):
 
 def decoder_pass(
     model: nn.Module, input_ids: Any, beside: dict[str, Any], source: str, target: str, precision: str | None
-) -> DecoderPass | None:
-    """None where the model, its inputs or a hook are not what the engine has rules for."""
-    decoder = decoder_of(model)
-    if decoder is None:
-        return None
+) -> DecoderPass | str:
+    """The pass, or why the rules don't cover the model, its inputs or a hook."""
+    decoder = decoder_or_reason(model)
+    if isinstance(decoder, str):
+        return decoder
     ends = []
     for name, as_source in ((source, True), (target, False)):
         hook = LOGITS if name == LOGITS else our_hook(name, decoder.family, decoder.config, as_source)
         if hook is None:
-            return None
+            return f"{name!r} is no hook of the rules"
         ends.append(hook)
+    if ends[0] == LOGITS:
+        return "the logits are no source"
     inputs = plain_inputs(decoder, input_ids, beside)
-    if inputs is None or ends[0] == LOGITS:
+    if isinstance(inputs, str):
+        return inputs
+    return _difference(model, decoder, inputs) or DecoderPass(model, decoder, inputs, (ends[0], ends[1]), precision)
+
+
+_compared: weakref.WeakKeyDictionary[nn.Module, tuple[Any, ...]] = weakref.WeakKeyDictionary()
+
+
+def _difference(model: nn.Module, decoder: Decoder, inputs: dict[str, Tensor]) -> str | None:
+    """Where the model's own forward pass is not the family's, as after a part of it was replaced; None where it is.
+
+    Compared once for a model, and again after a module, a switch or the config has changed.
+    """
+    marks = marks_of(model)
+    if _compared.get(model) == marks:
         return None
-    return DecoderPass(model, decoder, inputs, (ends[0], ends[1]), precision)
+    ids = inputs["input_ids"]
+    positions = inputs.get("position_ids", torch.arange(ids.shape[1])[None])
+    mask = inputs.get("attention_mask")
+    keywords: dict[str, Any] = dict(inputs)
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        keywords["use_cache"] = False
+    try:
+        with evaluating(model):
+            own = model(**keywords).logits
+    except Exception as raised:  # whatever an edited model raises; torch.func will raise it where it is seen
+        return f"its own forward pass raises {type(raised).__name__}: {raised}"
+    dtype = torch.float64 if own.dtype == torch.float64 else torch.float32
+    ours, own = logits_of(decoder, ids, positions, mask, dtype), own.to(dtype)
+    if mask is not None:
+        ours, own = ours[mask.bool()], own[mask.bool()]
+    if bool(own.isnan().any()) and bool(ours.isnan().any()):
+        return None
+    error = float((ours - own).abs().max() / own.abs().max().clamp(min=1e-30)) if ours.shape == own.shape else math.inf
+    if not error <= _AGREE[next(model.parameters()).dtype]:
+        return f"its own forward pass is not that of its family: the logits differ by {error:.1e} of the largest"
+    _compared[model] = marks
+    return None
 
 
-def module_paths(model: nn.Module, source: str, target: str) -> tuple[str, str]:
-    """Both ends as paths of modules, where the model's family says which these are; else as they are."""
-    family = family_of(type(model).__name__)
-    config = None if family is None else getattr(model, "config", None)
-    shape = None if family is None or config is None else family.read(config)
-    if family is None or shape is None:
+# transformers' RMSNorm rounds to float32 in float64 too; in bfloat16 it rounds every value, where ours keep float32.
+_AGREE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1}
+
+
+def module_paths(model: nn.Module, source: str, target: str, reason: str) -> tuple[str, str]:
+    """Both ends as paths of modules, where the model's family says which these are; else as they are.
+
+    ``reason``: why there are no rules here, for the error where a hook has no path.
+    """
+    family, hooks = family_of_model(model), hooks_of_model(model)
+    if family is None:
         return source, target
     paths = [name + end for name, _ in model.named_modules() for end in ("", ":in")]
     kind = f"this {type(model).__name__} (its hooks, or module paths with ':in' for an input)"
-    known_hook(source, [*hooks_of(shape), *paths], "source", kind)
-    if target not in paths:
-        known_hook(target, [*hooks_of(shape), LOGITS, *paths], "target", kind)
-    return module_path(source, family, shape, True), module_path(target, family, shape, False)
+    found = []
+    for name, role in ((source, "source"), (target, "target")):
+        known = [*hooks, *paths] if role == "source" else [*hooks, LOGITS, *paths]
+        path = module_path(name, family, hooks, role == "source")
+        if path not in known:
+            known_hook(name, known, role, kind)
+        if path in hooks:
+            raise ValueError(f"the {role} {name!r} is no module's value, and the rules can't be used: {reason}")
+        found.append(path)
+    return found[0], found[1]
 
 
-def plain_inputs(decoder: Decoder, input_ids: Any, beside: dict[str, Any]) -> dict[str, Any] | None:
-    """Token ids with, perhaps, a two-dimensional mask and positions; None for anything else."""
+def plain_inputs(decoder: Decoder, input_ids: Any, beside: dict[str, Any]) -> dict[str, Any] | str:
+    """Token ids with, perhaps, a two-dimensional mask and positions; or what is not plain about them."""
     batch = dict(input_ids) if isinstance(input_ids, Mapping) else {"input_ids": input_ids}
     beside = {name: value for name, value in beside.items() if value is not None}
-    if set(batch) & set(beside):
-        return None  # the pass over modules says which is given twice
+    if both := set(batch) & set(beside):
+        return f"{min(both)} is given twice, in the batch and beside it"
     batch = {name: value for name, value in (batch | beside).items() if value is not None}
-    if not set(batch) <= set(_KEYS) or not all(isinstance(value, Tensor) for value in batch.values()):
-        return None
+    if more := set(batch) - set(_KEYS):
+        return f"the batch has {min(more)!r}; the rules take {', '.join(_KEYS)}"
+    for name, value in batch.items():
+        if not isinstance(value, Tensor):
+            return f"{name} is {type(value).__name__}; it must be a tensor"
     ids = batch.get("input_ids")
     if ids is None or ids.dtype != torch.int64 or ids.dim() != 2 or ids.numel() == 0:
-        return None
-    within = int(ids.min()) >= 0 and int(ids.max()) < decoder.config.vocab_size
-    if not within or ids.shape[1] > decoder.config.max_length:
-        return None
+        return "input_ids must be int64 (batch, length), with at least one token"
+    config = decoder.config
+    if int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size or ids.shape[1] > config.max_length:
+        return f"input_ids must have ids below {config.vocab_size} and at most {config.max_length} tokens a row"
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     if mask is not None and (mask.shape != ids.shape or not bool(((mask == 0) | (mask == 1)).all())):
-        return None
+        return f"attention_mask must be zeros and ones of shape {tuple(ids.shape)}"
     if positions is not None:
         if positions.dtype != torch.int64 or tuple(positions.shape) not in (tuple(ids.shape), (1, ids.shape[1])):
-            return None
-        if int(positions.min()) < 0 or int(positions.max()) >= decoder.config.max_length:
-            return None
+            return f"position_ids must be int64 of shape {tuple(ids.shape)} or (1, {ids.shape[1]})"
+        if int(positions.min()) < 0 or int(positions.max()) >= config.max_length:
+            return f"position_ids must run from 0 to {config.max_length - 1}"
         # Without a mask, positions that start again mark texts packed into one row, which don't read each other.
         if mask is None and not bool((positions.diff(dim=-1) == 1).all()):
-            return None
+            return "position_ids that are not consecutive need an attention_mask: without, they mark packed texts"
     return batch
 
 
@@ -125,7 +194,7 @@ class NarrowWeights:
 
     def __init__(self, wide: Weights) -> None:
         self._wide = wide
-        self._kept: dict[str, tuple[tuple[int, int], Tensor]] = {}
+        self._kept: dict[str, tuple[tuple[int, int], Tensor, Tensor]] = {}
 
     @classmethod
     def of(cls, model: nn.Module, wide: Weights) -> NarrowWeights:
@@ -139,10 +208,13 @@ class NarrowWeights:
         tensor = self._wide(name)
         if tensor.dim() < 2:
             return tensor
-        mark = (tensor.data_ptr(), tensor._version)
-        if name not in self._kept or self._kept[name][0] != mark:
-            self._kept[name] = mark, tensor.to(torch.bfloat16)
-        return self._kept[name][1]
+        mark = (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+        # A change through .data leaves no trace but the numbers themselves; some of them are looked at.
+        sample = tensor.flatten()[:: max(1, tensor.numel() // 256)]
+        kept = self._kept.get(name)
+        if kept is None or kept[0] != mark or not torch.equal(kept[1], sample):
+            kept = self._kept[name] = mark, sample.clone(), tensor.to(torch.bfloat16)
+        return kept[2]
 
     def rows(self, name: str, index: Tensor) -> Tensor:
         return self._wide.rows(name, index)

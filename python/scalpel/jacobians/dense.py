@@ -73,7 +73,7 @@ class DenseProducts:
             recorded = found.args[0]
         self.source = seen["source"]
         self.recorded = read_at(recorded, self.at[1]).clone()
-        self.primal = self._of_recorded(self.recorded).clone()
+        self.primal = self._of_recorded(self.recorded.clone()).clone()  # the function may work in place
 
     def _of_recorded(self, value: Tensor) -> Tensor:
         return finished(value, self.function, self.run.target, self.run.dtype)

@@ -99,9 +99,19 @@ def through_layer(
     if len(layer.up) == 2:
         beside = layer.up[1](read)
         primal.opened, neurons = neurons, neurons * beside
-        primal.slope.mul_(beside)
+        primal.slope = primal.slope * beside
     neurons = tap(f"{i}.mlp.post_act", neurons)
     return x + tap(f"{i}.mlp.resid_delta", layer.down(neurons))
+
+
+def logits_of(decoder: Decoder, ids: Tensor, positions: Tensor, real: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The logits (B, L, vocab): the primal alone."""
+    config, places = decoder.config, places_of(decoder, positions, real, dtype)
+    x = decoder.embed(ids, positions).to(dtype)
+    for i in range(config.layers):
+        x = through_layer(decoder, i, decoder.layer(i), x, places, lambda _, value: value, DensePrimal())
+    weight, head = decoder.final()
+    return head(DenseNorm.at(x, weight, config.eps, config.rms).value())
 
 
 def _head_norm(x: Tensor, gain: Tensor | None, config: DecoderConfig) -> tuple[Tensor, DenseNorm | None]:

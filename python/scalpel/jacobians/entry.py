@@ -17,7 +17,6 @@ from torch.autograd import forward_ad
 from torch.func import jvp, vjp, vmap
 
 from ..models.circuitgpt import CircuitGPT
-from ..models.families import supported
 from .circuit import CircuitProducts
 from .decoder_pass import DecoderPass, decoder_pass, module_paths
 from .dense import DenseProducts
@@ -90,7 +89,8 @@ def jacobian(
         raise ValueError(f"precision is {precision!r}; allowed: None, 'bfloat16'")
     with _plain_tensors():
         beside = {"attention_mask": attention_mask, "position_ids": position_ids}
-        run: Pass | None
+        run: Pass | None = None
+        reason = "a CircuitGPT has none of that precision"
         if isinstance(model, CircuitGPT):
             circuit = CircuitPass(model, input_ids, attention_mask, position_ids, source, hook)
             at = _checked_ends(circuit, wanted)
@@ -98,18 +98,18 @@ def jacobian(
                 return _by_rules(circuit, CircuitProducts, at, function)
             run = circuit
         elif isinstance(model, nn.Module):
-            decoder = decoder_pass(model, input_ids, beside, source, hook, precision)
-            if decoder is not None:
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                decoder = decoder_pass(model, input_ids, beside, source, hook, precision)
+            if isinstance(decoder, DecoderPass):
                 return _by_rules(decoder, DenseProducts, _checked_ends(decoder, wanted), function)
-            given = {name: value for name, value in beside.items() if value is not None}
-            run = ModulePass(model, input_ids, given, *module_paths(model, source, hook))
+            reason = decoder
+            if precision is None:
+                given = {name: value for name, value in beside.items() if value is not None}
+                run = ModulePass(model, input_ids, given, *module_paths(model, source, hook, reason))
         else:
             raise TypeError(f"model is {type(model).__name__}; it must be a CircuitGPT or another torch.nn.Module")
-        if precision is not None:
-            raise ValueError(
-                f"precision={precision!r} needs rules for this model's sublayers, which there are for "
-                f"{', '.join(supported())} on the CPU, without module hooks: leave it at None"
-            )
+        if precision is not None or run is None:
+            raise ValueError(f"precision={precision!r} needs the rules of a transformers model, and {reason}")
         if not isinstance(model, CircuitGPT):
             _announce(model)
         return _Derivative(run, wanted, function).operator()
@@ -126,7 +126,7 @@ def _by_rules(
     run: Pass, rules: Callable[..., Any], at: tuple[Selected, Selected], function: Callable[[Tensor], Tensor] | None
 ) -> Jacobian:
     """Through the rules of the model's own sublayers."""
-    with torch.no_grad(), explained(run):
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), explained(run):
         products = rules(run, at, function)
     for name, value in ((run.source, products.source), (run.target, products.primal)):
         _check_numbers(value, name)
@@ -134,7 +134,7 @@ def _by_rules(
     def checked(product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def go(tangents: Tensor) -> Tensor:
             run.check_weights()
-            with _plain_tensors(), torch.no_grad(), explained(run):
+            with _plain_tensors(), torch.no_grad(), torch.autocast("cpu", enabled=False), explained(run):
                 return product(tangents)
 
         return go

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..models.decoder import Decoder
+from ..models.decoder import Decoder, check_layer
 from ..models.folder import decoder_in, streamed_layers
 from .decoder_pass import plain_inputs
 from .dense_layer import Buffers, DenseLayer
 from .dense_primal import DensePrimal, places_of, through_layer
+
+_CHUNK_BYTES = 1 << 28  # about what the widest value of a chunk of tangents may take
+_WIDEST = 4  # over the residual stream's own width
 
 
 @dataclass
@@ -28,20 +33,32 @@ class StreamedLayer:
     before: Tensor
     after: Tensor
     _rules: DenseLayer | None
+    _one_at_a_time: threading.Lock = field(default_factory=threading.Lock, repr=False)  # the rules share buffers
 
     def jvp(self, V: Tensor) -> Tensor:
         """T tangents of ``before``, (T, B, L, width), to those of ``after``."""
-        found = self._checked(V).push(V.detach().clone(), lambda _, t: t, set())
-        assert found is not None
-        return found
+        return self._product(V, lambda rules, t: rules.push(t, lambda _, each: each, set()))
 
     def vjp(self, U: Tensor) -> Tensor:
         """T cotangents of ``after`` to those of ``before``."""
-        found = self._checked(U).pull(U.detach(), lambda _, u: u)
-        assert found is not None
-        return found
+        return self._product(U, lambda rules, u: rules.pull(u, lambda _, each: each))
+
+    def _product(self, tangents: Tensor, product: Callable[[DenseLayer, Tensor], Tensor | None]) -> Tensor:
+        with self._one_at_a_time, _plain():
+            rules, found = self._checked(tangents), torch.empty_like(tangents, memory_format=torch.contiguous_format)
+            each = tangents[0].numel() * tangents.element_size() * _WIDEST if len(tangents) else 1
+            done = 0
+            for chunk in tangents.detach().split(max(1, _CHUNK_BYTES // max(1, each))):
+                if len(chunk):
+                    part = product(rules, chunk.contiguous().clone())
+                    assert part is not None
+                    found[done : done + len(chunk)] = part
+                    done += len(chunk)
+            return found
 
     def _checked(self, tangents: Tensor) -> DenseLayer:
+        if not isinstance(tangents, Tensor):
+            raise TypeError(f"tangents are {type(tangents).__name__}; a torch.Tensor is taken")
         if self._rules is None:
             raise RuntimeError(f"layer {self.number} has left memory: take its products before the next layer's turn")
         if tangents.dim() != 4 or tangents.shape[1:] != self.before.shape:
@@ -78,28 +95,33 @@ def stream_layers(
     decoder = decoder_in(folder)
     beside = {"attention_mask": attention_mask, "position_ids": position_ids}
     inputs = plain_inputs(decoder, input_ids, beside)
-    if inputs is None:
-        raise ValueError(
-            f"input_ids, attention_mask or position_ids do not fit: int64 (B, L) with ids below "
-            f"{decoder.config.vocab_size}, at most {decoder.config.max_length} tokens, and a mask of zeros and ones"
-        )
+    if isinstance(inputs, str):
+        raise ValueError(inputs)
     return _layers(decoder, inputs)
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    """Nothing is differentiated, cast or made for inference only."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield
 
 
 def _layers(decoder: Decoder, inputs: dict[str, Tensor]) -> Iterator[StreamedLayer]:
     ids = inputs["input_ids"]
     positions = inputs.get("position_ids", torch.arange(ids.shape[1])[None])
     everything, buffers = slice(0, ids.shape[1]), Buffers()
-    with torch.no_grad():
+    with _plain():
         x = decoder.embed(ids, positions)
         x = x if x.dtype == torch.float64 else x.float()
         places = places_of(decoder, positions, inputs.get("attention_mask"), x.dtype)
     for i, layer in streamed_layers(decoder):
-        with torch.no_grad():
+        with _plain():
+            check_layer(decoder.config, layer, i)
             primal = DensePrimal()
             after = through_layer(decoder, i, layer, x, places, lambda _, value: value, primal)
             rules = DenseLayer(decoder, i, layer, primal, places, everything, buffers)
-        streamed = StreamedLayer(i, x, after, rules)
+        streamed = StreamedLayer(i, x, after.clone(), rules)  # what the user does to it stays with the user
         yield streamed
         streamed._rules = None  # its memory will hold another layer
         x = after

@@ -108,7 +108,7 @@ class Family(Protocol):
     PATHS: dict[str, str]  # our hook → module path, with {i} for the layer
 
     @staticmethod
-    def read(config: Any) -> DecoderConfig | None:
+    def read(config: Any, architecture: str) -> DecoderConfig | None:
         """None where the config asks for what the engine has no rule for."""
 
     @staticmethod
@@ -146,6 +146,38 @@ class Decoder:
 
         found: Callable[[Tensor], Tensor] = ACT2FN[self.config.activation]
         return found
+
+
+def _expect(tensor: Tensor | None, name: str, *shapes: tuple[int, ...]) -> None:
+    if tensor is not None and tuple(tensor.shape) not in shapes:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; by the config it is {' or '.join(map(str, shapes))}")
+
+
+def check_layer(config: DecoderConfig, layer: DecoderLayer, i: int) -> None:
+    """ValueError where a layer's weights are not of the config's shapes."""
+    width, q, kv = config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim
+    at = f"layer {i}'s"
+    for norm in (layer.norm1, layer.norm2):
+        _expect(norm.gain, f"{at} norm", (width,))
+        _expect(norm.bias, f"{at} norm's bias", (width,))
+    sizes = (q, kv, kv) if len(layer.qkv) == 3 else (q + 2 * kv,)
+    for dense, size in zip(layer.qkv, sizes, strict=True):
+        _expect(dense.weight, f"{at} matrix of q, k or v", (size, width))
+        _expect(dense.bias, f"{at} bias of q, k or v", (size,))
+    neurons = layer.down.weight.shape[1]
+    pairs = [(layer.out, "attention output", (width, q)), (layer.down, "MLP output", (width, neurons))]
+    pairs += [(up, "MLP input", (neurons, width)) for up in layer.up]
+    for dense, name, shape in pairs:
+        _expect(dense.weight, f"{at} {name}", shape)
+        _expect(dense.bias, f"{at} {name}'s bias", shape[:1])
+    for gain in (layer.q_norm, layer.k_norm):
+        _expect(gain, f"{at} norm of heads", (config.head_dim,))
+
+
+def check_head(config: DecoderConfig, norm: NormWeight, head: Dense) -> None:
+    """ValueError where the final norm or the output matrix is not of the config's shape."""
+    _expect(norm.gain, "the final norm", (config.width,))
+    _expect(head.weight, "the output matrix", (config.vocab_size, config.width))
 
 
 def rotary_of(kind: Any, config: Any) -> Rotary | None:

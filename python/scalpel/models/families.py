@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from . import gpt2, gpt_neox, llama
-from .decoder import Decoder, DecoderConfig, Family
+from .decoder import Decoder, DecoderConfig, Family, check_head, check_layer
+
+# Elementwise and without parameters of their own.
+ACTIVATIONS = ("gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish", "tanh")
 
 FAMILIES: tuple[Any, ...] = (gpt2, gpt_neox, llama)
 
@@ -53,39 +58,87 @@ def family_of(architecture: str) -> Family | None:
     return next((family for family in FAMILIES if architecture in family.ARCHITECTURES), None)
 
 
+def family_of_model(model: nn.Module) -> Family | None:
+    """The same, of transformers' own classes."""
+    return family_of(type(model).__name__) if type(model).__module__.startswith("transformers.models.") else None
+
+
 def supported() -> list[str]:
     """The model classes that have a family."""
     return [name for family in FAMILIES for name in family.ARCHITECTURES]
 
 
 def decoder_of(model: nn.Module) -> Decoder | None:
-    """``model`` as a decoder on the CPU; None where a rule could differ from what the model computes.
+    """``model`` as a decoder on the CPU; None where a rule could differ from what the model computes."""
+    found = decoder_or_reason(model)
+    return found if isinstance(found, Decoder) else None
 
-    That is another class, a config that no family reads, modules that aren't transformers' own (adapters,
-    quantised ones), hooks on any of them, or a dtype other than float64, float32 and bfloat16.
-    """
-    family = family_of(type(model).__name__)
-    if family is None or not type(model).__module__.startswith("transformers.models."):
-        return None
+
+def decoder_or_reason(model: nn.Module) -> Decoder | str:
+    """``model`` as a decoder, or what it is that the rules don't cover. Its forward pass is not compared here."""
+    family = family_of_model(model)
+    if family is None:
+        return f"{type(model).__name__} is none of {', '.join(supported())}"
+    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        return "the model is not on the CPU"
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if len(dtypes) != 1 or not dtypes <= {torch.float64, torch.float32, torch.bfloat16}:
-        return None
-    if any(parameter.device.type != "cpu" for parameter in model.parameters()) or not _plain(model):
-        return None
-    config = family.read(model.config)
-    return None if config is None else Decoder(family, config, ModuleWeights(model))
+        return "the weights are not all float64, all float32 or all bfloat16"
+    hooked = first_hook(model)
+    if hooked is not None:
+        return hooked
+    config = config_of(family, model.config, type(model).__name__)
+    if isinstance(config, str):
+        return config
+    weights = ModuleWeights(model)
+    rotary = next((each for name, each in model.named_buffers() if name.endswith("rotary_emb.inv_freq")), None)
+    if config.rotary is not None and rotary is not None:
+        config = replace(config, rotary=replace(config.rotary, inverse=rotary.detach().float()))
+    try:
+        for i in range(config.layers):
+            check_layer(config, family.layer(weights, i), i)
+        check_head(config, *family.final(weights))
+    except (KeyError, ValueError) as error:
+        return f"its weights are not those of its config: {error}"
+    return Decoder(family, config, weights)
 
 
-def _plain(model: nn.Module) -> bool:
-    home = type(model).__module__
-    for module in model.modules():
-        kind = type(module)
-        own = kind.__module__ in (home, "transformers.activations", "transformers.pytorch_utils")
-        if not own and not kind.__module__.startswith("torch.nn.modules."):
-            return False
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            return False
-    return True
+def config_of(family: Family, config: Any, architecture: str) -> DecoderConfig | str:
+    """What the rules need to know, or what the config asks for that they don't cover."""
+    if not getattr(config, "is_causal", True):
+        return "the config says is_causal=False, and the rules are those of causal attention"
+    attention = getattr(config, "_attn_implementation", None)
+    if attention not in (None, "eager", "sdpa", "flash_attention_2", "flex_attention"):
+        return f"its attention is {attention!r}, and the rules are those of softmax attention"
+    shape = family.read(config, architecture)
+    if shape is None:
+        return "the config asks for positions or an attention that have no rules"
+    if shape.activation not in ACTIVATIONS:
+        return f"its activation {shape.activation!r} is not one of {', '.join(ACTIVATIONS)}"
+    return shape
+
+
+def first_hook(model: nn.Module) -> str | None:
+    """Where a module's forward pass is not its class's own: a hook, or a method of the instance."""
+    if _global_forward_hooks or _global_forward_pre_hooks:
+        return "a hook is registered for all modules"
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"a hook is registered on the module {name!r}"
+        if "forward" in vars(module):
+            return f"the module {name!r} has a forward method of its own"
+    return None
+
+
+def marks_of(model: nn.Module) -> tuple[Any, ...]:
+    """What a forward pass depends on besides weights and inputs: modules, their numbers and switches, the config."""
+    plain = (bool, int, float, str, type(None))
+    modules = tuple(
+        (id(module), type(module), tuple((k, v) for k, v in vars(module).items() if isinstance(v, plain)))
+        for module in model.modules()
+    )
+    config: Any = model.config
+    return modules, repr(config.to_dict()), str(getattr(config, "_attn_implementation", None))
 
 
 # ---- names -------------------------------------------------------------------------------------
@@ -93,8 +146,20 @@ def _plain(model: nn.Module) -> bool:
 
 def hooks_of(config: DecoderConfig) -> list[str]:
     """Our hooks in the order of the forward pass, ``final_resid`` last."""
-    names = [name for name in _IN_LAYER if not (config.parallel and name == "resid_mid")]
-    return [f"{i}.{name}" for i in range(config.layers) for name in names] + ["final_resid"]
+    return hook_list(config.layers, config.parallel)
+
+
+def hook_list(layers: int, parallel: bool) -> list[str]:
+    names = [name for name in _IN_LAYER if not (parallel and name == "resid_mid")]
+    return [f"{i}.{name}" for i in range(layers) for name in names] + ["final_resid"]
+
+
+def hooks_of_model(model: nn.Module) -> list[str]:
+    """The same by transformers' config, whether or not there are rules; empty for another model."""
+    if family_of_model(model) is None:
+        return []
+    config: Any = model.config
+    return hook_list(config.num_hidden_layers, getattr(config, "use_parallel_residual", False))
 
 
 def _aliases(paths_of: dict[str, str], hooks: list[str], as_source: bool) -> Iterator[tuple[str, str]]:
@@ -126,9 +191,9 @@ def our_hook(name: str, family: Family, config: DecoderConfig, as_source: bool =
     return hook_named(name, family.PATHS, hooks_of(config), as_source)
 
 
-def module_path(name: str, family: Family, config: DecoderConfig, as_source: bool = False) -> str:
+def module_path(name: str, family: Family, hooks: list[str], as_source: bool = False) -> str:
     """The module path of a hook by any name; ``name`` itself where it has none."""
-    hook = our_hook(name, family, config, as_source)
+    hook = hook_named(name, family.PATHS, hooks, as_source)
     if hook is None or (as_source and hook.endswith(".resid_mid")):
         return name
     layer = re.fullmatch(r"(\d+)\.(.*)", hook)

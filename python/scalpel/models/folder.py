@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .decoder import Decoder, DecoderLayer
-from .families import family_of, supported
+from .families import config_of, family_of, supported
 from .weight_files import CheckpointError, read_json, some
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -57,7 +57,13 @@ class FolderWeights:
 
     def rows(self, name: str, index: Tensor) -> Tensor:
         place = self._place(name)
-        step = place.bytes // max(1, place.shape[0])
+        count = place.shape[0] if place.shape else 0
+        if index.numel() and int(index.max()) >= count:
+            raise CheckpointError(
+                f"{name!r} has {count} rows, and row {int(index.max())} is asked for: is config.json "
+                "that of these weights?"
+            )
+        step = place.bytes // max(1, count)
         wanted, where = index.unique(return_inverse=True)
         memory = torch.empty(len(wanted), step, dtype=torch.uint8)
         for row, number in zip(memory, wanted.tolist(), strict=True):
@@ -84,15 +90,17 @@ def decoder_in(folder: str | Path) -> Decoder:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: give a folder as transformers' save_pretrained writes it")
-    names = read_json(folder / "config.json").get("architectures") or ["none"]
+    names = read_json(folder / "config.json").get("architectures")
+    if not isinstance(names, list) or not names:
+        raise CheckpointError(f"{folder / 'config.json'} has no list of 'architectures', which names the model's class")
     family = family_of(str(names[0]))
     if family is None:
         raise CheckpointError(f"{folder} holds a {names[0]}, which has no rules; those that have: {some(supported())}")
     from transformers import AutoConfig
 
-    config = family.read(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    if config is None:
-        raise CheckpointError(f"the config of {folder} asks for attention or positions that have no rules")
+    config = config_of(family, AutoConfig.from_pretrained(folder, trust_remote_code=False), str(names[0]))
+    if isinstance(config, str):
+        raise CheckpointError(f"{folder} can't be streamed: {config}")
     return Decoder(family, config, FolderWeights(folder))
 
 
@@ -185,16 +193,15 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _shards(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    paths = [whole]
+    if not whole.is_file() and index.is_file():
         where = read_json(index).get("weight_map")
         if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
             raise CheckpointError(f"{index} has no 'weight_map' of key to file name")
         paths = [folder / name for name in sorted(set(where.values()))]
-    else:
-        paths = [folder / "model.safetensors"]
     for path in paths:
-        if path.parent != folder or not path.is_file():
+        if path.parent != folder or not path.is_file():  # a map may not point outside its folder
             raise CheckpointError(f"{path} is not there: a folder of safetensors is read, whole or in shards")
     return paths
 
@@ -209,22 +216,30 @@ def _header(path: Path) -> dict[str, _Place]:
             raise CheckpointError(f"{path} is no safetensors file, or it is cut short")
         try:
             header: dict[str, Any] = json.loads(file.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{path} can't be read as safetensors: {error}") from error
+            entries = {name: _entry(each) for name, each in header.items() if name != "__metadata__"}
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{path} can't be read as safetensors: {type(error).__name__}: {error}") from error
     found = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        begin, end = entry["data_offsets"]
+    for name, (dtype, shape, begin, end) in entries.items():
+        if dtype not in _DTYPES:
+            if name.endswith((".weight", ".bias")):
+                raise CheckpointError(f"{path}: {name!r} is {dtype}; allowed: {', '.join(_DTYPES)}")
+            continue  # masks and counters, which no family reads
+        place = _Place(path, _DTYPES[dtype], shape, 8 + length + begin)
+        if begin < 0 or min(shape, default=0) < 0 or place.bytes != end - begin:
+            raise CheckpointError(f"{path}: {name!r} of shape {shape} lies at bytes {begin} to {end}, which don't fit")
         if 8 + length + end > size:
             raise CheckpointError(f"{path} is cut short: {name!r} ends at byte {8 + length + end} of {size}")
-        if entry["dtype"] not in _DTYPES:
-            continue  # masks and counters, which no family reads
-        place = _Place(path, _DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin)
-        if place.bytes != end - begin:
-            raise CheckpointError(f"{path}: {name!r} of shape {place.shape} has {end - begin} bytes")
         found[name] = place
     return found
+
+
+def _entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    begin, end = entry["data_offsets"]
+    shape = entry["shape"]
+    if not all(type(number) is int for number in (begin, end, *shape)):
+        raise TypeError(f"numbers that are no integers: {begin!r}, {end!r}, {shape!r}")
+    return str(entry["dtype"]), tuple(shape), begin, end
 
 
 def _read(path: Path, begin: int, into: Tensor) -> None:

@@ -23,7 +23,7 @@ PATHS = {
 }
 
 
-def read(config: Any) -> DecoderConfig | None:
+def read(config: Any, architecture: str) -> DecoderConfig | None:
     if config.add_cross_attention:
         return None
     head_dim = config.n_embd // config.n_head

@@ -23,7 +23,7 @@ PATHS = {
 }
 
 
-def read(config: Any) -> DecoderConfig | None:
+def read(config: Any, architecture: str) -> DecoderConfig | None:
     from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 
     rotary = rotary_of(GPTNeoXRotaryEmbedding, config)

@@ -30,7 +30,7 @@ PATHS = {
 }
 
 
-def read(config: Any) -> DecoderConfig | None:
+def read(config: Any, architecture: str) -> DecoderConfig | None:
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     rotary = rotary_of(LlamaRotaryEmbedding, config)
@@ -48,16 +48,18 @@ def read(config: Any) -> DecoderConfig | None:
         eps=config.rms_norm_eps,
         activation=config.hidden_act,
         rotary=rotary,
-        windows=_windows(config),
+        windows=_windows(config, architecture),
     )
 
 
-def _windows(config: Any) -> tuple[int | None, ...]:
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:  # Mistral: every layer
-        return (window,) * config.num_hidden_layers
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+def _windows(config: Any, architecture: str) -> tuple[int | None, ...]:
+    """A layer's window. Which of the config's fields count is another matter in every class."""
+    layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
+    if architecture == "LlamaForCausalLM":
+        return (None,) * layers
+    if architecture == "MistralForCausalLM":
+        return (window,) * layers
+    return tuple(window if kind == "sliding_attention" else None for kind in config.layer_types)
 
 
 def _dense(get: Weights, name: str) -> Dense:

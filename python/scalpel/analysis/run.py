@@ -1,0 +1,234 @@
+"""An analysis: a text in chunks through a model and an untrained one, each chunk kept as soon as it is measured."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..experiments.result import environment, plain
+from .measure import Figures, measure
+from .source import Source, load, ran_out
+from .store import Store
+from .streamed import measure_streamed
+from .summary import DRAWS, summarise
+from .text import read_text
+
+LENGTH, LEAST = 64, 8  # tokens of a chunk: by default, and what memory may shrink it to
+_FEW = 6  # chunks below which a percentile bootstrap says too little
+_FORMAT = 1  # of the chunks' files: part of the key
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """All that was found, as plain data.
+
+    ``trained``, ``untrained``: the figures of :func:`.measure.measure` as :func:`.summary.summarise` gives them;
+    ``untrained`` is None where there is no such model. ``chunks``: where each begins in the text's tokens, and how
+    many it has. ``shrunk``: when memory ran out. ``notes``: what a reader must know, in sentences.
+    """
+
+    model: dict[str, Any]
+    text: dict[str, Any]
+    options: dict[str, Any]
+    chunks: list[dict[str, int]]
+    shrunk: list[dict[str, int]]
+    notes: list[str]
+    trained: dict[str, Any]
+    untrained: dict[str, Any] | None
+    provenance: dict[str, Any]
+
+    def to_json(self, indent: int | None = None) -> str:
+        return json.dumps(plain(asdict(self)), indent=indent, allow_nan=False)
+
+
+def analyze(
+    model: str | Path,
+    text: str | Path,
+    out: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    length: int | None = None,
+    chunks: int = 8,
+    tangents: int = 16,
+    stream: bool = False,
+    untrained: bool = True,
+    fresh: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Analysis:
+    """Analyse ``model`` (a shipped name, a folder, a hub id) on the file ``text``, and keep each chunk in ``out``.
+
+    ``tokenizer``: a tokenizer.json, or encoder.json with vocab.bpe; by default the model's own. The text's first
+    ``chunks`` stretches of ``length`` tokens (by default 64, or the model's context) are measured one by one, with
+    ``tangents`` directions; fewer where it has fewer. ``stream``: the model stays in its folder, a layer at a time.
+    ``untrained``: also a model of the same config, fresh from ``seed``, on the same chunks; not with ``stream``.
+
+    A second call with the same model, text and options goes on where the first ended; a folder with anything else is
+    refused, unless ``fresh``. When memory runs out, the chunks from there on have half as many tokens.
+    ``progress(what, done)``: before each step, ``done`` from 0 to 1.
+
+    ValueError for input that doesn't fit, OSError for what can't be read or written.
+    """
+    report = progress or (lambda what, done: None)
+    for name, value in (("chunks", chunks), ("tangents", tangents)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be 1 or more")
+    report("loading the model", 0.0)
+    source = load(model, stream)
+    if int(source.facts["layers"]) < 1:
+        raise ValueError(f"{source.facts['name']} has no layer, so there is nothing to analyse")
+    length = min(LENGTH, source.context) if length is None else length
+    if not 1 <= length <= source.context:
+        raise ValueError(f"length is {length}; the model's context holds {source.context} tokens: give 1 to that many")
+    most = length * int(source.facts["width"])
+    if tangents > most:
+        raise ValueError(f"tangents is {tangents}; {length} tokens of width {source.facts['width']} have {most}")
+    report("reading the text", 0.0)
+    given = read_text(text, source, tokenizer, length)
+    count = min(chunks, len(given.ids) // length)
+    beside = untrained and source.untrained is not None
+    key = {
+        "format": _FORMAT,
+        "model": source.facts.get("weights_sha256") or source.facts["weights_sampled_sha256"],
+        "text": given.facts["sha256"],
+        "tokens": given.facts["tokens_sha256"],
+        "length": length,
+        "tangents": tangents,
+        "seed": seed,
+        "stream": stream,
+        "untrained": beside,
+    }
+    store = Store(out, key, length, fresh)
+    task = _Task(source, tangents, seed, beside)
+    records = []
+    for i in range(count):
+        record = store.load(i)
+        while record is None:
+            ids = given.chunk(i, length, store.length)
+            step = _Step(report, f"chunk {i + 1} of {count}, {ids.shape[1]} tokens", i, count)
+            figures = _within_memory(task, ids, step)
+            if figures is None:
+                store.shrink(i, _smaller(store.length, source))
+                continue
+            record = plain({"chunk": i, "start": i * length, "tokens": ids.shape[1], **figures})
+            store.save(i, record)
+        records.append(record)  # as it is on disk, so that a resumed analysis is the same to the bit
+    report("done", 1.0)
+    sides = {side: [record[side] for record in records] for side in ("trained", "untrained") if side in records[0]}
+    return Analysis(
+        model=source.facts,
+        text=given.facts,
+        options={"length": length, "chunks": chunks, "tangents": tangents, "seed": seed, "stream": stream},
+        chunks=[{"start": record["start"], "tokens": record["tokens"]} for record in records],
+        shrunk=store.shrunk,
+        notes=_notes(source, records, chunks, store.shrunk, beside),
+        trained=summarise(sides["trained"], seed),
+        untrained=summarise(sides["untrained"], seed) if "untrained" in sides else None,
+        provenance={**environment(), "bootstrap_draws": DRAWS},
+    )
+
+
+class _Task:
+    """What is measured of each chunk; the untrained model is made when it is first needed."""
+
+    def __init__(self, source: Source, T: int, seed: int, beside: bool) -> None:
+        self.source = source
+        self.T = T
+        self.seed = seed
+        self.beside = beside
+        self._untrained: nn.Module | None = None
+
+    def __call__(self, ids: Tensor, step: Progress) -> dict[str, Figures]:
+        source = self.source
+        if source.trained is None:
+            assert source.folder is not None
+            narrow = "bfloat16" in str(source.facts["dtype"])
+            return {"trained": measure_streamed(source.folder, ids, self.T, self.seed, narrow, step)}
+        step("trained", 0.0)
+        found = {"trained": measure(source.trained, ids, self.T, self.seed)}
+        if self.beside and source.untrained is not None:
+            if self._untrained is None:
+                self._untrained = source.untrained(self.seed)
+            step("untrained", 0.5)
+            found["untrained"] = measure(self._untrained, ids, self.T, self.seed)
+        return found
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Progress within a chunk, as progress of everything."""
+
+    report: Progress
+    chunk: str
+    number: int
+    count: int
+
+    def __call__(self, what: str, done: float) -> None:
+        self.report(f"{self.chunk}: {what}", (self.number + done) / self.count)
+
+
+def _within_memory(task: _Task, ids: Tensor, step: _Step) -> dict[str, Figures] | None:
+    """What ``task`` gives; None where memory ran out."""
+    try:
+        return task(ids, step)
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
+            raise
+    gc.collect()  # out of the except block, or the error's frames would hold what did not fit
+    return None
+
+
+def _smaller(length: int, source: Source) -> int:
+    if length <= LEAST:
+        way = "fewer --tangents" if source.trained is None else "fewer --tangents, or --stream for a model in a folder"
+        raise ValueError(f"memory ran out at chunks of {length} tokens, and shorter ones say little: try {way}")
+    return max(LEAST, length // 2)
+
+
+def _notes(
+    source: Source, records: list[dict[str, Any]], asked: int, shrunk: list[dict[str, int]], beside: bool
+) -> list[str]:
+    count = len(records)
+    notes = []
+    if count < asked:
+        notes.append(f"The text holds {count} whole chunks of the {asked} asked for.")
+    if count == 1:
+        notes.append("One chunk has no interval: nothing here says how much another text would change.")
+    elif count < _FEW:
+        notes.append(f"A bootstrap over {count} chunks makes intervals too narrow: ask for more chunks.")
+    if shrunk:
+        steps = "; ".join(f"at chunk {s['chunk'] + 1} from {s['from']} to {s['to']} tokens" for s in shrunk)
+        lengths = sorted({record["tokens"] for record in records}, reverse=True)
+        notes.append(
+            f"Memory ran out, and chunks were shortened: {steps}. "
+            + (f"Means mix chunks of {' and '.join(map(str, lengths))} tokens." if len(lengths) > 1 else "")
+        )
+    if source.kind == "stream":
+        notes.append(
+            "The model was read a layer at a time. The exponents of the product, its spectra by depth and the "
+            "alignment of layers need the layers in reverse order, too, and are not here; frame growth is not the "
+            "exponents. There is no untrained model beside it."
+        )
+        if "bfloat16" in str(source.facts["dtype"]):
+            notes.append("Products are bfloat16: singular values are good to about one per cent.")
+    elif not beside:
+        notes.append("There is no untrained model beside it, so nothing says which of this is due to training.")
+    if all(share == 1 for record in records for share in record["trained"]["active"].values()):
+        notes.append("No hook holds a zero: active fractions are 1 throughout, and no TopK has a margin.")
+    for side in ("trained", "untrained"):
+        stuck = sum(not record[side]["converged"] for record in records if side in record)
+        if stuck:
+            worst = max(record[side]["residual"] for record in records if side in record)
+            notes.append(
+                f"{side.capitalize()}: in {stuck} of {count} chunks some singular values did not converge (largest "
+                f"residual {worst:.1e}); they may be too small."
+            )
+    return [note.strip() for note in notes]

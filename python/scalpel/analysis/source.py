@@ -1,0 +1,209 @@
+"""The model that is analysed, wherever it comes from: a CircuitGPT, a folder of transformers', or one streamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..models.checkpoint import CONFIG_FILES, shipped_models
+from ..models.circuitgpt import CircuitGPT
+from ..models.families import decoder_of, family_of, supported
+from ..models.folder import FolderWeights, decoder_in
+from ..models.tokenizer import Tokenizer
+from ..models.weight_files import CheckpointError, read_json
+
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
+_SAMPLES, _SAMPLE = 16, 1 << 16  # of each file of a streamed model: pieces hashed, and their bytes
+
+
+@dataclass
+class Source:
+    """A model to analyse. ``trained`` and ``untrained`` are None of a folder that is streamed.
+
+    ``tokenizer``: the model's own, None where it has none. ``pair``: the cut of a byte-level BPE published as two
+    files, where the model says which. ``facts``: what the report says of the model, plain data.
+    """
+
+    kind: Literal["circuitgpt", "decoder", "stream"]
+    facts: dict[str, Any]
+    context: int
+    vocab_size: int
+    tokenizer: Tokenizer | None
+    pair: str | None
+    trained: nn.Module | None = None
+    untrained: Callable[[int], nn.Module] | None = None
+    folder: Path | None = None
+
+
+def load(name: str | Path, stream: bool = False) -> Source:
+    """The model of that name, folder or hub id; ``stream``: only its folder, one layer of which is ever in memory.
+
+    Raises CheckpointError (a ValueError) for what isn't there, can't be read, or has no rules.
+    """
+    folder = Path(name).expanduser()
+    architecture = _architecture(folder) if str(name) not in shipped_models() else None
+    if stream:
+        if not folder.is_dir():
+            raise CheckpointError(f"{str(name)!r} is no folder; what is streamed is a folder of safetensors")
+        if architecture is None or family_of(architecture) is None:
+            raise CheckpointError(
+                f"{folder} holds a {architecture or 'CircuitGPT, or nothing known'}, which can't be streamed; these "
+                f"can: {', '.join(supported())}. Without --stream a CircuitGPT is analysed in memory"
+            )
+        return _streamed(folder)
+    try:
+        if architecture is None:
+            return _circuitgpt(name)
+        return _decoder(folder, architecture)
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
+            raise
+        raise CheckpointError(
+            f"{name} does not fit into memory; a folder of safetensors is analysed a layer at a time with --stream"
+        ) from error
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether this is how Python, numpy or torch says that there is no memory left."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)
+
+
+def _architecture(folder: Path) -> str | None:
+    """The model class that a folder of transformers' names; None for anything else."""
+    if (folder / CONFIG_FILES[0]).is_file() or not (folder / "config.json").is_file():
+        return None
+    names = read_json(folder / "config.json").get("architectures")
+    found = str(names[0]) if isinstance(names, list) and names else None
+    return None if found is None or "CircuitGPT" in found else found
+
+
+def _circuitgpt(name: str | Path) -> Source:
+    try:
+        model = CircuitGPT.from_pretrained(str(name))
+    except CheckpointError as error:
+        if (Path(name).expanduser() / CONFIG_FILES[0]).is_file():
+            raise  # it is a CircuitGPT, and the error says what is wrong with it
+        raise CheckpointError(
+            f"{error} A model of another kind is analysed from its folder, with config.json and weights as "
+            f"transformers writes them: {', '.join(supported())}"
+        ) from error
+    config = model.config
+    facts = {
+        "name": str(model.card.get("name") or name),
+        "kind": "CircuitGPT",
+        "layers": config.n_layer,
+        "width": config.d_model,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weights_sha256": _fingerprint(model),
+        "training_seed": model.card.get("recipe", {}).get("seed"),
+        "training_commit": model.card.get("commit"),
+    }
+
+    def untrained(seed: int) -> nn.Module:
+        return CircuitGPT(config, seed=seed).to(model.dtype).eval()
+
+    return Source(
+        "circuitgpt", facts, config.block_size, config.vocab_size, model.tokenizer, "tinypython", model, untrained
+    )
+
+
+def _decoder(folder: Path, architecture: str) -> Source:
+    if family_of(architecture) is None:
+        raise CheckpointError(
+            f"{folder} holds a {architecture}, which is not supported; supported are CircuitGPT, "
+            f"{', '.join(supported())}"
+        )
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        raise CheckpointError(f"{folder} needs transformers: pip install 'semigroup-scalpel[transformers]'") from error
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True, dtype="auto"
+        )
+    except Exception as error:  # transformers raises many kinds; each means that there is no such model
+        if ran_out(error):
+            raise
+        raise CheckpointError(f"{folder} can't be loaded by transformers: {type(error).__name__}: {error}") from error
+    stored = next(model.parameters()).dtype
+    dtype = torch.float64 if stored == torch.float64 else torch.float32  # half precision is exact in float32
+    model = model.to(dtype).eval().requires_grad_(False)
+    decoder = decoder_of(model)
+    if decoder is None:
+        raise CheckpointError(f"the config of {folder} asks for attention, positions or modules that have no rules")
+    facts = {
+        "name": folder.resolve().name,
+        "kind": architecture,
+        "layers": decoder.config.layers,
+        "width": decoder.config.width,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": f"{_name(dtype)}" + ("" if dtype == stored else f", stored as {_name(stored)}"),
+        "weights_sha256": _fingerprint(model),
+    }
+
+    def untrained(seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            made = AutoModelForCausalLM.from_config(model.config, trust_remote_code=False)
+        fresh: nn.Module = made.to(dtype).eval().requires_grad_(False)
+        return fresh
+
+    tokenizer = Tokenizer.from_folder(folder, "")  # the name of no pair: a folder doesn't say how text is cut
+    pair = "gpt2" if architecture.startswith("GPT2") else None
+    limits = decoder.config.max_length, decoder.config.vocab_size
+    return Source("decoder", facts, *limits, tokenizer, pair, model, untrained, folder)
+
+
+def _streamed(folder: Path) -> Source:
+    decoder = decoder_in(folder)
+    weights = decoder.weights
+    assert isinstance(weights, FolderWeights)
+    dtypes = sorted({_name(place.dtype) for place in weights.places.values()})
+    names = read_json(folder / "config.json")["architectures"]
+    facts = {
+        "name": folder.resolve().name,
+        "kind": f"{names[0]}, streamed",
+        "layers": decoder.config.layers,
+        "width": decoder.config.width,
+        "parameters": sum(place.bytes // place.dtype.itemsize for place in weights.places.values()),
+        "dtype": ", ".join(dtypes),
+        "weights_sampled_sha256": _sampled(sorted({place.path for place in weights.places.values()}), folder),
+    }
+    limits = decoder.config.max_length, decoder.config.vocab_size
+    pair = "gpt2" if str(names[0]).startswith("GPT2") else None
+    return Source("stream", facts, *limits, Tokenizer.from_folder(folder, ""), pair, folder=folder)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """SHA-256 over every tensor's name and bytes."""
+    from ..experiments.provenance import fingerprint
+
+    return fingerprint(model)  # type: ignore[arg-type]  # it asks for state_dict alone
+
+
+def _sampled(paths: list[Path], folder: Path) -> str:
+    """SHA-256 of the config, and of each file's size, header and evenly spaced pieces: all of it would be a read of
+    a model too large for memory before anything is measured."""
+    digest = hashlib.sha256(json.dumps(read_json(folder / "config.json"), sort_keys=True).encode())
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(struct.unpack("<Q", file.read(8))[0]))
+            for i in range(_SAMPLES):
+                file.seek(max(0, size - _SAMPLE) * i // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()

@@ -1,0 +1,134 @@
+"""The figures of one chunk of text: of a model that stays a folder, one layer in memory at a time.
+
+One pass over the file. Each layer gives its own spectrum while it is there; a frame of directions goes through all of
+them. The exponents of the product need the layers in reverse, too, so there are none.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..jacobians.dense_primal import DensePrimal, through_layer
+from ..jacobians.depth import Spectra
+from ..jacobians.operator import End, Jacobian
+from ..jacobians.stream import StreamedLayer, stream_layers
+from ..jacobians.sweeps import ROUNDING, tail_energy
+from ..models.decoder import Decoder
+from ..models.folder import decoder_in
+from .measure import Figures, plain, share, spectra
+
+_PROBES = 8
+
+Step = Callable[[str, float], None]
+
+
+def measure_streamed(folder: Path, ids: Tensor, T: int, seed: int, narrow: bool, step: Step) -> Figures:
+    """Of the model in ``folder`` at ``ids`` (1, L). ``narrow``: its matrix products are bfloat16, which rounds
+    singular values to about 1 % and lets no residual fall further. ``step(what, done)`` before each layer.
+
+    ``residual``, of each layer the largest ‖Jᵀu − σv‖ / σ: so far, relatively, a value can be from a singular value.
+    """
+    goal = 2e-2 if narrow else 3e-3
+    generator = torch.Generator().manual_seed(seed)
+    logs, tails, residuals, growth, norms, rest = [], [], [], [], [], []
+    active: dict[str, float] = {}
+    sizes: list[int] = []
+    decoder = decoder_in(folder)  # its config; weights come with each layer
+    frame: Tensor | None = None
+    for layer in stream_layers(folder, ids):
+        depth = decoder.config.layers
+        step(f"layer {layer.number + 1} of {depth}", layer.number / depth)
+        J = _operator(layer)
+        if min(J.shape) < T:
+            raise ValueError(f"T is {T}; a layer at {ids.shape[1]} tokens has {min(J.shape)} singular values")
+        if frame is None:
+            drawn = torch.randn(J.shape[1], T, generator=generator, dtype=torch.float64)
+            frame = torch.linalg.qr(drawn)[0]
+            norms.append(_log_norm(layer.before))
+            rest.append(_log_norm(layer.before[:, 1:]))
+        found, Vh, residual = _spectrum(J, T, seed, goal)
+        logs.append(found)
+        residuals.append(residual)
+        tails.append(tail_energy([J], Vh, _PROBES, generator))
+        sizes.append(min(J.shape))
+        frame, stretched = _through(J, frame)
+        growth.append(stretched)
+        norms.append(_log_norm(layer.after))
+        rest.append(_log_norm(layer.after[:, 1:]))
+        active |= _active(decoder, layer)
+    frames = torch.stack(growth)
+    alone = ids.shape[1] < 2
+    return {
+        "log_norms": _logs(norms),
+        "log_norms_without_first": None if alone else _logs(rest),
+        "frame_growth": plain(frames),
+        "mean_frame_growth": plain(frames.mean(dim=0)),
+        "layers": spectra(Spectra(torch.stack(logs), tuple(sizes), torch.tensor(tails, dtype=torch.float64)))
+        | {"residual": residuals},
+        "active": active,
+        "margins": {},
+        "converged": max(residuals) <= goal,
+        "residual": max(residuals),
+    }
+
+
+def _operator(layer: StreamedLayer) -> Jacobian:
+    """The resident layer as an operator, for what takes one; it is composed with nothing, so it needs no pass."""
+    nothing = cast(Any, None)
+    before = End(nothing, f"{layer.number}.resid_in", None, None, layer.before)
+    after = End(nothing, f"the end of layer {layer.number}", None, None, layer.after)
+    # the layer's rules need rows that lie one after the other
+    return Jacobian(lambda V: layer.jvp(V.contiguous()), lambda U: layer.vjp(U.contiguous()), before, after)
+
+
+def _spectrum(J: Jacobian, T: int, seed: int, goal: float) -> tuple[Tensor, Tensor, float]:
+    """The logarithms of the T largest singular values, their right vectors, and the largest relative residual."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the residual, measured below, says whether it converged
+        U, S, Vh = J.svd(T, seed=seed, tol=goal / 2)
+    S = S.double()
+    nonzero = ROUNDING * float(torch.finfo(J.dtype).eps) * S[0] < S
+    back = J.vjp(U.T.reshape(T, *J.target_shape).to(J.dtype)).flatten(1).double()
+    apart = torch.linalg.vector_norm(back - S[:, None] * Vh, dim=1)
+    residual = float((apart / S)[nonzero].max()) if bool(nonzero.any()) else 0.0
+    return torch.where(nonzero, S, 0.0).log(), Vh, residual
+
+
+def _active(decoder: Decoder, layer: StreamedLayer) -> dict[str, float]:
+    """The layer once more, for what its hooks hold."""
+    rules = layer._rules
+    assert rules is not None
+    found: dict[str, float] = {}
+
+    def tap(name: str, value: Tensor) -> Tensor:
+        found[name] = share(value)
+        return value
+
+    with torch.no_grad():
+        through_layer(decoder, layer.number, rules.layer, layer.before, rules.places, tap, DensePrimal())
+    return found
+
+
+def _through(J: Jacobian, frame: Tensor) -> tuple[Tensor, Tensor]:
+    """The frame after a layer, orthonormal again, and log |R_ii|: one step of ``sweeps.frame_growth``."""
+    W = J.jvp(frame.T.reshape(-1, *J.source_shape).to(J.dtype)).double().reshape(frame.shape[1], -1).T
+    Q, R = torch.linalg.qr(W)
+    floor = ROUNDING * float(torch.finfo(J.dtype).eps) * float(torch.linalg.matrix_norm(R, 2))
+    size = R.diagonal().abs()
+    return Q, torch.where(size > floor, size, 0.0).log()
+
+
+def _log_norm(value: Tensor) -> float:
+    norm = float(torch.linalg.vector_norm(value.double()))
+    return math.log(norm) if norm > 0 else -math.inf
+
+
+def _logs(values: list[float]) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in values]
