@@ -68,7 +68,14 @@ def _neox(**changes: Any) -> Callable[[], nn.Module]:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "gpt2": _gpt2(),
     "gpt2, scores by depth, relu": _gpt2(scale_attn_by_inverse_layer_idx=True, activation_function="relu"),
-    "gpt_neox": _neox(),
+    "gpt2, unusual": _gpt2(
+        scale_attn_weights=False,
+        layer_norm_epsilon=0.1,
+        n_inner=17,
+        tie_word_embeddings=False,
+        activation_function="gelu",
+    ),
+    "gpt_neox": _neox(layer_norm_eps=0.01),
     "gpt_neox, in series": _neox(use_parallel_residual=False, attention_bias=False),
     "llama": _llama_like("Llama", tie_word_embeddings=True),
     "llama, one head of k": _llama_like("Llama", num_key_value_heads=1, attention_bias=True, mlp_bias=True),
@@ -80,6 +87,16 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
             "factor": 4.0,
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8,
+        },
+    ),
+    "llama, yarn": _llama_like(
+        "Llama",
+        rms_norm_eps=0.1,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 100.0,
+            "factor": 4.0,
             "original_max_position_embeddings": 8,
         },
     ),

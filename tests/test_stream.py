@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from decoder_cases import MODELS, ids_of, model_of
 from scalpel import jacobian
 from scalpel.jacobians.stream import stream_layers
-from scalpel.models.folder import decoder_in, streamed_layers
+from scalpel.models.folder import FolderWeights, decoder_in, streamed_layers
 from scalpel.models.weight_files import CheckpointError
 
 pytest.importorskip("transformers")
@@ -50,7 +52,7 @@ def test_the_same_as_in_memory(name: str, tmp_path: Path) -> None:
 
 def test_two_layers_of_memory_serve_all(tmp_path: Path) -> None:
     decoder = decoder_in(saved(model_of("llama"), tmp_path))
-    held = [(layer.down.weight.data_ptr(), layer.down.weight.clone()) for _, layer in streamed_layers(decoder)]
+    held = [(layer.down.weight.data_ptr() >> 16, layer.down.weight.clone()) for _, layer in streamed_layers(decoder)]
     assert held[0][0] == held[2][0] != held[1][0]
     for i, (_, weight) in enumerate(held):
         assert torch.equal(weight, decoder.layer(i).down.weight)
@@ -107,3 +109,111 @@ def test_what_can_not_be_read(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
     with pytest.raises(CheckpointError, match=r"has no tensor 'model.layers.3"):
         next(stream_layers(folder, ids_of()))
+
+
+def test_whole_files_and_what_lies_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers leaves an index behind when it saves whole over shards, and reads the whole file."""
+    old, model = model_of("llama", seed=1), model_of("llama")
+    saved(old, tmp_path)
+    saved(model, tmp_path, "1GB")
+    monkeypatch.setattr("scalpel.models.folder._PIECE", 100)  # many reads for one tensor
+    V = torch.randn(2, 2, 6, 12, dtype=torch.float64)
+    expected = jacobian(model, ids_of()).jvp(V)
+    for layer in stream_layers(tmp_path, ids_of()):
+        V = layer.jvp(V)
+    torch.testing.assert_close(V, expected, **EXACT)
+
+
+def test_reads_past_the_cache_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = decoder_in(saved(model_of("llama"), tmp_path))
+    assert isinstance(decoder.weights, FolderWeights) and not decoder.weights.past_cache
+    monkeypatch.setattr("scalpel.models.folder._memory_size", lambda: 1)
+    direct = decoder_in(tmp_path)
+    assert isinstance(direct.weights, FolderWeights) and direct.weights.past_cache
+    for (_, a), (_, b) in zip(streamed_layers(decoder), streamed_layers(direct), strict=True):
+        for one, other in ((a.norm1.gain, b.norm1.gain), (a.qkv[1].weight, b.qkv[1].weight), (a.down, b.down)):
+            one, other = (each.weight if hasattr(each, "weight") else each for each in (one, other))
+            assert torch.equal(one, other)
+
+
+def test_the_next_layer_is_read_meanwhile(tmp_path: Path) -> None:
+    decoder = decoder_in(saved(model_of("llama"), tmp_path))
+    before = threading.active_count()
+    layers = streamed_layers(decoder)
+    next(layers)
+    assert any("read-ahead" in thread.name for thread in threading.enumerate())
+    layers.close()
+    assert threading.active_count() == before
+
+
+def test_tangents_of_any_kind(tmp_path: Path) -> None:
+    folder = saved(model_of("qwen3"), tmp_path)
+    with torch.inference_mode():
+        for layer in stream_layers(folder, ids_of()):
+            V = torch.randn(12, 6, 2, 3, dtype=torch.float64).permute(3, 2, 1, 0)
+            kept = V.clone()
+            right = layer.jvp(V.contiguous())
+            torch.testing.assert_close(layer.jvp(V), right)
+            assert torch.equal(V, kept)
+            assert layer.jvp(V[:0]).shape == layer.vjp(V[:0]).shape == (0, 2, 6, 12)
+            with ThreadPoolExecutor(4) as pool:
+                assert all(torch.equal(each, right) for each in pool.map(layer.jvp, [V.contiguous()] * 8))
+            layer.after.zero_()  # the user's own copy
+            with pytest.raises(TypeError, match="tangents are list"):
+                layer.jvp([1.0])  # type: ignore[arg-type]
+    assert bool(right.any())
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0.0, 8.0]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0]},
+        {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]},
+        {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2]},
+        [1, 2],
+        7,
+    ],
+    ids=str,
+)
+def test_crafted_headers(entry: Any, tmp_path: Path) -> None:
+    header = json.dumps({"model.norm.weight": entry}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        FolderWeights(tmp_path)
+
+
+def test_an_index_may_not_point_outside(tmp_path: Path) -> None:
+    folder = saved(model_of("gpt2"), tmp_path / "inside")
+    index = folder / "model.safetensors.index.json"
+    where = json.loads(index.read_text())
+    name = next(iter(where["weight_map"].values()))
+    (folder / name).rename(tmp_path / name)
+    for outside in (f"../{name}", str(tmp_path / name)):
+        moved = {key: outside if value == name else value for key, value in where["weight_map"].items()}
+        index.write_text(json.dumps({"weight_map": moved}))
+        with pytest.raises(CheckpointError, match="is not there"):
+            decoder_in(folder)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"vocab_size": 25}, r"has 19 rows, and row 22 is asked for"),
+        ({"hidden_size": 24}, r"layer 0's .* has shape"),
+        ({"is_causal": False}, "is_causal=False"),
+        ({"hidden_act": "prelu"}, "activation 'prelu' is not one of"),
+        ({"architectures": None}, "no list of 'architectures'"),
+    ],
+    ids=str,
+)
+def test_a_config_of_another_model(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = saved(model_of("llama"), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    ids = torch.full((1, 4), 22 if "vocab_size" in changes else 3)
+    with pytest.raises(ValueError, match=message):
+        list(stream_layers(folder, ids))

@@ -134,8 +134,8 @@ def marks_of(model: nn.Module) -> tuple[Any, ...]:
     """What a forward pass depends on besides weights and inputs: modules, their numbers and switches, the config."""
     plain = (bool, int, float, str, type(None))
     modules = tuple(
-        (id(module), type(module), tuple((k, v) for k, v in vars(module).items() if isinstance(v, plain)))
-        for module in model.modules()
+        (name, id(module), type(module), tuple((k, v) for k, v in vars(module).items() if isinstance(v, plain)))
+        for name, module in model.named_modules(remove_duplicate=False)
     )
     config: Any = model.config
     return modules, repr(config.to_dict()), str(getattr(config, "_attn_implementation", None))

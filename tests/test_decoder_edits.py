@@ -1,0 +1,199 @@
+"""Models that were changed, and configs with switches: right through the rules or through torch.func, never wrong."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from decoder_cases import exact_norms, ids_of, model_of
+from scalpel import CircuitGPT, jacobian
+from scalpel.models.families import decoder_of, family_of_model
+from scalpel.reference_jacobian import jacobian_dense
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(autouse=True)
+def _exact() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with exact_norms(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="scalpel.jacobian differentiates")
+        yield
+    torch.set_num_threads(threads)
+
+
+def check(model: Any) -> None:
+    """From the first layer's input to the last norm's, against plain autograd over the model as it is."""
+    family = family_of_model(model)
+    assert family is not None
+    source, target = family.PATHS["resid_in"].format(i=0), family.PATHS["final_resid"]
+    expected = jacobian_dense(model, ids_of(), source, target)
+    torch.testing.assert_close(jacobian(model, ids_of()).to_dense(), expected, rtol=1e-7, atol=1e-9)
+
+
+def _register_attention(model: Any) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def halved(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **_: Any) -> Any:
+        weights = (q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2) * scaling / 2).softmax(-1)
+        return (weights @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)).transpose(1, 2), None
+
+    ALL_ATTENTION_FUNCTIONS.register("halved", halved)
+    model.config._attn_implementation = "halved"
+
+
+def _another_head(model: Any) -> None:
+    model.lm_head = nn.Sequential(model.lm_head, nn.Tanh())
+
+
+def _biased_head(model: Any) -> None:
+    model.lm_head.bias = nn.Parameter(torch.ones(19, dtype=torch.float64))
+
+
+def _another_norm(model: Any) -> None:
+    model.model.layers[1].input_layernorm = nn.LayerNorm(12).double()
+
+
+def _another_activation(model: Any) -> None:
+    model.model.layers[1].mlp.act_fn = nn.ReLU()
+
+
+def _one_more_layer(model: Any) -> None:
+    layer = copy.deepcopy(model.transformer.h[1])
+    layer.attn.layer_idx = 3
+    model.transformer.h.append(layer)
+
+
+EDITS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "an activation": ("llama", _another_activation),
+    "a norm": ("llama", _another_norm),
+    "a head": ("gpt2", _another_head),
+    "a head's bias": ("llama", _biased_head),
+    "the scale of scores": ("gpt2", lambda m: setattr(m.transformer.h[1].attn, "scaling", 2.0)),
+    "a norm's eps": ("llama", lambda m: setattr(m.model.layers[1].input_layernorm, "variance_epsilon", 1.0)),
+    "the config's eps": ("gpt2", lambda m: setattr(m.config, "layer_norm_epsilon", 1.0)),
+    "a branch's place": ("gpt_neox", lambda m: setattr(m.gpt_neox.layers[0], "use_parallel_residual", False)),
+    "a dropout": ("gpt_neox", lambda m: setattr(m.gpt_neox.layers[0], "post_mlp_dropout", nn.Tanh())),
+    "one more layer": ("gpt2", _one_more_layer),
+    "one layer less": ("gpt2", lambda m: m.transformer.h.__delitem__(2)),
+    "rotary frequencies": ("llama", lambda m: m.model.rotary_emb.inv_freq.mul_(0.5)),
+    "causality": ("llama", lambda m: setattr(m.config, "is_causal", False)),
+    "the attention": ("llama", _register_attention),
+    "a window that Llama ignores": ("llama", lambda m: setattr(m.config, "sliding_window", 2)),
+    "layer types that Mistral ignores": ("mistral", lambda m: setattr(m.config, "layer_types", ["full_attention"] * 3)),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edited_model_gives_what_it_computes(name: str) -> None:
+    kind, edit = EDITS[name]
+    model = model_of(kind)
+    before = jacobian(model, ids_of()).to_dense()  # what was found of the model before must not stand
+    with torch.no_grad():
+        edit(model)
+    check(model)
+
+    changed = not torch.allclose(jacobian(model, ids_of()).to_dense(), before)
+    assert changed == (not any(word in name for word in ("ignores", "head", "config's eps")))
+
+
+def test_logits_of_an_edited_head() -> None:
+    for edit in (_another_head, _biased_head):
+        model = model_of("llama")
+        with torch.no_grad():
+            edit(model)
+        found = jacobian(model, ids_of(), "2.resid_in", "logits")
+        torch.testing.assert_close(found.primal, model(ids_of()).logits)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_without_rules(kind: str) -> None:
+    more = {"short_factor": [1.0, 2.0], "long_factor": [2.0, 3.0], "original_max_position_embeddings": 16}
+    rope = {"rope_type": kind, "rope_theta": 100.0, "factor": 2.0} | (more if kind == "longrope" else {})
+    import transformers
+
+    model = model_of("llama")
+    config = transformers.LlamaConfig(**(model.config.to_dict() | {"rope_parameters": rope}))
+    other = transformers.LlamaForCausalLM(config).double().eval().requires_grad_(False)
+    assert decoder_of(other) is None
+    if kind == "dynamic":  # transformers' longrope writes to a buffer in its forward pass, which torch.func refuses
+        check(other)
+
+
+def test_hooks_that_come_later_are_refused_and_global_ones_count() -> None:
+    model = model_of("gpt2")
+    J = jacobian(model, ids_of())
+    handle = model.transformer.h[1].mlp.register_forward_hook(lambda module, given, output: 2 * output)
+    with pytest.raises(RuntimeError, match="a hook is registered on the module 'transformer.h.1.mlp' since"):
+        J.jvp(torch.zeros(1, *J.source_shape, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"'1.attn.q' is no module's value.*a hook is registered on"):
+        jacobian(model, ids_of(), "1.attn.q")
+    handle.remove()
+    J.jvp(torch.zeros(1, *J.source_shape, dtype=torch.float64))
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, given, output: 2 * output if isinstance(module, nn.LayerNorm) else None
+    )
+    try:
+        check(model)
+    finally:
+        handle.remove()
+
+
+def test_a_change_through_data_reaches_the_narrow_copies() -> None:
+    model = model_of("gpt2").float()
+    V = torch.randn(2, *jacobian(model, ids_of()).source_shape)
+    jacobian(model, ids_of(), precision="bfloat16").jvp(V)
+    for parameter in model.parameters():
+        parameter.data.mul_(1.5)
+    right = jacobian(model, ids_of()).jvp(V)
+    found = jacobian(model, ids_of(), precision="bfloat16").jvp(V)
+    assert float((found - right).norm() / right.norm()) < 2e-2
+
+
+def test_a_function_that_works_in_place() -> None:
+    model = model_of("gpt2")
+    plain = jacobian(model, ids_of(), "2.resid_in", ("logits", torch.exp))
+    inside = jacobian(model, ids_of(), "2.resid_in", ("logits", lambda z: z.exp_()))
+    torch.testing.assert_close(inside.primal, plain.primal)
+    torch.testing.assert_close(inside.to_dense(), plain.to_dense())
+
+
+def test_precision_says_why_not() -> None:
+    model = model_of("llama").float()
+    with pytest.raises(ValueError, match=r"precision='bfloat16' needs the rules.*input_ids must be int64"):
+        jacobian(model, ids_of().int(), precision="bfloat16")
+    with pytest.raises(ValueError, match=r"precision='bfloat16' needs the rules.*Linear is none of GPT2LMHeadModel"):
+        jacobian(nn.Linear(3, 3), torch.zeros(1, 3), ":in", "", precision="bfloat16")
+
+
+def test_autocast_and_inference_mode_change_nothing() -> None:
+    model = model_of("llama").float()
+    V = torch.randn(2, *jacobian(model, ids_of()).source_shape)
+    right = jacobian(model, ids_of()).jvp(V)
+    with torch.autocast("cpu"):
+        assert torch.equal(jacobian(model, ids_of()).jvp(V), right)
+    with torch.inference_mode():
+        assert torch.equal(jacobian(model, ids_of()).jvp(V), right)
+        sparse = CircuitGPT.from_pretrained("bracket-mini")
+        logits = sparse(torch.arange(8)[None])  # its weights are inference tensors
+    torch.testing.assert_close(logits, CircuitGPT.from_pretrained("bracket-mini")(torch.arange(8)[None]).detach())
+
+
+def test_tangents_are_left_alone_whatever_their_strides() -> None:
+    J = jacobian(model_of("gpt_neox"), ids_of())
+    V = torch.randn(6, 16, 2, 3, dtype=torch.float64).permute(3, 2, 0, 1)
+    before = V.clone()
+    torch.testing.assert_close(J.jvp(V), J.jvp(V.contiguous()))
+    torch.testing.assert_close(J.vjp(V), J.vjp(V.contiguous()))
+    assert torch.equal(V, before)
+    first = J.jvp(V)
+    kept = first.clone()
+    J.jvp(2 * V)
+    assert torch.equal(first, kept)  # no result lies in memory that is used again
