@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import tempfile
 import time
@@ -106,12 +107,17 @@ def stream(folder: Path) -> Tensor:
 
 
 def read_all(folder: Path) -> int:
-    """Reads the layers' files once, into the same memory."""
-    memory, total = memoryview(bytearray(1 << 26)), 0
+    """Reads the layers' files once, into the same memory, past the system's cache: the fastest way that we know."""
+    memory, total = memoryview(mmap.mmap(-1, 1 << 26)), 0
     for path in sorted(folder.glob("layer-*.safetensors")):
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(memory):
-                total += count
+        file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        at = 0
+        while count := os.preadv(file, [memory], at):
+            at += count
+            if count < len(memory):
+                break
+        os.close(file)
+        total += at
     return total
 
 
@@ -186,7 +192,7 @@ def table(result: dict[str, Any]) -> str:
             "| | |",
             "|---|---:|",
             f"| primal and tangents, streamed | {best['streamed']:.1f} s |",
-            f"| reading the layers' files alone | {best['reading']:.1f} s |",
+            f"| reading the layers' files alone, past the cache | {best['reading']:.1f} s |",
             f"| bfloat16 products of T + 1 forward passes alone | {best['GEMM']:.1f} s |",
             f"| streamed ÷ the larger of these | {best['streamed'] / larger:.2f} |",
             f"| peak resident memory, the process whole | {result['resident'] / 2**30:.2f} GiB |",

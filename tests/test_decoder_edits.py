@@ -69,6 +69,7 @@ def _one_more_layer(model: Any) -> None:
     layer = copy.deepcopy(model.transformer.h[1])
     layer.attn.layer_idx = 3
     model.transformer.h.append(layer)
+    model.config.use_cache = False  # transformers' cache has as many layers as the config says
 
 
 EDITS: dict[str, tuple[str, Callable[[Any], Any]]] = {
