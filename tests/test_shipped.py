@@ -1,12 +1,15 @@
 """The shipped models are what their cards say, and the whole suite runs on them."""
 
 import json
+import re
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import torch
 
 import scalpel
+from decoder_cases import ids_of, model_of
 from scalpel.experiments import suite
 from scalpel.experiments.controls import Controls, untrained
 from scalpel.experiments.provenance import fingerprint
@@ -86,15 +89,27 @@ def test_the_whole_suite_in_short(monkeypatch):
     assert all(result.provenance["weights_sha256"] for result in found.results[1:])
 
 
-def test_the_readme_example_runs():
-    """The Python block of the README, as it stands, but for the long experiment at its end."""
-    import re
-    from pathlib import Path
-
+def readme_blocks() -> list[str]:
     text = (Path(__file__).parents[1] / "README.md").read_text()
-    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    block = block.split("result = ")[0]
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_readme_example_runs():
+    """The first Python block of the README, as it stands, but for the long experiment at its end."""
     names: dict = {}
-    exec(block, names)
+    exec(readme_blocks()[0].split("result = ")[0], names)
     assert names["S"].shape == (4,) and names["values"].shape == (4,)
     assert torch.is_tensor(names["without"]) and not torch.equal(names["without"], names["logits"])
+
+
+def test_the_readme_example_of_a_decoder_runs(tmp_path: Path):
+    """The second, on a tiny model."""
+    pytest.importorskip("transformers")
+    model = model_of("llama").float()
+    model.save_pretrained(tmp_path)
+    names = {"scalpel": scalpel, "folder": tmp_path, "ids": ids_of(1, 5), "V": torch.randn(2, 1, 5, 12)}
+    expected = scalpel.jacobian(model, ids_of(1, 5)).jvp(names["V"])
+    (block,) = readme_blocks()[1:]
+    exec(block, names)
+    assert torch.allclose(names["V"], expected, atol=1e-4)
+    assert names["J"].source_shape == (1, 5, 12)
