@@ -266,6 +266,17 @@ def test_another_analysis_is_not_mixed_in(circuit: Path, text: Path, tmp_path: P
         analyze(circuit, text, out, **SIZES)
 
 
+def test_another_config_of_the_same_weights_is_another_model(circuit: Path, text: Path, tmp_path: Path) -> None:
+    analyze(str(circuit), text, tmp_path / "out", chunks=1, tangents=2, untrained=False)
+    path = circuit / "beeg_config.json"
+    config = json.loads(path.read_text())
+    holder = next(part for part in (config, *config.values()) if isinstance(part, dict) and "n_head" in part)
+    holder["n_head"] = 1
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="config"):
+        analyze(str(circuit), text, tmp_path / "out", chunks=1, tangents=2, untrained=False)
+
+
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ...")]
 )

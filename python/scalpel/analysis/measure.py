@@ -25,11 +25,14 @@ Figures = dict[str, Any]
 
 def measure(model: nn.Module, ids: Tensor, T: int, seed: int) -> Figures:
     """Of ``model`` at ``ids`` (1, L), all tokens to all tokens, with T directions."""
-    with warnings.catch_warnings():
-        # said by "converged" and "residual", of every chunk
-        warnings.filterwarnings("ignore", message="lyapunov stopped after", category=RuntimeWarning)
-        warnings.filterwarnings("ignore", message="the worst of", category=RuntimeWarning)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", RuntimeWarning)
         found = lyapunov(model, ids, T, seed=seed)
+    # "converged" and "residual" hold what lyapunov says of its sweeps; of the layers' own values only a warning tells.
+    stopped = [str(each.message) for each in said if "stopped after" in str(each.message)]
+    for each in said:
+        if "stopped after" not in str(each.message):
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
     assert found.cumulative is not None
     active, margins = _circuitgpt(model, ids) if isinstance(model, CircuitGPT) else _decoder(model, ids)
     return {
@@ -53,7 +56,7 @@ def measure(model: nn.Module, ids: Tensor, T: int, seed: int) -> Figures:
         "lost": list(found.lost),
         "active": active,
         "margins": margins,
-        "converged": found.converged,
+        "converged": found.converged and not stopped,
         "residual": float(found.residual.max()),
         "sweeps": found.sweeps,
     }

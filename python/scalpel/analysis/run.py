@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,7 @@ def analyze(
     key = {
         "format": _FORMAT,
         "model": source.facts.get("weights_sha256") or source.facts["weights_sampled_sha256"],
+        "config": _config_mark(source),
         "text": given.facts["sha256"],
         "tokens": given.facts["tokens_sha256"],
         "length": length,
@@ -175,6 +177,15 @@ class _Step:
         self.report(f"{self.chunk}: {what}", (self.number + done) / self.count)
 
 
+def _config_mark(source: Source) -> str | None:
+    """SHA-256 of the model's config: the same weights are another model with other heads or another eps."""
+    config: Any = getattr(source.trained, "config", None)  # a streamed model's is in the sample of its folder
+    if config is None:
+        return None
+    said = asdict(config) if is_dataclass(config) and not isinstance(config, type) else config.to_dict()
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def _within_memory(task: _Task, ids: Tensor, step: _Step) -> dict[str, Figures] | None:
     """What ``task`` gives; None where memory ran out."""
     try:
@@ -201,7 +212,7 @@ def _notes(
     if count < asked:
         notes.append(f"The text holds {count} whole chunks of the {asked} asked for.")
     if count == 1:
-        notes.append("One chunk has no interval: nothing here says how much another text would change.")
+        notes.append("One chunk has no interval: nothing here says how much another stretch of this text would change.")
     elif count < _FEW:
         notes.append(f"A bootstrap over {count} chunks makes intervals too narrow: ask for more chunks.")
     if shrunk:
