@@ -148,6 +148,16 @@ class Decoder:
         return found
 
 
+def dense_at(get: Weights, name: str) -> Dense:
+    """The linear layer of that name; its bias where it has one."""
+    return Dense(get(f"{name}.weight"), get(f"{name}.bias") if f"{name}.bias" in get else None)
+
+
+def norm_at(get: Weights, name: str) -> NormWeight:
+    """The norm of that name; its bias where it has one."""
+    return NormWeight(get(f"{name}.weight"), get(f"{name}.bias") if f"{name}.bias" in get else None)
+
+
 def _expect(tensor: Tensor | None, name: str, *shapes: tuple[int, ...]) -> None:
     if tensor is not None and tuple(tensor.shape) not in shapes:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; by the config it is {' or '.join(map(str, shapes))}")

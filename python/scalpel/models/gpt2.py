@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .decoder import DecoderConfig, DecoderLayer, Dense, NormWeight, Weights
+from .decoder import DecoderConfig, DecoderLayer, Dense, NormWeight, Weights, norm_at
 
 ARCHITECTURES = ("GPT2LMHeadModel",)
 PATHS = {
@@ -48,10 +48,6 @@ def _prefix(get: Weights) -> str:
     return "transformer." if "transformer.wte.weight" in get else ""  # the public checkpoints have none
 
 
-def _norm(get: Weights, name: str) -> NormWeight:
-    return NormWeight(get(f"{name}.weight"), get(f"{name}.bias"))
-
-
 def _turned(get: Weights, name: str) -> Dense:
     return Dense(get(f"{name}.weight").T, get(f"{name}.bias"))
 
@@ -59,8 +55,8 @@ def _turned(get: Weights, name: str) -> Dense:
 def layer(get: Weights, i: int) -> DecoderLayer:
     at = f"{_prefix(get)}h.{i}"
     return DecoderLayer(
-        norm1=_norm(get, f"{at}.ln_1"),
-        norm2=_norm(get, f"{at}.ln_2"),
+        norm1=norm_at(get, f"{at}.ln_1"),
+        norm2=norm_at(get, f"{at}.ln_2"),
         qkv=(_turned(get, f"{at}.attn.c_attn"),),
         out=_turned(get, f"{at}.attn.c_proj"),
         up=(_turned(get, f"{at}.mlp.c_fc"),),
@@ -76,4 +72,4 @@ def embed(get: Weights, ids: Tensor, positions: Tensor) -> Tensor:
 def final(get: Weights) -> tuple[NormWeight, Dense]:
     prefix = _prefix(get)
     head = "lm_head.weight" if "lm_head.weight" in get else f"{prefix}wte.weight"
-    return _norm(get, f"{prefix}ln_f"), Dense(get(head))
+    return norm_at(get, f"{prefix}ln_f"), Dense(get(head))

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .decoder import DecoderConfig, DecoderLayer, Dense, NormWeight, Weights, rotary_of
+from .decoder import DecoderConfig, DecoderLayer, Dense, NormWeight, Weights, dense_at, norm_at, rotary_of
 
 ARCHITECTURES = ("GPTNeoXForCausalLM",)
 PATHS = {
@@ -45,24 +45,16 @@ def read(config: Any, architecture: str) -> DecoderConfig | None:
     )
 
 
-def _norm(get: Weights, name: str) -> NormWeight:
-    return NormWeight(get(f"{name}.weight"), get(f"{name}.bias"))
-
-
-def _dense(get: Weights, name: str) -> Dense:
-    return Dense(get(f"{name}.weight"), get(f"{name}.bias") if f"{name}.bias" in get else None)
-
-
 def layer(get: Weights, i: int) -> DecoderLayer:
     at = f"gpt_neox.layers.{i}"
     return DecoderLayer(
-        norm1=_norm(get, f"{at}.input_layernorm"),
-        norm2=_norm(get, f"{at}.post_attention_layernorm"),
-        qkv=(_dense(get, f"{at}.attention.query_key_value"),),
+        norm1=norm_at(get, f"{at}.input_layernorm"),
+        norm2=norm_at(get, f"{at}.post_attention_layernorm"),
+        qkv=(dense_at(get, f"{at}.attention.query_key_value"),),
         by_head=True,
-        out=_dense(get, f"{at}.attention.dense"),
-        up=(_dense(get, f"{at}.mlp.dense_h_to_4h"),),
-        down=_dense(get, f"{at}.mlp.dense_4h_to_h"),
+        out=dense_at(get, f"{at}.attention.dense"),
+        up=(dense_at(get, f"{at}.mlp.dense_h_to_4h"),),
+        down=dense_at(get, f"{at}.mlp.dense_4h_to_h"),
     )
 
 
@@ -73,4 +65,4 @@ def embed(get: Weights, ids: Tensor, positions: Tensor) -> Tensor:
 def final(get: Weights) -> tuple[NormWeight, Dense]:
     head = "lm_head.weight" if "lm_head.weight" in get else "embed_out.weight"  # older checkpoints
     head = head if head in get else "gpt_neox.embed_in.weight"
-    return _norm(get, "gpt_neox.final_layer_norm"), Dense(get(head))
+    return norm_at(get, "gpt_neox.final_layer_norm"), Dense(get(head))

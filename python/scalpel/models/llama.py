@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .decoder import DecoderConfig, DecoderLayer, Dense, NormWeight, Weights, rotary_of
+from .decoder import DecoderConfig, DecoderLayer, Dense, NormWeight, Weights, dense_at, norm_at, rotary_of
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 PATHS = {
@@ -62,22 +62,18 @@ def _windows(config: Any, architecture: str) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in config.layer_types)
 
 
-def _dense(get: Weights, name: str) -> Dense:
-    return Dense(get(f"{name}.weight"), get(f"{name}.bias") if f"{name}.bias" in get else None)
-
-
 def layer(get: Weights, i: int) -> DecoderLayer:
     at = f"model.layers.{i}"
     attn = f"{at}.self_attn"
     return DecoderLayer(
-        norm1=NormWeight(get(f"{at}.input_layernorm.weight"), None),
-        norm2=NormWeight(get(f"{at}.post_attention_layernorm.weight"), None),
-        qkv=tuple(_dense(get, f"{attn}.{name}_proj") for name in "qkv"),
+        norm1=norm_at(get, f"{at}.input_layernorm"),
+        norm2=norm_at(get, f"{at}.post_attention_layernorm"),
+        qkv=tuple(dense_at(get, f"{attn}.{name}_proj") for name in "qkv"),
         q_norm=get(f"{attn}.q_norm.weight") if f"{attn}.q_norm.weight" in get else None,
         k_norm=get(f"{attn}.k_norm.weight") if f"{attn}.k_norm.weight" in get else None,
-        out=_dense(get, f"{attn}.o_proj"),
-        up=(_dense(get, f"{at}.mlp.gate_proj"), _dense(get, f"{at}.mlp.up_proj")),
-        down=_dense(get, f"{at}.mlp.down_proj"),
+        out=dense_at(get, f"{attn}.o_proj"),
+        up=(dense_at(get, f"{at}.mlp.gate_proj"), dense_at(get, f"{at}.mlp.up_proj")),
+        down=dense_at(get, f"{at}.mlp.down_proj"),
     )
 
 
@@ -87,4 +83,4 @@ def embed(get: Weights, ids: Tensor, positions: Tensor) -> Tensor:
 
 def final(get: Weights) -> tuple[NormWeight, Dense]:
     head = "lm_head.weight" if "lm_head.weight" in get else "model.embed_tokens.weight"
-    return NormWeight(get("model.norm.weight"), None), Dense(get(head))
+    return norm_at(get, "model.norm"), Dense(get(head))
