@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 from markupsafe import Markup
 
 from ..experiments.result import plain
@@ -13,6 +12,7 @@ from .analysis_pictures import Picture, pictures
 from .card import facts, number
 from .figures import to_svg
 from .files import check_folder, replace_text
+from .pages import environment_and_style
 
 if TYPE_CHECKING:
     from ..analysis import Analysis
@@ -64,16 +64,7 @@ def write_analysis(folder: str | Path, analysis: "Analysis") -> Path:
 
 def render_analysis(analysis: "Analysis") -> str:
     """The page as text. The same analysis gives the same text."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("scalpel.report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["number"] = number
-    loader = environment.loader
-    assert loader is not None
+    environment, style = environment_and_style()
     model = {name: value for name, value in analysis.model.items() if value is not None}
     known, _ = facts(plain(_shortened(model)))
     drawn = pictures(analysis)
@@ -82,7 +73,7 @@ def render_analysis(analysis: "Analysis") -> str:
         for name, (title, about) in _PARTS.items()
     ]
     return environment.get_template("analysis.html").render(
-        style=Markup(loader.get_source(environment, "style.css")[0]),
+        style=Markup(style),
         name=str(analysis.model["name"]),
         lead=_lead(analysis),
         model=known,

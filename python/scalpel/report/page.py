@@ -9,13 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import jinja2
 from markupsafe import Markup
 
 from ..experiments.result import VERDICTS, plain
-from .card import facts, number
+from .card import facts
 from .figures import to_svg
 from .files import check_folder, replace_text
+from .pages import environment_and_style
 
 if TYPE_CHECKING:
     from ..experiments.result import Result
@@ -54,18 +54,8 @@ def write_report(folder: str | Path, suite: Suite) -> Path:
 
 def render(suite: Suite) -> str:
     """The page as text. The same suite gives the same text."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("scalpel.report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["number"] = number
+    environment, style = environment_and_style()
     environment.filters["shape"] = shape
-    loader = environment.loader
-    assert loader is not None
-    style = loader.get_source(environment, "style.css")[0]
     known, more = facts(plain(suite.model))
     counts = Counter(result.verdict for result in suite.results)
     return environment.get_template("index.html").render(
