@@ -7,6 +7,8 @@ import torch  # before the core, so that both share one OpenMP
 
 from scalpel import _core
 
+pytest_plugins = ["analysis_cases"]
+
 SUPPORTED = [t["name"] for t in _core.targets() if t["supported"]]
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import stat
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from ._files import replacing
 
 KIND = "scalpel.StreamingCovariance"
 VERSION = 1
@@ -27,18 +27,8 @@ def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[st
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path} can't be written: there is no folder {path.parent}; make it first")
     header = {**header, "version": VERSION, "crc32": {name: _checksum(t) for name, t in tensors.items()}}
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
-    try:
-        temporary.touch(exist_ok=False)
-        mode = stat.S_IMODE(temporary.stat().st_mode)  # what the umask gives; safetensors' own is 0600
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"kind": KIND, "header": json.dumps(header, sort_keys=True)})
-        os.chmod(temporary, mode)
-        _flush(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _flush(path.parent)  # the new name, too, must survive a power cut
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -75,11 +65,3 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.
 
 def _checksum(tensor: torch.Tensor) -> int:
     return zlib.crc32(tensor.contiguous().numpy().view(np.uint8).data)
-
-
-def _flush(path: str | os.PathLike[str]) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -18,6 +18,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 import typer
 
 from . import cli_show as show
+from ._files import check_folder, replace_text
 from ._info import __version__
 from .experiments import names as experiment_names
 
@@ -118,7 +119,7 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Run every experiment on a model; print the table of verdicts and write a report."""
-    from .report import check_folder, write_report
+    from .report import write_report
 
     check_folder(out)  # first: nobody should wait for a report that can't be written
     from .experiments.suite import run_suite
@@ -155,7 +156,7 @@ def experiment(
 ) -> None:
     """Run one experiment and print its row of the table."""
     from . import experiments
-    from .report import check_folder, write_report
+    from .report import write_report
 
     options = _options(option or [])
     if "model" in options:
@@ -211,12 +212,17 @@ def analyze(
         int | None, typer.Option(min=1, help="Tokens of a chunk; by default 64, or the model's context.")
     ] = None,
     chunks: Annotated[int, typer.Option(min=1, help="How many chunks, as far as the text goes.")] = 8,
-    tangents: Annotated[int, typer.Option(min=1, help="How many directions, and so singular values.")] = 16,
+    tangents: Annotated[
+        int | None, typer.Option(min=1, help="How many directions, and so singular values; by default 16.")
+    ] = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="Leave the model in its folder, one layer in memory at a time.")
     ] = False,
     untrained: Annotated[
         bool, typer.Option("--untrained/--no-untrained", help="Beside it an untrained model of the same shape.")
+    ] = True,
+    products: Annotated[
+        bool, typer.Option("--products/--no-products", help="Spectra by depth: half the depth times the rest.")
     ] = True,
     out: Annotated[Path, typer.Option(help="Folder of the report and of finished chunks.")] = Path("scalpel-analysis"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure anew what the folder holds.")] = False,
@@ -229,8 +235,6 @@ def analyze(
 
     Stopped, the same command goes on where it was.
     """
-    from .report import check_folder
-
     check_folder(out)
     from .analysis import analyze as measure
     from .report.analysis import headlines, write_analysis
@@ -246,6 +250,7 @@ def analyze(
             tangents=tangents,
             stream=stream,
             untrained=untrained,
+            products=products,
             fresh=fresh,
             seed=seed,
             progress=steps.stage,
@@ -283,8 +288,6 @@ def train(
     if name != "bracket-mini":
         raise ValueError(f"there is no recipe named {name!r}; there is bracket-mini")
     folder = out or Path("scalpel-runs") / _run_name(name, control, seed)
-    from .report import check_folder
-
     check_folder(folder)
     from .training.bracket_mini import train_model
 
@@ -318,11 +321,8 @@ def bench(
 ) -> None:
     """Time the library against pure PyTorch, after checking that both give the same answer."""
     if out is not None:
-        from .report import check_folder
-
         check_folder(out.parent)
     from . import bench as benchmark
-    from .report import replace_text
 
     with show.Steps("bench") as steps:
         try:

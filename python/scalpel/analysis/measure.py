@@ -23,17 +23,16 @@ from ..models.mask_watch import watch_masks
 Figures = dict[str, Any]
 
 
-def measure(model: nn.Module, ids: Tensor, T: int, seed: int) -> Figures:
-    """Of ``model`` at ``ids`` (1, L), all tokens to all tokens, with T directions."""
+def measure(model: nn.Module, ids: Tensor, T: int, seed: int, products: bool) -> Figures:
+    """Of ``model`` at ``ids`` (1, L), all tokens to all tokens, with T directions; ``products``: at each depth, too."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", RuntimeWarning)
-        found = lyapunov(model, ids, T, seed=seed)
+        found = lyapunov(model, ids, T, seed=seed, cumulative=products)
     # "converged" and "residual" hold what lyapunov says of its sweeps; of the layers' own values only a warning tells.
     stopped = [str(each.message) for each in said if "stopped after" in str(each.message)]
     for each in said:
         if "stopped after" not in str(each.message):
             warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
-    assert found.cumulative is not None
     active, margins = _circuitgpt(model, ids) if isinstance(model, CircuitGPT) else _decoder(model, ids)
     return {
         "hooks": list(found.hooks),
@@ -45,7 +44,7 @@ def measure(model: nn.Module, ids: Tensor, T: int, seed: int) -> Figures:
         "frame_growth": plain(found.frame_growth),
         "mean_frame_growth": plain(found.mean_frame_growth),
         "layers": spectra(found.layers),
-        "products": spectra(found.cumulative),
+        **({} if found.cumulative is None else {"products": spectra(found.cumulative)}),
         "alignment": {
             "overlap": plain(found.alignment.overlap),
             "expected_at_random": plain(found.alignment.expected),

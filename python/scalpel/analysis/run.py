@@ -10,19 +10,22 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from .._info import __version__
 from ..experiments.result import environment, plain
 from .measure import Figures, measure
 from .source import Source, load, ran_out
 from .store import Store
 from .streamed import measure_streamed
-from .summary import DRAWS, summarise
+from .summary import INTERVAL, summarise
 from .text import read_text
 
 LENGTH, LEAST = 64, 8  # tokens of a chunk: by default, and what memory may shrink it to
-_FEW = 6  # chunks below which a percentile bootstrap says too little
-_FORMAT = 1  # of the chunks' files: part of the key
+TANGENTS = 16  # directions, by default
+_CUT_OFF = 2  # runs cut off at one chunk after which memory is taken to be the reason
+_FORMAT = 2  # of the chunks' files: part of the key
 
 Progress = Callable[[str, float], None]
 
@@ -33,7 +36,8 @@ class Analysis:
 
     ``trained``, ``untrained``: the figures of :func:`.measure.measure` as :func:`.summary.summarise` gives them;
     ``untrained`` is None where there is no such model. ``chunks``: where each begins in the text's tokens, and how
-    many it has. ``shrunk``: when memory ran out. ``notes``: what a reader must know, in sentences.
+    many it has. ``shrunk``: when memory ran out, or runs were
+    cut off from outside again and again. ``notes``: what a reader must know, in sentences.
     """
 
     model: dict[str, Any]
@@ -58,9 +62,10 @@ def analyze(
     tokenizer: str | Path | None = None,
     length: int | None = None,
     chunks: int = 8,
-    tangents: int = 16,
+    tangents: int | None = None,
     stream: bool = False,
     untrained: bool = True,
+    products: bool = True,
     fresh: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
@@ -69,18 +74,22 @@ def analyze(
 
     ``tokenizer``: a tokenizer.json, or encoder.json with vocab.bpe; by default the model's own. The text's first
     ``chunks`` stretches of ``length`` tokens (by default 64, or the model's context) are measured one by one, with
-    ``tangents`` directions; fewer where it has fewer. ``stream``: the model stays in its folder, a layer at a time.
-    ``untrained``: also a model of the same config, fresh from ``seed``, on the same chunks; not with ``stream``.
+    ``tangents`` directions (by default 16, or as many as a chunk has). ``stream``: the model stays in its
+    folder, a layer at a time. ``untrained``: also a model of the same config, fresh from ``seed``, on the same chunks;
+    not with ``stream``.
+    ``products``: also the spectra of the first l layers' product for each depth l, which cost half the depth times the
+    rest; not with ``stream``.
 
     A second call with the same model, text and options goes on where the first ended; a folder with anything else is
-    refused, unless ``fresh``. When memory runs out, the chunks from there on have half as many tokens.
+    refused, unless ``fresh``. When memory runs out, the chunks from there on have half as many tokens; so they do when
+    two runs were cut off from outside (as the system does when memory is short) at the same chunk.
     ``progress(what, done)``: before each step, ``done`` from 0 to 1.
 
     ValueError for input that doesn't fit, OSError for what can't be read or written.
     """
     report = progress or (lambda what, done: None)
     for name, value in (("chunks", chunks), ("tangents", tangents)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be 1 or more")
     report("loading the model", 0.0)
     source = load(model, stream)
@@ -90,6 +99,7 @@ def analyze(
     if not 1 <= length <= source.context:
         raise ValueError(f"length is {length}; the model's context holds {source.context} tokens: give 1 to that many")
     most = length * int(source.facts["width"])
+    tangents = min(TANGENTS, most) if tangents is None else tangents
     if tangents > most:
         raise ValueError(f"tangents is {tangents}; {length} tokens of width {source.facts['width']} have {most}")
     report("reading the text", 0.0)
@@ -107,45 +117,60 @@ def analyze(
         "seed": seed,
         "stream": stream,
         "untrained": beside,
+        "products": products,
+        "scalpel": __version__,
+        "torch": torch.__version__,
     }
     store = Store(out, key, length, fresh)
-    task = _Task(source, tangents, seed, beside)
-    records = []
+    task = _Task(source, tangents, seed, beside, products)
+    records, cut_off = [], []
     for i in range(count):
         record = store.load(i)
         while record is None:
+            if times := store.cut_off(i):
+                cut_off.append({"chunk": i, "tokens": store.length, "times": times})
+                if times >= _CUT_OFF:
+                    store.shrink(i, _smaller(store.length, source))
             ids = given.chunk(i, length, store.length)
             step = _Step(report, f"chunk {i + 1} of {count}, {ids.shape[1]} tokens", i, count)
-            figures = _within_memory(task, ids, step)
+            store.begin(i)
+            try:
+                figures = _within_memory(task, ids, step)
+            except BaseException:
+                store.give_up()
+                raise
             if figures is None:
+                store.give_up()
                 store.shrink(i, _smaller(store.length, source))
                 continue
             record = plain({"chunk": i, "start": i * length, "tokens": ids.shape[1], **figures})
             store.save(i, record)
         records.append(record)  # as it is on disk, so that a resumed analysis is the same to the bit
     report("done", 1.0)
+    shrunk = [each for each in store.shrunk if each["chunk"] < count]  # an analysis of more chunks may have gone on
     sides = {side: [record[side] for record in records] for side in ("trained", "untrained") if side in records[0]}
     return Analysis(
         model=source.facts,
         text=given.facts,
         options={"length": length, "chunks": chunks, "tangents": tangents, "seed": seed, "stream": stream},
         chunks=[{"start": record["start"], "tokens": record["tokens"]} for record in records],
-        shrunk=store.shrunk,
-        notes=_notes(source, records, chunks, store.shrunk, beside),
-        trained=summarise(sides["trained"], seed),
-        untrained=summarise(sides["untrained"], seed) if "untrained" in sides else None,
-        provenance={**environment(), "bootstrap_draws": DRAWS},
+        shrunk=shrunk,
+        notes=_notes(source, records, chunks, shrunk, cut_off, beside),
+        trained=summarise(sides["trained"]),
+        untrained=summarise(sides["untrained"]) if "untrained" in sides else None,
+        provenance={**environment(), "interval": INTERVAL},
     )
 
 
 class _Task:
     """What is measured of each chunk; the untrained model is made when it is first needed."""
 
-    def __init__(self, source: Source, T: int, seed: int, beside: bool) -> None:
+    def __init__(self, source: Source, T: int, seed: int, beside: bool, products: bool) -> None:
         self.source = source
         self.T = T
         self.seed = seed
         self.beside = beside
+        self.products = products
         self._untrained: nn.Module | None = None
 
     def __call__(self, ids: Tensor, step: Progress) -> dict[str, Figures]:
@@ -155,13 +180,24 @@ class _Task:
             narrow = "bfloat16" in str(source.facts["dtype"])
             return {"trained": measure_streamed(source.folder, ids, self.T, self.seed, narrow, step)}
         step("trained", 0.0)
-        found = {"trained": measure(source.trained, ids, self.T, self.seed)}
+        found = {"trained": measure(source.trained, ids, self.T, self.seed, self.products)}
         if self.beside and source.untrained is not None:
             if self._untrained is None:
-                self._untrained = source.untrained(self.seed)
+                self._untrained = self._fresh(source.untrained)
             step("untrained", 0.5)
-            found["untrained"] = measure(self._untrained, ids, self.T, self.seed)
+            found["untrained"] = measure(self._untrained, ids, self.T, self.seed, self.products)
         return found
+
+    def _fresh(self, make: Callable[[int], nn.Module]) -> nn.Module:
+        try:
+            return make(self.seed)
+        except (MemoryError, RuntimeError, OSError) as error:
+            if not ran_out(error):
+                raise
+            raise ValueError(
+                "memory ran out while the untrained model was made beside the trained one, whatever the chunks: give "
+                "--no-untrained"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -190,7 +226,7 @@ def _within_memory(task: _Task, ids: Tensor, step: _Step) -> dict[str, Figures] 
     """What ``task`` gives; None where memory ran out."""
     try:
         return task(ids, step)
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, OSError) as error:
         if not ran_out(error):
             raise
     gc.collect()  # out of the except block, or the error's frames would hold what did not fit
@@ -199,13 +235,18 @@ def _within_memory(task: _Task, ids: Tensor, step: _Step) -> dict[str, Figures] 
 
 def _smaller(length: int, source: Source) -> int:
     if length <= LEAST:
-        way = "fewer --tangents" if source.trained is None else "fewer --tangents, or --stream for a model in a folder"
+        way = "fewer --tangents" + (", or --stream" if source.kind == "decoder" else "")
         raise ValueError(f"memory ran out at chunks of {length} tokens, and shorter ones say little: try {way}")
     return max(LEAST, length // 2)
 
 
 def _notes(
-    source: Source, records: list[dict[str, Any]], asked: int, shrunk: list[dict[str, int]], beside: bool
+    source: Source,
+    records: list[dict[str, Any]],
+    asked: int,
+    shrunk: list[dict[str, int]],
+    cut_off: list[dict[str, int]],
+    beside: bool,
 ) -> list[str]:
     count = len(records)
     notes = []
@@ -213,14 +254,18 @@ def _notes(
         notes.append(f"The text holds {count} whole chunks of the {asked} asked for.")
     if count == 1:
         notes.append("One chunk has no interval: nothing here says how much another stretch of this text would change.")
-    elif count < _FEW:
-        notes.append(f"A bootstrap over {count} chunks makes intervals too narrow: ask for more chunks.")
     if shrunk:
         steps = "; ".join(f"at chunk {s['chunk'] + 1} from {s['from']} to {s['to']} tokens" for s in shrunk)
         lengths = sorted({record["tokens"] for record in records}, reverse=True)
         notes.append(
-            f"Memory ran out, and chunks were shortened: {steps}. "
+            f"Memory ran out, or the system ended the program, and chunks were shortened: {steps}. "
             + (f"Means mix chunks of {' and '.join(map(str, lengths))} tokens." if len(lengths) > 1 else "")
+        )
+    for each in cut_off:
+        times = "an earlier run was" if each["times"] == 1 else f"{each['times']} earlier runs were"
+        notes.append(
+            f"In the middle of chunk {each['chunk'] + 1} of {each['tokens']} tokens {times} cut off from outside. "
+            "Systems that are short of memory do that: --length and --tangents make a chunk smaller."
         )
     if source.kind == "stream":
         notes.append(
@@ -229,7 +274,7 @@ def _notes(
             "exponents. There is no untrained model beside it."
         )
         if "bfloat16" in str(source.facts["dtype"]):
-            notes.append("Products are bfloat16: singular values are good to about one per cent.")
+            notes.append("Products are bfloat16: singular values are good to about one per cent of the largest.")
     elif not beside:
         notes.append("There is no untrained model beside it, so nothing says which of this is due to training.")
     if all(share == 1 for record in records for share in record["trained"]["active"].values()):

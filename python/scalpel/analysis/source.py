@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..models.tokenizer import Tokenizer
 from ..models.weight_files import CheckpointError, read_json
 
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
-_SAMPLES, _SAMPLE = 16, 1 << 16  # of each file of a streamed model: pieces hashed, and their bytes
+_SAMPLES, _SAMPLE = 4, 1 << 13  # of each tensor of a streamed model: pieces hashed, and their bytes
 
 
 @dataclass
@@ -63,17 +63,21 @@ def load(name: str | Path, stream: bool = False) -> Source:
         if architecture is None:
             return _circuitgpt(name)
         return _decoder(folder, architecture)
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, OSError) as error:
         if not ran_out(error):
             raise
+        if architecture is None:
+            raise CheckpointError(f"{name} does not fit into memory") from error
         raise CheckpointError(
             f"{name} does not fit into memory; a folder of safetensors is analysed a layer at a time with --stream"
         ) from error
 
 
 def ran_out(error: Exception) -> bool:
-    """Whether this is how Python, numpy or torch says that there is no memory left."""
-    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)
+    """Whether this is how Python, the system, numpy or torch says that there is no memory left."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return any(words in str(error).lower() for words in _OUT_OF_MEMORY)
 
 
 def _architecture(folder: Path) -> str | None:
@@ -176,7 +180,7 @@ def _streamed(folder: Path) -> Source:
         "width": decoder.config.width,
         "parameters": sum(place.bytes // place.dtype.itemsize for place in weights.places.values()),
         "dtype": ", ".join(dtypes),
-        "weights_sampled_sha256": _sampled(sorted({place.path for place in weights.places.values()}), folder),
+        "weights_sampled_sha256": _sampled(weights, folder),
     }
     limits = decoder.config.max_length, decoder.config.vocab_size
     pair = "gpt2" if str(names[0]).startswith("GPT2") else None
@@ -194,16 +198,14 @@ def _fingerprint(model: nn.Module) -> str:
     return fingerprint(model)  # type: ignore[arg-type]  # it asks for state_dict alone
 
 
-def _sampled(paths: list[Path], folder: Path) -> str:
-    """SHA-256 of the config, and of each file's size, header and evenly spaced pieces: all of it would be a read of
-    a model too large for memory before anything is measured."""
+def _sampled(weights: FolderWeights, folder: Path) -> str:
+    """SHA-256 of the config, and of each tensor's name, shape, dtype and evenly spaced pieces: all of it would be a
+    read of a model too large for memory before anything is measured."""
     digest = hashlib.sha256(json.dumps(read_json(folder / "config.json"), sort_keys=True).encode())
-    for path in paths:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(struct.unpack("<Q", file.read(8))[0]))
+    for name, place in sorted(weights.places.items()):
+        digest.update(f"{name} {place.shape} {place.dtype}".encode())
+        with place.path.open("rb") as file:
             for i in range(_SAMPLES):
-                file.seek(max(0, size - _SAMPLE) * i // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE))
+                file.seek(place.begin + max(0, place.bytes - _SAMPLE) * i // (_SAMPLES - 1))
+                digest.update(file.read(min(_SAMPLE, place.bytes)))
     return digest.hexdigest()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from .._files import replace_text
 
 _STATE = "state.json"
 _RESULTS = ("analysis.json", "report.html")  # of the same analysis: they go when it does
@@ -18,17 +18,26 @@ class Store:
     ``key``: plain data that says what is analysed, and how. A folder with chunks of another key is refused with
     ValueError, unless ``fresh``, which removes what an analysis left there, and nothing else. OSError where the
     folder can't be written.
+
+    A chunk is begun, and then saved: one that was begun and neither saved nor given up was cut off from outside, as
+    by a system that has run out of memory, and a later run is told by ``cut_off``.
     """
 
     def __init__(self, folder: str | Path, key: dict[str, Any], length: int, fresh: bool) -> None:
         self.folder = Path(folder)
         self.chunks = self.folder / "chunks"
-        self._state: dict[str, Any] = {"key": json.loads(json.dumps(key)), "length": length, "shrunk": []}
+        self._state: dict[str, Any] = {
+            "key": json.loads(json.dumps(key)),
+            "length": length,
+            "shrunk": [],
+            "begun": None,
+        }
         self.chunks.mkdir(parents=True, exist_ok=True)
-        if fresh:
-            self._clear()
         path = self.folder / _STATE
+        if fresh and path.is_file():
+            self._clear()
         if not path.is_file():
+            self._check_empty()
             self._write()
             return
         before = _read(path)
@@ -51,8 +60,25 @@ class Store:
 
     def shrink(self, chunk: int, length: int) -> None:
         self._state["shrunk"].append({"chunk": chunk, "from": self.length, "to": length})
-        self._state["length"] = length
+        self._state |= {"length": length, "begun": None}
         self._write()
+
+    def begin(self, chunk: int) -> None:
+        """Note on disk that ``chunk`` is being measured at the present length."""
+        times = self.cut_off(chunk) + 1
+        self._state["begun"] = {"chunk": chunk, "length": self.length, "times": times}
+        self._write()
+
+    def give_up(self) -> None:
+        """The chunk that was begun ended with an error that was seen, or by the user's wish: it was not cut off."""
+        self._state["begun"] = None
+        self._write()
+
+    def cut_off(self, chunk: int) -> int:
+        """How many runs were cut off while they measured ``chunk`` at the present length."""
+        begun = self._state.get("begun")
+        here = {"chunk": chunk, "length": self.length}
+        return int(begun["times"]) if begun is not None and here.items() <= begun.items() else 0
 
     def load(self, chunk: int) -> dict[str, Any] | None:
         """The record of a chunk; None where it is not measured yet."""
@@ -60,16 +86,29 @@ class Store:
         return _read(path) if path.is_file() else None
 
     def save(self, chunk: int, record: dict[str, Any]) -> None:
-        _replace(self._path(chunk), json.dumps(record, allow_nan=False))
+        replace_text(self._path(chunk), json.dumps(record, allow_nan=False) + "\n")
+        self._state["begun"] = None  # on disk with the next change: a saved chunk is not begun again
 
     def _path(self, chunk: int) -> Path:
         return self.chunks / f"{chunk:05d}.json"
 
     def _write(self) -> None:
-        _replace(self.folder / _STATE, json.dumps(self._state, indent=2))
+        replace_text(self.folder / _STATE, json.dumps(self._state, indent=2) + "\n")
+
+    def _check_empty(self) -> None:
+        """A folder without a state must not hold what this analysis would adopt or overwrite."""
+        found = [path for path in (*(self.folder / name for name in _RESULTS), *self._chunk_files()) if path.exists()]
+        if found:
+            raise ValueError(
+                f"{self.folder} holds {found[0].relative_to(self.folder)}, but no {_STATE} that says of what: give "
+                "another --out, or remove it"
+            )
+
+    def _chunk_files(self) -> list[Path]:
+        return sorted(self.chunks.glob("[0-9]*.json"))
 
     def _clear(self) -> None:
-        for path in (*(self.folder / name for name in _RESULTS), *self.chunks.glob("[0-9]*.json")):
+        for path in (*(self.folder / name for name in _RESULTS), *self._chunk_files()):
             path.unlink(missing_ok=True)
         (self.folder / _STATE).unlink(missing_ok=True)
 
@@ -95,17 +134,3 @@ def _difference(before: Any, now: dict[str, Any]) -> str:
         short = all(not isinstance(each, str) or len(each) < 40 for each in (one, other))
         shown.append(f"{name} {one!r} there, {other!r} here" if short else f"another {name}")
     return "; ".join(shown)
-
-
-def _replace(path: Path, text: str) -> None:
-    """In one move: whoever reads it, after a power cut too, finds the old file or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

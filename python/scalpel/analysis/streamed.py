@@ -33,7 +33,8 @@ def measure_streamed(folder: Path, ids: Tensor, T: int, seed: int, narrow: bool,
     """Of the model in ``folder`` at ``ids`` (1, L). ``narrow``: its matrix products are bfloat16, which rounds
     singular values to about 1 % and lets no residual fall further. ``step(what, done)`` before each layer.
 
-    ``residual``, of each layer the largest ‖Jᵀu − σv‖ / σ: so far, relatively, a value can be from a singular value.
+    ``residual``, of each layer the largest ‖Jᵀu − σv‖ / σ or ‖Jv − σu‖ / σ: so far, relatively, a value can
+    be from a singular value.
     """
     goal = 2e-2 if narrow else 3e-3
     generator = torch.Generator().manual_seed(seed)
@@ -96,7 +97,9 @@ def _spectrum(J: Jacobian, T: int, seed: int, goal: float) -> tuple[Tensor, Tens
     S = S.double()
     nonzero = ROUNDING * float(torch.finfo(J.dtype).eps) * S[0] < S
     back = J.vjp(U.T.reshape(T, *J.target_shape).to(J.dtype)).flatten(1).double()
+    forth = J.jvp(Vh.reshape(T, *J.source_shape).to(J.dtype)).flatten(1).double()
     apart = torch.linalg.vector_norm(back - S[:, None] * Vh, dim=1)
+    apart = apart.maximum(torch.linalg.vector_norm(forth - S[:, None] * U.T, dim=1))
     residual = float((apart / S)[nonzero].max()) if bool(nonzero.any()) else 0.0
     return torch.where(nonzero, S, 0.0).log(), Vh, residual
 

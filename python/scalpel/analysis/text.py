@@ -55,6 +55,8 @@ def read_text(path: str | Path, source: Source, tokenizer: str | Path | None, le
             "encoder.json with its vocab.bpe beside it"
         )
     try:
+        found.inner.no_truncation()  # what a tokenizer.json may ask for is meant for a model's batches
+        found.inner.no_padding()
         ids = found.encode(text)
     except ValueError:
         raise ValueError(f"the tokenizer ({of}) has no token for the text in {path}; was it made for it?") from None
@@ -73,6 +75,7 @@ def read_text(path: str | Path, source: Source, tokenizer: str | Path | None, le
         "sha256": hashlib.sha256(raw).hexdigest(),
         "tokenizer": of,
         "tokens": len(ids),
+        "special tokens": "none added",
         "tokens_sha256": hashlib.sha256(torch.tensor(ids, dtype=torch.int64).numpy().tobytes()).hexdigest(),
     }
     return Text(tuple(ids), facts)

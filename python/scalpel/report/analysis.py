@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
+from .._files import check_folder, replace_text
 from ..experiments.result import plain
 from .analysis_pictures import Picture, pictures
 from .card import facts, number
 from .figures import to_svg
-from .files import check_folder, replace_text
 from .pages import environment_and_style
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def headlines(analysis: "Analysis") -> dict[str, str]:
     named = {
         "largest exponent, nats per layer": ("exponents", 0),
         "… less the growth of the norm": ("exponents_less_growth", 0),
-        "… without position 0": ("exponents_less_growth_without_first", 0),
+        "… less its growth without position 0": ("exponents_less_growth_without_first", 0),
         "frame growth of the first direction, nats per layer": ("mean_frame_growth", 0),
     }
     for words, (key, i) in named.items():

@@ -30,7 +30,9 @@ def pictures(analysis: "Analysis") -> list[Picture]:
     """All that the analysis has figures for."""
     count = len(analysis.chunks)
     bands = (
-        f" Mean over {count} chunks; bands: 95 % bootstrap over chunks." if count > 1 else " One chunk, no interval."
+        f" Mean over {count} chunks; bands: its 95 % interval (Student’s t)."
+        if count > 1
+        else " One chunk, no interval."
     )
     sides = [("", "line", analysis.trained)]
     if analysis.untrained is not None:
@@ -49,6 +51,8 @@ Sides = list[tuple[str, str, dict[str, Any]]]
 
 
 def _picture(name: str, part: str, title: str, summary: str, axes: tuple[str, str], **data: Any) -> Picture:
+    if part in ("collapse", "growth") and any(y is None for each in data["series"] for y in each["y"]):
+        summary += " A gap: in some chunk the value is zero to rounding, and its logarithm has no mean."
     figure = {"kind": "curves", "title": title, "summary": summary, "xlabel": axes[0], "ylabel": axes[1]}
     return Picture(name, part, figure | data)
 
@@ -164,9 +168,8 @@ def _growth(sides: Sides, bands: str) -> list[Picture]:
             if side.get(key) is not None:
                 exponents.append(_curve(f"{words}, {name}", x, side[key], style, group))
         aligned = side["alignment"]
-        if not suffix:
-            turned.append(_curve("vectors as they are", x, aligned["exponents"], "line", "as they are"))
-            turned.append(_curve("vectors at random", x, aligned["null_exponents"], "dashed", "at random"))
+        for key, words in (("exponents", "vectors as they are"), ("null_exponents", "vectors at random")):
+            turned.append(_curve(f"{words}, {name}", x, aligned[key], style, words))
     dashed = " Dashed: untrained." if len(sides) > 1 else ""
     return [
         _picture(
@@ -201,9 +204,10 @@ def _growth(sides: Sides, bands: str) -> list[Picture]:
             "alignment",
             "growth",
             "Do successive layers stretch the same directions?",
-            "Exponents of the trained model’s layers cut to their leading directions, with singular vectors as they "
-            "are, and with the same singular values and random vectors. Compare these two with each other only: cut "
-            f"layers are not the layers.{bands}",
+            "Exponents of the layers cut to their leading directions, with singular vectors as they are, and with the "
+            "same singular values and random vectors; cut layers are not the layers, and where the cut falls between "
+            "values that are close, it matters. Random vectors are a weak null: residual paths alone align layers. "
+            f"What training does is the step from the untrained model’s pair to the trained one’s.{dashed}{bands}",
             ("index i", "nats per layer"),
             series=turned,
         ),
@@ -241,7 +245,7 @@ def _ranks(sides: Sides, count: int) -> list[Picture]:
                 f"rank-{kind}-{where}",
                 "rank",
                 f"{title} {words}",
-                f"{rule}. Interval: {over}.",
+                f"{rule}. Interval: {over}; ends less than 5 % apart are one curve, the upper.",
                 ("layers passed" if where == "products" else "layer", "log₁₀ of the rank"),
                 series=series,
                 hlines=_unless_shares(series),

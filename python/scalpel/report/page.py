@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from markupsafe import Markup
 
+from .._files import check_folder, replace_text
 from ..experiments.result import VERDICTS, plain
 from .card import facts
 from .figures import to_svg
-from .files import check_folder, replace_text
 from .pages import environment_and_style
 
 if TYPE_CHECKING:

@@ -1,8 +1,6 @@
 """Train a weight-sparse CircuitGPT, step by step, so that a stop at any moment loses at most a few seconds."""
 
-import os
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._files import replacing
 from ..models.circuitgpt import CircuitGPT
 from ..models.tokenizer import Tokenizer
 from .corpus import Sources, documents
@@ -196,11 +195,8 @@ def _store(path: Path, step: int, recipe: Recipe, optimizer: torch.optim.Optimiz
         "seconds": result.seconds,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
 
 
 def _restore(path: Path, recipe: Recipe, optimizer: torch.optim.Optimizer, result: Trained) -> int:

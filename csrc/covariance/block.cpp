@@ -1,0 +1,201 @@
+// A block of rows: its mean, its panels, and the tiles of the lower triangle, in parallel.
+#include "covariance/block.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <memory>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "core/memory.h"
+#include "core/parallel.h"
+
+namespace scalpel {
+namespace {
+
+// Rows of a product before it is added in float64; two panels of them are 64 KB.
+constexpr std::int64_t kChunk = 256;
+// Panels that go down the triangle together, against one panel along it: at 1024 rows they fill 512 KB. Where
+// there are too few panels for the threads, one by one.
+constexpr std::int64_t kBand = 4;
+constexpr std::int64_t kPanelsPerThread = 8;
+// Squares beyond this overflow a float64 sum, which would spoil the state without a NaN in sight.
+constexpr double kLargest = 1e150;
+
+void multiply(const CovarianceKernels& kernels, const float* a, const float* b, std::int64_t rows, double* tile) {
+  kernels.tile_float32(a, b, rows, tile);
+}
+void multiply(const CovarianceKernels& kernels, const double* a, const double* b, std::int64_t rows,
+              double* tile) {
+  kernels.tile_float64(a, b, rows, tile);
+}
+
+// S: what products are in.
+template <class S>
+class Block {
+ public:
+  Block(Moments& state, const Rows& rows, int threads)
+      : state_(state),
+        rows_(rows),
+        kernels_(active_covariance_kernels()),
+        of_rows_(kernels_for(kernels_, rows.dtype)),
+        dim_(state.dim),
+        panels_((dim_ + kWidth - 1) / kWidth),
+        threads_(threads),
+        mean_(static_cast<std::size_t>(dim_), 0.0),
+        shift_(static_cast<std::size_t>(dim_), 0.0),
+        joint_(static_cast<std::size_t>(panels_ * kWidth), 0.0) {
+    const std::size_t bytes = static_cast<std::size_t>(rows.count * panels_ * kPanelBytes);
+    packed_.reset(static_cast<S*>(::operator new[](bytes, kAlign)));
+    prefer_huge_pages(packed_.get(), static_cast<std::int64_t>(bytes));
+  }
+
+  void add() {
+    const std::int64_t before = state_.count;
+    const std::int64_t after = before + rows_.count;
+    find_mean();
+    if (state_.centered) {
+      shift_ = mean_;
+      // Chan's d d^T n_a n_b / n: one more product of a row with itself, sqrt(n_a n_b / n) d.
+      const double weight = std::sqrt(static_cast<double>(before) / static_cast<double>(after)) *
+                            std::sqrt(static_cast<double>(rows_.count));
+      for (std::int64_t c = 0; c < dim_; ++c) joint_[c] = before == 0 ? 0.0 : weight * (mean_[c] - state_.mean[c]);
+    }
+    pack();
+    add_tiles();
+    const double share = static_cast<double>(rows_.count) / static_cast<double>(after);
+    for (std::int64_t c = 0; c < dim_; ++c) {
+      state_.mean[c] = before == 0 ? mean_[c] : state_.mean[c] + (mean_[c] - state_.mean[c]) * share;
+    }
+    state_.count = after;
+  }
+
+ private:
+  static constexpr std::int64_t kWidth = kPanelBytes / static_cast<std::int64_t>(sizeof(S));
+  static constexpr std::align_val_t kAlign{64};
+  struct Free {
+    void operator()(S* p) const { ::operator delete[](p, kAlign); }
+  };
+
+  const void* at(std::int64_t row, std::int64_t column) const {
+    return static_cast<const char*>(rows_.data) + (row * rows_.stride + column) * item_size(rows_.dtype);
+  }
+
+  // Of rows shifted by the first of them, so that a column that never varies has its own value as its mean.
+  void find_mean() {
+    const std::vector<double> zeros(static_cast<std::size_t>(dim_), 0.0);
+    of_rows_.add_to_sums(at(0, 0), rows_.stride, 1, dim_, zeros.data(), shift_.data());
+    auto columns = [&](std::int64_t begin, std::int64_t end, int) {
+      of_rows_.add_to_sums(at(0, begin), rows_.stride, rows_.count, end - begin, shift_.data() + begin,
+                           mean_.data() + begin);
+    };
+    parallel_for(dim_, 256, threads_for(rows_.count * dim_, threads_), columns);
+    for (std::int64_t c = 0; c < dim_; ++c) mean_[c] = shift_[c] + mean_[c] / static_cast<double>(rows_.count);
+    std::fill(shift_.begin(), shift_.end(), 0.0);
+  }
+
+  S* panel(std::int64_t first_row, std::int64_t height, std::int64_t p) {
+    return packed_.get() + (first_row * panels_ + p * height) * kWidth;
+  }
+
+  void pack() {
+    for (std::int64_t begin = 0; begin < rows_.count; begin += kChunk) {
+      const std::int64_t height = std::min(kChunk, rows_.count - begin);
+      auto panels = [&](std::int64_t first, std::int64_t last, int) {
+        for (std::int64_t p = first; p < last; ++p) {
+          const std::int64_t left = p * kWidth;
+          of_rows_.pack(at(begin, left), rows_.stride, height, std::min(kWidth, dim_ - left), shift_.data() + left,
+                        panel(begin, height, p));
+        }
+      };
+      parallel_for(panels_, 8, threads_for(height * dim_, threads_), panels);
+    }
+  }
+
+  void add_tiles() {
+    const int threads = threads_for(rows_.count * dim_ * dim_ / 8, threads_);
+    const std::int64_t together = panels_ >= kPanelsPerThread * threads ? kBand : 1;
+    const std::int64_t bands = (panels_ + together - 1) / together;
+    auto some = [&](std::int64_t first, std::int64_t last, int) {
+      for (std::int64_t band = first; band < last; ++band) {
+        const std::int64_t top = (bands - 1 - band) * together;  // the longest first, so that threads end together
+        const std::int64_t bottom = std::min(panels_, top + together);
+        for (std::int64_t q = 0; q < bottom; ++q) {
+          for (std::int64_t p = std::max(top, q); p < bottom; ++p) add_tile(p, q);
+        }
+      }
+    };
+    parallel_for(bands, 1, threads, some);
+  }
+
+  void add_tile(std::int64_t p, std::int64_t q) {
+    alignas(64) double tile[kWidth * kWidth] = {};
+    for (std::int64_t begin = 0; begin < rows_.count; begin += kChunk) {
+      const std::int64_t height = std::min(kChunk, rows_.count - begin);
+      multiply(kernels_, panel(begin, height, p), panel(begin, height, q), height, tile);
+    }
+    const std::int64_t row = p * kWidth;
+    const std::int64_t column = q * kWidth;
+    kernels_.join(tile, kWidth, std::min(kWidth, dim_ - row), std::min(kWidth, dim_ - column), row - column,
+                  joint_.data() + row, joint_.data() + column, state_.scatter + row * dim_ + column, dim_);
+  }
+
+  Moments& state_;
+  const Rows rows_;
+  const CovarianceKernels& kernels_;
+  const RowKernels& of_rows_;
+  const std::int64_t dim_;
+  const std::int64_t panels_;
+  const int threads_;
+  std::vector<double> mean_;   // of the block
+  std::vector<double> shift_;  // what is taken off each row
+  std::vector<double> joint_;  // the row that joins block and state
+  std::unique_ptr<S[], Free> packed_;
+};
+
+}  // namespace
+
+const RowKernels& kernels_for(const CovarianceKernels& kernels, DType dtype) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return kernels.float16;
+    case DType::kBFloat16:
+      return kernels.bfloat16;
+    case DType::kFloat32:
+      return kernels.float32;
+    case DType::kFloat64:
+      return kernels.float64;
+    default:
+      throw DTypeError(std::string("x is ") + name_of(dtype) + "; allowed: float16, bfloat16, float32, float64");
+  }
+}
+
+std::int64_t first_bad_row(const Rows& rows, std::int64_t dim, int threads) {
+  const RowKernels& kernels = kernels_for(active_covariance_kernels(), rows.dtype);
+  std::atomic<std::int64_t> first{rows.count};
+  auto scan = [&](std::int64_t begin, std::int64_t end, int) {
+    for (std::int64_t r = begin; r < end && r < first.load(std::memory_order_relaxed); ++r) {
+      if (kernels.has_bad(rows.from(r, 1).data, dim, kLargest)) {
+        std::int64_t seen = first.load();
+        while (r < seen && !first.compare_exchange_weak(seen, r)) {
+        }
+        return;
+      }
+    }
+  };
+  parallel_for(rows.count, std::max<std::int64_t>(1, 65536 / dim), threads_for(rows.count * dim, threads), scan);
+  return first.load() == rows.count ? -1 : first.load();
+}
+
+void add_block(Moments& state, const Rows& rows, int threads) {
+  if (rows.count == 0) return;
+  if (kernels_for(active_covariance_kernels(), rows.dtype).narrow) {
+    Block<float>(state, rows, threads).add();
+  } else {
+    Block<double>(state, rows, threads).add();
+  }
+}
+
+}  // namespace scalpel
