@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from scalpel import _files as files
 from scalpel import report
 from scalpel.experiments import minimal_simulator
 from scalpel.experiments.result import Result
-from scalpel.report import card, figures, files, naming, page
+from scalpel.report import card, figures, naming, page
 from scalpel.report.style import LEVELS, SERIES
 
 NAN = math.nan
