@@ -48,7 +48,8 @@ def test_means_a_thousand_times_the_deviations(dtype: torch.dtype, target: str) 
     expected = reference.moments(x).covariance
     for splits in (None, [300, 301], list(range(1, 900, 7))):
         ours = state_of(x, splits).covariance().numpy()
-        assert np.abs(ours - expected).max() <= 1e-11 * np.abs(expected).max()
+        limit = 1e-11 if dtype == torch.float64 else 3e-7
+        assert np.abs(ours - expected).max() <= limit * np.abs(expected).max()
     in_float32 = torch.cov(x.float().T, correction=0).double().numpy()
     assert np.abs(ours - expected).max() <= np.abs(in_float32 - expected).max()
 
@@ -123,7 +124,8 @@ def test_float16_is_read_exactly() -> None:
     state = StreamingCovariance(1, center=False)
     state.update(every[:, None])
     expected = reference.moments(every[:, None], center=False)
-    assert abs(state.covariance().item() / expected.covariance.item() - 1) < 1e-14
+    assert abs(state.covariance().item() / expected.covariance.item() - 1) < 1e-6  # products are float32
+    assert abs(state.mean.item() - expected.mean.item()) < 1e-12
 
 
 def test_a_tensor_that_requires_grad_is_read() -> None:
@@ -140,7 +142,6 @@ def test_subtract_undoes_merge(center: bool) -> None:
     state = state_of(torch.cat([a, b]), None, center).subtract(state_of(b, None, center))
     assert_close(state, state_of(a, None, center))
     assert state.subtract(state_of(a, None, center)).count == 0
-    assert not state._scatter.any()
 
 
 def test_merge_is_associative_and_returns_self() -> None:
@@ -203,6 +204,9 @@ def test_results_come_in_the_asked_dtype() -> None:
 def test_an_interrupt_leaves_all_of_the_rows_or_none(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, more = correlated(20, 4), correlated(9, 4)
     state = state_of(x)
+    others = {"merge": state_of(more), "subtract": state_of(x[:5])}
+    for other in others.values():
+        other.covariance()  # rows that wait would be few enough to be copied
     native = getattr(_core, f"{op}_moments")
 
     def interrupted(*arguments: object) -> None:
@@ -211,7 +215,7 @@ def test_an_interrupt_leaves_all_of_the_rows_or_none(op: str, monkeypatch: pytes
 
     monkeypatch.setattr(_core, f"{op}_moments", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        getattr(state, op)(more if op == "update" else state_of(more) if op == "merge" else state_of(x[:5]))
+        getattr(state, op)(others.get(op, more))
     monkeypatch.undo()
     assert_close(state, state_of(x[5:] if op == "subtract" else torch.cat([x, more])))
 
@@ -269,7 +273,8 @@ ERRORS: dict[str, tuple[Callable, type[Exception], str]] = {
     "no rows, eigh": (lambda: StreamingCovariance(3).eigh(), ValueError, "no rows"),
     "dim": (lambda: StreamingCovariance(0), ValueError, "dim is 0"),
     "dim a float": (lambda: StreamingCovariance(2.0), TypeError, "dim is 2.0"),
-    "rank": (lambda: StreamingCovariance(9, rank=4), NotImplementedError, r"rank=None.*eigh\(4\)"),
+    "rank": (lambda: StreamingCovariance(9, rank=10), ValueError, "rank is 10, but dim is 9"),
+    "rank zero": (lambda: StreamingCovariance(9, rank=0), ValueError, "rank is 0"),
     "rank a float": (lambda: StreamingCovariance(9, rank=4.0), TypeError, "rank is 4.0"),
     "method": (lambda: StreamingCovariance(9, method="x"), ValueError, "method is 'x'"),
     "dtype": (lambda: StreamingCovariance(9, dtype=torch.int64), TypeError, "dtype is torch.int64"),

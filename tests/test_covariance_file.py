@@ -42,7 +42,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("scalpel._covariance_file.save_file", stop)
+    monkeypatch.setattr("scalpel.covariance.file.save_file", stop)
     with pytest.raises(KeyboardInterrupt):
         state_of(correlated(30, 4)).save(path)
     assert same_bits(StreamingCovariance.load(path), old)
@@ -97,7 +97,7 @@ def test_unsound_headers_are_refused(tmp_path: Path, change: dict, message: str)
     with safe_open(str(tmp_path / "state"), framework="pt") as file:
         header = json.loads(file.metadata()["header"]) | change
     metadata = {"kind": "scalpel.StreamingCovariance", "header": json.dumps(header)}
-    save_file({"mean": state._mean, "scatter": state._scatter}, tmp_path / "state", metadata=metadata)
+    save_file(state._state.tensors(), tmp_path / "state", metadata=metadata)
     with pytest.raises(ValueError, match=message):
         StreamingCovariance.load(tmp_path / "state")
 

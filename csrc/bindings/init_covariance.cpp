@@ -5,69 +5,125 @@ namespace scalpel::bindings {
 namespace py = pybind11;
 namespace {
 
-// A state as Python holds it. The count, too, is memory that the op writes: between the return of a call and
-// Python's next statement an interrupt (Ctrl-C) may come, and a count kept by Python would then be left
+// A state as Python holds it. The counts, too, are memory that the op writes: between the return of a call
+// and Python's next statement an interrupt (Ctrl-C) may come, and counts kept by Python would then be left
 // behind.
+//
+//   counts   (2,)             int64    rows that joined, rows that wait
+//   mean     (dim,)           float64
+//   scatter  (dim, dim)       float64, or (0, 0) while no row has joined
+//   waiting  (capacity, dim)  of the waiting rows' dtype
 class State {
  public:
-  State(const ArrayTuple& count, const ArrayTuple& mean, const ArrayTuple& scatter, bool centered) {
-    const TensorView n = view_of(count);
+  State(const ArrayTuple& counts, const ArrayTuple& mean, const ArrayTuple& scatter,
+        const ArrayTuple& waiting, bool centered) {
+    const TensorView n = view_of(counts);
     const TensorView m = view_of(mean);
     const TensorView s = view_of(scatter);
+    const TensorView w = view_of(waiting);
     const std::int64_t dim = m.width();
-    if (n.dtype != DType::kInt64 || n.ndim != 1 || n.shape[0] != 1 || m.dtype != DType::kFloat64 ||
-        s.dtype != DType::kFloat64 || m.ndim != 1 || s.ndim != 2 || s.shape[0] != dim || s.shape[1] != dim ||
-        (dim > 1 && (m.strides[0] != 1 || s.strides[1] != 1 || s.strides[0] != dim))) {
+    const bool none = s.ndim == 2 && s.shape[0] == 0;
+    if (n.dtype != DType::kInt64 || n.ndim != 1 || n.shape[0] != 2 || m.dtype != DType::kFloat64 ||
+        s.dtype != DType::kFloat64 || m.ndim != 1 || s.ndim != 2 || w.ndim != 2 ||
+        !(none || is_packed(s, dim, dim)) || !(w.shape[0] == 0 || is_packed(w, w.shape[0], dim)) ||
+        (dim > 1 && m.strides[0] != 1)) {
       throw std::invalid_argument(
-          "count must be int64 of shape (1,), mean and scatter contiguous float64 of shapes (dim,) and "
-          "(dim, dim)");
+          "counts must be int64 of shape (2,), mean and scatter contiguous float64 of shapes (dim,) and "
+          "(dim, "
+          "dim) or (0, 0), waiting contiguous of shape (capacity, dim)");
     }
-    count_ = static_cast<std::int64_t*>(n.data);
-    moments = {*count_, dim, static_cast<double*>(m.data), static_cast<double*>(s.data), centered};
+    counts_ = static_cast<std::int64_t*>(n.data);
+    moments = {counts_[0], dim, static_cast<double*>(m.data), none ? nullptr : static_cast<double*>(s.data),
+               centered};
+    rows = {w.data, w.shape[0], counts_[1], w.dtype};
   }
-  void store_count() const { *count_ = moments.count; }
+  void store_counts() const {
+    counts_[0] = moments.count;
+    counts_[1] = rows.filled;
+  }
 
   Moments moments;
+  Waiting rows;
 
  private:
-  std::int64_t* count_;
+  static bool is_packed(const TensorView& view, std::int64_t height, std::int64_t width) {
+    return view.shape[0] == height && view.shape[1] == width && (width <= 1 || view.strides[1] == 1) &&
+           (height <= 1 || view.strides[0] == width);
+  }
+
+  std::int64_t* counts_;
 };
 
-std::int64_t update(const ArrayTuple& count, const ArrayTuple& mean, const ArrayTuple& scatter, bool centered,
-                    const ArrayTuple& x, int threads) {
-  State state(count, mean, scatter, centered);
+std::int64_t update(const ArrayTuple& counts, const ArrayTuple& mean, const ArrayTuple& scatter,
+                    const ArrayTuple& waiting, bool centered, const ArrayTuple& x, int threads) {
+  State state(counts, mean, scatter, waiting, centered);
   const TensorView rows = view_of(x);
   const py::gil_scoped_release release;
-  const std::int64_t bad = update_moments(state.moments, rows, threads);
-  state.store_count();
+  const std::int64_t bad = update_moments(state.moments, state.rows, rows, threads);
+  state.store_counts();
   return bad;
+}
+
+void fold(const ArrayTuple& counts, const ArrayTuple& mean, const ArrayTuple& scatter,
+          const ArrayTuple& waiting, bool centered, int threads) {
+  State state(counts, mean, scatter, waiting, centered);
+  const py::gil_scoped_release release;
+  fold_moments(state.moments, state.rows, threads);
+  state.store_counts();
+}
+
+std::int64_t first_bad(const ArrayTuple& x, int threads) {
+  const TensorView rows = view_of(x);
+  const py::gil_scoped_release release;
+  return bad_row(rows, threads);
+}
+
+void symmetric(const ArrayTuple& counts, const ArrayTuple& mean, const ArrayTuple& scatter,
+               const ArrayTuple& waiting, bool centered, const ArrayTuple& out, int threads) {
+  const State state(counts, mean, scatter, waiting, centered);
+  const TensorView view = view_of(out);
+  const py::gil_scoped_release release;
+  symmetric_moments(state.moments, view, threads);
 }
 
 using Pair = void (*)(Moments&, const Moments&, int);
 
 template <Pair op>
-void combine(const ArrayTuple& count, const ArrayTuple& mean, const ArrayTuple& scatter, bool centered,
-             const ArrayTuple& other_count, const ArrayTuple& other_mean, const ArrayTuple& other_scatter,
+void combine(const ArrayTuple& counts, const ArrayTuple& mean, const ArrayTuple& scatter,
+             const ArrayTuple& waiting, bool centered, const ArrayTuple& other_counts,
+             const ArrayTuple& other_mean, const ArrayTuple& other_scatter, const ArrayTuple& other_waiting,
              int threads) {
-  State state(count, mean, scatter, centered);
-  const State other(other_count, other_mean, other_scatter, centered);
+  State state(counts, mean, scatter, waiting, centered);
+  const State other(other_counts, other_mean, other_scatter, other_waiting, centered);
+  if (state.rows.filled + other.rows.filled > 0 || state.moments.scatter == nullptr ||
+      other.moments.scatter == nullptr) {
+    throw std::invalid_argument("states join when no rows wait in either: fold them first");
+  }
   const py::gil_scoped_release release;
   op(state.moments, other.moments, threads);
-  state.store_count();
+  state.store_counts();
 }
 
 }  // namespace
 
 void init_covariance(py::module_& m) {
-  m.def(
-      "update_moments", &update, py::arg("count"), py::arg("mean"), py::arg("scatter"), py::arg("centered"),
-      py::arg("x"), py::arg("threads") = 0,
-      "Add the rows of x to a state, its count included, in place. Returns -1, or the index of the first row "
-      "that isn't finite.");
+  m.def("update_moments", &update, py::arg("counts"), py::arg("mean"), py::arg("scatter"), py::arg("waiting"),
+        py::arg("centered"), py::arg("x"), py::arg("threads") = 0,
+        "Add the rows of x to a state, its counts included, in place. Returns -1, or the index of the first "
+        "row "
+        "that isn't finite.");
+  m.def("fold_moments", &fold, py::arg("counts"), py::arg("mean"), py::arg("scatter"), py::arg("waiting"),
+        py::arg("centered"), py::arg("threads") = 0, "Let the rows that wait join, in place.");
+  m.def("first_bad_row", &first_bad, py::arg("x"), py::arg("threads") = 0,
+        "The index of the first row that update_moments would refuse, or -1.");
+  m.def("symmetric_moments", &symmetric, py::arg("counts"), py::arg("mean"), py::arg("scatter"),
+        py::arg("waiting"), py::arg("centered"), py::arg("out"), py::arg("threads") = 0,
+        "Write scatter / count, both triangles, to out.");
+  m.attr("BLOCK_ROWS") = kBlockRows;
   const auto def = [&m](const char* name, auto* f, const char* doc) {
-    m.def(name, f, py::arg("count"), py::arg("mean"), py::arg("scatter"), py::arg("centered"),
-          py::arg("other_count"), py::arg("other_mean"), py::arg("other_scatter"), py::arg("threads") = 0,
-          doc);
+    m.def(name, f, py::arg("counts"), py::arg("mean"), py::arg("scatter"), py::arg("waiting"),
+          py::arg("centered"), py::arg("other_counts"), py::arg("other_mean"), py::arg("other_scatter"),
+          py::arg("other_waiting"), py::arg("threads") = 0, doc);
   };
   def("merge_moments", &combine<merge_moments>, "Add the rows behind another state to a state, in place.");
   def("subtract_moments", &combine<subtract_moments>,

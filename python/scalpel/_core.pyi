@@ -12,6 +12,8 @@ class _Target(TypedDict):
     built: bool
     supported: bool
 
+BLOCK_ROWS: int
+
 def active_target() -> str: ...
 def compiler() -> str: ...
 def force_target(name: str) -> None: ...
@@ -19,33 +21,44 @@ def keep_topk(x: _Array, k: int, by_value: bool, out: _Array, threads: int = 0) 
 def kernel_calls() -> dict[str, dict[str, tuple[str, int]]]: ...
 def max_threads() -> int: ...
 def merge_moments(
-    count: _Array,
+    counts: _Array,
     mean: _Array,
     scatter: _Array,
+    waiting: _Array,
     centered: bool,
-    other_count: _Array,
+    other_counts: _Array,
     other_mean: _Array,
     other_scatter: _Array,
+    other_waiting: _Array,
     threads: int = 0,
 ) -> None: ...
 def parallel_backend() -> str: ...
 def prefer_huge_pages(address: int, bytes: int) -> None: ...
 def subtract_moments(
-    count: _Array,
+    counts: _Array,
     mean: _Array,
     scatter: _Array,
+    waiting: _Array,
     centered: bool,
-    other_count: _Array,
+    other_counts: _Array,
     other_mean: _Array,
     other_scatter: _Array,
+    other_waiting: _Array,
     threads: int = 0,
 ) -> None: ...
 def targets() -> list[_Target]: ...
 def topk_indices(x: _Array, k: int, by_value: bool, out: _Array, threads: int = 0) -> None: ...
 def topk_mask(x: _Array, k: int, by_value: bool, out: _Array, threads: int = 0) -> None: ...
 def update_moments(
-    count: _Array, mean: _Array, scatter: _Array, centered: bool, x: _Array, threads: int = 0
+    counts: _Array, mean: _Array, scatter: _Array, waiting: _Array, centered: bool, x: _Array, threads: int = 0
 ) -> int: ...
+def first_bad_row(x: _Array, threads: int = 0) -> int: ...
+def fold_moments(
+    counts: _Array, mean: _Array, scatter: _Array, waiting: _Array, centered: bool, threads: int = 0
+) -> None: ...
+def symmetric_moments(
+    counts: _Array, mean: _Array, scatter: _Array, waiting: _Array, centered: bool, out: _Array, threads: int = 0
+) -> None: ...
 def version() -> str: ...
 
 # ---- tangents, sixteen at a time: csrc/jvp/jvp.h ------------------------------------------------

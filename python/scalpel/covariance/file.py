@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ._files import replacing
+from .._files import replacing
 
 KIND = "scalpel.StreamingCovariance"
-VERSION = 1
+VERSION = 2  # 1: the scatter in full, never released
 
 
 def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
@@ -47,10 +47,10 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.
             if metadata.get("kind") != KIND:
                 raise ValueError(f"{name} is a safetensors file, but not one that StreamingCovariance.save wrote")
             header = json.loads(metadata["header"])
-            if header["version"] > VERSION:
+            if header["version"] != VERSION:
                 raise ValueError(
-                    f"{name} has format version {header['version']}, this release reads up to {VERSION}; "
-                    "install a newer scalpel"
+                    f"{name} has format version {header['version']}, this release reads {VERSION}; install the "
+                    "scalpel that wrote it"
                 )
             tensors = {key: file.get_tensor(key) for key in header["crc32"]}
     except (SafetensorError, OSError) as error:
@@ -61,6 +61,24 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.
         if _checksum(tensor) != header["crc32"][key]:
             raise ValueError(f"{name} is damaged: the checksum of {key} differs from the one in its header")
     return header, tensors
+
+
+def check_tensors(tensors: dict[str, torch.Tensor], like: dict[str, torch.Tensor], count: int, dim: int) -> None:
+    """Refuses, with ValueError, what is not the tensors of a state: ``like`` are those of an empty one."""
+    if count < 0:
+        raise ValueError(f"count is {count}")
+    if set(tensors) != set(like):
+        raise ValueError(f"it holds {sorted(tensors)}, not {sorted(like)}")
+    shapes = {name: tuple(each.shape) for name, each in like.items()}
+    shapes["scatter"] = (dim * (dim + 1) // 2 if count else 0,)
+    for name, given in tensors.items():
+        fits = given.shape[1:] == like[name].shape[1:] if name == "directions" else tuple(given.shape) == shapes[name]
+        if not fits or given.dtype != like[name].dtype:
+            raise ValueError(f"{name} is {given.dtype} of shape {tuple(given.shape)}")
+        if not bool(given.isfinite().all()):
+            raise ValueError(f"{name} isn't finite")
+    if int(tensors["count"]) != count:
+        raise ValueError(f"count is {count} and {int(tensors['count'])}")
 
 
 def _checksum(tensor: torch.Tensor) -> int:

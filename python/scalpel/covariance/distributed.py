@@ -1,0 +1,107 @@
+"""States of several processes, merged through torch.distributed in the order of their ranks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .streaming import StreamingCovariance
+
+
+def all_reduce(state: StreamingCovariance, group: Any = None) -> None:
+    """See :meth:`StreamingCovariance.all_reduce`.
+
+    The first rank takes the others' states one by one, merges, and sends the result to all: one state more in memory
+    there, and bits that depend on the order of ranks alone.
+    """
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            "torch.distributed isn't set up: call torch.distributed.init_process_group first, or start the program "
+            "with torchrun"
+        )
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    if rank < 0:
+        raise RuntimeError("this process is not in the group; only its members call all_reduce")
+    arrive(group)
+    mine = state._state.tensors()
+    told = (state._like(), {name: (tuple(t.shape), t.dtype) for name, t in mine.items()})
+    everyone: list[Any] = [None] * world
+    dist.all_gather_object(everyone, told, group)
+    likes = [like for like, _ in everyone]
+    if any(like != likes[0] for like in likes):
+        kinds = "; ".join(f"rank {r}: dim, rank, method, center, dtype = {like}" for r, like in enumerate(likes))
+        raise ValueError(f"states of different kinds can't be merged: {kinds}")
+    where = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else None
+    ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+    if rank:
+        with _names_the_rank(ranks[0]):
+            for name in sorted(mine):
+                dist.send(_moved(mine[name], where), dst=ranks[0], group=group)
+    else:
+        for other, (_, shapes) in enumerate(everyone[1:], start=1):
+            with _names_the_rank(ranks[other]):
+                found = {}
+                for name, (shape, dtype) in sorted(shapes.items()):
+                    found[name] = torch.empty(shape, dtype=dtype, device=where)
+                    dist.recv(found[name], src=ranks[other], group=group)
+            taken = state._of(*state._like())
+            taken._state.restore({name: tensor.cpu() for name, tensor in found.items()})
+            state._state.merge(taken._state)
+    _share(state, rank, ranks[0], group, where)
+
+
+def arrive(group: Any = None) -> None:
+    """Waits for every process of the group. RuntimeError that names the ranks that are gone."""
+    import torch.distributed as dist
+
+    if dist.get_backend(group) != "gloo":
+        dist.barrier(group)  # NCCL's own watchdog says who is missing
+        return
+    try:
+        dist.monitored_barrier(group, wait_all_ranks=True)
+    except RuntimeError as error:
+        named = re.search(r"Ranks? ([\d, ]+) failed", str(error))
+        who = (
+            f"rank {named.group(1).strip(' ,')} is gone" if named else "a rank is gone; the first rank's error names it"
+        )
+        raise RuntimeError(
+            f"{who}: its rows are lacking, so nothing is merged. Start all processes again; what was saved is used"
+        ) from error
+
+
+def _share(state: StreamingCovariance, rank: int, first: int, group: Any, where: torch.device | None) -> None:
+    """The first rank's state, to all."""
+    import torch.distributed as dist
+
+    merged = state._state.tensors() if rank == 0 else {}
+    told: list[Any] = [{name: (tuple(t.shape), t.dtype) for name, t in merged.items()}]
+    with _names_the_rank(first):
+        dist.broadcast_object_list(told, src=first, group=group)
+        for name, (shape, dtype) in sorted(told[0].items()):
+            tensor = _moved(merged[name], where) if rank == 0 else torch.empty(shape, dtype=dtype, device=where)
+            dist.broadcast(tensor, src=first, group=group)
+            merged[name] = tensor
+    if rank:
+        fresh = state._of(*state._like())
+        fresh._state.restore({name: tensor.cpu() for name, tensor in merged.items()})
+        state._state = fresh._state
+
+
+@contextmanager
+def _names_the_rank(rank: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"the connection to rank {rank} broke while states were merged: {error}") from error
+
+
+def _moved(tensor: Tensor, where: torch.device | None) -> Tensor:
+    return tensor.contiguous() if where is None else tensor.contiguous().to(where)

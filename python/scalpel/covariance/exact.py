@@ -1,0 +1,175 @@
+"""The exact state: every direction, in the core."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _core
+from .._memory import Memory, empty, memory_of
+from .eigen import Leading, Spectrum, by_lapack, by_rows, worth_iterating
+from .state import State, Total
+
+BLOCK_ROWS: int = _core.BLOCK_ROWS
+
+
+class Exact(State):
+    """Mean (dim,) and scatter (dim, dim) in float64, its lower triangle; csrc/covariance/covariance.h says how.
+
+    Rows wait here, as they came, until a block of them joins.
+    """
+
+    method = None
+
+    def __init__(self, dim: int, center: bool) -> None:
+        super().__init__(dim, center)
+        self._counts = torch.zeros(2, dtype=torch.int64)  # joined and waiting, the core's to write
+        self._mean = torch.zeros(dim, dtype=torch.float64)
+        self._scatter = torch.zeros(0, 0, dtype=torch.float64)
+        self._waiting = torch.empty(0, dim)
+        self._leading = Leading()
+
+    # ---- rows ----------------------------------------------------------------------------------
+
+    @property
+    def count(self) -> int:
+        return int(self._counts.sum())
+
+    def update(self, rows: Tensor) -> int:
+        joined, waiting = self._counts.tolist()
+        if waiting and self._waiting.dtype != rows.dtype:
+            self.fold()
+            joined, waiting = self._counts.tolist()
+        limit = BLOCK_ROWS if joined else max(BLOCK_ROWS, self.dim)
+        self._make_room(waiting, min(limit, waiting + len(rows)), limit, rows.dtype)
+        if waiting + len(rows) >= limit:
+            self._need_scatter()
+        bad: int = _core.update_moments(*self._memory(), self.center, memory_of(rows), torch.get_num_threads())
+        if self.dim > BLOCK_ROWS and not joined and int(self._counts[0]):
+            self._waiting = self._waiting[:BLOCK_ROWS].clone()  # more never wait from here on
+        return bad
+
+    def fold(self) -> None:
+        """The rows that wait join."""
+        if int(self._counts[1]):
+            self._need_scatter()
+            _core.fold_moments(*self._memory(), self.center, torch.get_num_threads())
+
+    def merge(self, other: State) -> None:
+        assert isinstance(other, Exact)
+        if not int(other._counts[0]) and other._waiting.dtype == self._waiting.dtype and other is not self:
+            self.update(other._rows())  # what waits there is few rows, and may go on waiting here
+            return
+        self._combine(other, _core.merge_moments)
+
+    def subtract(self, other: State) -> None:
+        assert isinstance(other, Exact)
+        self._combine(other, _core.subtract_moments)
+
+    def _combine(self, other: Exact, op: Any) -> None:
+        for state in (self, other):
+            state.fold()
+            state._need_scatter()
+        op(*self._memory(), self.center, *other._memory(), torch.get_num_threads())
+
+    # ---- moments -------------------------------------------------------------------------------
+
+    @property
+    def mean(self) -> Tensor:
+        joined, waiting = self._counts.tolist()
+        if not waiting:
+            return self._mean.clone()
+        first = self._rows()[0].double()
+        rest = first + (self._rows().double() - first).mean(dim=0)
+        return rest if not joined else self._mean + (rest - self._mean) * (waiting / (joined + waiting))
+
+    def covariance(self) -> Tensor:
+        self.fold()
+        return self._full(torch.float64)
+
+    def total(self) -> Total:
+        """Σ λ and Σ λ², without eigenvalues."""
+        if self._few_rows():
+            rows = self._centred()
+            inner = rows @ rows.T / self.count
+            return Total(float(inner.trace()), float(inner.square().sum()))
+        self.fold()
+        count = self.count
+        diagonal = self._scatter.diagonal()
+        squares = 2 * float(torch.linalg.vector_norm(self._scatter) ** 2) - float(diagonal.square().sum())
+        return Total(float(diagonal.sum()) / count, squares / count**2)
+
+    # ---- eigenvectors --------------------------------------------------------------------------
+
+    def spectrum(self, k: int | None) -> Spectrum:
+        if self._few_rows():
+            return by_rows(self._centred(), self.count, k)
+        self.fold()
+        if k is not None and worth_iterating(self.dim, k):
+            found = self._leading.find(lambda: self._full(torch.float32), self._product, k)
+            if found is not None:
+                return found
+        found = by_lapack(self.covariance())
+        self._leading.start_from(found.vectors)
+        return found if k is None else Spectrum(found.values[:k], found.vectors[:k])
+
+    def _product(self, V: Tensor) -> Tensor:
+        """The covariance times V (dim, k); above its diagonal the scatter holds zeros."""
+        lower = self._scatter
+        return (lower @ V + lower.T @ V - lower.diagonal()[:, None] * V) / self.count
+
+    def eigenvalues(self) -> Tensor:
+        if self._few_rows():
+            values = torch.linalg.svdvals(self._centred()).square() / self.count
+            return torch.cat([values, values.new_zeros(self.dim - len(values))])
+        return torch.linalg.eigvalsh(self.covariance()).flip(0).clamp_min(0)
+
+    def _few_rows(self) -> bool:
+        """All rows are still here, and fewer than there are columns: their Gram matrix is the smaller one."""
+        return not int(self._counts[0]) and self.count < self.dim
+
+    def _centred(self) -> Tensor:
+        rows = self._rows().double()
+        return rows - self.mean if self.center else rows
+
+    # ---- files and copies ----------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        self.fold()
+        below = torch.tril_indices(self.dim, self.dim) if self.count else torch.zeros(2, 0, dtype=torch.int64)
+        return {"count": self._counts[:1].clone(), "mean": self._mean, "scatter": self._scatter[below[0], below[1]]}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        count = int(tensors["count"])
+        self._counts[0] = count
+        self._mean.copy_(tensors["mean"])
+        if count:
+            self._need_scatter()
+            below = torch.tril_indices(self.dim, self.dim)
+            self._scatter[below[0], below[1]] = tensors["scatter"]
+
+    # ---- inside --------------------------------------------------------------------------------
+
+    def _full(self, dtype: torch.dtype) -> Tensor:
+        out = empty((self.dim, self.dim), dtype)
+        _core.symmetric_moments(*self._memory(), self.center, memory_of(out), torch.get_num_threads())
+        return out
+
+    def _rows(self) -> Tensor:
+        return self._waiting[: int(self._counts[1])]
+
+    def _memory(self) -> tuple[Memory, Memory, Memory, Memory]:
+        return memory_of(self._counts), memory_of(self._mean), memory_of(self._scatter), memory_of(self._waiting)
+
+    def _need_scatter(self) -> None:
+        if not len(self._scatter):
+            fresh = empty((self.dim, self.dim), torch.float64)
+            self._scatter = fresh.zero_()
+
+    def _make_room(self, waiting: int, rows: int, limit: int, dtype: torch.dtype) -> None:
+        if rows > len(self._waiting) or dtype != self._waiting.dtype:
+            wider = empty((min(limit, max(rows, 2 * len(self._waiting))), self.dim), dtype)
+            wider[:waiting] = self._waiting[:waiting]
+            self._waiting = wider

@@ -1,0 +1,53 @@
+"""What a user gives, as rows that the core takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..ops import _integer
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def rows_of(x: Any, dim: int) -> torch.Tensor:
+    """x (..., dim), a tensor or an array, as (rows, dim) with last stride 1; copied only where it must be.
+
+    TypeError for another kind, layout or dtype, ValueError for another width or device.
+    """
+    if isinstance(x, np.ndarray):
+        if x.dtype.type not in (np.float16, np.float32, np.float64):
+            raise TypeError(f"x is {x.dtype}; allowed: float16, float32, float64 (bfloat16 as a tensor)")
+        x = torch.from_numpy(np.array(x, dtype=x.dtype.newbyteorder("="), copy=_copy_needed(x)))
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x is a {type(x).__name__}; allowed: a torch tensor or a numpy array")
+    if x.layout != torch.strided:
+        raise TypeError(f"x has layout {x.layout}; allowed: torch.strided (call .to_dense())")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"x is {str(x.dtype).removeprefix('torch.')}; allowed: float16, bfloat16, float32, float64")
+    if x.device.type != "cpu":
+        raise ValueError(f"x is on {x.device}, but this build runs on the CPU only; move it with x.cpu()")
+    if x.dim() < 1 or x.shape[-1] != dim:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be (..., {dim}), as dim is {dim}")
+    x = x.detach().resolve_neg().reshape(-1, dim)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def integer(value: Any) -> int:
+    """value, if it is an integer of any kind; TypeError otherwise."""
+    return _integer(value)
+
+
+def integer_named(name: str, value: Any) -> int:
+    """The same; the error names it."""
+    try:
+        return _integer(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; it must be an integer") from None
+
+
+def _copy_needed(x: np.ndarray) -> bool | None:
+    """True for arrays that torch can't or won't share; None: only if numpy must."""
+    return True if not x.flags.writeable or any(s < 0 or s % x.itemsize for s in x.strides) else None

@@ -1,0 +1,181 @@
+"""What the two sketches share: rows that are centred and joined, the directions kept, and what leaves them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _core
+from .._memory import memory_of
+from .eigen import Spectrum, complete, fix_signs
+from .state import State, Total
+
+_KEPT = 2  # directions kept, and rows that may wait, for each one asked for
+_BLOCK = 1024  # rows taken at a time
+
+
+class Kept(NamedTuple):
+    """All that a sketch knows of the rows that joined. Replaced as a whole, so an interrupt leaves the old or the new.
+
+    ``rows``: how many. ``directions`` B (m, dim), orthogonal rows, longest first: BᵀB ≈ Σ (x − mean)(x − mean)ᵀ.
+    ``energy``: Σ ‖x − mean‖², exactly. ``shrunk``: Σ δ of Frequent Directions; 0 of the tracker.
+    """
+
+    rows: int
+    mean: Tensor
+    directions: Tensor
+    energy: float
+    shrunk: float
+
+
+class Sketch(State):
+    """At most 2·rank directions, and fewer than 2·rank rows that wait: memory of 4·rank·dim numbers."""
+
+    def __init__(self, dim: int, center: bool, rank: int) -> None:
+        super().__init__(dim, center)
+        self.rank = rank
+        zeros = torch.zeros(dim, dtype=torch.float64)
+        self._kept = Kept(0, zeros, torch.zeros(0, dim, dtype=torch.float64), 0.0, 0.0)
+        self._waiting: tuple[Tensor, ...] = ()
+
+    @property
+    def most(self) -> int:
+        """Directions kept."""
+        return min(self.dim, _KEPT * self.rank)
+
+    # ---- rows ----------------------------------------------------------------------------------
+
+    @property
+    def count(self) -> int:
+        return self._kept.rows + sum(map(len, self._waiting))
+
+    def update(self, rows: Tensor) -> int:
+        bad: int = _core.first_bad_row(memory_of(rows), torch.get_num_threads())
+        if bad >= 0 or not len(rows):
+            return bad
+        waiting = (*self._waiting, rows)
+        if sum(map(len, waiting)) < _KEPT * self.rank:
+            self._waiting = (*self._waiting, rows.clone())
+        else:
+            self._kept, self._waiting = self._joined(waiting), ()
+        return -1
+
+    def fold(self) -> None:
+        """The rows that wait join."""
+        if self._waiting:
+            self._kept, self._waiting = self._joined(self._waiting), ()
+
+    def merge(self, other: State) -> None:
+        assert isinstance(other, Sketch)
+        self.fold()
+        other.fold()
+        self._kept = self._together(self._kept, other._kept)
+
+    def subtract(self, other: State) -> None:
+        raise ValueError(
+            f"a sketch ({self.method}) can't give rows back: what it dropped is not known; use rank=None, or keep a "
+            "state for each block and merge those that should stay"
+        )
+
+    def _joined(self, waiting: tuple[Tensor, ...]) -> Kept:
+        kept = self._kept
+        rows = waiting[0] if len(waiting) == 1 else torch.cat([each.double() for each in waiting])
+        for block in rows.split(self._block_rows()):
+            kept = self._with_block(kept, block)
+        return kept
+
+    def _block_rows(self) -> int:
+        return _BLOCK
+
+    def _with_block(self, kept: Kept, rows: Tensor) -> Kept:
+        """A block centred by its own mean; that it has another than the state is one more row (Chan et al. 1979)."""
+        wide = rows if rows.dtype == torch.float64 else rows.float()
+        count = len(rows)
+        near = wide.mean(dim=0)  # rounded: what it leaves is looked at again
+        moved = wide - near
+        mean = near.double() + moved.mean(dim=0, dtype=torch.float64)
+        centred = moved if self.center else wide
+        fresh = Kept(count, mean, centred, float(torch.linalg.vector_norm(centred, dtype=torch.float64) ** 2), 0.0)
+        return self._together(kept, fresh)
+
+    def _together(self, a: Kept, b: Kept) -> Kept:
+        if not b.rows:
+            return a
+        if not a.rows:
+            directions, dropped = self._compressed([b.directions], b.rows)
+            return b._replace(directions=directions, shrunk=b.shrunk + dropped)
+        count, apart = a.rows + b.rows, b.mean - a.mean
+        joint = apart[None] * (a.rows / count * b.rows) ** 0.5 if self.center else apart[:0].reshape(0, self.dim)
+        directions, dropped = self._compressed([a.directions, b.directions, joint], count)
+        return Kept(
+            count,
+            a.mean + apart * (b.rows / count),
+            directions,
+            a.energy + b.energy + float(joint.square().sum()),
+            a.shrunk + b.shrunk + dropped,
+        )
+
+    @abstractmethod
+    def _compressed(self, parts: list[Tensor], count: int) -> tuple[Tensor, float]:
+        """At most ``most`` directions in place of the rows of all parts, float64, and δ; ``count``: a seed."""
+
+    # ---- moments -------------------------------------------------------------------------------
+
+    @property
+    def mean(self) -> Tensor:
+        self.fold()
+        return self._kept.mean.clone()
+
+    @property
+    def added(self) -> float:
+        """What is added to every direction's Σ (x·v)²."""
+        return 0.0
+
+    def covariance(self) -> Tensor:
+        self.fold()
+        B = self._kept.directions
+        found = B.T @ B
+        found.diagonal().add_(self.added)
+        return found / self.count
+
+    def total(self) -> Total:
+        self.fold()
+        return Total(self._kept.energy / self.count, None)
+
+    def spectrum(self, k: int | None) -> Spectrum:
+        self.fold()
+        k = self.rank if k is None else k
+        B = self._kept.directions[:k]
+        sizes = torch.linalg.vector_norm(B, dim=1)
+        known = sizes > 0
+        vectors = torch.linalg.qr((B[known] / sizes[known, None]).T).Q.T if bool(known.any()) else B[:0]
+        values = sizes.square()
+        values = torch.cat([values, values.new_zeros(k - len(values))]) + self.added
+        return Spectrum(values / self.count, fix_signs(complete(vectors, k)))
+
+    # ---- files and copies ----------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        self.fold()
+        kept = self._kept
+        return {
+            "count": torch.tensor([kept.rows]),
+            "mean": kept.mean,
+            "directions": kept.directions,
+            "energy": torch.tensor([kept.energy, kept.shrunk], dtype=torch.float64),
+        }
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        energy, shrunk = tensors["energy"].tolist()
+        self._kept = Kept(int(tensors["count"]), tensors["mean"], tensors["directions"], energy, shrunk)
+
+
+def by_gram(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ² of the rows (n, dim), descending, and the rotation (n, n) whose rows make them orthogonal: both of the Gram
+    matrix, in float64."""
+    wide = rows.double()
+    values, turn = torch.linalg.eigh(wide @ wide.T)
+    return values.flip(0).clamp_min(0), turn.T.flip(0)

@@ -1,0 +1,68 @@
+"""What an exact state and a sketch have in common: what StreamingCovariance asks of either."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor
+
+from .eigen import Spectrum
+
+
+class Total(NamedTuple):
+    """Σ λ_i and Σ λ_i² over the whole spectrum; the latter is None where it isn't known."""
+
+    values: float
+    squares: float | None
+
+
+class State(ABC):
+    """Rows so far. Arguments are checked before they come here; every result is float64."""
+
+    method: ClassVar[str | None]
+
+    def __init__(self, dim: int, center: bool) -> None:
+        self.dim = dim
+        self.center = center
+
+    @property
+    @abstractmethod
+    def count(self) -> int: ...
+
+    @abstractmethod
+    def update(self, rows: Tensor) -> int:
+        """Adds rows (n, dim), last stride 1. -1, or the index of the first row that isn't finite."""
+
+    @abstractmethod
+    def fold(self) -> None:
+        """Rows that wait join."""
+
+    @abstractmethod
+    def merge(self, other: State) -> None: ...
+
+    @abstractmethod
+    def subtract(self, other: State) -> None: ...
+
+    @property
+    @abstractmethod
+    def mean(self) -> Tensor:
+        """(dim,), not shared."""
+
+    @abstractmethod
+    def covariance(self) -> Tensor: ...
+
+    @abstractmethod
+    def total(self) -> Total: ...
+
+    @abstractmethod
+    def spectrum(self, k: int | None) -> Spectrum:
+        """The k leading eigenvalues and eigenvectors; all that are known for None."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file needs, no row of the input among it."""
+
+    @abstractmethod
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """From ``tensors`` of an equal state; into a new one."""

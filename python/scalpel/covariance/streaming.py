@@ -1,0 +1,416 @@
+"""Streaming covariance: a state that is updated, merged, taken apart, saved, resumed, asked at any time."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from . import file, measures
+from .exact import Exact
+from .frequent_directions import FrequentDirections
+from .rows import integer, integer_named, rows_of
+from .scikit_names import ScikitNames
+from .sketch import Sketch
+from .state import State
+from .tracker import Tracker
+
+__all__ = ["Eigen", "StreamingCovariance"]
+
+Method = Literal["tracker", "frequent_directions"]
+_SKETCHES = {"tracker": Tracker, "frequent_directions": FrequentDirections}
+
+
+class Eigen(NamedTuple):
+    """Eigenvalues (k,), descending, and their eigenvectors (k, dim), one a row."""
+
+    values: torch.Tensor
+    vectors: torch.Tensor
+
+
+class StreamingCovariance(ScikitNames):
+    """Mean and covariance of rows that come in batches.
+
+    dim: the width of a row.
+    rank: None, every direction, exactly, in dim² float64. An int: a sketch of so many directions in 4·rank·dim
+    numbers; the mean, the total variance and the count stay exact.
+    method: of a sketch. "tracker" follows the leading directions by block power iteration: the smaller error in
+    practice, take it for activations and gradients. "frequent_directions" has a bound that holds for any rows in any
+    order: take it where rows may be chosen against it, or where the error itself is a result; it needs about twice
+    the rank for the variance that the tracker captures. See their classes for algorithm, source and bound.
+    center: True for the covariance E[(x - E x)(x - E x)ᵀ], False for the second moment E[x xᵀ].
+    dtype: of what is returned, float64 or float32. The state itself is always float64.
+
+    The exact state. Rows wait until 1024 are there, and join as one block, centred by its own mean, by the pairwise
+    rule of Chan, Golub & LeVeque 1979 and Pébay 2008 (SAND2008-6212), so that means that are large against the
+    deviations cost no accuracy. Products are of float64 rows float64, of narrower rows float32, gathered in float64
+    every 128 rows: an error of about 1e-7, relatively, half of what XᵀX in float32 has. The bits depend neither on the
+    number of threads nor on how rows of one dtype were cut into updates; they depend on the CPU target, and on when
+    the state was read, merged or saved, which makes the waiting rows join: to rounding (1e-12 relative for float64
+    rows). Merging is associative to rounding, too. A sketch's bits depend on how rows were cut into updates.
+
+    Calls from several threads at once are safe, one after the other.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        rank: int | None = None,
+        method: Method = "tracker",
+        center: bool = True,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        dim = integer_named("dim", dim)
+        if dim < 1:
+            raise ValueError(f"dim is {dim}; it must be at least 1")
+        if method not in _SKETCHES:
+            raise ValueError(f"method is {method!r}; allowed: 'tracker', 'frequent_directions'")
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"dtype is {dtype}; allowed: torch.float32, torch.float64")
+        self._dtype = dtype
+        self._state: State
+        if rank is None:
+            self._state = Exact(dim, bool(center))
+        else:
+            rank = integer_named("rank", rank)
+            if not 1 <= rank <= dim:
+                raise ValueError(f"rank is {rank}, but dim is {dim}; allowed: 1 <= rank <= dim, or None for all")
+            self._state = _SKETCHES[method](dim, bool(center), rank)
+        self._lock = threading.RLock()
+
+    # ---- rows in and out -----------------------------------------------------------------------
+
+    def update(self, x: torch.Tensor | np.ndarray) -> StreamingCovariance:
+        """Adds rows. x: (..., dim), float16, bfloat16, float32 or float64; a CPU tensor or a numpy array.
+
+        Returns self. An interrupt (Ctrl-C) leaves a state with all of the rows or none; count says which. Raises
+        ValueError for another width, and for a row with a NaN, an infinity or a value
+        beyond 1e150 (its index among the flattened rows is named); TypeError for another dtype. The state is
+        unchanged then.
+        """
+        rows = rows_of(x, self.dim)
+        with self._lock:
+            bad = self._state.update(rows)
+            if bad >= 0:
+                column = int((~(rows[bad].double().abs() <= 1e150)).nonzero()[0])
+                raise ValueError(
+                    f"row {bad} of x has {rows[bad, column].item()} in column {column}; rows must be finite "
+                    "and at most 1e150 in size. The state is unchanged: drop such rows and update again"
+                )
+        return self
+
+    def merge(self, other: StreamingCovariance) -> StreamingCovariance:
+        """Adds the rows behind `other`, in place; returns self.
+
+        Raises ValueError for another dim, centering or kind of state.
+        """
+        with self._both(other, "merge"):
+            self._state.merge(other._state)
+        return self
+
+    def subtract(self, other: StreamingCovariance) -> StreamingCovariance:
+        """Takes the rows behind `other` out again, in place; returns self.
+
+        They must be among the rows of this state; only their number can be checked. Rounding is relative to
+        the larger state, so what is left of almost all rows has fewer digits.
+
+        Raises ValueError for another dim or centering, when other has more rows, and for a sketch.
+        """
+        with self._both(other, "subtract"):
+            if other.count > self.count:
+                raise ValueError(
+                    f"other holds {other.count} rows, this state only {self.count}; only rows that were added can be "
+                    "taken out"
+                )
+            self._state.subtract(other._state)
+        return self
+
+    # ---- moments -------------------------------------------------------------------------------
+
+    @property
+    def dim(self) -> int:
+        """The width of a row."""
+        return self._state.dim
+
+    @property
+    def rank(self) -> int | None:
+        """How many directions a sketch gives; None of an exact state."""
+        return self._state.rank if isinstance(self._state, Sketch) else None
+
+    @property
+    def method(self) -> str | None:
+        """The sketch's; None of an exact state."""
+        return self._state.method
+
+    @property
+    def center(self) -> bool:
+        """Whether the mean is taken off."""
+        return self._state.center
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of what is returned."""
+        return self._dtype
+
+    @property
+    def count(self) -> int:
+        """The number of rows so far."""
+        return self._state.count
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """The mean of the rows, (dim,); known for uncentered states too.
+
+        Raises ValueError when there are none.
+        """
+        with self._reading() as state:
+            return state.mean.to(self._dtype)
+
+    def covariance(self) -> torch.Tensor:
+        """(dim, dim), divided by the count: the covariance, or E[x xᵀ] if not center. Of a sketch: its estimate.
+
+        ValueError without rows.
+        """
+        with self._reading() as state:
+            return state.covariance().to(self._dtype)
+
+    # ---- spectrum ------------------------------------------------------------------------------
+
+    def eigh(self, k: int | None = None) -> Eigen:
+        """The k largest eigenvalues of `covariance()` and their eigenvectors; None: all of them, of a sketch `rank`.
+
+        Returns (values (k,) descending, vectors (k, dim), orthonormal rows). Values are at least 0: rounding
+        below it is cut off. Of the two signs of a vector, the one is taken that makes its entry of largest
+        magnitude positive (the lowest index among equals).
+
+        All of them go through LAPACK in float64. Few of many come from block iteration that begins with the answer
+        before: each has ‖Cv - λv‖ <= 1e-5·λ₁, computed in float64 from what is returned, and LAPACK takes over where
+        that isn't met. The error of a value is about the square of its residual over its distance to the next. While
+        there are fewer rows than dimensions (and at most max(1024, dim) of them), from the rows' own inner products.
+
+        Raises ValueError unless 1 <= k <= dim (k <= rank), and without rows.
+        """
+        k = None if k is None else self._directions(k)
+        with self._reading() as state:
+            values, vectors = state.spectrum(k)
+        return Eigen(values.to(self._dtype), vectors.to(self._dtype))
+
+    def explained_variance_ratio(self, k: int) -> torch.Tensor:
+        """(k,): λ_i / Σ_j λ_j of the k largest eigenvalues, each in [0, 1]; zeros if nothing varies.
+
+        Its sum is what the best projection on k directions keeps (Eckart–Young). The total is exact for a sketch, too.
+        Raises as `eigh`.
+        """
+        k = self._directions(k)
+        with self._reading() as state:
+            return measures.explained(state.spectrum(k).values, state.total().values).to(self._dtype)
+
+    def effective_rank(self, of: measures.Of = "eigen") -> float:
+        """exp(-Σ p_i ln p_i), in [1, dim]; 0 if nothing varies.
+
+        of="eigen": p_i = λ_i / Σ_j λ_j, the eigenvalues of the covariance.
+        of="singular": p_i = √λ_i / Σ_j √λ_j, the singular values of the data matrix, as Roy & Vetterli 2007
+        ("The effective rank: a measure of effective dimensionality") define it.
+
+        A sketch doesn't know the whole spectrum: ValueError, see `effective_rank_bounds`. RuntimeWarning while there
+        are fewer rows than dimensions: it can't exceed the number of rows then.
+        """
+        if of not in ("eigen", "singular"):
+            raise ValueError(f"of is {of!r}; allowed: 'eigen', 'singular'")
+        with self._reading() as state:
+            exact = self._exact("effective_rank", "effective_rank_bounds()")
+            self._warn_if_few(state)
+            return measures.effective_rank(exact.eigenvalues(), of)
+
+    def effective_rank_bounds(self, k: int | None = None) -> tuple[float, float]:
+        """The least and the most that `effective_rank()` can be, from the k leading eigenvalues and their exact total.
+
+        For a sketch, they hold as far as its leading eigenvalues do. k: by default rank, or min(dim, 32). Raises as
+        `eigh`.
+        """
+        k = (self.rank or min(self.dim, 32)) if k is None else self._directions(k)
+        with self._reading() as state:
+            return measures.effective_rank_bounds(state.spectrum(k).values, state.total().values, self.dim)
+
+    def participation_ratio(self) -> float:
+        """(Σ λ_i)² / Σ λ_i², in [1, dim]; 0 if nothing varies (Gao et al. 2017, "A theory of multineuronal
+        dimensionality, dynamics and measurement", eq. 5). Needs no eigenvalues: tr(C)² / ‖C‖².
+
+        ValueError of a sketch; RuntimeWarning as `effective_rank`."""
+        with self._reading() as state:
+            self._exact("participation_ratio", "stable_rank()")
+            self._warn_if_few(state)
+            total = state.total()
+            assert total.squares is not None
+            return measures.participation_ratio(total.values, total.squares)
+
+    def stable_rank(self) -> float:
+        """Σ λ_i / λ_1, in [1, dim]; 0 if nothing varies. It is ‖X‖_F² / ‖X‖₂² of the data matrix (Rudelson &
+        Vershynin 2007, "Sampling from large matrices", section 1). RuntimeWarning as `effective_rank`."""
+        with self._reading() as state:
+            self._warn_if_few(state)
+            return measures.stable_rank(float(state.spectrum(1).values[0]), state.total().values)
+
+    # ---- two states ----------------------------------------------------------------------------
+
+    def principal_angles(self, other: StreamingCovariance, k: int) -> torch.Tensor:
+        """(k,) angles in radians, ascending, between the spans of the k leading eigenvectors of either state (Björck &
+        Golub 1973). Two spans of k directions drawn at random in dim >> k have angles near π/2.
+
+        Raises as `eigh`, and ValueError for another dim.
+        """
+        self._check_other(other, "compare with", same_kind=False)
+        return measures.principal_angles(self.eigh(k).vectors.double(), other.eigh(k).vectors.double()).to(self._dtype)
+
+    def contrast(self, other: StreamingCovariance, k: int, ridge: float = 1e-6) -> Eigen:
+        """The k directions in which this state varies most against `other`: A v = λ (B + ε·I) v, with A and B the two
+        covariances and ε = ridge · tr(B) / dim, which keeps directions that `other` lacks finite.
+
+        values (k,): descending, how many times as much variance this state has there. vectors (k, dim): v, of length 1,
+        signs as `eigh`'s; they are not orthogonal. (Fukunaga 1990, "Introduction to statistical pattern recognition",
+        section 2.3; with centered states the contrastive relative of PCA.)
+
+        ValueError for another dim or centering, a ridge that isn't positive, or without rows; memory of dim².
+        """
+        self._check_other(other, "contrast with", same_kind=False)
+        if self.center != other.center:
+            raise ValueError(f"other has center={other.center}, this state has center={self.center}")
+        if not ridge > 0:
+            raise ValueError(f"ridge is {ridge}; it must be above 0")
+        k = self._directions(k)
+        values, vectors = measures.contrast(self.covariance().double(), other.covariance().double(), k, ridge)
+        return Eigen(values.to(self._dtype), vectors.to(self._dtype))
+
+    # ---- files and other processes -------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the state to a file, whole or not at all: what was there stays until the new one is on the
+        disk.
+
+        The format is safetensors with a versioned JSON header. No row is in it, only sums over rows, so it can be
+        shared without the text that they came from (of a single row the mean is that row: count says how many).
+        Saving lets waiting rows join.
+        """
+        with self._lock:
+            header = {
+                "dim": self.dim,
+                "rank": self.rank,
+                "count": self.count,
+                "center": self.center,
+                "method": self.method,
+                "dtype": str(self._dtype).removeprefix("torch."),
+            }
+            file.write(path, header, self._state.tensors())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> StreamingCovariance:
+        """Reads what `save` wrote, to the bit.
+
+        Raises ValueError when the file is truncated, damaged or foreign.
+        """
+        header, tensors = file.read(path)
+        try:
+            state = cls(
+                header["dim"],
+                rank=header["rank"],
+                method=header["method"] or "tracker",
+                center=header["center"],
+                dtype=getattr(torch, header["dtype"]),
+            )
+            file.check_tensors(tensors, state._state.tensors(), integer_named("count", header["count"]), state.dim)
+            state._state.restore(tensors)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{os.fspath(path)} is no sound covariance state: {error}") from error
+        return state
+
+    def all_reduce(self, group: Any = None) -> StreamingCovariance:
+        """Merges the states of all processes of a torch.distributed group, in the order of their ranks, in place;
+        every process ends with the same bits. Returns self.
+
+        group: None for the default one. Every process has to call it, with a state of equal dim, centering and kind.
+        The same bits every time for one number of processes; within 1e-10 of one process that saw all rows (exact
+        states, float64 rows). RuntimeError where torch.distributed isn't set up, ValueError where the states differ.
+        """
+        from .distributed import all_reduce
+
+        with self._lock:
+            all_reduce(self, group)
+        return self
+
+    # ---- inside --------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        kind = "" if self.rank is None else f", rank={self.rank}, method={self.method!r}"
+        return f"StreamingCovariance(dim={self.dim}{kind}, count={self.count}, center={self.center})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            self._state.fold()
+            return {"like": self._like(), "tensors": {k: v.clone() for k, v in self._state.tensors().items()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(self._of(*state["like"]).__dict__)
+        self._state.restore(state["tensors"])
+
+    def _like(self) -> tuple[int, int | None, Any, bool, torch.dtype]:
+        return self.dim, self.rank, self.method or "tracker", self.center, self._dtype
+
+    @staticmethod
+    def _of(dim: int, rank: int | None, method: Any, center: bool, dtype: torch.dtype) -> StreamingCovariance:
+        return StreamingCovariance(dim, rank, method, center, dtype)
+
+    def _check_other(self, other: StreamingCovariance, verb: str, same_kind: bool = True) -> None:
+        if not isinstance(other, StreamingCovariance):
+            raise TypeError(f"can't {verb} a {type(other).__name__}; give a StreamingCovariance")
+        if other.dim != self.dim:
+            raise ValueError(f"other has dim {other.dim}, this state has dim {self.dim}; they must be equal")
+        if not same_kind:
+            return
+        if other.center != self.center:
+            raise ValueError(
+                f"other has center={other.center}, this state has center={self.center}; centered and "
+                "uncentered moments can't be mixed"
+            )
+        if (other.rank, other.method) != (self.rank, self.method):
+            raise ValueError(f"can't {verb} {other!r} and {self!r}: rank and method must be equal")
+
+    @contextmanager
+    def _both(self, other: StreamingCovariance, verb: str) -> Iterator[None]:
+        self._check_other(other, verb)
+        # In one order for all, so that a.merge(b) and b.merge(a) at once don't wait for each other for ever.
+        first, second = sorted((self, other), key=id)
+        with first._lock, second._lock:
+            yield
+
+    @contextmanager
+    def _reading(self) -> Iterator[State]:
+        with self._lock:
+            if self.count == 0:
+                raise ValueError("this state has no rows yet; update it first")
+            yield self._state
+
+    def _exact(self, name: str, instead: str) -> Exact:
+        if not isinstance(self._state, Exact):
+            raise ValueError(f"{name} needs the whole spectrum, and a sketch has {self.rank} of it: {instead} is known")
+        return self._state
+
+    def _warn_if_few(self, state: State) -> None:
+        if state.count < state.dim:
+            warnings.warn(
+                f"{state.count} rows in {state.dim} dimensions: no rank exceeds the number of rows, so it is too small",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def _directions(self, k: Any) -> int:
+        k = integer(k)
+        most, name = (self.dim, "dim") if self.rank is None else (self.rank, "rank")
+        if not 1 <= k <= most:
+            raise ValueError(f"k is {k}, but {name} is {most}; allowed: 1 <= k <= {name}")
+        return k
