@@ -78,6 +78,15 @@ std::int64_t first_bad(const ArrayTuple& x, int threads) {
   return bad_row(rows, threads);
 }
 
+double center(const ArrayTuple& x, bool centered, const ArrayTuple& mean, const ArrayTuple& out,
+              int threads) {
+  const TensorView rows = view_of(x);
+  const TensorView to_mean = view_of(mean);
+  const TensorView to = view_of(out);
+  const py::gil_scoped_release release;
+  return center_rows(rows, centered, to_mean, to, threads);
+}
+
 void symmetric(const ArrayTuple& counts, const ArrayTuple& mean, const ArrayTuple& scatter,
                const ArrayTuple& waiting, bool centered, const ArrayTuple& out, int threads) {
   const State state(counts, mean, scatter, waiting, centered);
@@ -116,6 +125,9 @@ void init_covariance(py::module_& m) {
         py::arg("centered"), py::arg("threads") = 0, "Let the rows that wait join, in place.");
   m.def("first_bad_row", &first_bad, py::arg("x"), py::arg("threads") = 0,
         "The index of the first row that update_moments would refuse, or -1.");
+  m.def("center_rows", &center, py::arg("x"), py::arg("centered"), py::arg("mean"), py::arg("out"),
+        py::arg("threads") = 0,
+        "Write the mean of rows, and the rows less it; returns the sum of their squares.");
   m.def("symmetric_moments", &symmetric, py::arg("counts"), py::arg("mean"), py::arg("scatter"),
         py::arg("waiting"), py::arg("centered"), py::arg("out"), py::arg("threads") = 0,
         "Write scatter / count, both triangles, to out.");

@@ -54,7 +54,7 @@ class Block {
   void add() {
     const std::int64_t before = state_.count;
     const std::int64_t after = before + rows_.count;
-    find_mean();
+    find_mean(rows_, dim_, mean_.data(), threads_);
     if (state_.centered) {
       shift_ = mean_;
       // Chan's d d^T n_a n_b / n: one more product of a row with itself, sqrt(n_a n_b / n) d.
@@ -84,20 +84,6 @@ class Block {
 
   const void* at(std::int64_t row, std::int64_t column) const {
     return static_cast<const char*>(rows_.data) + (row * rows_.stride + column) * item_size(rows_.dtype);
-  }
-
-  // Of rows shifted by the first of them, so that a column that never varies has its own value as its mean.
-  void find_mean() {
-    const std::vector<double> zeros(static_cast<std::size_t>(dim_), 0.0);
-    of_rows_.add_to_sums(at(0, 0), rows_.stride, 1, dim_, zeros.data(), shift_.data());
-    auto columns = [&](std::int64_t begin, std::int64_t end, int) {
-      of_rows_.add_to_sums(at(0, begin), rows_.stride, rows_.count, end - begin, shift_.data() + begin,
-                           mean_.data() + begin);
-    };
-    parallel_for(dim_, 256, threads_for(rows_.count * dim_, threads_), columns);
-    for (std::int64_t c = 0; c < dim_; ++c)
-      mean_[c] = shift_[c] + mean_[c] / static_cast<double>(rows_.count);
-    std::fill(shift_.begin(), shift_.end(), 0.0);
   }
 
   S* panel(std::int64_t first_row, std::int64_t height, std::int64_t p) {
@@ -194,6 +180,20 @@ std::int64_t first_bad_row(const Rows& rows, std::int64_t dim, int threads) {
   parallel_for(rows.count, std::max<std::int64_t>(1, 65536 / dim), threads_for(rows.count * dim, threads),
                scan);
   return first.load() == rows.count ? -1 : first.load();
+}
+
+void find_mean(const Rows& rows, std::int64_t dim, double* mean, int threads) {
+  const RowKernels& kernels = kernels_for(active_covariance_kernels(), rows.dtype);
+  const std::vector<double> zeros(static_cast<std::size_t>(dim), 0.0);
+  std::vector<double> start(static_cast<std::size_t>(dim), 0.0);
+  kernels.add_to_sums(rows.data, rows.stride, 1, dim, zeros.data(), start.data());
+  std::fill_n(mean, dim, 0.0);
+  auto columns = [&](std::int64_t begin, std::int64_t end, int) {
+    const auto* from = static_cast<const char*>(rows.data) + begin * item_size(rows.dtype);
+    kernels.add_to_sums(from, rows.stride, rows.count, end - begin, start.data() + begin, mean + begin);
+  };
+  parallel_for(dim, 256, threads_for(rows.count * dim, threads), columns);
+  for (std::int64_t c = 0; c < dim; ++c) mean[c] = start[c] + mean[c] / static_cast<double>(rows.count);
 }
 
 void add_block(Moments& state, const Rows& rows, int threads) {

@@ -28,6 +28,10 @@ const RowKernels& kernels_for(const CovarianceKernels& kernels, DType dtype);
 // The index of the first row with an entry that is not finite or too large, or -1.
 std::int64_t first_bad_row(const Rows& rows, std::int64_t dim, int threads);
 
+// The mean of the rows, float64, from rows shifted by the first of them, so that a column that never varies
+// has its own value as its mean.
+void find_mean(const Rows& rows, std::int64_t dim, double* mean, int threads);
+
 // At most kBlockRows rows, all finite, join the state.
 void add_block(Moments& state, const Rows& rows, int threads);
 

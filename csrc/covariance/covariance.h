@@ -64,6 +64,12 @@ std::int64_t waiting_limit(const Moments& state);
 // to use, 0 for OpenMP's own choice.
 std::int64_t update_moments(Moments& state, Waiting& waiting, const TensorView& x, int threads = 0);
 
+// Of rows x (rows, dim), at least one, all finite: their mean (dim,) in float64; out (rows, dim), contiguous,
+// the rows less that mean (uncentered: as they are), float64 of a float64 x, else float32. Returns the sum of
+// squares of out.
+double center_rows(const TensorView& x, bool centered, const TensorView& mean, const TensorView& out,
+                   int threads = 0);
+
 // The index of the first row of x (rows, dim) with an entry that update_moments would refuse, or -1.
 std::int64_t bad_row(const TensorView& x, int threads = 0);
 

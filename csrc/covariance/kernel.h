@@ -20,6 +20,8 @@ struct RowKernels {
   // once.
   void (*pack)(const void* x, std::int64_t stride, std::int64_t rows, std::int64_t used, const double* shift,
                void* panel);
+  // out = row - shift over n entries, as a panel's; returns the sum of squares of what is written.
+  double (*center)(const void* row, std::int64_t n, const double* shift, void* out);
   bool narrow;  // panels are float32
 };
 

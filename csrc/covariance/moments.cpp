@@ -170,6 +170,38 @@ std::int64_t bad_row(const TensorView& x, int threads) {
                        threads);
 }
 
+double center_rows(const TensorView& x, bool centered, const TensorView& mean, const TensorView& out,
+                   int threads) {
+  const RowKernels& kernels = kernels_for(active_covariance_kernels(), x.dtype);
+  const std::int64_t dim = x.width();
+  const DType wide = kernels.narrow ? DType::kFloat32 : DType::kFloat64;
+  if (x.ndim != 2 || x.shape[0] < 1 || (dim > 1 && x.strides[1] != 1) || mean.ndim != 1 ||
+      mean.shape[0] != dim || mean.dtype != DType::kFloat64 || (dim > 1 && mean.strides[0] != 1) ||
+      out.ndim != 2 || out.shape[0] != x.shape[0] || out.shape[1] != dim || out.dtype != wide ||
+      (dim > 1 && out.strides[1] != 1) || (out.shape[0] > 1 && out.strides[0] != dim)) {
+    throw std::invalid_argument(
+        std::string("x must be (rows, dim) with stride 1 in the last, mean (dim,) float64, "
+                    "out (rows, dim) contiguous ") +
+        name_of(wide));
+  }
+  const Rows rows{x.data, x.row_stride(), x.shape[0], x.dtype};
+  find_mean(rows, dim, static_cast<double*>(mean.data), threads);
+  const std::vector<double> zeros(static_cast<std::size_t>(dim), 0.0);
+  const double* const shift = centered ? static_cast<double*>(mean.data) : zeros.data();
+  std::vector<double> squares(static_cast<std::size_t>(rows.count));
+  auto some = [&](std::int64_t begin, std::int64_t end, int) {
+    for (std::int64_t r = begin; r < end; ++r) {
+      squares[r] = kernels.center(rows.from(r, 1).data, dim, shift,
+                                  static_cast<char*>(out.data) + r * dim * item_size(wide));
+    }
+  };
+  parallel_for(rows.count, std::max<std::int64_t>(1, 65536 / dim), threads_for(rows.count * dim, threads),
+               some);
+  double sum = 0;  // in the order of the rows, whatever the threads
+  for (const double each : squares) sum += each;
+  return sum;
+}
+
 void fold_moments(Moments& state, Waiting& waiting, int threads) {
   check_state(state, "state");
   check_waiting(state, waiting);

@@ -9,25 +9,33 @@
 namespace scalpel {
 namespace {
 
-constexpr std::int64_t kSquare = 32;  // a square of doubles and its mirror image stay in L1
+constexpr std::int64_t kSide = 32;  // of a square that stays in L1, its mirror image beside it
 
 template <class T>
 void mirror(const Moments& state, T* out, int threads) {
   const std::int64_t dim = state.dim;
   const double count = static_cast<double>(state.count);
-  const std::int64_t squares = (dim + kSquare - 1) / kSquare;
+  const std::int64_t squares = (dim + kSide - 1) / kSide;
   auto bands = [&](std::int64_t first, std::int64_t last, int) {
+    T image[kSide * kSide];
     for (std::int64_t band = first; band < last; ++band) {
       const std::int64_t p = squares - 1 - band;  // the longest first, so that threads end together
-      for (std::int64_t q = 0; q <= p; ++q) {
-        const std::int64_t bottom = std::min(dim, (p + 1) * kSquare);
-        for (std::int64_t i = p * kSquare; i < bottom; ++i) {
-          const std::int64_t right = std::min(i + 1, (q + 1) * kSquare);
-          for (std::int64_t j = q * kSquare; j < right; ++j) {
-            const T value = static_cast<T>(state.scatter[i * dim + j] / count);
-            out[i * dim + j] = value;
-            out[j * dim + i] = value;
-          }
+      const std::int64_t top = p * kSide;
+      const std::int64_t height = std::min(kSide, dim - top);
+      for (std::int64_t left = 0; left < top; left += kSide) {
+        for (std::int64_t i = 0; i < height; ++i) {
+          const double* const from = state.scatter + (top + i) * dim + left;
+          T* const to = out + (top + i) * dim + left;
+          for (std::int64_t j = 0; j < kSide; ++j) to[j] = static_cast<T>(from[j] / count);
+          for (std::int64_t j = 0; j < kSide; ++j) image[j * kSide + i] = to[j];
+        }
+        for (std::int64_t j = 0; j < kSide; ++j) {
+          std::copy_n(image + j * kSide, height, out + (left + j) * dim + top);
+        }
+      }
+      for (std::int64_t i = top; i < top + height; ++i) {
+        for (std::int64_t j = top; j <= i; ++j) {
+          out[i * dim + j] = out[j * dim + i] = static_cast<T>(state.scatter[i * dim + j] / count);
         }
       }
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 
 TOLERANCE = 1e-5  # ‖Cv − λv‖ / λ₁ of what block iteration may return
-_MARGIN = 0.5  # of the tolerance: what the iteration itself aims at, in float32
+RELATIVE = 1e-2  # and ‖Cv − λv‖ / λ: a value far below λ₁ is not noise
+_MARGIN = 0.9  # of these: what float32 has to reach, before float64 looks
+_NOISE = 5e-7  # of λ₁: residuals that float32 products don't reach
 _SMALL = 256  # dimensions below which LAPACK is as fast
 _SHARE = 6  # nor is iteration faster when more than one direction in so many is asked for
-_EXTRA = 16  # directions beyond those asked for: they are what makes the last of these converge
-_DEPTH, _ROUNDS = 3, 8  # products that span one Krylov space, and how many such spaces
+_EXTRA = 8  # directions beyond those asked for: they are what makes the last of these converge
+_DEPTH, _ROUNDS = 6, 6  # products that span one Krylov space, at most, and how many such spaces
 
 
 class Spectrum(NamedTuple):
@@ -69,33 +72,38 @@ class Leading:
 
     Each round spans the Krylov space of the block, [V, CV, …], and takes the best directions in it (Rayleigh–Ritz;
     Golub & Underwood 1977, "The block Lanczos method"). Its products are float32. What is returned is orthonormal in
-    float64, its values are Rayleigh quotients in float64, and ‖Cv − λv‖ ≤ TOLERANCE·λ₁ was computed in float64.
+    float64, its values are Rayleigh quotients in float64, and ‖Cv − λv‖ ≤ min(TOLERANCE·λ₁, RELATIVE·λ) was computed in
+    float64.
     """
 
     def __init__(self) -> None:
         self._vectors: Tensor | None = None
+        self._depth = 1  # from which a look has been worth it
 
     def start_from(self, vectors: Tensor) -> None:
         """The block of the next call begins with these rows, the leading first."""
         self._vectors = vectors
 
-    def find(self, matrix: Callable[[], Tensor], product: Callable[[Tensor], Tensor], k: int) -> Spectrum | None:
-        """``matrix()``: C in float32. ``product(V)``: C V in float64. None where this is no faster than LAPACK, or
-        did not converge.
+    def find(self, C: Tensor, product: Callable[[Tensor], Tensor], k: int) -> Spectrum | None:
+        """``C`` (dim, dim): the covariance in float32. ``product(R)``: R C in float64 for rows R. None where it did not
+        converge.
         """
-        C = matrix()
-        dim = len(C)
-        if not bool(C.isfinite().all()) or float(C.abs().max()) == 0.0:
-            return None  # beyond float32's range, or nothing to iterate on
-        V = self._first_block(dim, k + _EXTRA)
-        for _ in range(_ROUNDS):
-            V, largest, residual = _ritz(C, V, k)
-            if residual <= _MARGIN * TOLERANCE * largest:
-                break
-        found = _checked(product, V[:, :k].double())
-        if found is not None:
-            self._vectors = V.T
-        return found
+        V = self._first_block(len(C), k + _EXTRA)
+        goal, before = _MARGIN, math.inf
+        for left in reversed(range(_ROUNDS)):
+            V, residual, depth, reachable = _ritz(C, V, k, goal, self._depth)
+            if not reachable or (residual > goal and residual * (residual / before) ** left > goal):
+                return None  # nor would the rounds that are left get there, at this pace
+            before = residual
+            if residual > goal:
+                continue
+            self._depth = max(1, depth - int(math.log10(goal / max(residual, 1e-2 * goal))))
+            found = _checked(product, V[:, :k].T.double())
+            if found is not None:
+                self._vectors = V.T
+                return found
+            goal /= 2
+        return None
 
     def _first_block(self, dim: int, width: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -111,35 +119,58 @@ def worth_iterating(dim: int, k: int) -> bool:
     return dim >= _SMALL and k * _SHARE <= dim
 
 
-def _ritz(C: Tensor, V: Tensor, k: int) -> tuple[Tensor, float, float]:
-    """The best block of V's width in the span of V, CV, …; its largest value, the largest residual of its first k."""
-    width = V.shape[1]
-    basis, images = [V], [C @ V]
-    for _ in range(_DEPTH):
-        known = torch.cat(basis, dim=1)
-        fresh = images[-1] - known @ (known.T @ images[-1])
-        fresh = torch.linalg.qr(fresh).Q
-        fresh = torch.linalg.qr(fresh - known @ (known.T @ fresh)).Q
-        basis.append(fresh)
-        images.append(C @ fresh)
-    S, CS = torch.cat(basis, dim=1), torch.cat(images, dim=1)
-    H = (S.T @ CS).double()
-    values, turn = torch.linalg.eigh((H + H.T) / 2)
-    values, turn = values.flip(0)[:width], turn.flip(1)[:, :width].float()
-    V = S @ turn
-    residual = torch.linalg.vector_norm((CS @ turn - V * values.float())[:, :k], dim=0)
-    return V, float(values[0]), float(residual.max())
+class _Ritz(NamedTuple):
+    """The best block of V's width in the span of V, CV, …, C^depth V; the largest residual of its first k over what
+    it may be; and whether float32 reaches that."""
+
+    block: Tensor
+    residual: float
+    depth: int
+    reachable: bool
 
 
-def _checked(product: Callable[[Tensor], Tensor], V: Tensor) -> Spectrum | None:
-    """V (dim, k) made orthonormal and turned to its Ritz vectors; None where a residual is too large."""
-    V = torch.linalg.qr(V).Q
-    W = product(V)
-    H = V.T @ W
+def _ritz(C: Tensor, V: Tensor, k: int, goal: float, look_from: int) -> _Ritz:
+    """As deep as it takes for the residual to be ``goal``, and to _DEPTH at most; it is looked at from ``look_from``
+    on, since a look costs as much as a product."""
+    dim, width = V.shape
+    deepest = min(_DEPTH, dim // width - 1)
+    S, CS = V.new_empty(dim, width * (deepest + 1)), V.new_empty(dim, width * (deepest + 1))
+    H = torch.zeros(S.shape[1], S.shape[1], dtype=torch.float64)
+    fresh = V
+    for depth in range(deepest + 1):
+        start, stop = depth * width, (depth + 1) * width
+        for _ in range(2 if depth else 0):  # once is not enough in float32
+            fresh = torch.linalg.qr(fresh - S[:, :start] @ (S[:, :start].T @ fresh)).Q
+        S[:, start:stop] = fresh
+        CS[:, start:stop] = image = C @ fresh
+        H[:stop, start:stop] = (S[:, :stop].T @ image).double()
+        fresh = image
+        if not depth or (depth < min(look_from, deepest)):
+            continue
+        upper = H[:stop, :stop].triu()
+        values, turn = torch.linalg.eigh(upper + upper.triu(1).T)
+        values, turn = values.flip(0), turn.flip(1)[:, :width].float()
+        apart = CS[:, :stop] @ turn[:, :k] - S[:, :stop] @ (turn[:, :k] * values[:k].float())
+        may_be = _may_be(values[:k])
+        residual = float((torch.linalg.vector_norm(apart, dim=0) / may_be).max())
+        reachable = bool(may_be[-1] > _NOISE * values[0])
+        if residual <= goal or depth == deepest:
+            break
+    return _Ritz(torch.linalg.qr(S[:, :stop] @ turn).Q, residual, depth, reachable)
+
+
+def _may_be(values: Tensor) -> Tensor:
+    """The largest residual of each of the leading values."""
+    return (RELATIVE * values).clamp(min=torch.finfo(torch.float64).tiny, max=TOLERANCE * float(values[0]))
+
+
+def _checked(product: Callable[[Tensor], Tensor], R: Tensor) -> Spectrum | None:
+    """R (k, dim) made orthonormal and turned to its Ritz vectors; None where a residual is too large."""
+    R = torch.linalg.qr(R.T).Q.T
+    W = product(R)
+    H = R @ W.T
     values, turn = torch.linalg.eigh((H + H.T) / 2)
-    values, turn = values.flip(0), turn.flip(1)
-    V, W = V @ turn, W @ turn
-    residual = torch.linalg.vector_norm(W - V * values, dim=0).max()
-    if not bool(residual <= TOLERANCE * values[0]):
-        return None
-    return Spectrum(values.clamp_min(0), fix_signs(V.T.contiguous()))
+    values, turn = values.flip(0), turn.flip(1).T
+    R, W = turn @ R, turn @ W
+    residual = torch.linalg.vector_norm(W - values[:, None] * R, dim=1)
+    return Spectrum(values.clamp_min(0), fix_signs(R)) if bool((residual <= _may_be(values)).all()) else None

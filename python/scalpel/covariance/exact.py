@@ -13,6 +13,7 @@ from .eigen import Leading, Spectrum, by_lapack, by_rows, worth_iterating
 from .state import State, Total
 
 BLOCK_ROWS: int = _core.BLOCK_ROWS
+_TINY, _HUGE = 1e-20, 1e30  # variances whose products float32 holds
 
 
 class Exact(State):
@@ -107,18 +108,19 @@ class Exact(State):
         if self._few_rows():
             return by_rows(self._centred(), self.count, k)
         self.fold()
-        if k is not None and worth_iterating(self.dim, k):
-            found = self._leading.find(lambda: self._full(torch.float32), self._product, k)
+        largest = float(self._scatter.diagonal().max()) / self.count  # no entry is larger
+        if k is not None and worth_iterating(self.dim, k) and _TINY < largest < _HUGE:
+            found = self._leading.find(self._full(torch.float32), self._product, k)
             if found is not None:
                 return found
         found = by_lapack(self.covariance())
         self._leading.start_from(found.vectors)
         return found if k is None else Spectrum(found.values[:k], found.vectors[:k])
 
-    def _product(self, V: Tensor) -> Tensor:
-        """The covariance times V (dim, k); above its diagonal the scatter holds zeros."""
+    def _product(self, R: Tensor) -> Tensor:
+        """Rows R (k, dim) times the covariance; above its diagonal the scatter holds zeros."""
         lower = self._scatter
-        return (lower @ V + lower.T @ V - lower.diagonal()[:, None] * V) / self.count
+        return (R @ lower + R @ lower.T - R * lower.diagonal()) / self.count
 
     def eigenvalues(self) -> Tensor:
         if self._few_rows():

@@ -33,8 +33,8 @@ class FrequentDirections(Sketch):
     def _block_rows(self) -> int:
         return max(1, self.most)
 
-    def _compressed(self, parts: list[Tensor], count: int) -> tuple[Tensor, float]:
-        rows = torch.cat([part.double() for part in parts])
+    def _compressed(self, rows: Tensor, known: int, seed: int) -> tuple[Tensor, float]:
+        rows = rows.double()
         squares, turn = by_gram(rows)
         most = self.most
         dropped = float(squares[most]) if len(squares) > most else 0.0

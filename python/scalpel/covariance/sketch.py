@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from .._memory import memory_of
+from .._memory import empty, memory_of
 from .eigen import Spectrum, complete, fix_signs
 from .state import State, Total
 
@@ -92,35 +92,40 @@ class Sketch(State):
 
     def _with_block(self, kept: Kept, rows: Tensor) -> Kept:
         """A block centred by its own mean; that it has another than the state is one more row (Chan et al. 1979)."""
-        wide = rows if rows.dtype == torch.float64 else rows.float()
-        count = len(rows)
-        near = wide.mean(dim=0)  # rounded: what it leaves is looked at again
-        moved = wide - near
-        mean = near.double() + moved.mean(dim=0, dtype=torch.float64)
-        centred = moved if self.center else wide
-        fresh = Kept(count, mean, centred, float(torch.linalg.vector_norm(centred, dtype=torch.float64) ** 2), 0.0)
-        return self._together(kept, fresh)
+        mean = torch.empty(self.dim, dtype=torch.float64)
+        dtype = rows.dtype if rows.dtype == torch.float64 else torch.float32
+        first = len(kept.directions)  # room before the block and after it, so that nothing is copied to join them
+        stack = empty((first + len(rows) + 1, self.dim), dtype)
+        centred = stack[first:-1]
+        energy: float = _core.center_rows(
+            memory_of(rows), self.center, memory_of(mean), memory_of(centred), torch.get_num_threads()
+        )
+        stack[:first] = kept.directions
+        return self._together(kept, Kept(len(rows), mean, centred, energy, 0.0), stack)
 
-    def _together(self, a: Kept, b: Kept) -> Kept:
+    def _together(self, a: Kept, b: Kept, stack: Tensor | None = None) -> Kept:
+        """``stack``: the directions of both, one after the other, and room for one more row."""
         if not b.rows:
             return a
-        if not a.rows:
-            directions, dropped = self._compressed([b.directions], b.rows)
-            return b._replace(directions=directions, shrunk=b.shrunk + dropped)
-        count, apart = a.rows + b.rows, b.mean - a.mean
-        joint = apart[None] * (a.rows / count * b.rows) ** 0.5 if self.center else apart[:0].reshape(0, self.dim)
-        directions, dropped = self._compressed([a.directions, b.directions, joint], count)
+        if stack is None:
+            if not a.rows:
+                return b
+            stack = torch.cat([a.directions, b.directions, b.mean[None]])
+        rows, apart = a.rows + b.rows, b.mean - a.mean
+        joint = apart * ((a.rows / rows * b.rows) ** 0.5 if self.center else 0.0)
+        stack[-1] = joint
+        directions, dropped = self._compressed(stack, len(a.directions), rows)
         return Kept(
-            count,
-            a.mean + apart * (b.rows / count),
+            rows,
+            a.mean + apart * (b.rows / rows),
             directions,
             a.energy + b.energy + float(joint.square().sum()),
             a.shrunk + b.shrunk + dropped,
         )
 
     @abstractmethod
-    def _compressed(self, parts: list[Tensor], count: int) -> tuple[Tensor, float]:
-        """At most ``most`` directions in place of the rows of all parts, float64, and δ; ``count``: a seed."""
+    def _compressed(self, rows: Tensor, known: int, seed: int) -> tuple[Tensor, float]:
+        """At most ``most`` directions in place of the rows, float64, and δ. The first ``known`` were directions."""
 
     # ---- moments -------------------------------------------------------------------------------
 

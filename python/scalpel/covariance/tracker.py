@@ -9,41 +9,41 @@ from torch import Tensor
 
 from .sketch import Sketch, by_gram
 
-_PROBES = 16  # random directions of the new rows, beside the directions that are known
-_ROUNDS = 2
+_PROBES = 16  # random combinations of rows, beside the directions that are known
 
 
 class Tracker(Sketch):
-    """The leading directions, followed from block to block by block power iteration.
+    """The leading directions, followed from block to block.
 
-    The known directions and the new rows are one matrix M; its leading right singular vectors are looked for from the
-    known directions and a few random combinations of rows, ``Y ← orth(M Mᵀ Y)`` (Halko, Martinsson & Tropp 2011,
-    "Finding structure with randomness", algorithm 4.4), and M's projection on them is what is kept. Nothing is
-    subtracted as in Frequent Directions: on rows that come in an order chosen against it, it may miss a direction that
-    grows slowly, and no bound says by how much. Products have the precision of the rows, at least float32.
+    The known directions and the new rows are one matrix M. Its range is looked for where M takes the known directions
+    and a few random combinations of its rows, Q = orth(M Yᵀ), and of QᵀM the longest 2·rank directions are kept (the
+    range finder of Halko, Martinsson & Tropp 2011, "Finding structure with randomness", section 4, begun from what is
+    known). Nothing is shrunk as in Frequent Directions: of rows in an order chosen against it, it may miss a direction
+    that grows slowly, and no bound says by how much. Products have the precision of the rows, at least float32.
     """
 
     method: ClassVar[str | None] = "tracker"
 
-    def _compressed(self, parts: list[Tensor], count: int) -> tuple[Tensor, float]:
-        dtype = torch.float64 if all(part.dtype == torch.float64 for part in parts) else torch.float32
-        rows = torch.cat([part.to(dtype) for part in parts])
+    def _compressed(self, rows: Tensor, known: int, seed: int) -> tuple[Tensor, float]:
         most = self.most
         if len(rows) <= 2 * most + _PROBES:
             squares, turn = by_gram(rows)
             kept = int((squares[:most] > 0).sum())
             return turn[:kept] @ rows.double(), 0.0
-        known = parts[0][:most].to(dtype) if len(parts) > 1 else rows[:0]
-        # Seeded by what came before, so that a resumed sketch draws what an uninterrupted one does.
-        generator = torch.Generator().manual_seed(count)
-        mixed = torch.randn(most + _PROBES - len(known), len(rows), generator=generator, dtype=dtype)
-        Q = _orthonormal(torch.cat([known, mixed @ rows]))
-        for _ in range(_ROUNDS - 1):
-            Q = _orthonormal((rows @ Q.T).T @ rows)
-        projected = rows @ Q.T
-        squares, turn = by_gram(projected.T)  # M Qᵀ has M's singular values; its right vectors turn Q
-        return (squares[:most].sqrt()[:, None] * turn[:most]) @ Q.double(), 0.0
+        # Seeded by how many rows there were, so that a resumed sketch draws what an uninterrupted one does.
+        generator = torch.Generator().manual_seed(seed)
+        mixed = torch.randn(max(0, most - known) + _PROBES, len(rows), generator=generator, dtype=rows.dtype)
+        Y = _with_probes(rows[:known], mixed @ rows)
+        found = torch.linalg.qr(rows @ Y.T).Q.T @ rows
+        squares, turn = by_gram(found)
+        kept = int((squares[:most] > 0).sum())
+        return (turn[:kept].to(rows.dtype) @ found).double(), 0.0
 
 
-def _orthonormal(rows: Tensor) -> Tensor:
-    return torch.linalg.qr(rows.T).Q.T
+def _with_probes(known: Tensor, probes: Tensor) -> Tensor:
+    """The known directions at length 1 (they are orthogonal), and what probes add to them, orthonormal."""
+    lengths = torch.linalg.vector_norm(known, dim=1, keepdim=True)
+    unit = known[lengths[:, 0] > 0] / lengths[lengths[:, 0] > 0]
+    for _ in range(2):  # once is not enough in float32
+        probes = probes - (probes @ unit.T) @ unit
+    return torch.cat([unit, torch.linalg.qr(probes.T).Q.T])
