@@ -190,9 +190,10 @@ class StreamingCovariance(ScikitNames):
         magnitude positive (the lowest index among equals).
 
         All of them go through LAPACK in float64. Few of many come from block iteration that begins with the answer
-        before: each has ‖Cv - λv‖ <= 1e-5·λ₁ and <= 1e-2·λ, computed in float64 from what is returned, and LAPACK takes over
-        where that isn't met. The error of a value is about the square of its residual over its distance to the next. While
-        there are fewer rows than dimensions (and at most max(1024, dim) of them), from the rows' own inner products.
+        before: each has ‖Cv - λv‖ <= 1e-5·λ₁ and <= 1e-2·λ, computed in float64 from what is returned, and LAPACK
+        takes over where that isn't met. The error of a value is about the square of its residual over its distance to
+        the next. While there are fewer rows than dimensions (and at most max(1024, dim) of them), from the rows' own
+        inner products.
 
         Raises ValueError unless 1 <= k <= dim (k <= rank), and without rows.
         """
