@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .models.circuitgpt import CircuitGPT
     from .models.config import CircuitGPTConfig
     from .ops import AbsTopK, keep_topk, topk_indices, topk_mask
+    from .streams.collecting import collect
 
 _HOME = {
     "__version__": "_info",
@@ -27,6 +28,7 @@ _HOME = {
     "jacobian": "jacobians.entry",
     "lyapunov": "jacobians.lyapunov",
     "StreamingCovariance": "covariance",
+    "collect": "streams.collecting",
     "CircuitGPT": "models.circuitgpt",
     "CircuitGPTConfig": "models.config",
 }
@@ -38,6 +40,7 @@ __all__ = [
     "CircuitGPTConfig",
     "StreamingCovariance",
     "__version__",
+    "collect",
     "experiments",
     "jacobian",
     "keep_topk",

@@ -1,0 +1,45 @@
+"""How many states fit into memory, and so how the streams are grouped."""
+
+from __future__ import annotations
+
+import re
+
+from ..covariance.exact import BLOCK_ROWS
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def bytes_of(memory: str | int) -> int:
+    """ "8GiB", "500 MB" or a number as bytes. ValueError for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(memory))
+    if isinstance(memory, bool) or found is None or found[2] not in _UNITS or float(found[1]) <= 0:
+        raise ValueError(f"memory is {memory!r}; give bytes, or a text such as '8GiB'")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def state_bytes(dim: int, rank: int | None) -> int:
+    """What a state takes at most, with float32 rows that wait."""
+    if rank is None:
+        return 8 * dim * dim + 4 * dim * BLOCK_ROWS
+    return 8 * 4 * min(rank, dim) * dim
+
+
+def groups_of(widths: dict[str, int], memory: str | int, rank: int | None) -> list[list[str]]:
+    """The streams, in their order, in groups whose states fit. ValueError for one that doesn't by itself."""
+    budget = bytes_of(memory)
+    groups: list[list[str]] = [[]]
+    used = 0
+    for name, dim in widths.items():
+        size = state_bytes(dim, rank)
+        if size > budget:
+            raise ValueError(
+                f"{name} is {dim} wide, and its state takes {size / 2**20:.1f} MiB: more than memory={memory!r}. Give "
+                "more, or a rank"
+            )
+        if used + size > budget:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    return groups

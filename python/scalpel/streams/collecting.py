@@ -1,0 +1,245 @@
+"""Covariance states of many hooks in as few passes over a corpus as memory allows."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..covariance import StreamingCovariance
+from ..covariance.rows import integer_named
+from ..covariance.streaming import Method
+from .budget import bytes_of, groups_of
+from .capture import Capture, Loss, Names, inputs_of
+from .saved import Saved, States, Stored
+
+
+def collect(
+    model: nn.Module,
+    batches: Iterable[Any],
+    hooks: Names,
+    memory: str | int = "8GiB",
+    *,
+    rank: int | None = None,
+    method: Method = "tracker",
+    center: bool = True,
+    loss: Loss | None = None,
+    folder: str | Path | None = None,
+    save_every: int = 64,
+    fresh: bool = False,
+    shard: bool = False,
+    progress: bool | Callable[[int], None] = True,
+) -> Mapping[str, StreamingCovariance]:
+    """Covariance states of activations and gradients at a model's hooks, over a corpus: {stream: state}.
+
+    ``model``: a :class:`scalpel.CircuitGPT`, a transformers model, or any nn.Module that takes token ids.
+    ``batches``: token ids (B, L), int64, or transformers batches; rows at padding (``attention_mask``) are left out.
+    ``hooks``: names, a regular expression (of the whole name), or a function of a name. A hook's own name is the
+    stream of its activations; with ``.grad`` after it, that of ∂loss/∂value, a row a token: ``"0.resid_in.grad"``.
+    Hooks are named by ours, TransformerLens's, or module path (``:in`` for a module's input).
+    ``memory``: for the states that are being filled, bytes or a text such as "8GiB". Where not all fit, hooks are taken
+    in groups, and the corpus is read once a group: ``batches`` must then be something that can be read again, such as a
+    list. What comes back is then a mapping that reads a state from disk when it is asked for.
+    ``rank`` (at most a stream's width), ``method``, ``center``: as :class:`scalpel.StreamingCovariance` takes them.
+    ``loss(logits, batch)``: by default the cross-entropy of each next token, in nats, summed over tokens.
+    ``folder``: states are saved there every ``save_every`` batches, and a second call goes on from the last save.
+    Killed at any moment, it ends with the same bits as had it not been. ``fresh``: not what the folder holds.
+    ``shard``: of a torch.distributed job: each process reads the batches of its rank (rank, rank + world, …), and
+    all end with the merged states; see :meth:`StreamingCovariance.all_reduce`.
+    ``progress``: a bar on a terminal, or a function of the number of batches done.
+
+    ValueError for hooks that aren't there, a stream that doesn't fit ``memory`` by itself, batches that can be read
+    only once where it takes more, and a folder of something else; RuntimeError from ``shard`` where a process is gone.
+    """
+    if integer_named("save_every", save_every) < 1:
+        raise ValueError(f"save_every is {save_every}; it must be 1 or more")
+    bytes_of(memory)
+    share = _Share.of_job() if shard else _Share(0, 1)
+    capture = Capture(model, hooks, loss)
+    once = iter(batches) is batches
+    first, batches = _peek(batches)
+    widths = {name: rows.shape[1] for name, rows in capture(first, capture.streams).items()}
+    groups = groups_of(widths, memory, rank)
+    if len(groups) > 1 and once:
+        raise ValueError(
+            f"{len(widths)} streams don't fit {memory} together, and batches can be read only once: give a list (or "
+            "anything that begins anew), more memory, fewer hooks, or a rank"
+        )
+
+    def new(name: str) -> StreamingCovariance:
+        dim = widths[name]
+        return StreamingCovariance(dim, None if rank is None else min(rank, dim), method, center)
+
+    key = {
+        "model": _model_mark(model),
+        "streams": widths,
+        "rank": rank,
+        "method": None if rank is None else method,
+        "center": center,
+        "save_every": save_every,
+        "share": [share.rank, share.world],
+        "groups": len(groups),
+    }
+    temporary = tempfile.mkdtemp(prefix="scalpel-") if folder is None and len(groups) > 1 else None
+    where = folder if temporary is None else temporary
+    saved = None if where is None else Saved(share.folder(Path(where)), key, fresh)
+    found: States = {}
+    corpus = ""
+    with _Bar(progress, len(groups), batches) as bar:
+        for number, group in enumerate(groups):
+            if saved is not None and saved.corpus and all(map(saved.finished, group)):
+                if saved.corpus != (corpus := corpus or _corpus_mark(batches)):
+                    raise ValueError(
+                        f"{saved.folder} holds states of another corpus: give another folder, or fresh=True to collect "
+                        "anew there"
+                    )
+                bar.skip_group()
+                continue
+            filling = _Filling(capture, share, None if temporary else saved, number, save_every)
+            states, corpus = filling.fill({name: new(name) for name in group}, batches, bar)
+            if saved is not None:
+                saved.finish(states, corpus)
+            if len(groups) == 1:
+                found = states
+    if len(groups) > 1:
+        assert saved is not None
+        return Stored(_merged_on_disk(saved, widths) if shard else saved, list(widths), temporary)
+    if saved is not None and not found:
+        found = {name: saved.load(name) for name in widths}
+    return {name: found[name].all_reduce() if shard else found[name] for name in widths}
+
+
+class _Filling:
+    """One group of streams, filled in one pass over the corpus."""
+
+    def __init__(self, capture: Capture, share: _Share, saved: Saved | None, group: int, save_every: int) -> None:
+        self.capture, self.share = capture, share
+        self.saved, self.group, self.save_every = saved, group, save_every
+
+    def fill(self, states: States, batches: Iterable[Any], bar: _Bar) -> tuple[States, str]:
+        """The states, and what tells this corpus from another."""
+        skip, digest = 0, ""
+        if self.saved is not None and (found := self.saved.last(self.group)) is not None:
+            states, position = found
+            skip, digest = position["batches"], position["digest"]
+        read, count = hashlib.sha256(), 0
+        for batch in batches:
+            read.update(_batch_mark(batch))
+            count += 1
+            if count > skip:
+                if (count - 1) % self.share.world == self.share.rank:
+                    for name, rows in self.capture(batch, states).items():
+                        states[name].update(rows)
+                if self.saved is not None and count % self.save_every == 0:
+                    self.saved.save(states, self.group, count, read.hexdigest())
+            elif count == skip and read.hexdigest() != digest:
+                raise ValueError(
+                    f"the first {skip} batches are not those that the saved states were made of: give the same "
+                    "corpus, another folder, or fresh=True"
+                )
+            bar.step()
+        if count < skip:
+            raise ValueError(f"there are {count} batches, and the saved states were made of the first {skip} of more")
+        return states, read.hexdigest()
+
+
+def _merged_on_disk(saved: Saved, names: Iterable[str]) -> Saved:
+    """The states of all processes, one at a time in memory. Beside each process's own, which a restart needs."""
+    merged = Saved(saved.folder / "merged", {"of": "merged"}, fresh=True)
+    for name in names:
+        merged.finish({name: saved.load(name).all_reduce()}, "merged")
+    return merged
+
+
+class _Share:
+    """Which of the batches are this process's."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank, self.world = rank, world
+
+    @classmethod
+    def of_job(cls) -> _Share:
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError(
+                "shard=True needs a torch.distributed job: call init_process_group first, or use torchrun"
+            )
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    def folder(self, folder: Path) -> Path:
+        return folder if self.world == 1 else folder / f"rank-{self.rank}-of-{self.world}"
+
+
+class _Bar:
+    """Batches done, over all groups."""
+
+    def __init__(self, progress: bool | Callable[[int], None], groups: int, batches: Any) -> None:
+        self._length = len(batches) if hasattr(batches, "__len__") else None
+        total = None if self._length is None else self._length * groups
+        self._tell = progress if callable(progress) else None
+        # disable=None: no bar where stderr is no terminal
+        self._bar: Any = tqdm(total=total, unit="batch", disable=None if progress is True else True)
+        self._done = 0
+
+    def skip_group(self) -> None:
+        self.step(self._length or 0)
+
+    def step(self, batches: int = 1) -> None:
+        self._done += batches
+        self._bar.update(batches)
+        if self._tell is not None:
+            self._tell(self._done)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def _peek(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+    """The first batch, and batches that still begin with it."""
+    iterator: Iterator[Any] = iter(batches)
+    try:
+        first = next(iterator)
+    except StopIteration:
+        raise ValueError("batches is empty; give at least one batch of token ids") from None
+    return first, itertools.chain([first], iterator) if iterator is batches else batches
+
+
+def _batch_mark(batch: Any) -> bytes:
+    """What tells one batch from another."""
+    inputs = inputs_of(batch)
+    marks = []
+    for name in sorted(inputs):
+        value = inputs[name]
+        if isinstance(value, Tensor):
+            marks.append(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            marks.append(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return b"|".join(marks)
+
+
+def _corpus_mark(batches: Iterable[Any]) -> str:
+    read = hashlib.sha256()
+    for batch in batches:
+        read.update(_batch_mark(batch))
+    return read.hexdigest()
+
+
+def _model_mark(model: nn.Module) -> str:
+    """SHA-256 of names, shapes and a sample of each tensor: all of a large model would take as long as a batch."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 4096)].cpu().contiguous()
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
