@@ -272,7 +272,6 @@ def test_another_corpus_is_not_mixed_in(tmp_path: Path) -> None:
 
 
 def test_the_files_hold_no_text(tmp_path: Path) -> None:
-    model = build("like_csp_yolo2")
     killed(tmp_path, 8)
     names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert names == {"collect.json", "position.json", *(f"{hook}.safetensors" for hook in HOOKS)}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -58,6 +60,9 @@ def all_reduce(state: StreamingCovariance, group: Any = None) -> None:
     _share(state, rank, ranks[0], group, where)
 
 
+_arrivals = itertools.count()  # every process calls as often as the others
+
+
 def arrive(group: Any = None) -> None:
     """Waits for every process of the group. RuntimeError that names the ranks that are gone."""
     import torch.distributed as dist
@@ -65,16 +70,30 @@ def arrive(group: Any = None) -> None:
     if dist.get_backend(group) != "gloo":
         dist.barrier(group)  # NCCL's own watchdog says who is missing
         return
+    ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+    mark = f"scalpel/{'-'.join(map(str, ranks))}/{next(_arrivals)}"
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"{mark}/{dist.get_rank()}", "here")
     try:
         dist.monitored_barrier(group, wait_all_ranks=True)
     except RuntimeError as error:
-        named = re.search(r"Ranks? ([\d, ]+) failed", str(error))
-        who = (
-            f"rank {named.group(1).strip(' ,')} is gone" if named else "a rank is gone; the first rank's error names it"
-        )
         raise RuntimeError(
-            f"{who}: its rows are lacking, so nothing is merged. Start all processes again; what was saved is used"
+            f"{_absent(error, store, mark, ranks)} is gone: its rows are lacking, so nothing is merged. Start all "
+            "processes again; what was saved is used"
         ) from error
+
+
+def _absent(error: RuntimeError, store: Any, mark: str, ranks: list[int]) -> str:
+    """Who did not arrive. The barrier's own error names them, unless the connection broke before it began."""
+    named = re.search(r"Ranks? ([\d, ]+) failed", str(error))
+    if named is not None:
+        return f"rank {named.group(1).strip(' ,')}"
+    try:
+        time.sleep(1.0)  # those who are on their way
+        missing = [str(rank) for rank in ranks if not store.check([f"{mark}/{rank}"])]
+    except RuntimeError:
+        missing = [f"{ranks[0]} (it holds the store)"]
+    return f"rank {', '.join(missing)}" if missing else "a rank"
 
 
 def _share(state: StreamingCovariance, rank: int, first: int, group: Any, where: torch.device | None) -> None:

@@ -34,7 +34,7 @@ def groups_of(widths: dict[str, int], memory: str | int, rank: int | None) -> li
         size = state_bytes(dim, rank)
         if size > budget:
             raise ValueError(
-                f"{name} is {dim} wide, and its state takes {size / 2**20:.1f} MiB: more than memory={memory!r}. Give "
+                f"{name} is {dim} wide, and its state takes {size / 2**20:.3g} MiB: more than memory={memory!r}. Give "
                 "more, or a rank"
             )
         if used + size > budget:

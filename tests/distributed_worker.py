@@ -1,0 +1,67 @@
+"""One process of the tests of torch.distributed: ``python distributed_worker.py TASK RANK WORLD PORT FOLDER``."""
+
+import datetime
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import scalpel
+from circuitgpt_cases import build, tokens
+from covariance_states import correlated
+from scalpel import StreamingCovariance
+
+WIDTH, ROWS = 20, 500
+
+
+def states(rank: int, world: int) -> dict[str, StreamingCovariance]:
+    x = correlated(ROWS, WIDTH, shift=3.0).tensor_split(world)[rank]
+    return {
+        "exact": StreamingCovariance(WIDTH).update(x),
+        "uncentered": StreamingCovariance(WIDTH, center=False).update(x),
+        "tracker": StreamingCovariance(WIDTH, rank=4).update(x),
+        "directions": StreamingCovariance(WIDTH, rank=4, method="frequent_directions").update(x),
+        "one has none": StreamingCovariance(WIDTH).update(x if rank else x[:0]),
+    }
+
+
+def collected(folder: Path, rank: int, die: bool, memory: str = "1GiB") -> dict[str, StreamingCovariance]:
+    model = build("like_csp_yolo2")
+
+    def stop(done: int) -> None:
+        if die and rank == 1 and done == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    batches = [tokens(model, 2, 7, seed=i) for i in range(9)]
+    hooks = ["1.resid_in", "1.resid_in.grad"]
+    found = scalpel.collect(model, batches, hooks, memory, folder=folder, save_every=2, shard=True, progress=stop)
+    return dict(found)
+
+
+def main() -> None:
+    task, rank, world, port, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], Path(sys.argv[5])
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60))
+    if task == "merge":
+        found = {name: state.all_reduce() for name, state in states(rank, world).items()}
+    elif task == "differ":
+        found = {"x": StreamingCovariance(3 + rank).update(torch.ones(2, 3 + rank)).all_reduce()}
+    elif task == "pair":
+        pair = dist.new_group([1, 2])
+        mine = states(rank, world)["exact"]
+        found = {"exact": mine.all_reduce(pair) if rank in (1, 2) else mine}
+    else:
+        memory = "60KiB" if task == "groups" else "1GiB"
+        found = collected(folder / "states", rank, task == "die", memory)
+    for name, state in found.items():
+        state.save(folder / f"{task}-{name}-{rank}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
