@@ -63,7 +63,7 @@ def _wrong_jvp(self: Jacobian, v: torch.Tensor) -> torch.Tensor:
     ("owner", "name", "wrong", "message"),
     [
         (ops, "keep_topk", _wrong_keep, "keep_topk and torch differ in"),
-        (StreamingCovariance, "update", _wrong_update, "ours covariance is"),
+        (StreamingCovariance, "update", _wrong_update, "our covariance is"),
         (Jacobian, "jvp", _wrong_jvp, r"jvp is .* off vmap\(jvp\)"),
     ],
 )
