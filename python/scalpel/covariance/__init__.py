@@ -1,5 +1,7 @@
 """Streaming covariance: exact states and sketches, their spectra, and what is computed from several of them."""
 
+from .intervals import Interval, leave_one_out
+from .similarity import DebiasedCKA
 from .streaming import Eigen, StreamingCovariance
 
-__all__ = ["Eigen", "StreamingCovariance"]
+__all__ = ["DebiasedCKA", "Eigen", "Interval", "StreamingCovariance", "leave_one_out"]
