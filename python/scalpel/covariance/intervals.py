@@ -37,8 +37,8 @@ def leave_one_out(
     With g blocks of equal size and θ₍₋ᵢ₎ the measure without block i, the variance is (g − 1)/g Σ (θ₍₋ᵢ₎ − mean)²
     (Efron & Tibshirani 1993, "An introduction to the bootstrap", eq. 11.5; for blocks of dependent rows Künsch 1989),
     and the interval value ± t₀.₉₇₅(g − 1) standard errors. Blocks should be long against the distance over which rows
-    depend on each other. Exact states leave a block out by subtraction, sketches by merging the others. The value is not
-    corrected for its bias: a rank from few rows stays too small.
+    depend on each other. Exact states leave a block out by subtraction, sketches by merging the others. The value
+    is not corrected for its bias: a rank from few rows stays too small.
 
     ValueError for fewer than two blocks with rows, or states that can't be merged.
     """
