@@ -21,7 +21,7 @@ from scalpel.models.tokenizer import Tokenizer
 
 LETTERS = "abcdefghijklm"
 CIRCUIT = 12  # the tiny CircuitGPT's context
-SIZES: dict[str, int] = {"length": CIRCUIT, "chunks": 3, "tangents": 4}
+SIZES: dict[str, int] = {"length": CIRCUIT, "chunks": 3, "tangents": 4, "stretches": 0}
 
 
 def letters(count: int) -> Tokenizer:

@@ -17,7 +17,7 @@ from analysis_cases import SIZES, chunk, ids_of, invoke, lists
 from circuitgpt_cases import build, one_thread  # noqa: F401
 from decoder_cases import model_of
 from scalpel import CircuitGPT, lyapunov
-from scalpel.analysis import analyze, run
+from scalpel.analysis import analyze, chunks
 from scalpel.analysis.summary import summarise
 from scalpel.report.analysis import render_analysis
 
@@ -148,10 +148,12 @@ def test_the_command_writes_a_report(circuit: Path, text: Path, tmp_path: Path) 
         "95 % interval (Student’s t)",
         "Active fractions",
         "Margins",
+        "Spectra of activations and gradients",
+        "Gradients: in how many directions, by depth",
         "three standard errors",
     ):
         assert words in page, words
-    assert page.count("<svg") == page.count("<figure>") == 11 and "http" not in page.replace("http-equiv", "")
+    assert page.count("<svg") == page.count("<figure>") == 17 and "http" not in page.replace("http-equiv", "")
     again = invoke(circuit, *options, "--json")
     assert again.stdout == (out / "analysis.json").read_text()
     found = json.loads(again.stdout)
@@ -186,7 +188,7 @@ def test_the_commands_exit_codes(circuit: Path, text: Path, tmp_path: Path, monk
     def measure(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "measure", measure)
+    monkeypatch.setattr(chunks, "measure", measure)
     done = invoke(circuit, "--text", text, "--out", tmp_path / "out")
     assert done.exit_code == 130 and "goes on from the last finished chunk" in done.stderr
 

@@ -16,7 +16,7 @@ import torch
 from analysis_cases import SIZES, byte_pair, chunk, ids_of, letters, lists, text_of
 from circuitgpt_cases import build, one_thread  # noqa: F401
 from scalpel import CircuitGPT, lyapunov
-from scalpel.analysis import analyze, run
+from scalpel.analysis import analyze, chunks, run
 from scalpel.analysis.source import load
 from scalpel.analysis.text import read_text, read_tokenizer
 from scalpel.report.analysis import render_analysis, write_analysis
@@ -28,13 +28,13 @@ from scalpel.report.analysis import render_analysis, write_analysis
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The ids of every chunk that is measured."""
     calls: list[tuple[int, ...]] = []
-    real = run.measure
+    real = chunks.measure
 
     def measure(model: Any, ids: torch.Tensor, *rest: Any) -> Any:
         calls.append(tuple(ids[0].tolist()))
         return real(model, ids, *rest)
 
-    monkeypatch.setattr(run, "measure", measure)
+    monkeypatch.setattr(chunks, "measure", measure)
     return calls
 
 
@@ -42,7 +42,7 @@ def test_a_stopped_analysis_goes_on(
     circuit: Path, text: Path, tmp_path: Path, measured: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = analyze(circuit, text, tmp_path / "whole", **SIZES)
-    counting = run.measure
+    counting = chunks.measure
     measured.clear()
 
     def stopped(*given: Any) -> Any:
@@ -50,11 +50,11 @@ def test_a_stopped_analysis_goes_on(
             raise KeyboardInterrupt
         return counting(*given)
 
-    monkeypatch.setattr(run, "measure", stopped)
+    monkeypatch.setattr(chunks, "measure", stopped)
     with pytest.raises(KeyboardInterrupt):
         analyze(circuit, text, tmp_path / "out", **SIZES)
     assert sorted(path.name for path in (tmp_path / "out" / "chunks").iterdir()) == ["00000.json"]
-    monkeypatch.setattr(run, "measure", counting)
+    monkeypatch.setattr(chunks, "measure", counting)
     first = measured[0]
     measured.clear()
     again = analyze(circuit, text, tmp_path / "out", **SIZES)
@@ -110,7 +110,7 @@ def test_another_config_of_the_same_weights_is_another_model(circuit: Path, text
 def test_chunks_shrink_when_memory_runs_out(
     circuit: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    real, seen = run.measure, []
+    real, seen = chunks.measure, []
 
     def measure(model: Any, ids: torch.Tensor, *rest: Any) -> Any:
         seen.append(ids.shape[1])
@@ -118,7 +118,7 @@ def test_chunks_shrink_when_memory_runs_out(
             raise error
         return real(model, ids, *rest)
 
-    monkeypatch.setattr(run, "measure", measure)
+    monkeypatch.setattr(chunks, "measure", measure)
     analysis = analyze(circuit, text, tmp_path / "out", **SIZES)
     assert seen == [12, 12, 12, 8, 8, 8, 8]
     assert analysis.chunks == [{"start": 0, "tokens": 12}, {"start": 12, "tokens": 8}, {"start": 24, "tokens": 8}]
@@ -136,14 +136,14 @@ def test_memory_that_no_chunk_fits(circuit: Path, text: Path, tmp_path: Path, mo
     def measure(*_: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(run, "measure", measure)
+    monkeypatch.setattr(chunks, "measure", measure)
     with pytest.raises(ValueError, match="memory ran out at chunks of 8 tokens.*try fewer --tangents$"):
         analyze(circuit, text, tmp_path / "out", **SIZES)
 
     def broken(*_: Any) -> Any:
         raise RuntimeError("another kind")
 
-    monkeypatch.setattr(run, "measure", broken)
+    monkeypatch.setattr(chunks, "measure", broken)
     with pytest.raises(RuntimeError, match="another kind"):
         analyze(circuit, text, tmp_path / "other", **SIZES)
 
@@ -166,15 +166,15 @@ def test_no_memory_for_the_untrained_model(
 
 KILLED = """
 import os, signal, sys
-from scalpel.analysis import analyze, run
-real, seen = run.measure, []
+from scalpel.analysis import analyze, chunks
+real, seen = chunks.measure, []
 def measure(*given):
     seen.append(1)
     if len(seen) > int(sys.argv[4]):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*given)
-run.measure = measure
-analyze(*sys.argv[1:4], length=12, chunks=3, tangents=4, untrained=False)
+chunks.measure = measure
+analyze(*sys.argv[1:4], length=12, chunks=3, tangents=4, untrained=False, stretches=0)
 """
 
 

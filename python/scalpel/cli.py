@@ -224,6 +224,17 @@ def analyze(
     products: Annotated[
         bool, typer.Option("--products/--no-products", help="Spectra by depth: half the depth times the rest.")
     ] = True,
+    spectra: Annotated[
+        int,
+        typer.Option(min=0, help="Stretches of the text that spectra of activations and gradients are over; 0: none."),
+    ] = 256,
+    hooks: Annotated[
+        str,
+        typer.Option(help="Where they are taken, a pattern; NAME.grad for gradients. By default the residual stream."),
+    ] = r"(\d+\.resid_in|final_resid)(\.grad)?",
+    memory: Annotated[
+        str, typer.Option(help="For their states; where they don't fit, the text is read again.")
+    ] = "4GiB",
     out: Annotated[Path, typer.Option(help="Folder of the report and of finished chunks.")] = Path("scalpel-analysis"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure anew what the folder holds.")] = False,
     seed: Seed = 0,
@@ -251,10 +262,15 @@ def analyze(
             stream=stream,
             untrained=untrained,
             products=products,
+            stretches=spectra,
+            hooks=hooks,
+            memory=memory,
             fresh=fresh,
             seed=seed,
             progress=steps.stage,
         )
+        if os.environ.get("RANK", "0") != "0":  # of torchrun's processes, the first writes for all
+            return
         steps.stage("writing the report", 1.0)
         page = write_analysis(out, analysis)
     if as_json:

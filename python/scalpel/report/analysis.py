@@ -40,6 +40,12 @@ _PARTS = {
         "Only the leading singular values are computed; the others lie between zero and the smallest of these, and "
         "their summed squares are estimated with random probes. What a rank can then be is an interval, not a number.",
     ),
+    "spectra": (
+        "Spectra of activations and gradients",
+        "The covariance of a hook’s values over the tokens of the text, and of the gradient of the summed next-token "
+        "cross-entropy there, one row a token, centred. Any data has leading components, so the shares say little by "
+        "themselves: what training did is the difference from the untrained model on the same text.",
+    ),
     "masks": (
         "What is active, and by how little",
         "An active fraction is the share of entries that are not zero. A margin is how far, in one token’s row, the "
@@ -99,6 +105,12 @@ def headlines(analysis: "Analysis") -> dict[str, str]:
             continue
         sides = [("", analysis.trained), ("; untrained ", analysis.untrained)]
         found[words] = "".join(before + _figure(side[key], i) for before, side in sides if side is not None)
+    if analysis.spectra is not None:
+        sides = [("", analysis.spectra["trained"]), ("; untrained ", analysis.spectra["untrained"])]
+        streams = list(analysis.spectra["trained"])
+        for stream in dict.fromkeys((next((s for s in streams if s == "final_resid"), streams[0]), streams[-1])):
+            words = f"effective rank at {stream}, of {analysis.spectra['trained'][stream]['dim']}"
+            found[words] = "".join(before + _rank(side[stream]) for before, side in sides if side is not None)
     shares = [leaf["mean"] for leaf in analysis.trained["active"].values()]
     found["active fractions"] = f"{min(shares):.3g} to {max(shares):.3g} at {len(shares)} hooks"
     margins = {name: leaf["relative_median"]["mean"] for name, leaf in analysis.trained["margins"].items()}
@@ -106,6 +118,11 @@ def headlines(analysis: "Analysis") -> dict[str, str]:
         least = min(margins, key=margins.__getitem__)
         found["smallest median margin"] = f"{margins[least]:.2g} of the smallest magnitude kept, at {least}"
     return found
+
+
+def _rank(figures: dict[str, Any]) -> str:
+    value, low, high = (figures["effective_rank"][part] for part in ("value", "low", "high"))
+    return f"{value:.1f}" + ("" if low is None else f" [{low:.1f}, {high:.1f}]")
 
 
 def _figure(leaf: dict[str, Any], i: int) -> str:

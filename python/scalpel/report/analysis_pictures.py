@@ -37,10 +37,13 @@ def pictures(analysis: "Analysis") -> list[Picture]:
     sides = [("", "line", analysis.trained)]
     if analysis.untrained is not None:
         sides.append((" untrained", "dashed", analysis.untrained))
+    from .spectra_pictures import spectra_pictures
+
     found = [
         *_collapse(sides, bands),
         *_growth(sides, bands),
         *_ranks(sides, count),
+        *spectra_pictures(analysis.spectra),
         *_active(analysis.trained, bands),
         *_margins(analysis.trained, count),
     ]

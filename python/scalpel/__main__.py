@@ -1,0 +1,5 @@
+"""``python -m scalpel``: the command line, as ``torchrun … -m scalpel`` needs it."""
+
+from .cli import main
+
+main()

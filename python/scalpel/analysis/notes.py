@@ -1,0 +1,69 @@
+"""What a reader of an analysis must know, in sentences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .source import Source
+
+
+def notes_of(
+    source: Source,
+    records: list[dict[str, Any]],
+    asked: int,
+    shrunk: list[dict[str, int]],
+    cut_off: list[dict[str, int]],
+    beside: bool,
+    spectra: dict[str, Any] | None,
+) -> list[str]:
+    count = len(records)
+    notes = []
+    if count < asked:
+        notes.append(f"The text holds {count} whole chunks of the {asked} asked for.")
+    if count == 1:
+        notes.append("One chunk has no interval: nothing here says how much another stretch of this text would change.")
+    if shrunk:
+        steps = "; ".join(f"at chunk {s['chunk'] + 1} from {s['from']} to {s['to']} tokens" for s in shrunk)
+        lengths = sorted({record["tokens"] for record in records}, reverse=True)
+        notes.append(
+            f"Memory ran out, or the system ended the program, and chunks were shortened: {steps}. "
+            + (f"Means mix chunks of {' and '.join(map(str, lengths))} tokens." if len(lengths) > 1 else "")
+        )
+    for each in cut_off:
+        times = "an earlier run was" if each["times"] == 1 else f"{each['times']} earlier runs were"
+        notes.append(
+            f"In the middle of chunk {each['chunk'] + 1} of {each['tokens']} tokens {times} cut off from outside. "
+            "Systems that are short of memory do that: --length and --tangents make a chunk smaller."
+        )
+    if source.kind == "stream":
+        notes.append(
+            "The model was read a layer at a time. The exponents of the product, its spectra by depth and the "
+            "alignment of layers need the layers in reverse order, too, and are not here; frame growth is not the "
+            "exponents. There is no untrained model beside it."
+        )
+        if "bfloat16" in str(source.facts["dtype"]):
+            notes.append("Products are bfloat16: singular values are good to about one per cent of the largest.")
+    elif not beside:
+        notes.append("There is no untrained model beside it, so nothing says which of this is due to training.")
+    if all(share == 1 for record in records for share in record["trained"]["active"].values()):
+        notes.append("No hook holds a zero: active fractions are 1 throughout, and no TopK has a margin.")
+    for side in ("trained", "untrained"):
+        stuck = sum(not record[side]["converged"] for record in records if side in record)
+        if stuck:
+            worst = max(record[side]["residual"] for record in records if side in record)
+            notes.append(
+                f"{side.capitalize()}: in {stuck} of {count} chunks some singular values did not converge (largest "
+                f"residual {worst:.1e}); they may be too small."
+            )
+    if spectra is not None:
+        few = [name for name, each in spectra["trained"].items() if each["count"] < each["dim"]]
+        if few:
+            rows, dim = spectra["trained"][few[0]]["count"], spectra["trained"][few[0]]["dim"]
+            notes.append(
+                f"Spectra of hooks: {rows} rows in {dim} dimensions at {few[0]}"
+                + (f" and {len(few) - 1} more" if len(few) > 1 else "")
+                + ". Ranks can't exceed the number of rows there, and are too small: give a longer text or --spectra."
+            )
+    elif source.kind == "stream":
+        notes.append("Spectra of activations and gradients need the model in memory, and are not here.")
+    return [note.strip() for note in notes]

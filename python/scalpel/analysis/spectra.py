@@ -1,0 +1,129 @@
+"""Spectra of activations and gradients over the text, with intervals by leaving one block of it out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._files import replace_text
+from ..covariance import StreamingCovariance, leave_one_out
+from ..covariance.measures import effective_rank, participation_ratio
+from ..streams import collect
+from .job import Job
+from .text import Text
+
+RESIDUAL = r"(\d+\.resid_in|final_resid)(\.grad)?"  # the residual stream before each layer and after the last
+BLOCKS = 8  # of the text, one of which is left out at a time
+_BATCH = 8  # stretches that go through the model at once
+_SHOWN = 32  # leading shares that are kept
+_ALL = 1024  # dimensions up to which all eigenvalues are found for each block that is left out
+_SHARES = (1, 3, 10)
+
+Step = Callable[[str, float], None]
+
+
+class Spectra:
+    """What is measured, and where it is kept: ``<out>/spectra-….json`` when done, states of blocks until then, and
+    the states of the whole text in ``<out>/states``, which ``StreamingCovariance.load`` reads.
+    """
+
+    def __init__(
+        self, out: Path, text: Text, length: int, stretches: int, hooks: str, memory: str, job: Job, fresh: bool
+    ) -> None:
+        self.text, self.length, self.hooks, self.memory, self.job, self.fresh = text, length, hooks, memory, job, fresh
+        self.stretches = min(stretches, len(text.ids) // length)
+        self.out = out
+
+    def measure(self, side: str, model: Callable[[], nn.Module], mark: str, step: Step) -> dict[str, Any]:
+        """{stream: figures} of one model; ``mark`` tells it from others. Read from disk where it was measured."""
+        key = f"{mark} {self.length} {self.stretches} {self.hooks} {self.text.facts['tokens_sha256']} {self.job.world}"
+        name = f"{side}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+        kept = self.out / f"spectra-{name}.json"
+        if kept.is_file() and not self.fresh:
+            found: dict[str, Any] = json.loads(kept.read_text())
+            return found
+        folder = self.out / f"blocks-{name}"
+        parts = self._blocks()
+        states = []
+        for i, part in enumerate(parts):
+            step(f"{side}, spectra, block {i + 1} of {len(parts)}", i / len(parts))
+            states.append(
+                collect(
+                    model(),
+                    part,
+                    self.hooks,
+                    self.memory,
+                    folder=folder / f"{i}",
+                    fresh=self.fresh,
+                    shard=not self.job.alone,
+                    progress=False,
+                )
+            )
+        found = {}
+        for stream in states[0]:
+            step(f"{side}, spectrum at {stream}", 1.0)
+            found[stream] = self._figures([block[stream] for block in states], side, stream)
+        if self.job.rank == 0:
+            replace_text(kept, json.dumps(found, allow_nan=False) + "\n")
+            if self.job.alone:  # another process may not have read its own yet
+                shutil.rmtree(folder, ignore_errors=True)
+        return found
+
+    def _blocks(self) -> list[list[Tensor]]:
+        """The stretches as blocks of batches: neighbours in one block, since they are alike."""
+        ids = torch.tensor(self.text.ids[: self.stretches * self.length], dtype=torch.int64)
+        rows = ids.reshape(self.stretches, self.length)
+        return [list(block.split(_BATCH)) for block in rows.tensor_split(min(BLOCKS, self.stretches))]
+
+    def _figures(self, blocks: list[StreamingCovariance], side: str, stream: str) -> dict[str, Any]:
+        whole = blocks[0]._of(*blocks[0]._like())
+        for block in blocks:
+            whole.merge(block)
+        if self.job.rank == 0:
+            folder = self.out / "states" / side
+            folder.mkdir(parents=True, exist_ok=True)
+            whole.save(folder / f"{stream}.safetensors")
+        values = whole._state.eigenvalues()  # type: ignore[attr-defined]
+        total = float(values.sum())
+        found: dict[str, Any] = {
+            "count": whole.count,
+            "dim": whole.dim,
+            "variance": total,
+            "mean_norm": float(torch.linalg.vector_norm(whole.mean)),
+            "shares": (values[:_SHOWN] / total).tolist() if total > 0 else [],
+        }
+        measures = _numbers(values)
+        intervals: dict[str, tuple[float, float]] = {}
+        if len(blocks) > 1:
+            small = whole.dim <= _ALL
+            names = list(measures) if small else ["participation_ratio"]
+
+            def measure(state: StreamingCovariance) -> Tensor:
+                if not small:
+                    sums = state._state.total()
+                    return torch.tensor([participation_ratio(sums.values, sums.squares or 0.0)])
+                return torch.tensor(list(_numbers(state._state.eigenvalues()).values()))  # type: ignore[attr-defined]
+
+            jack = leave_one_out(blocks, measure)
+            intervals = {n: (float(jack.low[i]), float(jack.high[i])) for i, n in enumerate(names)}
+        for name, value in measures.items():
+            low, high = intervals.get(name, (None, None))
+            found[name] = {"value": value, "low": low, "high": high}
+        return found
+
+
+def _numbers(values: Tensor) -> dict[str, float]:
+    total = float(values.sum())
+    found = {f"top_{k}": float(values[:k].sum()) / total if total > 0 else 0.0 for k in _SHARES}
+    return found | {
+        "effective_rank": effective_rank(values),
+        "effective_rank_singular": effective_rank(values, of="singular"),
+        "participation_ratio": participation_ratio(total, float(values.square().sum())),
+    }
