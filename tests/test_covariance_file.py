@@ -81,7 +81,10 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"version": 99}, "format version 99"),
-        ({"dim": 5}, "mean is torch.float64 of shape"),
+        ({"dim": 5}, "dim is 5, and mean has shape"),
+        ({"dim": 10**15}, "dim is 1000000000000000, and mean has shape"),
+        ({"center": "no"}, "center is .no."),
+        ({"crc32": ["mean"]}, "damaged header"),
         ({"count": -1}, "count is -1"),
         ({"count": "x"}, "count is 'x'"),
         ({"dtype": "nonsense"}, "nonsense"),

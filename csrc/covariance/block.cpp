@@ -7,6 +7,7 @@
 #include <memory>
 #include <new>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/memory.h"
@@ -21,6 +22,9 @@ constexpr std::int64_t kBand = 4;
 constexpr std::int64_t kPanelsPerThread = 8;
 // Squares beyond this overflow a float64 sum, which would spoil the state without a NaN in sight.
 constexpr double kLargest = 1e150;
+// Deviations whose squares, 1024 of them summed, float32 holds with room on both sides.
+constexpr double kSmallest = 1e-12;
+constexpr double kLargestFloat = 1e15;
 
 void multiply(const CovarianceKernels& kernels, const float* a, const float* b, std::int64_t rows,
               double* tile) {
@@ -35,15 +39,16 @@ void multiply(const CovarianceKernels& kernels, const double* a, const double* b
 template <class S>
 class Block {
  public:
-  Block(Moments& state, const Rows& rows, int threads)
+  Block(Moments& state, const Rows& rows, std::vector<double> mean, int threads)
       : state_(state),
         rows_(rows),
         kernels_(active_covariance_kernels()),
         of_rows_(kernels_for(kernels_, rows.dtype)),
+        pack_(sizeof(S) == 8 ? of_rows_.pack_wide : of_rows_.pack),
         dim_(state.dim),
         panels_((dim_ + kWidth - 1) / kWidth),
         threads_(threads),
-        mean_(static_cast<std::size_t>(dim_), 0.0),
+        mean_(std::move(mean)),
         shift_(static_cast<std::size_t>(dim_), 0.0),
         joint_(static_cast<std::size_t>(panels_ * kWidth), 0.0) {
     const std::size_t bytes = static_cast<std::size_t>(rows.count * panels_ * kPanelBytes);
@@ -54,7 +59,6 @@ class Block {
   void add() {
     const std::int64_t before = state_.count;
     const std::int64_t after = before + rows_.count;
-    find_mean(rows_, dim_, mean_.data(), threads_);
     if (state_.centered) {
       shift_ = mean_;
       // Chan's d d^T n_a n_b / n: one more product of a row with itself, sqrt(n_a n_b / n) d.
@@ -96,8 +100,8 @@ class Block {
       auto panels = [&](std::int64_t first, std::int64_t last, int) {
         for (std::int64_t p = first; p < last; ++p) {
           const std::int64_t left = p * kWidth;
-          of_rows_.pack(at(begin, left), rows_.stride, height, std::min(kWidth, dim_ - left),
-                        shift_.data() + left, panel(begin, height, p));
+          pack_(at(begin, left), rows_.stride, height, std::min(kWidth, dim_ - left), shift_.data() + left,
+                panel(begin, height, p));
         }
       };
       parallel_for(panels_, 8, threads_for(height * dim_, threads_), panels);
@@ -137,6 +141,7 @@ class Block {
   const Rows rows_;
   const CovarianceKernels& kernels_;
   const RowKernels& of_rows_;
+  void (*const pack_)(const void*, std::int64_t, std::int64_t, std::int64_t, const double*, void*);
   const std::int64_t dim_;
   const std::int64_t panels_;
   const int threads_;
@@ -182,26 +187,39 @@ std::int64_t first_bad_row(const Rows& rows, std::int64_t dim, int threads) {
   return first.load() == rows.count ? -1 : first.load();
 }
 
-void find_mean(const Rows& rows, std::int64_t dim, double* mean, int threads) {
+double find_mean(const Rows& rows, std::int64_t dim, bool centered, double* mean, int threads) {
   const RowKernels& kernels = kernels_for(active_covariance_kernels(), rows.dtype);
-  const std::vector<double> zeros(static_cast<std::size_t>(dim), 0.0);
-  std::vector<double> start(static_cast<std::size_t>(dim), 0.0);
-  kernels.add_to_sums(rows.data, rows.stride, 1, dim, zeros.data(), start.data());
+  const auto columns = static_cast<std::size_t>(dim);
+  const std::vector<double> zeros(columns, 0.0);
+  std::vector<double> start(columns, 0.0);
+  std::vector<double> peaks(columns, 0.0);
+  kernels.add_to_sums(rows.data, rows.stride, 1, dim, zeros.data(), start.data(), peaks.data());
+  std::fill(peaks.begin(), peaks.end(), 0.0);
   std::fill_n(mean, dim, 0.0);
-  auto columns = [&](std::int64_t begin, std::int64_t end, int) {
+  auto some = [&](std::int64_t begin, std::int64_t end, int) {
     const auto* from = static_cast<const char*>(rows.data) + begin * item_size(rows.dtype);
-    kernels.add_to_sums(from, rows.stride, rows.count, end - begin, start.data() + begin, mean + begin);
+    kernels.add_to_sums(from, rows.stride, rows.count, end - begin, start.data() + begin, mean + begin,
+                        peaks.data() + begin);
   };
-  parallel_for(dim, 256, threads_for(rows.count * dim, threads), columns);
-  for (std::int64_t c = 0; c < dim; ++c) mean[c] = start[c] + mean[c] / static_cast<double>(rows.count);
+  parallel_for(dim, 256, threads_for(rows.count * dim, threads), some);
+  double most = 0;
+  for (std::int64_t c = 0; c < dim; ++c) {
+    mean[c] = start[c] + mean[c] / static_cast<double>(rows.count);
+    // no entry is farther from the mean than twice its distance from the first
+    most = std::max(most, centered ? 2 * peaks[c] : peaks[c] + std::fabs(start[c]));
+  }
+  return most;
 }
 
 void add_block(Moments& state, const Rows& rows, int threads) {
   if (rows.count == 0) return;
-  if (kernels_for(active_covariance_kernels(), rows.dtype).narrow) {
-    Block<float>(state, rows, threads).add();
+  std::vector<double> mean(static_cast<std::size_t>(state.dim));
+  const double most = find_mean(rows, state.dim, state.centered, mean.data(), threads);
+  const bool fits = most == 0 || (kSmallest < most && most < kLargestFloat);
+  if (kernels_for(active_covariance_kernels(), rows.dtype).narrow && fits) {
+    Block<float>(state, rows, std::move(mean), threads).add();
   } else {
-    Block<double>(state, rows, threads).add();
+    Block<double>(state, rows, std::move(mean), threads).add();
   }
 }
 

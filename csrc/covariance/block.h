@@ -29,8 +29,8 @@ const RowKernels& kernels_for(const CovarianceKernels& kernels, DType dtype);
 std::int64_t first_bad_row(const Rows& rows, std::int64_t dim, int threads);
 
 // The mean of the rows, float64, from rows shifted by the first of them, so that a column that never varies
-// has its own value as its mean.
-void find_mean(const Rows& rows, std::int64_t dim, double* mean, int threads);
+// has its own value as its mean. Returns a bound on |x - mean|, or on |x| if not centered.
+double find_mean(const Rows& rows, std::int64_t dim, bool centered, double* mean, int threads);
 
 // At most kBlockRows rows, all finite, join the state.
 void add_block(Moments& state, const Rows& rows, int threads);

@@ -18,7 +18,8 @@
 //   d = mean_b - mean_a,  n = n_a + n_b
 //   scatter = scatter_a + scatter_b + d d^T n_a n_b / n,   mean = mean_a + d n_b / n
 // Means are float64. Rows are centred in float64; products of float64 rows are float64, those of narrower
-// ones float32, over at most 128 rows, and these sums are then added in float64.
+// ones float32, over at most 128 rows, and these sums are then added in float64 (of a block whose deviations
+// float32 could not square, float64).
 //
 // The bits don't depend on the number of threads: each entry is summed in the order of the rows. They do
 // depend on the target (vector width leaves the order alone, fused multiply-add does not leave the rounding),

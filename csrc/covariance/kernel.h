@@ -13,13 +13,17 @@ inline constexpr std::int64_t kPanelBytes = 128;
 struct RowKernels {
   // Whether one of n entries is a NaN, an infinity, or beyond `most` in size.
   bool (*has_bad)(const void* row, std::int64_t n, double most);
-  // sums[c] += x[r][c] - start[c], in the order of the rows.
+  // sums[c] += x[r][c] - start[c], in the order of the rows; peaks[c] becomes at least the largest |x -
+  // start|.
   void (*add_to_sums)(const void* x, std::int64_t stride, std::int64_t rows, std::int64_t columns,
-                      const double* start, double* sums);
+                      const double* start, double* sums, double* peaks);
   // A panel of x - shift, its columns from `used` on zero: float64 of a float64 x, else float32, rounded
   // once.
   void (*pack)(const void* x, std::int64_t stride, std::int64_t rows, std::int64_t used, const double* shift,
                void* panel);
+  // The same in float64, whatever x is.
+  void (*pack_wide)(const void* x, std::int64_t stride, std::int64_t rows, std::int64_t used,
+                    const double* shift, void* panel);
   // out = row - shift over n entries, as a panel's; returns the sum of squares of what is written.
   double (*center)(const void* row, std::int64_t n, const double* shift, void* out);
   bool narrow;  // panels are float32

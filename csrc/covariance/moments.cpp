@@ -185,7 +185,7 @@ double center_rows(const TensorView& x, bool centered, const TensorView& mean, c
         name_of(wide));
   }
   const Rows rows{x.data, x.row_stride(), x.shape[0], x.dtype};
-  find_mean(rows, dim, static_cast<double*>(mean.data), threads);
+  find_mean(rows, dim, centered, static_cast<double*>(mean.data), threads);
   const std::vector<double> zeros(static_cast<std::size_t>(dim), 0.0);
   const double* const shift = centered ? static_cast<double*>(mean.data) : zeros.data();
   std::vector<double> squares(static_cast<std::size_t>(rows.count));

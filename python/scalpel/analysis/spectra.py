@@ -108,7 +108,7 @@ class Spectra:
             def measure(state: StreamingCovariance) -> Tensor:
                 if not small:
                     sums = state._state.total()
-                    return torch.tensor([participation_ratio(sums.values, sums.squares or 0.0)])
+                    return torch.tensor([participation_ratio(sums.squares or 0.0)])
                 return torch.tensor(list(_numbers(state._state.eigenvalues()).values()))  # type: ignore[attr-defined]
 
             jack = leave_one_out(blocks, measure)
@@ -125,5 +125,5 @@ def _numbers(values: Tensor) -> dict[str, float]:
     return found | {
         "effective_rank": effective_rank(values),
         "effective_rank_singular": effective_rank(values, of="singular"),
-        "participation_ratio": participation_ratio(total, float(values.square().sum())),
+        "participation_ratio": participation_ratio(float((values / total).square().sum()) if total > 0 else 0.0),
     }

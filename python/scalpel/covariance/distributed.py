@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
+import copy
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from .state import State
     from .streaming import StreamingCovariance
 
 
@@ -48,6 +50,7 @@ def all_reduce(state: StreamingCovariance, group: Any = None) -> None:
             for name in sorted(mine):
                 dist.send(_moved(mine[name], where), dst=ranks[0], group=group)
     else:
+        total = copy.deepcopy(state)  # a connection that breaks halfway leaves this state as it was
         for other, (_, shapes) in enumerate(everyone[1:], start=1):
             with _names_the_rank(ranks[other]):
                 found = {}
@@ -56,11 +59,12 @@ def all_reduce(state: StreamingCovariance, group: Any = None) -> None:
                     dist.recv(found[name], src=ranks[other], group=group)
             taken = state._of(*state._like())
             taken._state.restore({name: tensor.cpu() for name, tensor in found.items()})
-            state._state.merge(taken._state)
-    _share(state, rank, ranks[0], group, where)
+            total._state.merge(taken._state)
+        mine = total._state.tensors()
+    state._state = _shared(state, mine, rank, ranks[0], group, where)
 
 
-_arrivals = itertools.count()  # every process calls as often as the others
+_arrivals: Counter[tuple[int, ...]] = Counter()  # by group: each of its processes calls as often as the others
 
 
 def arrive(group: Any = None) -> None:
@@ -71,7 +75,8 @@ def arrive(group: Any = None) -> None:
         dist.barrier(group)  # NCCL's own watchdog says who is missing
         return
     ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
-    mark = f"scalpel/{'-'.join(map(str, ranks))}/{next(_arrivals)}"
+    _arrivals[tuple(ranks)] += 1
+    mark = f"scalpel/{'-'.join(map(str, ranks))}/{_arrivals[tuple(ranks)]}"
     store = dist.distributed_c10d._get_default_store()
     store.set(f"{mark}/{dist.get_rank()}", "here")
     try:
@@ -96,22 +101,28 @@ def _absent(error: RuntimeError, store: Any, mark: str, ranks: list[int]) -> str
     return f"rank {', '.join(missing)}" if missing else "a rank"
 
 
-def _share(state: StreamingCovariance, rank: int, first: int, group: Any, where: torch.device | None) -> None:
-    """The first rank's state, to all."""
+def _shared(
+    state: StreamingCovariance,
+    merged: dict[str, Tensor],
+    rank: int,
+    first: int,
+    group: Any,
+    where: torch.device | None,
+) -> State:
+    """The first rank's merged state, in all."""
     import torch.distributed as dist
 
-    merged = state._state.tensors() if rank == 0 else {}
     told: list[Any] = [{name: (tuple(t.shape), t.dtype) for name, t in merged.items()}]
+    found = {}
     with _names_the_rank(first):
         dist.broadcast_object_list(told, src=first, group=group)
         for name, (shape, dtype) in sorted(told[0].items()):
-            tensor = _moved(merged[name], where) if rank == 0 else torch.empty(shape, dtype=dtype, device=where)
+            tensor = torch.empty(shape, dtype=dtype, device=where) if rank else _moved(merged[name], where)
             dist.broadcast(tensor, src=first, group=group)
-            merged[name] = tensor
-    if rank:
-        fresh = state._of(*state._like())
-        fresh._state.restore({name: tensor.cpu() for name, tensor in merged.items()})
-        state._state = fresh._state
+            found[name] = tensor
+    fresh = state._of(*state._like())
+    fresh._state.restore({name: tensor.cpu() for name, tensor in found.items()})
+    return fresh._state
 
 
 @contextmanager

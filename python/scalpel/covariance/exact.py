@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from .eigen import Leading, Spectrum, by_lapack, by_rows, worth_iterating
 from .state import State, Total
 
 BLOCK_ROWS: int = _core.BLOCK_ROWS
+_ROWS = 256
 _TINY, _HUGE = 1e-20, 1e30  # variances whose products float32 holds
 
 
@@ -31,6 +33,7 @@ class Exact(State):
         self._scatter = torch.zeros(0, 0, dtype=torch.float64)
         self._waiting = torch.empty(0, dim)
         self._leading = Leading()
+        self._answer: Spectrum | None = None  # to the last question, while no row has come since
 
     # ---- rows ----------------------------------------------------------------------------------
 
@@ -39,15 +42,21 @@ class Exact(State):
         return int(self._counts.sum())
 
     def update(self, rows: Tensor) -> int:
+        if not len(rows):
+            return -1
         joined, waiting = self._counts.tolist()
         if waiting and self._waiting.dtype != rows.dtype:
+            bad: int = _core.first_bad_row(memory_of(rows), torch.get_num_threads())
+            if bad >= 0:
+                return bad  # before anything is changed
             self.fold()
             joined, waiting = self._counts.tolist()
         limit = BLOCK_ROWS if joined else max(BLOCK_ROWS, self.dim)
         self._make_room(waiting, min(limit, waiting + len(rows)), limit, rows.dtype)
         if waiting + len(rows) >= limit:
             self._need_scatter()
-        bad: int = _core.update_moments(*self._memory(), self.center, memory_of(rows), torch.get_num_threads())
+        self._answer = None
+        bad = _core.update_moments(*self._memory(), self.center, memory_of(rows), torch.get_num_threads())
         if self.dim > BLOCK_ROWS and not joined and int(self._counts[0]):
             self._waiting = self._waiting[:BLOCK_ROWS].clone()  # more never wait from here on
         return bad
@@ -70,6 +79,7 @@ class Exact(State):
         self._combine(other, _core.subtract_moments)
 
     def _combine(self, other: Exact, op: Any) -> None:
+        self._answer = None
         for state in (self, other):
             state.fold()
             state._need_scatter()
@@ -94,13 +104,19 @@ class Exact(State):
         """Σ λ and Σ λ², without eigenvalues."""
         if self._few_rows():
             rows = self._centred()
-            inner = rows @ rows.T / self.count
-            return Total(float(inner.trace()), float(inner.square().sum()))
-        self.fold()
-        count = self.count
-        diagonal = self._scatter.diagonal()
-        squares = 2 * float(torch.linalg.vector_norm(self._scatter) ** 2) - float(diagonal.square().sum())
-        return Total(float(diagonal.sum()) / count, squares / count**2)
+            lower = rows @ rows.T  # its eigenvalues are the scatter's
+        else:
+            self.fold()
+            lower = self._scatter
+        diagonal = lower.diagonal()
+        total = float(diagonal.sum())
+        if total <= 0:
+            return Total(0.0, 0.0)
+        # of shares of the total, a few rows at a time: no copy of the matrix, and nothing beyond float64's range
+        squares = -float((diagonal / total).square().sum())
+        for i in range(0, len(lower), _ROWS):
+            squares += 2 * float((lower[i : i + _ROWS].tril(i) / total).square().sum())
+        return Total(total / self.count, squares)
 
     # ---- eigenvectors --------------------------------------------------------------------------
 
@@ -108,6 +124,13 @@ class Exact(State):
         if self._few_rows():
             return by_rows(self._centred(), self.count, k)
         self.fold()
+        if self._answer is not None and k is not None and k <= len(self._answer.values):
+            return Spectrum(self._answer.values[:k].clone(), self._answer.vectors[:k].clone())
+        found = self._spectrum(k)
+        self._answer = found
+        return Spectrum(found.values.clone(), found.vectors.clone())
+
+    def _spectrum(self, k: int | None) -> Spectrum:
         largest = float(self._scatter.diagonal().max()) / self.count  # no entry is larger
         if k is not None and worth_iterating(self.dim, k) and _TINY < largest < _HUGE:
             found = self._leading.find(self._full(torch.float32), self._product, k)
@@ -125,8 +148,11 @@ class Exact(State):
     def eigenvalues(self) -> Tensor:
         if self._few_rows():
             values = torch.linalg.svdvals(self._centred()).square() / self.count
-            return torch.cat([values, values.new_zeros(self.dim - len(values))])
-        return torch.linalg.eigvalsh(self.covariance()).flip(0).clamp_min(0)
+            values = torch.cat([values, values.new_zeros(self.dim - len(values))])
+        else:
+            values = torch.linalg.eigvalsh(self.covariance()).flip(0)
+        noise = self.dim * torch.finfo(torch.float64).eps * float(values[0])
+        return torch.where(values > noise, values, 0.0)
 
     def _few_rows(self) -> bool:
         """All rows are still here, and fewer than there are columns: their Gram matrix is the smaller one."""
@@ -140,8 +166,10 @@ class Exact(State):
 
     def tensors(self) -> dict[str, Tensor]:
         self.fold()
-        below = torch.tril_indices(self.dim, self.dim) if self.count else torch.zeros(2, 0, dtype=torch.int64)
-        return {"count": self._counts[:1].clone(), "mean": self._mean, "scatter": self._scatter[below[0], below[1]]}
+        packed = torch.zeros(self.dim * (self.dim + 1) // 2 if self.count else 0, dtype=torch.float64)
+        for row, part in self._triangle(packed):
+            part[:] = row
+        return {"count": self._counts[:1].clone(), "mean": self._mean, "scatter": packed}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         count = int(tensors["count"])
@@ -149,8 +177,14 @@ class Exact(State):
         self._mean.copy_(tensors["mean"])
         if count:
             self._need_scatter()
-            below = torch.tril_indices(self.dim, self.dim)
-            self._scatter[below[0], below[1]] = tensors["scatter"]
+            for row, part in self._triangle(tensors["scatter"]):
+                row[:] = part
+
+    def _triangle(self, packed: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each row of the scatter, up to the diagonal, and its place in ``packed``."""
+        for i in range(self.dim if self.count else 0):
+            begin = i * (i + 1) // 2
+            yield self._scatter[i, : i + 1], packed[begin : begin + i + 1]
 
     # ---- inside --------------------------------------------------------------------------------
 

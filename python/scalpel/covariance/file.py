@@ -8,7 +8,6 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -52,15 +51,33 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.
                     f"{name} has format version {header['version']}, this release reads {VERSION}; install the "
                     "scalpel that wrote it"
                 )
-            tensors = {key: file.get_tensor(key) for key in header["crc32"]}
+            sums = {key: value for key, value in header["crc32"].items()}  # noqa: C416  # no mapping: AttributeError
+            tensors = {key: file.get_tensor(key) for key in sums}
+            for key, tensor in tensors.items():
+                if _checksum(tensor) != sums[key]:
+                    raise ValueError(f"{name} is damaged: the checksum of {key} differs from the one in its header")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{name} is truncated or no covariance state at all ({error})") from error
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{name} has a damaged header ({error!r})") from error
-    for key, tensor in tensors.items():
-        if _checksum(tensor) != header["crc32"][key]:
-            raise ValueError(f"{name} is damaged: the checksum of {key} differs from the one in its header")
     return header, tensors
+
+
+def check_header(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """Refuses, with ValueError, a header that no state writes, before anything of its size is made."""
+    for name, kinds in (("dim", (int,)), ("count", (int,)), ("center", (bool,)), ("rank", (int, type(None)))):
+        value = header[name]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise ValueError(f"{name} is {value!r}")
+    if tuple(tensors["mean"].shape) != (header["dim"],):
+        raise ValueError(f"dim is {header['dim']}, and mean has shape {tuple(tensors['mean'].shape)}")
+    if header["rank"] is not None:
+        directions, (energy, shrunk) = tensors["directions"], tensors["energy"].tolist()
+        lengths = torch.linalg.vector_norm(directions.double(), dim=-1)
+        if directions.dim() != 2 or len(directions) > 2 * header["rank"]:
+            raise ValueError(f"directions has shape {tuple(directions.shape)}, and rank is {header['rank']}")
+        if bool((lengths.diff() > 1e-6 * lengths[:-1]).any()) or energy < 0 or shrunk < 0:
+            raise ValueError("directions, or the energies, are not those of a sketch")
 
 
 def check_tensors(tensors: dict[str, torch.Tensor], like: dict[str, torch.Tensor], count: int, dim: int) -> None:
@@ -82,4 +99,4 @@ def check_tensors(tensors: dict[str, torch.Tensor], like: dict[str, torch.Tensor
 
 
 def _checksum(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().numpy().view(np.uint8).data)
+    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -23,6 +23,7 @@ class FrequentDirections(Sketch):
     """
 
     method: ClassVar[str | None] = "frequent_directions"
+    always_wide: ClassVar[bool] = True
 
     @property
     def added(self) -> float:

@@ -48,10 +48,10 @@ def effective_rank_bounds(values: Tensor, total: float, dim: int) -> tuple[float
     return math.exp(least), math.exp(max(least, known + places * _entropy(rest / places / total)))
 
 
-def participation_ratio(total: float, squares: float) -> float:
-    """(Σ λ_i)² / Σ λ_i², in [1, dim]; 0 if nothing varies (Gao et al. 2017, "A theory of multineuronal
-    dimensionality, dynamics and measurement", eq. 5)."""
-    return total**2 / squares if squares > 0 else 0.0
+def participation_ratio(squares: float) -> float:
+    """(Σ λ_i)² / Σ λ_i² from Σ (λ_i / Σλ)², in [1, dim]; 0 if nothing varies (Gao et al. 2017, "A theory of
+    multineuronal dimensionality, dynamics and measurement", eq. 5)."""
+    return 1 / squares if squares > 0 else 0.0
 
 
 def stable_rank(largest: float, total: float) -> float:
@@ -76,12 +76,14 @@ def principal_angles(A: Tensor, B: Tensor) -> Tensor:
 def contrast(A: Tensor, B: Tensor, k: int, ridge: float) -> tuple[Tensor, Tensor]:
     """The k largest λ and their v (k, dim), of length 1, of A v = λ (B + ridge·tr(B)/dim·I) v; float64.
 
-    ValueError where B is zero.
+    ValueError where B is zero, or the ridge too small for it.
     """
     level = float(B.trace()) / len(B)
     if level <= 0:
         raise ValueError("nothing varies in other, so nothing can be weighed against it")
-    lower = torch.linalg.cholesky(B + ridge * level * torch.eye(len(B), dtype=B.dtype))  # B = L Lᵀ
+    lower, failed = torch.linalg.cholesky_ex(B + ridge * level * torch.eye(len(B), dtype=B.dtype))  # B = L Lᵀ
+    if int(failed) or not math.isfinite(ridge):
+        raise ValueError(f"ridge is {ridge}, with which other's covariance can't be divided by; give 1e-12 to 1")
     half = torch.linalg.solve_triangular(lower, A, upper=False)
     whitened = torch.linalg.solve_triangular(lower, half.T, upper=False)  # L⁻¹ A L⁻ᵀ has the same λ
     values, columns = torch.linalg.eigh((whitened + whitened.T) / 2)

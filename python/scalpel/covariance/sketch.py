@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from .state import State, Total
 
 _KEPT = 2  # directions kept, and rows that may wait, for each one asked for
 _BLOCK = 1024  # rows taken at a time
+_TINY, _HUGE = 1e-25, 1e25  # mean squares of rows that are multiplied in float32
 
 
 class Kept(NamedTuple):
@@ -33,6 +34,8 @@ class Kept(NamedTuple):
 
 class Sketch(State):
     """At most 2·rank directions, and fewer than 2·rank rows that wait: memory of 4·rank·dim numbers."""
+
+    always_wide: ClassVar[bool] = False  # whether rows of float32 and less are made float64 first
 
     def __init__(self, dim: int, center: bool, rank: int) -> None:
         super().__init__(dim, center)
@@ -93,7 +96,8 @@ class Sketch(State):
     def _with_block(self, kept: Kept, rows: Tensor) -> Kept:
         """A block centred by its own mean; that it has another than the state is one more row (Chan et al. 1979)."""
         mean = torch.empty(self.dim, dtype=torch.float64)
-        dtype = rows.dtype if rows.dtype == torch.float64 else torch.float32
+        dtype = torch.float64 if rows.dtype == torch.float64 or self.always_wide else torch.float32
+        rows = rows.double() if dtype == torch.float64 else rows
         first = len(kept.directions)  # room before the block and after it, so that nothing is copied to join them
         stack = empty((first + len(rows) + 1, self.dim), dtype)
         centred = stack[first:-1]
@@ -101,6 +105,8 @@ class Sketch(State):
             memory_of(rows), self.center, memory_of(mean), memory_of(centred), torch.get_num_threads()
         )
         stack[:first] = kept.directions
+        if dtype == torch.float32 and energy > 0 and not _TINY < energy / rows.numel() < _HUGE:
+            return self._with_block(kept, rows.double())  # products would leave float32's range
         return self._together(kept, Kept(len(rows), mean, centred, energy, 0.0), stack)
 
     def _together(self, a: Kept, b: Kept, stack: Tensor | None = None) -> Kept:
@@ -159,7 +165,8 @@ class Sketch(State):
         vectors = torch.linalg.qr((B[known] / sizes[known, None]).T).Q.T if bool(known.any()) else B[:0]
         values = sizes.square()
         values = torch.cat([values, values.new_zeros(k - len(values))]) + self.added
-        return Spectrum(values / self.count, fix_signs(complete(vectors, k)))
+        values, order = values.sort(descending=True, stable=True)  # lengths that are equal to rounding
+        return Spectrum(values / self.count, fix_signs(complete(vectors, k)[order]))
 
     # ---- files and copies ----------------------------------------------------------------------
 

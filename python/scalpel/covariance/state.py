@@ -11,7 +11,7 @@ from .eigen import Spectrum
 
 
 class Total(NamedTuple):
-    """Σ λ_i and Σ λ_i² over the whole spectrum; the latter is None where it isn't known."""
+    """Σ λ_i over the whole spectrum, and Σ (λ_i / Σλ)²; None where that isn't known."""
 
     values: float
     squares: float | None

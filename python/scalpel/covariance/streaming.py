@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from . import file, measures
+from .eigen import fix_signs
 from .exact import Exact
 from .frequent_directions import FrequentDirections
 from .rows import integer, integer_named, rows_of
@@ -47,13 +48,14 @@ class StreamingCovariance(ScikitNames):
     center: True for the covariance E[(x - E x)(x - E x)ᵀ], False for the second moment E[x xᵀ].
     dtype: of what is returned, float64 or float32. The state itself is always float64.
 
-    The exact state. Rows wait until 1024 are there, and join as one block, centred by its own mean, by the pairwise
-    rule of Chan, Golub & LeVeque 1979 and Pébay 2008 (SAND2008-6212), so that means that are large against the
-    deviations cost no accuracy. Products are of float64 rows float64, of narrower rows float32, gathered in float64
-    every 128 rows: an error of about 1e-7, relatively, half of what XᵀX in float32 has. The bits depend neither on the
-    number of threads nor on how rows of one dtype were cut into updates; they depend on the CPU target, and on when
-    the state was read, merged or saved, which makes the waiting rows join: to rounding (1e-12 relative for float64
-    rows). Merging is associative to rounding, too. A sketch's bits depend on how rows were cut into updates.
+    The exact state. Rows wait until 1024 are there (at first, until there are as many as columns), and join as blocks,
+    each centred by its own mean, by the pairwise rule of Chan, Golub & LeVeque 1979 and Pébay 2008 (SAND2008-6212), so
+    that means that are large against the deviations cost no accuracy. Products are of float64 rows float64, of narrower
+    rows float32, gathered in float64 every 128 rows: an error of about 1e-7 of the largest entry, half of what XᵀX in
+    float32 has. The bits depend neither on the number of threads nor on how rows of one dtype were cut into updates;
+    they depend on the CPU target, and on when the state was read, merged or saved, which makes the waiting rows join:
+    to rounding (1e-12 relative for float64 rows with means up to a thousand deviations). Merging is associative to
+    rounding, too. A sketch's bits depend on how rows were cut into updates.
 
     Calls from several threads at once are safe, one after the other.
     """
@@ -191,16 +193,16 @@ class StreamingCovariance(ScikitNames):
 
         All of them go through LAPACK in float64. Few of many come from block iteration that begins with the answer
         before: each has ‖Cv - λv‖ <= 1e-5·λ₁ and <= 1e-2·λ, computed in float64 from what is returned, and LAPACK
-        takes over where that isn't met. The error of a value is about the square of its residual over its distance to
-        the next. While there are fewer rows than dimensions (and at most max(1024, dim) of them), from the rows' own
-        inner products.
+        takes over where that isn't met (values that are zero to rounding among them). The error of a value is about
+        the square of its residual over its distance to the next; vectors depend, within that residual, on what was
+        asked before. While there are fewer rows than dimensions (and at most max(1024, dim) of them), from the rows.
 
         Raises ValueError unless 1 <= k <= dim (k <= rank), and without rows.
         """
         k = None if k is None else self._directions(k)
         with self._reading() as state:
             values, vectors = state.spectrum(k)
-        return Eigen(values.to(self._dtype), vectors.to(self._dtype))
+        return Eigen(values.to(self._dtype), fix_signs(vectors.to(self._dtype)))
 
     def explained_variance_ratio(self, k: int) -> torch.Tensor:
         """(k,): λ_i / Σ_j λ_j of the k largest eigenvalues, each in [0, 1]; zeros if nothing varies.
@@ -210,6 +212,7 @@ class StreamingCovariance(ScikitNames):
         """
         k = self._directions(k)
         with self._reading() as state:
+            self._warn_if_few(state)
             return measures.explained(state.spectrum(k).values, state.total().values).to(self._dtype)
 
     def effective_rank(self, of: measures.Of = "eigen") -> float:
@@ -237,6 +240,7 @@ class StreamingCovariance(ScikitNames):
         """
         k = (self.rank or min(self.dim, 32)) if k is None else self._directions(k)
         with self._reading() as state:
+            self._warn_if_few(state)
             return measures.effective_rank_bounds(state.spectrum(k).values, state.total().values, self.dim)
 
     def participation_ratio(self) -> float:
@@ -249,7 +253,7 @@ class StreamingCovariance(ScikitNames):
             self._warn_if_few(state)
             total = state.total()
             assert total.squares is not None
-            return measures.participation_ratio(total.values, total.squares)
+            return measures.participation_ratio(total.squares)
 
     def stable_rank(self) -> float:
         """Σ λ_i / λ_1, in [1, dim]; 0 if nothing varies. It is ‖X‖_F² / ‖X‖₂² of the data matrix (Rudelson &
@@ -267,7 +271,9 @@ class StreamingCovariance(ScikitNames):
         Raises as `eigh`, and ValueError for another dim.
         """
         self._check_other(other, "compare with", same_kind=False)
-        return measures.principal_angles(self.eigh(k).vectors.double(), other.eigh(k).vectors.double()).to(self._dtype)
+        k = self._directions(k)
+        with self._reading() as mine, other._reading() as theirs:
+            return measures.principal_angles(mine.spectrum(k).vectors, theirs.spectrum(k).vectors).to(self._dtype)
 
     def contrast(self, other: StreamingCovariance, k: int, ridge: float = 1e-6) -> Eigen:
         """The k directions in which this state varies most against `other`: A v = λ (B + ε·I) v, with A and B the two
@@ -285,8 +291,9 @@ class StreamingCovariance(ScikitNames):
         if not ridge > 0:
             raise ValueError(f"ridge is {ridge}; it must be above 0")
         k = self._directions(k)
-        values, vectors = measures.contrast(self.covariance().double(), other.covariance().double(), k, ridge)
-        return Eigen(values.to(self._dtype), vectors.to(self._dtype))
+        with self._reading() as mine, other._reading() as theirs:
+            values, vectors = measures.contrast(mine.covariance(), theirs.covariance(), k, ridge)
+        return Eigen(values.to(self._dtype), fix_signs(vectors.to(self._dtype)))
 
     # ---- files and other processes -------------------------------------------------------------
 
@@ -295,7 +302,7 @@ class StreamingCovariance(ScikitNames):
         disk.
 
         The format is safetensors with a versioned JSON header. No row is in it, only sums over rows, so it can be
-        shared without the text that they came from (of a single row the mean is that row: count says how many).
+        shared without the text that they came from. Of very few rows (`count` says how many) the sums tell the rows.
         Saving lets waiting rows join.
         """
         with self._lock:
@@ -317,6 +324,7 @@ class StreamingCovariance(ScikitNames):
         """
         header, tensors = file.read(path)
         try:
+            file.check_header(header, tensors)
             state = cls(
                 header["dim"],
                 rank=header["rank"],

@@ -19,9 +19,9 @@ def bytes_of(memory: str | int) -> int:
 
 
 def state_bytes(dim: int, rank: int | None) -> int:
-    """What a state takes at most, with float32 rows that wait."""
+    """What a state takes at most, with float32 rows that wait: up to as many as it has columns."""
     if rank is None:
-        return 8 * dim * dim + 4 * dim * BLOCK_ROWS
+        return 8 * dim * dim + 4 * dim * max(dim, BLOCK_ROWS)
     return 8 * 4 * min(rank, dim) * dim
 
 

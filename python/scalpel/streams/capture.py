@@ -33,26 +33,45 @@ class Capture:
         self.loss = loss or next_token_loss
         self._places: dict[str, str] = {}  # hook as asked for → where it is
         known = self._known()
-        for name in _chosen(hooks, known):
+        chosen = _chosen(hooks, known)
+        for name in chosen:
             hook = name.removesuffix(GRADIENT)
             self._places[hook] = self._place(hook, known)
-        self.streams = [n for n in _chosen(hooks, known) if not n.endswith(GRADIENT)]
-        self.streams += [n for n in _chosen(hooks, known) if n.endswith(GRADIENT)]
+        self.streams = sorted(chosen, key=lambda name: name.endswith(GRADIENT))
 
     def __call__(self, batch: Any, streams: Iterable[str]) -> dict[str, Tensor]:
         """{stream: rows (n, width)} of one batch, on the CPU; rows at padding are left out."""
         streams = list(streams)
         hooks = {name.removesuffix(GRADIENT) for name in streams}
         gradients = [name for name in streams if name.endswith(GRADIENT)]
+        if isinstance(batch, Tensor) and batch.dim() == 1:
+            batch = batch[None]
         inputs = inputs_of(batch)
-        values, output = self._run(inputs, hooks, bool(gradients))
-        found = {name: values[name] for name in streams if not name.endswith(GRADIENT)}
-        if gradients:
-            at = [values[name.removesuffix(GRADIENT)] for name in gradients]
-            slopes = torch.autograd.grad(self.loss(output, batch), at, allow_unused=True)
-            for name, value, slope in zip(gradients, at, slopes, strict=True):
-                found[name] = torch.zeros_like(value) if slope is None else slope
-        return {name: rows_at(found[name].detach(), inputs) for name in streams}
+        with torch.inference_mode(False):
+            values, output = self._run(self._with_positions(inputs), hooks, bool(gradients))
+            found = {name: values[name] for name in streams if not name.endswith(GRADIENT)}
+            found |= self._gradients(gradients, values, output, batch)
+        return {name: torch.cat([rows_at(each.detach(), inputs) for each in found[name]]) for name in streams}
+
+    def _gradients(
+        self, names: list[str], values: dict[str, list[Tensor]], output: Tensor, batch: Any
+    ) -> dict[str, list[Tensor]]:
+        if not names:
+            return {}
+        for name in names:
+            dtype = values[name.removesuffix(GRADIENT)][0].dtype
+            if not dtype.is_floating_point:
+                raise ValueError(f"{name}: the values there are {dtype}, which has no gradient")
+        loss = self.loss(output, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise ValueError("loss(output, batch) must give one number that depends on the model's output")
+        at = [value for name in names for value in values[name.removesuffix(GRADIENT)]]
+        slopes = iter(torch.autograd.grad(loss.sum(), at, allow_unused=True))
+        found = {}
+        for name in names:
+            pairs = [(value, next(slopes)) for value in values[name.removesuffix(GRADIENT)]]
+            found[name] = [torch.zeros_like(value) if slope is None else slope for value, slope in pairs]
+        return found
 
     # ---- names -----------------------------------------------------------------------------------
 
@@ -81,25 +100,43 @@ class Capture:
 
     # ---- runs ------------------------------------------------------------------------------------
 
-    def _run(self, inputs: dict[str, Any], hooks: set[str], gradients: bool) -> tuple[dict[str, Tensor], Tensor]:
-        """The values at ``hooks``, part of the graph where there are gradients, and the logits."""
+    def _with_positions(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Copies that autograd can keep; and for left padding the positions that transformers' generate gives, where
+        the model takes any: a model with absolute positions would see others than without padding."""
+        inputs = {name: each.clone() if _inference(each) else each for name, each in inputs.items()}
+        mask = inputs.get("attention_mask")
+        takes = "position_ids" in inspect.signature(self.model.forward).parameters
+        if (
+            takes
+            and "position_ids" not in inputs
+            and mask is not None
+            and mask.dim() == 2
+            and not bool(mask[:, 0].all())
+        ):
+            inputs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
+        return inputs
+
+    def _run(self, inputs: dict[str, Any], hooks: set[str], gradients: bool) -> tuple[dict[str, list[Tensor]], Tensor]:
+        """The values at ``hooks``, of every time that they are passed, part of the graph where there are gradients; and
+        the logits."""
         wanted: dict[str, list[str]] = {}
         for hook in hooks:
             wanted.setdefault(self._places[hook], []).append(hook)
-        values: dict[str, Tensor] = {}
+        values: dict[str, list[Tensor]] = {hook: [] for hook in hooks}
 
         def meet(value: Tensor, place: str) -> Tensor:
-            if gradients and not value.requires_grad:
+            if gradients and not value.requires_grad and value.dtype.is_floating_point:
                 value = value.detach().requires_grad_()  # frozen weights: the graph begins here
             for hook in wanted.get(place, ()):
-                values.setdefault(hook, value)
+                values[hook].append(value)
             return value
 
         with evaluating(self.model), torch.enable_grad() if gradients else torch.no_grad():
-            output = self._through_taps(inputs, meet) if isinstance(self.model, CircuitGPT) else None
-            if output is None:
+            if isinstance(self.model, CircuitGPT):
+                output = self._through_taps(inputs, meet)
+            else:
                 output = self._through_modules(inputs, list(wanted), meet)
-        missing = hooks - set(values)
+        missing = [hook for hook in hooks if not values[hook]]
         if missing:
             raise ValueError(f"the forward pass never ran {min(missing)!r}: choose a hook that it runs")
         return values, output
@@ -112,7 +149,8 @@ class Capture:
         self, inputs: dict[str, Any], places: list[str], meet: Callable[[Tensor, str], Tensor]
     ) -> Tensor:
         def at(value: Any, place: str) -> Any:
-            return with_first_tensor(value, meet(first_tensor(value, place), place))
+            met = meet(first_tensor(value, place), place)
+            return with_first_tensor(value, met.clone())  # a module may change in place what it is given
 
         if "use_cache" in inspect.signature(self.model.forward).parameters:
             inputs = {"use_cache": False} | inputs
@@ -142,11 +180,14 @@ def inputs_of(batch: Any) -> dict[str, Any]:
 
 
 def rows_at(value: Tensor, inputs: dict[str, Any]) -> Tensor:
-    """value (B, L, width) as rows at real tokens; a value of another shape as all of its rows."""
+    """value (B, L, width) or (B·L, width) as rows at real tokens; a value of another shape as all of its rows."""
     mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
-    if mask is not None and mask.shape == ids.shape and value.shape[:2] == ids.shape:
-        value = value[mask.bool()]
-    return value.reshape(-1, value.shape[-1]).cpu()
+    if mask is not None and mask.shape == ids.shape:
+        if value.shape[:2] == ids.shape:
+            value = value[mask.bool()]
+        elif value.dim() == 2 and len(value) == ids.numel():  # tokens in a row, as experts are given them
+            value = value[mask.bool().flatten()]
+    return value.reshape(-1, value.shape[-1] if value.dim() else 1).cpu()
 
 
 def next_token_loss(logits: Tensor, batch: Any) -> Tensor:
@@ -178,12 +219,19 @@ def _chosen(hooks: Names, known: list[str]) -> list[str]:
             raise ValueError(f"hooks is {hooks!r}, which is not a regular expression: {error}") from error
         found = [name for name in streams if pattern.fullmatch(name)]
     else:
-        found = list(dict.fromkeys(hooks))
+        listed = dict.fromkeys(hooks)
+        found = list(listed)
+        if isinstance(hooks, (set, frozenset)):  # its order is not the same in every process
+            found = [name for name in streams if name in listed] + sorted(set(map(str, listed)) - set(streams))
         if not all(isinstance(name, str) for name in found):
             raise TypeError("hooks must be names of hooks, a regular expression, or a function of a name")
     if not found:
         raise ValueError(f"hooks matches none of {', '.join(known[:12])}{', …' if len(known) > 12 else ''}")
     return found
+
+
+def _inference(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_inference()
 
 
 __all__ = ["GRADIENT", "Capture", "Loss", "Names", "inputs_of", "next_token_loss", "rows_at"]

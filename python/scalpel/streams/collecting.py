@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +65,8 @@ def collect(
     bytes_of(memory)
     share = _Share.of_job() if shard else _Share(0, 1)
     capture = Capture(model, hooks, loss)
-    once = iter(batches) is batches
-    first, batches = _peek(batches)
+    share.check_equal(capture.streams)
+    first, batches, once = _peek(batches)
     widths = {name: rows.shape[1] for name, rows in capture(first, capture.streams).items()}
     groups = groups_of(widths, memory, rank)
     if len(groups) > 1 and once:
@@ -77,24 +79,30 @@ def collect(
         dim = widths[name]
         return StreamingCovariance(dim, None if rank is None else min(rank, dim), method, center)
 
+    if folder is not None and getattr(model, "_interventions", None):
+        raise ValueError(
+            "the model has ablations in force, and states on disk can't tell one from another: collect without "
+            "folder=, and save the states by name"
+        )
     key = {
         "model": _model_mark(model),
+        "loss": None if loss is None else _function_mark(loss),
         "streams": widths,
         "rank": rank,
         "method": None if rank is None else method,
         "center": center,
         "save_every": save_every,
         "share": [share.rank, share.world],
-        "groups": len(groups),
+        "groups": groups,
     }
     temporary = tempfile.mkdtemp(prefix="scalpel-") if folder is None and len(groups) > 1 else None
     where = folder if temporary is None else temporary
     saved = None if where is None else Saved(share.folder(Path(where)), key, fresh)
     found: States = {}
     corpus = ""
-    with _Bar(progress, len(groups), batches) as bar:
+    with _removed_on_error(temporary), _Bar(progress, len(groups), batches) as bar:
         for number, group in enumerate(groups):
-            if saved is not None and saved.corpus and all(map(saved.finished, group)):
+            if saved is not None and saved.finished(group):
                 if saved.corpus != (corpus := corpus or _corpus_mark(batches)):
                     raise ValueError(
                         f"{saved.folder} holds states of another corpus: give another folder, or fresh=True to collect "
@@ -103,7 +111,13 @@ def collect(
                 bar.skip_group()
                 continue
             filling = _Filling(capture, share, None if temporary else saved, number, save_every)
-            states, corpus = filling.fill({name: new(name) for name in group}, batches, bar)
+            states, read = filling.fill({name: new(name) for name in group}, batches, bar)
+            if corpus and read != corpus:
+                raise ValueError(
+                    f"batches were others when they were read again, for group {number + 1} of {len(groups)}: give "
+                    "what has one order, such as a list, or memory for all streams at once"
+                )
+            corpus = read
             if saved is not None:
                 saved.finish(states, corpus)
             if len(groups) == 1:
@@ -114,6 +128,16 @@ def collect(
     if saved is not None and not found:
         found = {name: saved.load(name) for name in widths}
     return {name: found[name].all_reduce() if shard else found[name] for name in widths}
+
+
+@contextmanager
+def _removed_on_error(folder: str | None) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 class _Filling:
@@ -135,8 +159,7 @@ class _Filling:
             count += 1
             if count > skip:
                 if (count - 1) % self.share.world == self.share.rank:
-                    for name, rows in self.capture(batch, states).items():
-                        states[name].update(rows)
+                    self._add(states, batch, count)
                 if self.saved is not None and count % self.save_every == 0:
                     self.saved.save(states, self.group, count, read.hexdigest())
             elif count == skip and read.hexdigest() != digest:
@@ -148,6 +171,18 @@ class _Filling:
         if count < skip:
             raise ValueError(f"there are {count} batches, and the saved states were made of the first {skip} of more")
         return states, read.hexdigest()
+
+    def _add(self, states: States, batch: Any, number: int) -> None:
+        for name, rows in self.capture(batch, states).items():
+            if rows.shape[1] != states[name].dim:
+                raise ValueError(
+                    f"{name} is {rows.shape[1]} wide in batch {number}, and was {states[name].dim}: choose hooks whose "
+                    "width doesn't depend on the batch"
+                )
+            bad = states[name]._state.update(rows) if rows.dtype.is_floating_point else -1
+            if bad >= 0 or not rows.dtype.is_floating_point:
+                reason = f"row {bad} is not finite, or beyond 1e150" if bad >= 0 else f"the values are {rows.dtype}"
+                raise ValueError(f"{name}, batch {number}: {reason}; states that were saved stay")
 
 
 def _merged_on_disk(saved: Saved, names: Iterable[str]) -> Saved:
@@ -173,6 +208,17 @@ class _Share:
                 "shard=True needs a torch.distributed job: call init_process_group first, or use torchrun"
             )
         return cls(dist.get_rank(), dist.get_world_size())
+
+    def check_equal(self, streams: list[str]) -> None:
+        """ValueError where the processes were asked for different streams: they would be merged with one another."""
+        if self.world == 1:
+            return
+        import torch.distributed as dist
+
+        everyone: list[Any] = [None] * self.world
+        dist.all_gather_object(everyone, streams)
+        if any(each != streams for each in everyone):
+            raise ValueError(f"the processes were given different hooks: {everyone}")
 
     def folder(self, folder: Path) -> Path:
         return folder if self.world == 1 else folder / f"rank-{self.rank}-of-{self.world}"
@@ -205,26 +251,42 @@ class _Bar:
         self._bar.close()
 
 
-def _peek(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
-    """The first batch, and batches that still begin with it."""
+def _peek(batches: Iterable[Any]) -> tuple[Any, Iterable[Any], bool]:
+    """The first batch, batches that still begin with it, and whether they can be read only once."""
     iterator: Iterator[Any] = iter(batches)
+    once = iter(batches) is iterator
     try:
         first = next(iterator)
     except StopIteration:
         raise ValueError("batches is empty; give at least one batch of token ids") from None
-    return first, itertools.chain([first], iterator) if iterator is batches else batches
+    return first, itertools.chain([first], iterator) if once else batches, once
 
 
 def _batch_mark(batch: Any) -> bytes:
     """What tells one batch from another."""
-    inputs = inputs_of(batch)
+    inputs_of(batch)  # refuses what is no batch
+    values = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     marks = []
-    for name in sorted(inputs):
-        value = inputs[name]
+    for name in sorted(values, key=str):
+        value = values[name]
         if isinstance(value, Tensor):
             marks.append(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            marks.append(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            marks.append(_bytes_of(value))
+        else:
+            marks.append(f"{name} {value!r}".encode())
     return b"|".join(marks)
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _function_mark(function: Any) -> str:
+    """A function's name and code: another of the same name is another."""
+    code = getattr(function, "__code__", None)
+    told = repr((code.co_code, code.co_consts) if code else function)
+    name = getattr(function, "__qualname__", type(function).__name__)
+    return f"{getattr(function, '__module__', '')}.{name} {hashlib.sha256(told.encode()).hexdigest()}"
 
 
 def _corpus_mark(batches: Iterable[Any]) -> str:
@@ -235,11 +297,9 @@ def _corpus_mark(batches: Iterable[Any]) -> str:
 
 
 def _model_mark(model: nn.Module) -> str:
-    """SHA-256 of names, shapes and a sample of each tensor: all of a large model would take as long as a batch."""
-    digest = hashlib.sha256()
+    """SHA-256 of the class, and of each tensor's name, shape and bytes."""
+    digest = hashlib.sha256(type(model).__qualname__.encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 4096)].cpu().contiguous()
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
+        digest.update(_bytes_of(tensor))
     return digest.hexdigest()

@@ -35,25 +35,39 @@ class Saved:
         self.done = self.folder / "done"
         self.done.mkdir(parents=True, exist_ok=True)
         path = self.folder / "collect.json"
-        if fresh and path.is_file():
-            self._clear()
         told = {"version": _VERSION, "key": json.loads(json.dumps(key))}
-        if not path.is_file():
-            if self._generations() or any(self.done.iterdir()):
-                raise ValueError(f"{self.folder} holds states, but no collect.json that says of what: choose another")
-            replace_text(path, json.dumps(told, indent=2) + "\n")
-            return
-        try:
-            before = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} can't be read ({error}): fresh=True collects anew") from error
-        if before != told:
-            was = before.get("key", {}) if isinstance(before, dict) else {}
+        before = self._told(path, fresh)
+        if before is None:
+            if not fresh and (self._generations() or any(self.done.iterdir())):
+                raise ValueError(
+                    f"{self.folder} holds states, but no collect.json that says of what: give another folder, or "
+                    "fresh=True to collect anew there"
+                )
+        elif not fresh and before != told:
+            was = before.get("key", {})
             names = [name for name in told["key"] if was.get(name) != told["key"][name]]
             raise ValueError(
                 f"{self.folder} holds another collection ({', '.join(names) or 'version'} differ): give another "
                 "folder, or fresh=True to collect anew there"
             )
+        if fresh:
+            self._clear()
+        if fresh or before is None:
+            replace_text(path, json.dumps(told, indent=2) + "\n")
+
+    def _told(self, path: Path, fresh: bool) -> dict[str, Any] | None:
+        """What collect.json says; None where there is none. ValueError for another program's, which stays."""
+        if not path.is_file():
+            return None
+        try:
+            before = json.loads(path.read_text())
+        except ValueError as error:
+            if fresh:
+                return None
+            raise ValueError(f"{path} can't be read ({error}): fresh=True collects anew") from error
+        if not isinstance(before, dict) or not isinstance(before.get("key"), dict) or "version" not in before:
+            raise ValueError(f"{path} is not of scalpel.collect: give another folder")
+        return before
 
     # ---- finished streams ------------------------------------------------------------------------
 
@@ -71,8 +85,17 @@ class Saved:
         path = self.done / "corpus.txt"
         return path.read_text().strip() if path.is_file() else ""
 
-    def finished(self, name: str) -> bool:
-        return self._path(self.done, name).is_file()
+    def finished(self, names: list[str]) -> bool:
+        """Whether all of these are, and sound; RuntimeWarning for one that isn't sound, and is to be made again."""
+        if not self.corpus or not all(self._path(self.done, name).is_file() for name in names):
+            return False
+        for name in names:
+            try:
+                self.load(name)
+            except (OSError, ValueError) as error:
+                warnings.warn(f"a finished state is not sound and is made again: {error}", RuntimeWarning, stacklevel=4)
+                return False
+        return True
 
     def load(self, name: str) -> StreamingCovariance:
         """A finished stream; ValueError if its file isn't sound."""
@@ -92,7 +115,7 @@ class Saved:
                 position = json.loads((folder / "position.json").read_text())
                 names = position["streams"]
                 return {name: StreamingCovariance.load(self._path(folder, name)) for name in names}, position
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
                 warnings.warn(f"{folder} is not sound and not used: {error}", RuntimeWarning, stacklevel=4)
         if generations:
             raise ValueError(f"no state in {self.folder} is sound: fresh=True collects anew")
@@ -121,14 +144,16 @@ class Saved:
         return sorted(self.folder.glob("at-*" if group is None else f"at-{group:04d}-*"))
 
     def _clear(self) -> None:
-        for path in (*self._generations(), *self.folder.glob(".at-*.part"), self.done):
+        """Away with what this class writes, and with nothing else."""
+        for path in (*self._generations(), *self.folder.glob(".at-*.part")):
             shutil.rmtree(path)
-        self.done.mkdir()
-        (self.folder / "collect.json").unlink(missing_ok=True)
+        for path in (*self.done.glob("*.safetensors"), self.done / "corpus.txt"):
+            path.unlink(missing_ok=True)
 
 
 class Stored(Mapping[str, StreamingCovariance]):
-    """States that lie on disk: each is read when it is asked for, so that one at a time is in memory.
+    """States that lie on disk: each is read when it is asked for, so that one at a time is in memory; what is done to
+    it then does not reach the disk.
 
     ``temporary``: a folder that goes when this does.
     """
