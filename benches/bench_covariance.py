@@ -183,8 +183,8 @@ def sketches(kind: str, rank: int) -> dict[str, Any]:
         "IncrementalPCA": lambda x: incremental.partial_fit(x.numpy()),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
-    for x in batches:
-        for name, way in ways.items():
+    for name, way in ways.items():  # not in turn: the threads of numpy's BLAS would hold up torch's
+        for x in batches:
             begun = time.perf_counter()
             way(x)
             times[name].append(time.perf_counter() - begun)
