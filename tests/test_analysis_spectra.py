@@ -68,19 +68,8 @@ def test_they_are_those_of_collect(circuit: Path, longer: Path, tmp_path: Path) 
 def test_they_are_kept_and_asked_for_by_name(
     circuit: Path, longer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = (
-        "--text",
-        longer,
-        "--out",
-        tmp_path / "out",
-        "--length",
-        8,
-        "--chunks",
-        1,
-        "--tangents",
-        2,
-        "--no-untrained",
-    )
+    sizes = ("--length", 8, "--chunks", 1, "--tangents", 2)
+    options = ("--text", longer, "--out", tmp_path / "out", *sizes, "--no-untrained")
     done = invoke(circuit, *options, "--spectra", 16, "--hooks", r"\d\.mlp\.post_act")
     assert done.exit_code == 0 and "1.mlp.post_act" in done.stdout
     found = json.loads((tmp_path / "out" / "analysis.json").read_text())["spectra"]

@@ -103,7 +103,7 @@ def facts(title: str, values: Mapping[str, Any]) -> Table:
             value = value["summary"]
         if isinstance(value, str | int | float | bool):
             shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-            table.add_row(name.replace("_", " "), Text(shown))
+            table.add_row(name.replace("_", " ") if name.isidentifier() else name, Text(shown))
     return table
 
 
