@@ -75,7 +75,7 @@ def test_a_part_of_the_processes(tmp_path: Path) -> None:
 
 def test_states_that_differ_are_refused_everywhere(tmp_path: Path) -> None:
     for each in run("differ", 2, tmp_path):
-        assert each.returncode and "states of different kinds can't be merged: rank 0: dim" in each.stderr
+        assert each.returncode and "states of different kinds can't be merged: rank 0: method" in each.stderr
 
 
 @pytest.mark.parametrize("task", ["collect", "groups"])

@@ -8,18 +8,16 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .state import State
-    from .streaming import StreamingCovariance
+from .state import State
 
 
-def all_reduce(state: StreamingCovariance, group: Any = None) -> None:
-    """See :meth:`StreamingCovariance.all_reduce`.
+def all_reduce(state: State, group: Any = None) -> State:
+    """The merged state, in every process; ``state`` stays. See :meth:`StreamingCovariance.all_reduce`.
 
     The first rank takes the others' states one by one, merges, and sends the result to all: one state more in memory
     there, and bits that depend on the order of ranks alone.
@@ -35,14 +33,14 @@ def all_reduce(state: StreamingCovariance, group: Any = None) -> None:
     if rank < 0:
         raise RuntimeError("this process is not in the group; only its members call all_reduce")
     arrive(group)
-    mine = state._state.tensors()
-    told = (state._like(), {name: (tuple(t.shape), t.dtype) for name, t in mine.items()})
+    mine = state.tensors()
+    told = (state.kind(), {name: (tuple(t.shape), t.dtype) for name, t in mine.items()})
     everyone: list[Any] = [None] * world
     dist.all_gather_object(everyone, told, group)
-    likes = [like for like, _ in everyone]
-    if any(like != likes[0] for like in likes):
-        kinds = "; ".join(f"rank {r}: dim, rank, method, center, dtype = {like}" for r, like in enumerate(likes))
-        raise ValueError(f"states of different kinds can't be merged: {kinds}")
+    kinds = [kind for kind, _ in everyone]
+    if any(kind != kinds[0] for kind in kinds):
+        told_of = "; ".join(f"rank {r}: method, dim, center, rank = {kind}" for r, kind in enumerate(kinds))
+        raise ValueError(f"states of different kinds can't be merged: {told_of}")
     where = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else None
     ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
     if rank:
@@ -57,11 +55,11 @@ def all_reduce(state: StreamingCovariance, group: Any = None) -> None:
                 for name, (shape, dtype) in sorted(shapes.items()):
                     found[name] = torch.empty(shape, dtype=dtype, device=where)
                     dist.recv(found[name], src=ranks[other], group=group)
-            taken = state._of(*state._like())
-            taken._state.restore({name: tensor.cpu() for name, tensor in found.items()})
-            total._state.merge(taken._state)
-        mine = total._state.tensors()
-    state._state = _shared(state, mine, rank, ranks[0], group, where)
+            taken = state.empty()
+            taken.restore({name: tensor.cpu() for name, tensor in found.items()})
+            total.merge(taken)
+        mine = total.tensors()
+    return _shared(state, mine, rank, ranks[0], group, where)
 
 
 _arrivals: Counter[tuple[int, ...]] = Counter()  # by group: each of its processes calls as often as the others
@@ -102,7 +100,7 @@ def _absent(error: RuntimeError, store: Any, mark: str, ranks: list[int]) -> str
 
 
 def _shared(
-    state: StreamingCovariance,
+    state: State,
     merged: dict[str, Tensor],
     rank: int,
     first: int,
@@ -120,9 +118,9 @@ def _shared(
             tensor = torch.empty(shape, dtype=dtype, device=where) if rank else _moved(merged[name], where)
             dist.broadcast(tensor, src=first, group=group)
             found[name] = tensor
-    fresh = state._of(*state._like())
-    fresh._state.restore({name: tensor.cpu() for name, tensor in found.items()})
-    return fresh._state
+    fresh = state.empty()
+    fresh.restore({name: tensor.cpu() for name, tensor in found.items()})
+    return fresh
 
 
 @contextmanager

@@ -35,6 +35,9 @@ class Exact(State):
         self._leading = Leading()
         self._answer: Spectrum | None = None  # to the last question, while no row has come since
 
+    def empty(self) -> Exact:
+        return Exact(self.dim, self.center)
+
     # ---- rows ----------------------------------------------------------------------------------
 
     @property

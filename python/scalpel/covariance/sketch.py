@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -43,6 +43,12 @@ class Sketch(State):
         zeros = torch.zeros(dim, dtype=torch.float64)
         self._kept = Kept(0, zeros, torch.zeros(0, dim, dtype=torch.float64), 0.0, 0.0)
         self._waiting: tuple[Tensor, ...] = ()
+
+    def empty(self) -> Self:
+        return type(self)(self.dim, self.center, self.rank)
+
+    def kind(self) -> tuple[Any, ...]:
+        return *super().kind(), self.rank
 
     @property
     def most(self) -> int:

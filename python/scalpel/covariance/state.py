@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 from torch import Tensor
 
@@ -25,6 +25,14 @@ class State(ABC):
     def __init__(self, dim: int, center: bool) -> None:
         self.dim = dim
         self.center = center
+
+    @abstractmethod
+    def empty(self) -> Self:
+        """A new state of this one's kind."""
+
+    def kind(self) -> tuple[Any, ...]:
+        """What two states must share to be merged."""
+        return self.method, self.dim, self.center
 
     @property
     @abstractmethod

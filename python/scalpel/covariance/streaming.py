@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from . import file, measures
+from .distributed import all_reduce
 from .eigen import fix_signs
 from .exact import Exact
 from .frequent_directions import FrequentDirections
@@ -346,10 +347,8 @@ class StreamingCovariance(ScikitNames):
         The same bits every time for one number of processes; within 1e-10 of one process that saw all rows (exact
         states, float64 rows). RuntimeError where torch.distributed isn't set up, ValueError where the states differ.
         """
-        from .distributed import all_reduce
-
         with self._lock:
-            all_reduce(self, group)
+            self._state = all_reduce(self._state, group)
         return self
 
     # ---- inside --------------------------------------------------------------------------------

@@ -192,7 +192,7 @@ class ModulePass(Pass):
         with _ONE_AT_A_TIME, evaluating(self.model), sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
             for hook in dict.fromkeys((self.source, self.target)):
                 if hook != self.target or not self._logits:
-                    stack.enter_context(_hooked(self.model, hook, meet))
+                    stack.enter_context(hooked(self.model, hook, meet))
             if not self._measured:
                 stack.enter_context(self._measuring())
                 self._measured = True
@@ -229,7 +229,7 @@ class ModulePass(Pass):
 
 
 @contextmanager
-def _hooked(model: nn.Module, hook: str, meet: Callable[[Any, str], Any]) -> Iterator[None]:
+def hooked(model: nn.Module, hook: str, meet: Callable[[Any, str], Any]) -> Iterator[None]:
     """The module hook that hands ``meet`` the value named ``hook``; it comes after the user's own hooks
     there."""
     name = hook.removesuffix(":in")

@@ -1,13 +1,15 @@
 """What an analysis shows: its figures as the data of curves."""
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from .picture import Picture
+from .spectra_pictures import spectra_pictures
 
 if TYPE_CHECKING:
     from ..analysis import Analysis
 
-__all__ = ["Picture", "pictures"]
+__all__ = ["pictures"]
 
 Leaf = dict[str, Any]  # mean, low and high, lists of one shape
 _PARTS = ("mean", "low", "high")
@@ -15,15 +17,6 @@ _SUBSCRIPT = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 _ONE = -1e-9  # log 1, but below zero: an axis from 0 to 1 is one of shares
 _ALIKE = 0.005  # active fractions that no eye tells apart
 _DENSE = 0.9995  # an active fraction above this is no sparsity worth a curve
-
-
-@dataclass(frozen=True)
-class Picture:
-    """``figure``: curves as report/figures.py draws them; ``part``: where on the page it stands."""
-
-    name: str
-    part: str
-    figure: dict[str, Any]
 
 
 def pictures(analysis: "Analysis") -> list[Picture]:
@@ -37,8 +30,6 @@ def pictures(analysis: "Analysis") -> list[Picture]:
     sides = [("", "line", analysis.trained)]
     if analysis.untrained is not None:
         sides.append((" untrained", "dashed", analysis.untrained))
-    from .spectra_pictures import spectra_pictures
-
     found = [
         *_collapse(sides, bands),
         *_growth(sides, bands),

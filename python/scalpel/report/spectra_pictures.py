@@ -4,7 +4,7 @@ import math
 import re
 from typing import Any
 
-from .analysis_pictures import Picture
+from .picture import Picture
 
 __all__ = ["spectra_pictures"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..jacobians.hooks import _hooked, evaluating, first_tensor, known_hook, with_first_tensor
+from ..jacobians.hooks import evaluating, first_tensor, hooked, known_hook, with_first_tensor
 from ..models.circuitgpt import MODULE_PATHS, CircuitGPT
 from ..models.families import family_of_model, hook_named, hooks_of_model, module_path
 
@@ -156,7 +156,7 @@ class Capture:
             inputs = {"use_cache": False} | inputs
         with ExitStack() as stack:
             for place in places:
-                stack.enter_context(_hooked(self.model, place, at))
+                stack.enter_context(hooked(self.model, place, at))
             known = inspect.signature(self.model.forward).parameters
             positional = "input_ids" not in known and set(inputs) == {"input_ids"}
             output: Any = self.model(inputs["input_ids"]) if positional else self.model(**inputs)
