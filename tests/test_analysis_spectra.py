@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from analysis_cases import CIRCUIT, LETTERS, invoke
 from circuitgpt_cases import one_thread  # noqa: F401
 from covariance_states import assert_close
 from scalpel import CircuitGPT, StreamingCovariance, collect
-from scalpel.analysis import analyze
+from scalpel.analysis import analyze, spectra
 from scalpel.covariance import leave_one_out
+from scalpel.report.spectra_pictures import spectra_pictures
 
 STREAMS = [f"{hook}{end}" for end in ("", ".grad") for hook in ("0.resid_in", "1.resid_in", "final_resid")]
 SMALL = {"length": 8, "chunks": 1, "tangents": 2}
@@ -125,3 +127,74 @@ def test_the_module_runs_as_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "scalpel", "--version"], capture_output=True, text=True)
     assert done.stdout == f"scalpel {scalpel.__version__}\n"
     assert CIRCUIT == 12
+
+
+def test_states_are_those_of_the_report(circuit: Path, longer: Path, tmp_path: Path) -> None:
+    def run(**options: Any) -> Any:
+        return analyze(circuit, longer, tmp_path / "out", untrained=False, **SMALL, **options)
+
+    def states() -> dict[str, int]:
+        folder = tmp_path / "out" / "states" / "trained"
+        return {p.name.removesuffix(".safetensors"): StreamingCovariance.load(p).count for p in folder.glob("*.safet*")}
+
+    first = run(stretches=16)
+    run(stretches=4, hooks=r"0\.resid_in")
+    assert states() == {"0.resid_in": 32}
+    again = run(stretches=16)
+    assert again.to_json() == first.to_json()
+    assert states() == dict.fromkeys(STREAMS, 128)
+    kept = next((tmp_path / "out").glob("spectra-*.json"))
+    for path in (tmp_path / "out").glob("spectra-*.json"):
+        path.write_text(path.read_text()[:-9])  # a file that was cut is measured again
+    assert run(stretches=16).to_json() == first.to_json()
+    run(stretches=0, fresh=True)
+    assert not kept.exists() and not (tmp_path / "out" / "states").exists()
+
+
+def test_stopped_in_the_spectra_and_gone_on_with_less_memory(
+    circuit: Path, longer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = analyze(circuit, longer, tmp_path / "whole", untrained=False, **SMALL)
+    real, calls = spectra.collect, []
+
+    def stopped(*given: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*given, **named)
+
+    monkeypatch.setattr(spectra, "collect", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        analyze(circuit, longer, tmp_path / "out", untrained=False, **SMALL)
+    again = analyze(circuit, longer, tmp_path / "out", untrained=False, memory="120KiB", **SMALL)
+    assert again.spectra is not None and whole.spectra is not None
+    for stream in STREAMS:
+        ours, theirs = (each.spectra["trained"][stream]["effective_rank"] for each in (again, whole))
+        assert ours == {part: pytest.approx(value, rel=1e-6) for part, value in theirs.items()}
+    assert not list((tmp_path / "out").glob("blocks-*"))
+
+
+def test_another_analysis_is_refused_under_torchrun_too(circuit: Path, longer: Path, tmp_path: Path) -> None:
+    analyze(circuit, longer, tmp_path / "out", untrained=False, stretches=0, seed=5, **SMALL)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "scalpel", "analyze", str(circuit), "--text", str(longer), "--out", str(tmp_path / "out")]
+    command += ["--length", "8", "--chunks", "1", "--tangents", "2", "--spectra", "0", "--no-untrained"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode != 0 and "holds another analysis (seed 5 there, 0 here)" in done.stderr
+
+
+def test_pictures_of_odd_hooks() -> None:
+    def leaf(dim: int) -> dict[str, Any]:
+        numbers = {name: {"value": 2.0, "low": 1.0, "high": 3.0} for name in ("effective_rank", "participation_ratio")}
+        shares = {f"top_{k}": {"value": 0.5, "low": 0.4, "high": 0.6} for k in (1, 3, 10)}
+        return {"count": 9, "dim": dim, "variance": 1.0, "shares": [0.5, 0.0], **numbers, **shares}
+
+    hooks = {"0.resid_mid": 4, "1.resid_mid": 4, "final_resid": 4, "1.mlp.post_act.grad": 16}
+    side = {name: leaf(dim) for name, dim in hooks.items()}
+    found = {p.name: p.figure for p in spectra_pictures({"tokens": 8, "trained": side, "untrained": None})}
+    ranks = found["spectra-ranks-activations"]
+    assert "Of 4." in ranks["summary"] and "Dashed" not in ranks["summary"]
+    assert {s["label"]: s["x"] for s in ranks["series"]}["final_resid, effective rank, trained"] == [2]
+    labels = [s["label"] for s in found["spectra-shares-activations"]["series"]]
+    assert len(set(labels)) == len(labels)
+    assert "Of 16." in found["spectra-ranks-gradients"]["summary"]

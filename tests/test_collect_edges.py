@@ -17,6 +17,7 @@ from circuitgpt_cases import build, one_thread, tokens  # noqa: F401
 from covariance_states import same_bits, state_of
 from decoder_cases import model_of
 from scalpel.streams.budget import state_bytes
+from scalpel.streams.marks import function_mark, model_mark
 
 collect = scalpel.collect
 IDS = torch.randint(0, 11, (3, 4), generator=torch.Generator().manual_seed(0))
@@ -254,3 +255,59 @@ def test_groups_are_part_of_what_is_resumed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="another collection .groups differ"):
         collect(model, batches, hooks, state_bytes(12, None), folder=tmp_path)
     assert json.loads((tmp_path / "collect.json").read_text())["key"]["groups"] == [hooks]
+
+
+def test_a_damaged_folder_and_another_corpus(tmp_path: Path) -> None:
+    """Groups that are sound must not be joined by one that is filled from other batches."""
+    model = build("plain")
+    batches = [tokens(model, 2, 5, seed=i) for i in range(4)]
+    hooks = ["0.resid_in", "final_resid"]
+    collect(model, batches, hooks, state_bytes(12, None), folder=tmp_path)
+    path = tmp_path / "done" / "0.resid_in.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="another corpus"):
+        collect(model, batches[:3], hooks, state_bytes(12, None), folder=tmp_path)
+    with pytest.warns(RuntimeWarning, match="is made again"):
+        again = collect(model, batches, hooks, state_bytes(12, None), folder=tmp_path)
+    assert [again[hook].count for hook in hooks] == [40, 40]
+
+
+def test_marks_tell_what_matters_and_nothing_else() -> None:
+    def weighted(weight: float, name: str = "x") -> Any:
+        def loss(output: Tensor, batch: Any) -> Tensor:
+            return weight * sum(map(lambda each: each.sum(), output))  # noqa: C417  # a nested code object
+
+        return loss
+
+    assert function_mark(weighted(1.0)) == function_mark(weighted(1.0)) != function_mark(weighted(2.0))
+    assert " at 0x" not in function_mark(weighted(1.0))
+
+    class Scaled(nn.Module):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.scale = scale
+
+    assert model_mark(Scaled(1.0)) == model_mark(Scaled(1.0).eval()) != model_mark(Scaled(2.0))
+    first, other = model_of("llama"), model_of("llama")
+    assert model_mark(first) == model_mark(other)
+    other.config.rms_norm_eps = 0.1
+    assert model_mark(first) != model_mark(other)
+
+
+def test_left_padding_of_a_wrapped_model() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model_of("gpt2")
+
+        def forward(self, *given: Any, **named: Any) -> Any:
+            return self.inner(*given, **named)
+
+    ids = torch.randint(0, 13, (1, 5), generator=torch.Generator().manual_seed(1))
+    batch = {
+        "input_ids": torch.cat([torch.zeros(1, 3, dtype=torch.int64), ids], dim=1),
+        "attention_mask": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]]),
+    }
+    place = "inner.transformer.h.1:in"
+    plain = collect(Wrapper(), [{"input_ids": ids}], [place])[place]
+    torch.testing.assert_close(collect(Wrapper(), [batch], [place])[place].mean, plain.mean, rtol=1e-5, atol=1e-9)

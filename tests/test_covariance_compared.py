@@ -217,3 +217,27 @@ def test_the_names_of_scikit_learn() -> None:
     assert state.n_samples_seen_ == 300
     sketch = StreamingCovariance(8, rank=3).partial_fit(x)
     assert sketch.components_.shape == (3, 8) and sketch.explained_variance_ratio_.shape == (3,)
+
+
+def test_leaving_out_leaves_no_rounding() -> None:
+    """A block that dwarfs the others, and blocks of one row: what is left must be what a state of it alone has."""
+    parts = [normal(20, 6, seed=i) for i in range(5)]
+    parts[2] = parts[2] * 1e8
+    found = leave_one_out([state_of(part) for part in parts], lambda state: state.effective_rank("singular"))
+    rest = state_of(torch.cat([part for i, part in enumerate(parts) if i != 2]))
+    assert float(found.left_out[2]) == pytest.approx(rest.effective_rank("singular"), rel=1e-9)
+    single = leave_one_out([state_of(normal(1, 3)), state_of(normal(1, 3, seed=1))], lambda state: state.count)
+    assert single.left_out.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("scale", [1e-160, 1e-41, 1e40, 1e150])
+def test_cka_at_any_scale(scale: float) -> None:
+    x, y = normal(20, 3), normal(20, 4, seed=1)
+    plain, scaled, merged = DebiasedCKA(), DebiasedCKA(), DebiasedCKA()
+    for i, part in enumerate(((x[:8], y[:8]), (x[8:], y[8:]))):
+        plain.update(*part)
+        scaled.update(part[0] * scale, part[1] * scale)
+        merged.merge(DebiasedCKA().update(part[0] * (1 + i), part[1]))
+    assert scaled.value == pytest.approx(plain.value, rel=1e-9)
+    whole = DebiasedCKA().update(x[:8], y[:8]).update(2 * x[8:], y[8:])
+    assert merged.value == pytest.approx(whole.value, rel=1e-9)

@@ -198,7 +198,7 @@ def _options(given: list[str]) -> dict[str, Any]:
 
 
 @app.command()
-@_guarded("interrupted; the same command goes on from the last finished chunk")
+@_guarded("interrupted; the same command, without --fresh, goes on from what is finished")
 def analyze(
     model: Annotated[
         str, typer.Argument(help="A shipped model, a CircuitGPT's folder or hub id, or a folder of transformers'.")

@@ -56,6 +56,12 @@ def notes_of(
                 f"residual {worst:.1e}); they may be too small."
             )
     if spectra is not None:
+        still = [name for name, each in spectra["trained"].items() if each["variance"] == 0]
+        if still:
+            notes.append(
+                f"Nothing varies at {', '.join(still)}. Gradients of the next-token loss need stretches of two tokens "
+                "or more."
+            )
         few = [name for name, each in spectra["trained"].items() if each["count"] < each["dim"]]
         if few:
             rows, dim = spectra["trained"][few[0]]["count"], spectra["trained"][few[0]]["dim"]

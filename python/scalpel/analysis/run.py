@@ -13,6 +13,7 @@ import torch
 from .._info import __version__
 from ..experiments.result import environment, plain
 from ..streams.budget import bytes_of
+from ..streams.capture import Capture
 from .chunks import Progress, Task, measure_chunks
 from .job import job_of_environment
 from .notes import notes_of
@@ -129,7 +130,12 @@ def analyze(
         "scalpel": __version__,
         "torch": torch.__version__,
     }
+    if stretches and source.trained is not None:
+        Capture(source.trained, hooks, None)  # a hook that isn't there is said before anything is measured
     with job_of_environment() as job:
+        if job.rank == 0 and not job.alone:
+            Store(Path(out), key, length, fresh)  # refuses a folder of another analysis, for all
+        job.gathered([])
         store = Store(job.folder(Path(out)), key, length, fresh)
         task = Task(source, tangents, seed, beside, products)
         mine, cut = measure_chunks(task, store, given, length, count, job, report if job.rank == 0 else _silent)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._files import replace_text
+from .._info import __version__
 from ..covariance import StreamingCovariance, leave_one_out
 from ..covariance.measures import effective_rank, participation_ratio
 from ..streams import collect
@@ -25,6 +26,8 @@ _BATCH = 8  # stretches that go through the model at once
 _SHOWN = 32  # leading shares that are kept
 _ALL = 1024  # dimensions up to which all eigenvalues are found for each block that is left out
 _SHARES = (1, 3, 10)
+_TOPS = tuple(f"top_{k}" for k in _SHARES)
+_OF = "of.txt"  # in a folder of states: which measurement they are of
 
 Step = Callable[[str, float], None]
 
@@ -44,12 +47,12 @@ class Spectra:
     def measure(self, side: str, model: Callable[[], nn.Module], mark: str, step: Step) -> dict[str, Any]:
         """{stream: figures} of one model; ``mark`` tells it from others. Read from disk where it was measured."""
         key = f"{mark} {self.length} {self.stretches} {self.hooks} {self.text.facts['tokens_sha256']} {self.job.world}"
-        name = f"{side}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-        kept = self.out / f"spectra-{name}.json"
-        if kept.is_file() and not self.fresh:
-            found: dict[str, Any] = json.loads(kept.read_text())
+        key += f" {__version__} {torch.__version__}"
+        name = f"{side}-{_short(key)}"
+        kept, whole = self.out / f"spectra-{name}.json", self.out / "states" / side
+        if not self.fresh and (found := _read(kept)) is not None and _text(whole / _OF) == name:
             return found
-        folder = self.out / f"blocks-{name}"
+        folder = self.out / f"blocks-{name}-{_short(self.memory)}"  # memory decides how streams are grouped there
         parts = self._blocks()
         states = []
         for i, part in enumerate(parts):
@@ -66,30 +69,36 @@ class Spectra:
                     progress=False,
                 )
             )
+        if self.job.rank == 0:
+            shutil.rmtree(whole, ignore_errors=True)  # of another question
+            whole.mkdir(parents=True)
         found = {}
         for stream in states[0]:
             step(f"{side}, spectrum at {stream}", 1.0)
-            found[stream] = self._figures([block[stream] for block in states], side, stream)
+            found[stream] = self._figures([block[stream] for block in states], whole / f"{stream}.safetensors")
         if self.job.rank == 0:
             replace_text(kept, json.dumps(found, allow_nan=False) + "\n")
-            if self.job.alone:  # another process may not have read its own yet
-                shutil.rmtree(folder, ignore_errors=True)
+            replace_text(whole / _OF, name + "\n")
+        self.job.gathered([])  # every process has read its blocks
+        if self.job.rank == 0:
+            for left in self.out.glob(f"blocks-{name}-*"):
+                shutil.rmtree(left, ignore_errors=True)
         return found
 
     def _blocks(self) -> list[list[Tensor]]:
         """The stretches as blocks of batches: neighbours in one block, since they are alike."""
         ids = torch.tensor(self.text.ids[: self.stretches * self.length], dtype=torch.int64)
         rows = ids.reshape(self.stretches, self.length)
-        return [list(block.split(_BATCH)) for block in rows.tensor_split(min(BLOCKS, self.stretches))]
+        blocks = rows.tensor_split(min(BLOCKS, self.stretches))
+        # small enough that every process has some
+        return [list(block.split(min(_BATCH, -(-len(block) // self.job.world)))) for block in blocks]
 
-    def _figures(self, blocks: list[StreamingCovariance], side: str, stream: str) -> dict[str, Any]:
+    def _figures(self, blocks: list[StreamingCovariance], path: Path) -> dict[str, Any]:
         whole = blocks[0]._of(*blocks[0]._like())
         for block in blocks:
             whole.merge(block)
         if self.job.rank == 0:
-            folder = self.out / "states" / side
-            folder.mkdir(parents=True, exist_ok=True)
-            whole.save(folder / f"{stream}.safetensors")
+            whole.save(path)
         values = whole._state.eigenvalues()  # type: ignore[attr-defined]
         total = float(values.sum())
         found: dict[str, Any] = {
@@ -115,6 +124,11 @@ class Spectra:
             intervals = {n: (float(jack.low[i]), float(jack.high[i])) for i, n in enumerate(names)}
         for name, value in measures.items():
             low, high = intervals.get(name, (None, None))
+            if low is not None and high is not None:  # a t interval knows no bounds
+                low, high = (
+                    max(low, 0.0 if name in _TOPS else min(1.0, value)),
+                    min(high, 1.0 if name in _TOPS else whole.dim),
+                )
             found[name] = {"value": value, "low": low, "high": high}
         return found
 
@@ -127,3 +141,20 @@ def _numbers(values: Tensor) -> dict[str, float]:
         "effective_rank_singular": effective_rank(values, of="singular"),
         "participation_ratio": participation_ratio(float((values / total).square().sum()) if total > 0 else 0.0),
     }
+
+
+def _short(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()[:12]
+
+
+def _text(path: Path) -> str:
+    return path.read_text().strip() if path.is_file() else ""
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """None where there is nothing, or nothing sound: then it is measured again."""
+    try:
+        found = json.loads(_text(path) or "null")
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None

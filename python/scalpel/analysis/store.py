@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from .._files import replace_text
 
 _STATE = "state.json"
 _RESULTS = ("analysis.json", "report.html")  # of the same analysis: they go when it does
+_SPECTRA = ("spectra-*.json", "blocks-*", "states")
 
 
 class Store:
@@ -110,6 +112,8 @@ class Store:
     def _clear(self) -> None:
         for path in (*(self.folder / name for name in _RESULTS), *self._chunk_files()):
             path.unlink(missing_ok=True)
+        for path in (each for pattern in _SPECTRA for each in self.folder.glob(pattern)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         (self.folder / _STATE).unlink(missing_ok=True)
 
 

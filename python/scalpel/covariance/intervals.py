@@ -37,8 +37,8 @@ def leave_one_out(
     With g blocks of equal size and θ₍₋ᵢ₎ the measure without block i, the variance is (g − 1)/g Σ (θ₍₋ᵢ₎ − mean)²
     (Efron & Tibshirani 1993, "An introduction to the bootstrap", eq. 11.5; for blocks of dependent rows Künsch 1989),
     and the interval value ± t₀.₉₇₅(g − 1) standard errors. Blocks should be long against the distance over which rows
-    depend on each other. Exact states leave a block out by subtraction, sketches by merging the others. The value
-    is not corrected for its bias: a rank from few rows stays too small.
+    depend on each other. The value is not corrected for its bias: a rank from few rows stays too small, and the
+    interval knows no bounds that the measure may have.
 
     ValueError for fewer than two blocks with rows, or states that can't be merged.
     """
@@ -49,7 +49,7 @@ def leave_one_out(
     for block in full[1:]:
         whole.merge(block)
     value = _plain(measure(whole))
-    without = [_plain(measure(_all_but(whole, full, i))) for i in range(len(full))]
+    without = [_plain(measure(_all_but(full, i))) for i in range(len(full))]
     left_out = torch.stack(without)
     g = len(full)
     spread = left_out - left_out.mean(dim=0)
@@ -57,13 +57,13 @@ def leave_one_out(
     return Interval(value, value - half, value + half, left_out)
 
 
-def _all_but(whole: StreamingCovariance, blocks: Sequence[StreamingCovariance], i: int) -> StreamingCovariance:
-    if whole.rank is None:
-        return copy.deepcopy(whole).subtract(copy.deepcopy(blocks[i]))
-    rest = [copy.deepcopy(block) for j, block in enumerate(blocks) if j != i]
+def _all_but(blocks: Sequence[StreamingCovariance], i: int) -> StreamingCovariance:
+    """By merging the others: what subtraction leaves of rounding would count as directions."""
+    rest = [block for j, block in enumerate(blocks) if j != i]
+    found = copy.deepcopy(rest[0])
     for block in rest[1:]:
-        rest[0].merge(block)
-    return rest[0]
+        found.merge(block)
+    return found
 
 
 def _plain(value: float | Tensor) -> Tensor:

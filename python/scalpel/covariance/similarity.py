@@ -38,6 +38,7 @@ class DebiasedCKA:
 
     def __init__(self) -> None:
         self._blocks: list[_Block] = []
+        self._scales = (1.0, 1.0)  # powers of two that x and y are divided by, so that nothing leaves float64's range
 
     def update(self, x: Tensor | np.ndarray, y: Tensor | np.ndarray) -> Self:
         """Adds a block of at least 4 rows: x (..., p) and y (..., q), row by row the same. Time n²(p + q).
@@ -54,13 +55,19 @@ class DebiasedCKA:
             if not bool(each.isfinite().all()):
                 raise ValueError(f"{name} holds values that are not finite")
         # centring changes no HSIC, and keeps the digits where means are large
-        K, L = (_inner(each - each.mean(dim=0)) for each in rows)
+        rows = [each - each.mean(dim=0) for each in rows]
+        if not self._blocks:
+            self._scales = (_scale(rows[0]), _scale(rows[1]))
+        K, L = (_inner(each / scale) for each, scale in zip(rows, self._scales, strict=True))
         self._blocks.append(_Block(_hsic(K, L), _hsic(K, K), _hsic(L, L)))
         return self
 
     def merge(self, other: DebiasedCKA) -> Self:
         """Adds the blocks of `other`; returns self."""
-        self._blocks = [*self._blocks, *other._blocks]
+        if not self._blocks:
+            self._scales = other._scales
+        x, y = ((theirs / ours) ** 2 for theirs, ours in zip(other._scales, self._scales, strict=True))
+        self._blocks += [_Block(xy * x * y, xx * x * x, yy * y * y) for xy, xx, yy in other._blocks]
         return self
 
     @property
@@ -98,4 +105,9 @@ def _hsic(K: Tensor, L: Tensor) -> float:
 
 def _ratio(blocks: list[_Block]) -> float:
     xy, xx, yy = (sum(column) for column in zip(*blocks, strict=True))
-    return xy / math.sqrt(xx * yy) if xx > 0 and yy > 0 else math.nan
+    return xy / (math.sqrt(xx) * math.sqrt(yy)) if xx > 0 and yy > 0 else math.nan
+
+
+def _scale(rows: Tensor) -> float:
+    largest = float(rows.abs().max())
+    return 2.0 ** math.frexp(largest)[1] if largest > 0 else 1.0

@@ -40,7 +40,7 @@ def spectra_pictures(spectra: dict[str, Any] | None) -> list[Picture]:
 def _by_kind(side: dict[str, Any], gradient: bool) -> dict[str, dict[int, str]]:
     """{"resid_in": {0: stream, 1: …}}; the final residual stream is what a next layer would read."""
     found: dict[str, dict[int, str]] = {}
-    last = -1
+    last = max((int(stream.partition(".")[0]) for stream in side if stream.partition(".")[0].isdecimal()), default=-1)
     for stream in side:
         if stream.endswith(".grad") != gradient:
             continue
@@ -48,9 +48,8 @@ def _by_kind(side: dict[str, Any], gradient: bool) -> dict[str, dict[int, str]]:
         layer = re.fullmatch(r"(\d+)\.(.+)", name)
         if layer:
             found.setdefault(layer[2], {})[int(layer[1])] = stream
-            last = max(last, int(layer[1]))
-        elif name == "final_resid" and "resid_in" in found:
-            found["resid_in"][last + 1] = stream
+        elif name == "final_resid":
+            found.setdefault("resid_in" if "resid_in" in found else name, {})[last + 1] = stream
         else:
             found.setdefault(name, {})[0] = stream
     return found
@@ -58,7 +57,8 @@ def _by_kind(side: dict[str, Any], gradient: bool) -> dict[str, dict[int, str]]:
 
 def _basis(spectra: dict[str, Any], sides: Sides) -> str:
     first = next(iter(sides[0][2].values()))
-    bands = " Bands: 95 %, by leaving one of the text’s blocks out." if first["top_1"]["low"] is not None else ""
+    some = first["participation_ratio"]["low"] is not None  # of wide hooks, the only one with an interval
+    bands = " Bands: 95 %, by leaving one of the text’s blocks out." if some else ""
     dashed = " Dashed: untrained." if len(sides) > 1 else ""
     return f" {first['count']} tokens in stretches of {spectra['tokens']}.{bands}{dashed}"
 
@@ -77,6 +77,7 @@ def _curve(side: dict[str, Any], streams: dict[int, str], key: str, log: bool) -
 
 
 def _ranks(sides: Sides, gradient: bool, word: str, title: str, few: bool, spectra: dict[str, Any]) -> Picture:
+    side, by_kind = sides[0][2], _by_kind(sides[0][2], gradient)
     series = []
     for name, style, side in sides:
         for kind, streams in _by_kind(side, gradient).items():
@@ -84,14 +85,14 @@ def _ranks(sides: Sides, gradient: bool, word: str, title: str, few: bool, spect
                 at = label if not few and kind == "resid_in" else f"{kind}, {label}"
                 curve = _curve(side, streams, key, log=True)
                 series.append(curve | {"label": f"{at}, {name}", "style": style, "group": f"{kind} {group}"})
-    dim = max(each["dim"] for each in sides[0][2].values())
+    dims = " and ".join(map(str, sorted({side[s]["dim"] for streams in by_kind.values() for s in streams.values()})))
     return Picture(
         f"spectra-ranks-{word}",
         "spectra",
         {
             "kind": "curves",
             "title": f"{title}: in how many directions, by depth",
-            "summary": f"Effective rank: exp of the entropy of λᵢ / Σλ. Participation ratio: (Σλ)² / Σλ². Of {dim}."
+            "summary": f"Effective rank: exp of the entropy of λᵢ / Σλ. Participation ratio: (Σλ)² / Σλ². Of {dims}."
             + _basis(spectra, sides),
             "xlabel": "layers passed",
             "ylabel": "log₁₀ of the rank",
@@ -107,8 +108,8 @@ def _shares(sides: Sides, gradient: bool, word: str, title: str, spectra: dict[s
         for kind, streams in _by_kind(side, gradient).items():
             for k in (1, 10):
                 curve = _curve(side, streams, f"top_{k}", log=False)
-                series.append(curve | {"label": f"first {k}, {name}".replace("first 1,", "first,"), "style": style})
-                series[-1]["group"] = f"{kind} {k}"
+                first = ("first" if k == 1 else f"first {k}") + ("" if kind == "resid_in" else f" at {kind}")
+                series.append(curve | {"label": f"{first}, {name}", "style": style, "group": f"{kind} {k}"})
     return Picture(
         f"spectra-shares-{word}",
         "spectra",

@@ -105,7 +105,7 @@ class Capture:
         the model takes any: a model with absolute positions would see others than without padding."""
         inputs = {name: each.clone() if _inference(each) else each for name, each in inputs.items()}
         mask = inputs.get("attention_mask")
-        takes = "position_ids" in inspect.signature(self.model.forward).parameters
+        takes = _takes_positions(self.model)
         if (
             takes
             and "position_ids" not in inputs
@@ -228,6 +228,15 @@ def _chosen(hooks: Names, known: list[str]) -> list[str]:
     if not found:
         raise ValueError(f"hooks matches none of {', '.join(known[:12])}{', …' if len(known) > 12 else ''}")
     return found
+
+
+def _takes_positions(model: nn.Module) -> bool:
+    """Whether the model, or what a wrapper hands its keywords to, has the argument."""
+    known = inspect.signature(model.forward).parameters
+    if "position_ids" in known:
+        return True
+    hands_on = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in known.values())
+    return hands_on and any(_takes_positions(child) for child in model.children())
 
 
 def _inference(value: Any) -> bool:

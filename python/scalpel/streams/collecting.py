@@ -11,15 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from ..covariance import StreamingCovariance
 from ..covariance.rows import integer_named
 from ..covariance.streaming import Method
 from .budget import bytes_of, groups_of
-from .capture import Capture, Loss, Names, inputs_of
+from .capture import Capture, Loss, Names
+from .marks import batch_mark, corpus_mark, function_mark, model_mark
 from .saved import Saved, States, Stored
 
 
@@ -85,8 +85,8 @@ def collect(
             "folder=, and save the states by name"
         )
     key = {
-        "model": _model_mark(model),
-        "loss": None if loss is None else _function_mark(loss),
+        "model": model_mark(model),
+        "loss": None if loss is None else function_mark(loss),
         "streams": widths,
         "rank": rank,
         "method": None if rank is None else method,
@@ -100,14 +100,16 @@ def collect(
     saved = None if where is None else Saved(share.folder(Path(where)), key, fresh)
     found: States = {}
     corpus = ""
+    if saved is not None and saved.corpus:
+        corpus = corpus_mark(batches)
+        if corpus != saved.corpus:
+            raise ValueError(
+                f"{saved.folder} holds states of another corpus: give another folder, or fresh=True to collect anew "
+                "there"
+            )
     with _removed_on_error(temporary), _Bar(progress, len(groups), batches) as bar:
         for number, group in enumerate(groups):
             if saved is not None and saved.finished(group):
-                if saved.corpus != (corpus := corpus or _corpus_mark(batches)):
-                    raise ValueError(
-                        f"{saved.folder} holds states of another corpus: give another folder, or fresh=True to collect "
-                        "anew there"
-                    )
                 bar.skip_group()
                 continue
             filling = _Filling(capture, share, None if temporary else saved, number, save_every)
@@ -155,7 +157,7 @@ class _Filling:
             skip, digest = position["batches"], position["digest"]
         read, count = hashlib.sha256(), 0
         for batch in batches:
-            read.update(_batch_mark(batch))
+            read.update(batch_mark(batch))
             count += 1
             if count > skip:
                 if (count - 1) % self.share.world == self.share.rank:
@@ -168,6 +170,8 @@ class _Filling:
                     "corpus, another folder, or fresh=True"
                 )
             bar.step()
+        if count == 0:
+            raise ValueError("batches gave nothing when they were read again: give a list, or fresh=True")
         if count < skip:
             raise ValueError(f"there are {count} batches, and the saved states were made of the first {skip} of more")
         return states, read.hexdigest()
@@ -260,46 +264,3 @@ def _peek(batches: Iterable[Any]) -> tuple[Any, Iterable[Any], bool]:
     except StopIteration:
         raise ValueError("batches is empty; give at least one batch of token ids") from None
     return first, itertools.chain([first], iterator) if once else batches, once
-
-
-def _batch_mark(batch: Any) -> bytes:
-    """What tells one batch from another."""
-    inputs_of(batch)  # refuses what is no batch
-    values = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
-    marks = []
-    for name in sorted(values, key=str):
-        value = values[name]
-        if isinstance(value, Tensor):
-            marks.append(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            marks.append(_bytes_of(value))
-        else:
-            marks.append(f"{name} {value!r}".encode())
-    return b"|".join(marks)
-
-
-def _bytes_of(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _function_mark(function: Any) -> str:
-    """A function's name and code: another of the same name is another."""
-    code = getattr(function, "__code__", None)
-    told = repr((code.co_code, code.co_consts) if code else function)
-    name = getattr(function, "__qualname__", type(function).__name__)
-    return f"{getattr(function, '__module__', '')}.{name} {hashlib.sha256(told.encode()).hexdigest()}"
-
-
-def _corpus_mark(batches: Iterable[Any]) -> str:
-    read = hashlib.sha256()
-    for batch in batches:
-        read.update(_batch_mark(batch))
-    return read.hexdigest()
-
-
-def _model_mark(model: nn.Module) -> str:
-    """SHA-256 of the class, and of each tensor's name, shape and bytes."""
-    digest = hashlib.sha256(type(model).__qualname__.encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(_bytes_of(tensor))
-    return digest.hexdigest()

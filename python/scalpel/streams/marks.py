@@ -1,0 +1,71 @@
+"""What tells one corpus, one loss, one model from another: marks that are the same in every process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, is_dataclass
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .capture import inputs_of
+
+
+def batch_mark(batch: Any) -> bytes:
+    """Of all that a batch has, labels included."""
+    inputs_of(batch)  # refuses what is no batch
+    values = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
+    return b"|".join(f"{name} ".encode() + _value_mark(values[name]) for name in sorted(values, key=str))
+
+
+def corpus_mark(batches: Iterable[Any]) -> str:
+    read = hashlib.sha256()
+    for batch in batches:
+        read.update(batch_mark(batch))
+    return read.hexdigest()
+
+
+def function_mark(function: Any) -> str:
+    """A function's name, code, defaults, and what it closes over."""
+    name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)}"
+    return f"{name} {hashlib.sha256(_value_mark(function)).hexdigest()}"
+
+
+def model_mark(model: nn.Module) -> str:
+    """SHA-256 of the class, the config, every module's plain attributes, and each tensor's name, shape and bytes."""
+    digest = hashlib.sha256(type(model).__qualname__.encode())
+    config: Any = getattr(model, "config", None)
+    if config is not None:
+        said = asdict(config) if is_dataclass(config) and not isinstance(config, type) else config
+        said = said.to_dict() if hasattr(said, "to_dict") else said
+        if isinstance(said, dict):
+            said = {name: value for name, value in said.items() if name != "_name_or_path"}  # where it happens to lie
+        digest.update(json.dumps(said, sort_keys=True, default=repr).encode())
+    for name, module in model.named_modules():
+        plain = {k: v for k, v in vars(module).items() if k != "training" and isinstance(v, (int, float, str, bool))}
+        digest.update(f"{name} {type(module).__qualname__} {sorted(plain.items())}".encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + _value_mark(tensor))
+    return digest.hexdigest()
+
+
+def _value_mark(value: Any) -> bytes:
+    if isinstance(value, Tensor):
+        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return f"{tuple(value.shape)} {value.dtype} ".encode() + raw
+    if isinstance(value, CodeType):
+        return value.co_code + repr(value.co_names).encode() + b"".join(map(_value_mark, value.co_consts))
+    code = getattr(value, "__code__", None)
+    if code is not None:
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return b"|".join(map(_value_mark, (code, value.__defaults__, value.__kwdefaults__, *cells)))
+    if isinstance(value, (tuple, list)):
+        return b"(" + b",".join(map(_value_mark, value)) + b")"
+    if isinstance(value, Mapping):
+        return _value_mark(sorted(value.items(), key=lambda item: str(item[0])))
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value)).encode()  # an address is another in every process
