@@ -49,6 +49,16 @@ def test_measures_do_not_overflow(scale: float) -> None:
         assert 7 < waiting.participation_ratio() < 9
 
 
+@pytest.mark.parametrize("method", ["tracker", "frequent_directions"])
+def test_small_rows_after_large_ones(method: str) -> None:
+    large, small = (normal(2000, 40) * 1e30).float(), normal(2000, 40, seed=1).float()
+    for first, second in ((large, small), (small, large)):
+        sketch = StreamingCovariance(40, 4, method).update(first).update(second)
+        best = state_of(torch.cat([first, second]).double()).eigh(4).values
+        values = sketch.eigh().values
+        assert values.isfinite().all() and 0.5 < float(values[0] / best[0]) < 1.5
+
+
 # ---- what is new and orthogonal ------------------------------------------------------------------
 
 

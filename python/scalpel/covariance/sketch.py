@@ -111,7 +111,8 @@ class Sketch(State):
             memory_of(rows), self.center, memory_of(mean), memory_of(centred), torch.get_num_threads()
         )
         stack[:first] = kept.directions
-        if dtype == torch.float32 and energy > 0 and not _TINY < energy / rows.numel() < _HUGE:
+        square = max(energy / rows.numel(), kept.energy / max(1, kept.rows * self.dim))  # of an entry, on average
+        if dtype == torch.float32 and square > 0 and not _TINY < square < _HUGE:
             return self._with_block(kept, rows.double())  # products would leave float32's range
         return self._together(kept, Kept(len(rows), mean, centred, energy, 0.0), stack)
 
