@@ -36,7 +36,8 @@ CASES = [
         for op, shape, dtype in product(("topk_mask", "keep_topk", "topk_indices"), TOPK_SHAPES, DTYPES)
     ),
     *(
-        Case(op, shape, dtype, 1e-13)
+        # float32 products of at most 128 rows: an entry's error is a few eps of the largest
+        Case(op, shape, dtype, 1e-13 if dtype == torch.float64 else 1e-6)
         for op, shape, dtype in product(("covariance", "second_moment"), COVARIANCE_SHAPES, DTYPES)
     ),
 ]

@@ -131,7 +131,7 @@ void init_covariance(py::module_& m) {
   m.def("symmetric_moments", &symmetric, py::arg("counts"), py::arg("mean"), py::arg("scatter"),
         py::arg("waiting"), py::arg("centered"), py::arg("out"), py::arg("threads") = 0,
         "Write scatter / count, both triangles, to out.");
-  m.attr("BLOCK_ROWS") = kBlockRows;
+  m.def("block_rows", [] { return kBlockRows; }, "How many rows wait before they join as one block.");
   const auto def = [&m](const char* name, auto* f, const char* doc) {
     m.def(name, f, py::arg("counts"), py::arg("mean"), py::arg("scatter"), py::arg("waiting"),
           py::arg("centered"), py::arg("other_counts"), py::arg("other_mean"), py::arg("other_scatter"),

@@ -13,7 +13,7 @@ from .._memory import Memory, empty, memory_of
 from .eigen import Leading, Spectrum, by_lapack, by_rows, worth_iterating
 from .state import State, Total
 
-BLOCK_ROWS: int = _core.BLOCK_ROWS
+BLOCK_ROWS: int = _core.block_rows()
 _ROWS = 256
 _TINY, _HUGE = 1e-20, 1e30  # variances whose products float32 holds
 

@@ -52,8 +52,8 @@ class StreamingCovariance(ScikitNames):
     The exact state. Rows wait until 1024 are there (at first, until there are as many as columns), and join as blocks,
     each centred by its own mean, by the pairwise rule of Chan, Golub & LeVeque 1979 and Pébay 2008 (SAND2008-6212), so
     that means that are large against the deviations cost no accuracy. Products are of float64 rows float64, of narrower
-    rows float32, gathered in float64 every 128 rows: an error of about 1e-7 of the largest entry, half of what XᵀX in
-    float32 has. The bits depend neither on the number of threads nor on how rows of one dtype were cut into updates;
+    rows float32, gathered in float64 every 128 rows: an error of a few 1e-7 of the largest entry, less the more rows
+    there are. The bits depend neither on the number of threads nor on how rows of one dtype were cut into updates;
     they depend on the CPU target, and on when the state was read, merged or saved, which makes the waiting rows join:
     to rounding (1e-12 relative for float64 rows with means up to a thousand deviations). Merging is associative to
     rounding, too. A sketch's bits depend on how rows were cut into updates.
