@@ -33,17 +33,25 @@ class Tracker(Sketch):
         # Seeded by how many rows there were, so that a resumed sketch draws what an uninterrupted one does.
         generator = torch.Generator().manual_seed(seed)
         mixed = torch.randn(max(0, most - known) + _PROBES, len(rows), generator=generator, dtype=rows.dtype)
-        Y = _with_probes(rows[:known], mixed @ rows)
-        found = torch.linalg.qr(rows @ Y.T).Q.T @ rows
+        found = torch.linalg.qr(_taken_to(rows, known, mixed @ rows)).Q.T @ rows
         squares, turn = by_gram(found)
         kept = int((squares[:most] > 0).sum())
         return (turn[:kept].to(rows.dtype) @ found).double(), 0.0
 
 
-def _with_probes(known: Tensor, probes: Tensor) -> Tensor:
-    """The known directions at length 1 (they are orthogonal), and what probes add to them, orthonormal."""
-    lengths = torch.linalg.vector_norm(known, dim=1, keepdim=True)
-    unit = known[lengths[:, 0] > 0] / lengths[lengths[:, 0] > 0]
+def _taken_to(rows: Tensor, known: int, probes: Tensor) -> Tensor:
+    """Where the rows take the known directions, at length 1, and what probes add to these: (n, width).
+
+    The known directions are the first rows, and orthogonal: they take each other to nothing, and only a diagonal.
+    """
+    lengths = torch.linalg.vector_norm(rows[:known], dim=1)
+    some = lengths > 0
+    unit = rows[:known][some] / lengths[some, None]
     for _ in range(2):  # once is not enough in float32
         probes = probes - (probes @ unit.T) @ unit
-    return torch.cat([unit, torch.linalg.qr(probes.T).Q.T])
+    probes = torch.linalg.qr(probes.T).Q.T
+    taken = rows.new_zeros(len(rows), len(unit) + len(probes))
+    taken[:known][some, torch.arange(len(unit))] = lengths[some]
+    taken[:known, len(unit) :] = rows[:known] @ probes.T
+    torch.mm(rows[known:], torch.cat([unit, probes]).T, out=taken[known:])
+    return taken
