@@ -127,6 +127,10 @@ def test_intervals_cover_what_they_say() -> None:
     found = summarise([{"x": row.tolist()} for row in drawn])["x"]
     covered = np.mean((np.array(found["low"]) <= 0) & (np.array(found["high"]) >= 0))
     assert abs(covered - 0.95) < 0.005
+    some = drawn[:, :2000].T
+    picked = np.random.default_rng(1).integers(8, size=(1000, 8))
+    low, high = np.percentile(some[:, picked].mean(axis=2), [2.5, 97.5], axis=1)
+    assert abs(np.mean((low <= 0) & (high >= 0)) - 0.89) < 0.02
 
 
 # ---- the command ---------------------------------------------------------------------------------

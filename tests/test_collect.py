@@ -184,7 +184,7 @@ def killed(folder: Path, at: int, where: str = "", memory: int = 2**30) -> None:
 
 @pytest.mark.parametrize(
     ("at", "where"),
-    [(2, ""), (7, ""), (11, ""), (4, "replace_text"), (5, "replace_text"), (3, "replace_text"), (2, "_flush")],
+    [(2, ""), (7, ""), (11, ""), (4, "replace_text"), (5, "replace_text"), (3, "replace_text"), (2, "flush")],
 )
 def test_killed_and_resumed_to_the_same_bits(tmp_path: Path, at: int, where: str) -> None:
     model = build("like_csp_yolo2")

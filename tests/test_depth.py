@@ -1,27 +1,18 @@
 """Beside the exponents: growth of the residual, ranks by depth with their intervals, alignment, bounds by TopK."""
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 
-from circuitgpt_cases import build, tokens
+from circuitgpt_cases import build, one_thread, tokens  # noqa: F401
 from depth_cases import at_tokens, dense_layers, effective_rank, exponents_of, logs, orthogonal, random, stream
 from scalpel import lyapunov
 from scalpel.jacobians.depth import Spectra, haar_block, measure_alignment
 from scalpel.reference_jacobian import jacobian_dense
 
 pytestmark = pytest.mark.filterwarnings("ignore:scalpel.jacobian differentiates")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_growth_of_the_residual() -> None:

@@ -122,3 +122,30 @@ def test_rows_beyond_float32_go_through_lapack() -> None:
     state = state_of(rows_with(1.0) * 1e25, None, center=False)
     values, vectors = state.eigh(3)
     assert residual(state, values, vectors) <= 1e-12
+
+
+@pytest.mark.parametrize("factor", [1.05, 1.3, 10.0])
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_an_unseen_direction_is_found(power: float, factor: float) -> None:
+    """Eigenvalues i^-power along the axes; all that was known is the leading axes, and the last axis now has more."""
+    dim, k = 1024, 32
+    values = torch.arange(1, dim + 1).double() ** -power
+    values[-1] = factor * values[k - 1]
+    for seed in range(3):
+        leading = Leading()
+        leading.start_from(torch.eye(dim)[: k + 4])
+        leading._calls = seed
+        found = leading.find(torch.diag(values).float(), lambda R: R * values, k)
+        assert found is not None and float(found.vectors[:, -1].norm()) > 0.99
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-3, 1.0])
+def test_a_start_that_is_nearly_right_needs_no_lapack(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The images of eigenvectors add nothing to a block but rounding, which must not be taken for directions."""
+    state = state_of(rows_with(1.0, 4000))
+    before = state.eigh(8)
+    monkeypatch.setattr(exact, "by_lapack", lambda _: pytest.fail("LAPACK was asked"))
+    state.update(size * rows_with(1.0, 1, seed=1))
+    values, vectors = state.eigh(8)
+    assert residual(state, values, vectors) <= TOLERANCE
+    torch.testing.assert_close(values, before.values, rtol=1e-2, atol=0)

@@ -1,7 +1,6 @@
 """scalpel.jacobian over CircuitGPT against the dense twin and finite differences: every variant and hook."""
 
 import warnings
-from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from circuitgpt_cases import CASES, build, tokens, torch_func
+from circuitgpt_cases import CASES, build, one_thread, tokens, torch_func  # noqa: F401
 from scalpel import CircuitGPT, jacobian, topk_mask
 from scalpel.models.ablation import _in_force
 from scalpel.models.circuitgpt import hook_names
@@ -18,15 +17,6 @@ from scalpel.models.mask_watch import watch_masks
 from scalpel.reference_jacobian import jacobian_dense
 
 EXACT = 1e-9
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Thousands of tiny products: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def check(model: CircuitGPT, ids: Tensor, source: str, target: str, positions=None, **inputs) -> Tensor:

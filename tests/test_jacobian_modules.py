@@ -3,7 +3,6 @@
 import importlib
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,19 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from circuitgpt_cases import one_thread  # noqa: F401
 from scalpel import AbsTopK, jacobian
 from scalpel.reference_jacobian import jacobian_dense
 
 pytestmark = pytest.mark.filterwarnings("ignore:scalpel.jacobian differentiates")
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=["sdpa", "eager"])

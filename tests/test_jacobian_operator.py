@@ -1,27 +1,17 @@
 """The operator that scalpel.jacobian gives: products, transposes and compositions against the matrix."""
 
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
 
 import scalpel
-from circuitgpt_cases import build, tokens, torch_func
+from circuitgpt_cases import build, one_thread, tokens, torch_func  # noqa: F401
 from scalpel.jacobians.operator import Jacobian
 from scalpel.reference_jacobian import jacobian_dense
 
 jacobian = scalpel.jacobian
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Thousands of tiny products: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,25 +1,14 @@
 """Positions of scalpel.jacobian, and which ends have a path between them."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-from circuitgpt_cases import build, tokens
+from circuitgpt_cases import build, one_thread, tokens  # noqa: F401
 from scalpel import jacobian
 from scalpel.models.circuitgpt import hook_names
 from scalpel.reference_jacobian import jacobian_dense
 
 EXACT = 1e-9
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Thousands of tiny products: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(

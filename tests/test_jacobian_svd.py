@@ -2,14 +2,13 @@
 
 import copy
 import warnings
-from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from circuitgpt_cases import BASE, tokens
+from circuitgpt_cases import BASE, one_thread, tokens  # noqa: F401
 from decoder_cases import exact_norms, ids_of, model_of
 from scalpel import CircuitGPT, CircuitGPTConfig, jacobian
 from scalpel.jacobians.operator import Jacobian
@@ -28,14 +27,6 @@ SPECTRA = {
     "tiny": 1e-30 * 0.95**_i,
     "huge": 1e30 * 0.95**_i,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def operator(spectrum: Tensor, m: int = 400, n: int = 450, dtype: torch.dtype = torch.float64) -> Jacobian:

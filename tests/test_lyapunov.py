@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from collections.abc import Iterator
 from itertools import pairwise
 
 import mpmath
@@ -13,7 +12,7 @@ from torch import Tensor
 
 import decoder_cases
 import scalpel
-from circuitgpt_cases import build, tokens
+from circuitgpt_cases import build, one_thread, tokens  # noqa: F401
 from depth_cases import (
     at_tokens,
     dense_layers,
@@ -32,14 +31,6 @@ from scalpel.jacobians.sweeps import Sweeps, frame_growth
 from scalpel.reference_jacobian import jacobian_dense
 
 pytestmark = pytest.mark.filterwarnings("ignore:scalpel.jacobian differentiates")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 CASES = ["plain", "like_csp_yolo2", "topk_resid_post_mlp", "relu_residual", "positions_concatenated"]

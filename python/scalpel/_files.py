@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["check_folder", "replace_text", "replacing"]
+__all__ = ["check_folder", "flush", "replace_text", "replacing"]
 
 
 def check_folder(folder: Path) -> None:
@@ -38,12 +38,12 @@ def replacing(path: Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are private; results are meant to be read
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _flush(path.parent)  # the new name, too, must survive
+    flush(path.parent)  # the new name, too, must survive
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -52,7 +52,8 @@ def replace_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,12 +96,12 @@ class Spectra:
         return [list(block.split(min(_BATCH, -(-len(block) // self.job.world)))) for block in blocks]
 
     def _figures(self, blocks: list[StreamingCovariance], path: Path) -> dict[str, Any]:
-        whole = blocks[0]._of(*blocks[0]._like())
-        for block in blocks:
+        whole = copy.deepcopy(blocks[0])
+        for block in blocks[1:]:
             whole.merge(block)
         if self.job.rank == 0:
             whole.save(path)
-        values = whole._state.eigenvalues()  # type: ignore[attr-defined]
+        values = whole.eigenvalues()
         total = float(values.sum())
         found: dict[str, Any] = {
             "count": whole.count,
@@ -115,10 +117,11 @@ class Spectra:
             names = list(measures) if small else ["participation_ratio"]
 
             def measure(state: StreamingCovariance) -> Tensor:
-                if not small:
-                    sums = state._state.total()
-                    return torch.tensor([participation_ratio(sums.squares or 0.0)])
-                return torch.tensor(list(_numbers(state._state.eigenvalues()).values()))  # type: ignore[attr-defined]
+                if small:
+                    return torch.tensor(list(_numbers(state.eigenvalues()).values()))
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", RuntimeWarning)  # of few rows: a note says so
+                    return torch.tensor([state.participation_ratio()])
 
             jack = leave_one_out(blocks, measure)
             intervals = {n: (float(jack.low[i]), float(jack.high[i])) for i, n in enumerate(names)}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from .._files import replace_text
+from .._files import flush, replace_text
 from ..covariance import StreamingCovariance
 
 _KEEP = 2
@@ -133,7 +133,7 @@ class Saved:
         replace_text(draft / "position.json", json.dumps(position) + "\n")
         shutil.rmtree(final, ignore_errors=True)  # one that was not sound
         os.rename(draft, final)
-        _flush(self.folder)
+        flush(self.folder)
         for old in self._generations()[:-_KEEP]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -173,11 +173,3 @@ class Stored(Mapping[str, StreamingCovariance]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-def _flush(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
