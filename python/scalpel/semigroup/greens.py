@@ -1,0 +1,200 @@
+"""Green's relations of a finite semigroup, from its two Cayley graphs.
+
+Two elements are R-related if each is the other times something on the right (or equal), L-related on the left;
+H is both, D is their join. In the right Cayley graph the R-classes are the strongly connected components.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+__all__ = ["EggBox", "Greens", "Group"]
+
+
+@dataclass(frozen=True)
+class EggBox:
+    """One D-class: a row an R-class, a column an L-class, a cell an H-class.
+
+    ``elements``: numbers (rows, columns, elements of an H-class), ascending in each cell. ``group``: bool
+    (rows, columns), whether the cell is a group, that is, holds an idempotent. ``above``: positions, in the list of
+    D-classes, of those directly above it in the order of ideals.
+    """
+
+    elements: np.ndarray
+    group: np.ndarray
+    above: tuple[int, ...]
+
+    @property
+    def regular(self) -> bool:
+        """Whether some cell is a group; then each row and each column has one."""
+        return bool(self.group.any())
+
+
+@dataclass(frozen=True)
+class Group:
+    """A maximal subgroup. ``elements``: its numbers, the identity first; ``name``: Z_n where cyclic, else what is known."""
+
+    elements: np.ndarray
+    name: str
+    cyclic: bool
+    commutative: bool
+
+    @property
+    def order(self) -> int:
+        return len(self.elements)
+
+
+@dataclass(frozen=True)
+class Greens:
+    """Each element's R-, L-, H- and D-class, int32 (size,) each, and what follows from them.
+
+    Classes are numbered by their first element.
+    """
+
+    r: np.ndarray
+    l: np.ndarray  # noqa: E741 - the relation's name
+    h: np.ndarray
+    d: np.ndarray
+    right_cayley_graph: np.ndarray
+    left_cayley_graph: np.ndarray
+    idempotents: np.ndarray
+
+    @classmethod
+    def of(cls, right: np.ndarray, left: np.ndarray, idempotents: np.ndarray) -> "Greens":
+        """From the Cayley graphs (size, generators) and the numbers of the idempotents."""
+        r = _components(right, "strong")
+        l = _components(left, "strong")  # noqa: E741
+        h = _numbered(r.astype(np.int64) * len(l) + l)
+        # D joins the R- and the L-classes that share an element.
+        rows = int(r.max()) + 1
+        joint = _bipartite(r, l + rows, rows + int(l.max()) + 1)
+        return cls(r, l, h, _numbered(joint[r]), right, left, idempotents)
+
+    def largest_h_class(self) -> int:
+        return int(np.bincount(self.h).max())
+
+    def counts(self) -> dict[str, int]:
+        """The number of classes of each relation."""
+        return {name: int(getattr(self, name.lower()).max()) + 1 for name in "RLHD"}
+
+    @cached_property
+    def egg_boxes(self) -> list[EggBox]:
+        """Every D-class, in the order of its first element."""
+        idempotent = np.zeros(len(self.d), dtype=bool)
+        idempotent[self.idempotents] = True
+        order = np.lexsort((np.arange(len(self.d)), self.l, self.r, self.d))
+        starts = np.flatnonzero(np.r_[True, np.diff(self.d[order]) > 0])
+        above = self._above()
+        boxes = []
+        for number, members in enumerate(np.split(order, starts[1:])):
+            rows = len(np.unique(self.r[members]))
+            columns = len(np.unique(self.l[members]))
+            elements = members.reshape(rows, columns, -1)
+            boxes.append(EggBox(elements, idempotent[elements].any(-1), above[number]))
+        return boxes
+
+    @cached_property
+    def _edges(self) -> np.ndarray:
+        """Distinct (D-class, other D-class that its multiples fall into), (edges, 2)."""
+        count = int(self.d.max()) + 1
+        graphs = (self.right_cayley_graph, self.left_cayley_graph)
+        pairs = [(self.d[:, None].astype(np.int64) * count + self.d[g]).ravel() for g in graphs]
+        found = np.stack(np.divmod(np.unique(np.concatenate([np.unique(p) for p in pairs])), count), 1)
+        return found[found[:, 0] != found[:, 1]]
+
+    def _above(self) -> list[tuple[int, ...]]:
+        """For each D-class those directly above: no other lies between."""
+        count = int(self.d.max()) + 1
+        parents: list[set[int]] = [set() for _ in range(count)]
+        for upper, lower in self._edges.tolist():
+            parents[lower].add(upper)
+        ancestors: dict[int, set[int]] = {}
+
+        def climb(at: int) -> set[int]:
+            stack = [at]
+            while stack:
+                top = stack[-1]
+                waiting = [p for p in parents[top] if p not in ancestors]
+                if waiting:
+                    stack += waiting
+                    continue
+                ancestors[top] = set().union(parents[top], *(ancestors[p] for p in parents[top]))
+                stack.pop()
+            return ancestors[at]
+
+        found = []
+        for at in range(count):
+            climb(at)
+            higher = set().union(*(ancestors[p] for p in parents[at])) if parents[at] else set()
+            found.append(tuple(sorted(parents[at] - higher)))
+        return found
+
+    def minimal_ideal(self) -> np.ndarray:
+        """The D-class from which no multiple leaves."""
+        leaving = np.unique(self._edges[:, 0])
+        kernel = np.setdiff1d(np.arange(int(self.d.max()) + 1), leaving)
+        return np.flatnonzero(self.d == kernel[0])
+
+    def groups(self, images: np.ndarray) -> list[Group]:
+        """The group at the first idempotent of each regular D-class; images (size, states) of all elements."""
+        _, first = np.unique(self.d[self.idempotents], return_index=True)
+        found = []
+        for identity in self.idempotents[np.sort(first)]:
+            members = np.flatnonzero(self.h == self.h[identity])
+            found.append(_group(int(identity), members, images))
+        return found
+
+
+def _group(identity: int, members: np.ndarray, images: np.ndarray) -> Group:
+    maps = images[members].astype(np.intp)
+    order = len(members)
+    # On the identity's own image the group acts faithfully, by permutations.
+    points = np.unique(images[identity])
+    orders = np.array([_order(row, points) for row in maps])
+    cyclic = bool((orders == order).any())
+    commutative = cyclic or all(
+        np.array_equal(b[a[points]], a[b[points]]) for i, a in enumerate(maps) for b in maps[:i]
+    )
+    name = "trivial" if order == 1 else f"Z_{order}" if cyclic else _name(order, commutative, len(points))
+    return Group(np.r_[identity, members[members != identity]], name, cyclic, commutative)
+
+
+def _name(order: int, commutative: bool, points: int) -> str:
+    factorial = int(np.prod(np.arange(1, min(points, 20) + 1, dtype=object)))
+    if order == factorial:
+        return f"S_{points}"
+    if order * 2 == factorial and points > 2:
+        return f"A_{points}"
+    return f"{'commutative' if commutative else 'non-commutative'} of order {order}"
+
+
+def _order(images: np.ndarray, points: np.ndarray) -> int:
+    power, count = images[points], 1
+    while not np.array_equal(power, points):
+        power, count = images[power], count + 1
+    return count
+
+
+def _components(graph: np.ndarray, connection: str) -> np.ndarray:
+    size, generators = graph.shape
+    source = np.repeat(np.arange(size), generators)
+    ones = np.ones(graph.size, dtype=np.int8)
+    matrix = coo_array((ones, (source, graph.ravel())), shape=(size, size)).tocsr()
+    return _numbered(connected_components(matrix, directed=True, connection=connection)[1])
+
+
+def _bipartite(one: np.ndarray, other: np.ndarray, size: int) -> np.ndarray:
+    matrix = coo_array((np.ones(len(one), dtype=np.int8), (one, other)), shape=(size, size)).tocsr()
+    labels: np.ndarray = connected_components(matrix, directed=False)[1]
+    return labels
+
+
+def _numbered(labels: np.ndarray) -> np.ndarray:
+    """The same classes, numbered by their first element, int32."""
+    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), dtype=np.int32)
+    rank[np.argsort(first)] = np.arange(len(first), dtype=np.int32)
+    return rank[inverse]
