@@ -88,7 +88,7 @@ def index_and_period(element: Map) -> tuple[int, int]:
 
 def distances(images: Sequence[Sequence[int]], starts: Iterable[int]) -> list[int]:
     """Length of the shortest word from a start to each state, -1 where there is none."""
-    found = {start: 0 for start in starts}
+    found = dict.fromkeys(starts, 0)
     queue = list(found)
     for state in queue:
         for generator in images:

@@ -93,7 +93,7 @@ class Greens:
             rows = len(np.unique(self.r[members]))
             columns = len(np.unique(self.l[members]))
             elements = members.reshape(rows, columns, -1)
-            boxes.append(EggBox(elements, idempotent[elements].any(-1), above[number]))
+            boxes.append(EggBox(elements, np.asarray(idempotent[elements].any(-1)), above[number]))
         return boxes
 
     @cached_property

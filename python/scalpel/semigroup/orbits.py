@@ -5,11 +5,11 @@ A generator is the array of its images.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-__all__ = ["OrbitShape", "distances", "orbit_shapes", "reachable", "state_maps", "unreachable"]
+__all__ = ["distances", "orbit_shapes", "reachable", "state_maps", "unreachable"]
 
 UNREACHED = -1
 # Up to here numpy's own loop is done before numba would have compiled its own.
@@ -49,22 +49,16 @@ def distances(images: Any, starts: Any) -> np.ndarray:
     return found
 
 
-class OrbitShape(NamedTuple):
-    """How the orbit s, Π(s), Π²(s), … of each state ends: after ``index`` steps it repeats with ``period``.
+def orbit_shapes(image: Any) -> tuple[np.ndarray, np.ndarray]:
+    """How the orbit s, Π(s), Π²(s), … of every state under one map ends: (index, period), integers (states,) each.
 
-    Both (states,) of one integer type. A state on a cycle has index 0.
+    After ``index`` steps the orbit repeats with ``period``; on a cycle the index is 0. image: integers (states,).
     """
-
-    index: np.ndarray
-    period: np.ndarray
-
-
-def orbit_shapes(image: Any) -> OrbitShape:
-    """Index and period of every state under one map Π; image: integers (states,)."""
     maps = state_maps(np.asarray(image)[None])
     from .orbit_kernels import orbit_shapes as measure
 
-    return OrbitShape(*measure(maps[0]))
+    index, period = measure(maps[0])
+    return index, period
 
 
 def state_maps(images: Any) -> np.ndarray:

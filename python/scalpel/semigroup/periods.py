@@ -1,22 +1,17 @@
 """Index and period of one map's powers, from how its states' orbits end."""
 
 from math import lcm
-from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["IndexPeriod", "index_and_period"]
+__all__ = ["index_and_period"]
 
 
-class IndexPeriod(NamedTuple):
-    """The least index m and period p, both 1 or more, with xᵐ⁺ᵖ = xᵐ."""
+def index_and_period(images: np.ndarray) -> tuple[int, int]:
+    """The least index m and period p, both 1 or more, with xᵐ⁺ᵖ = xᵐ, of a map x given by images (states,).
 
-    index: int
-    period: int
-
-
-def index_and_period(images: np.ndarray) -> IndexPeriod:
-    """Of a map on states, images (states,): the longest tail before a cycle, and the cycles' common period."""
+    m is the longest tail before a cycle, p the common period of the cycles.
+    """
     successor = images.tolist()
     cyclic = _states_on_cycles(images)
     period, seen = 1, set()
@@ -29,7 +24,7 @@ def index_and_period(images: np.ndarray) -> IndexPeriod:
     index, states = 1, images
     while not cyclic[states].all():
         index, states = index + 1, images[states]
-    return IndexPeriod(index, period)
+    return index, period
 
 
 def _states_on_cycles(images: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ is an extra: ``pip install 'semigroup-scalpel[algebra]'``.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -129,7 +129,7 @@ class TransformationSemigroup:
 
     def number(self, element: int | Word | Sequence[int]) -> int:
         """The number of an element given as a number, a word or its images. ValueError if it isn't in the semigroup."""
-        if isinstance(element, int | np.integer) and not isinstance(element, bool):
+        if isinstance(element, int | np.integer):
             if not 0 <= element < self.size:
                 raise ValueError(f"there is no element {element}; they are numbered 0 to {self.size - 1}")
             return int(element)
@@ -219,14 +219,14 @@ class TransformationSemigroup:
         if greens.largest_h_class() == 1:
             return None
         for number in range(self.size):
-            if index_and_period(self.images[number]).period > 1:
+            if index_and_period(self.images[number])[1] > 1:
                 return number
         raise AssertionError("a finite semigroup whose H-classes aren't all trivial has a group that isn't")
 
     def index_and_period(self, element: int | Word | Sequence[int]) -> tuple[int, int]:
         """The least (m, p), both 1 or more, with xᵐ⁺ᵖ = xᵐ."""
         images = self.images[self.number(element)] if not _is_word(element) else self.evaluate(element)
-        return tuple(index_and_period(images))
+        return index_and_period(images)
 
     def is_commutative(self) -> bool:
         """Whether x·y = y·x for all elements; the generators decide."""
@@ -260,7 +260,7 @@ class TransformationSemigroup:
         return np.flatnonzero(~self.reachable(starts))
 
 
-def _is_word(element: Any) -> bool:
+def _is_word(element: Any) -> TypeGuard[Word]:
     if isinstance(element, str):
         return True
     return isinstance(element, Sequence) and all(isinstance(letter, str) for letter in element)
