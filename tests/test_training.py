@@ -9,12 +9,17 @@ import torch
 from bracket_fixtures import SOURCES, small_tokenizer
 from scalpel.models.circuitgpt import CircuitGPT
 from scalpel.training import bracket_mini
-from scalpel.training.loop import batches, train
+from scalpel.training.loop import train
 from scalpel.training.recipe import Recipe, clip_rms_, density_table, prune_, sparse_matrices
+from scalpel.training.text import TextCourse, batches
 
 TINY = Recipe(
     d_model=16, n_layer=1, d_head=8, block_size=320, vocab_size=small_tokenizer().vocab_size, steps=20, batch=4, seed=3
 )
+
+
+def train_text(recipe, state_file, progress=None):
+    return train(recipe, TextCourse(recipe, SOURCES, small_tokenizer()), state_file, progress)
 
 
 @pytest.fixture(autouse=True)
@@ -76,16 +81,16 @@ def test_any_step_can_be_reached_without_the_ones_before():
 
 
 def test_a_stopped_run_ends_with_the_bits_of_one_that_was_not(tmp_path):
-    whole = train(TINY, SOURCES, small_tokenizer(), tmp_path / "whole.pt")
+    whole = train_text(TINY, tmp_path / "whole.pt")
 
     def stop_at_seven(step, steps, loss):
         if step == 7:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(TINY, SOURCES, small_tokenizer(), tmp_path / "stopped.pt", stop_at_seven)
+        train_text(TINY, tmp_path / "stopped.pt", stop_at_seven)
     seen = []
-    resumed = train(TINY, SOURCES, small_tokenizer(), tmp_path / "stopped.pt", lambda step, *_: seen.append(step))
+    resumed = train_text(TINY, tmp_path / "stopped.pt", lambda step, *_: seen.append(step))
     assert seen == list(range(8, 21))
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
@@ -100,7 +105,7 @@ def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(tmp_path, monkeypatch)
 
     from scalpel.training import loop
 
-    whole = train(TINY, SOURCES, small_tokenizer(), tmp_path / "whole.pt")
+    whole = train_text(TINY, tmp_path / "whole.pt")
     calls = []
 
     def prune_and_interrupt(*given):
@@ -112,24 +117,24 @@ def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(loop, "prune_", prune_and_interrupt)
         with pytest.raises(KeyboardInterrupt):
-            train(TINY, SOURCES, small_tokenizer(), tmp_path / "stopped.pt")
+            train_text(TINY, tmp_path / "stopped.pt")
     assert len(calls) < 20 * 7
-    resumed = train(TINY, SOURCES, small_tokenizer(), tmp_path / "stopped.pt")
+    resumed = train_text(TINY, tmp_path / "stopped.pt")
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
 
 
 def test_a_state_of_another_recipe_is_refused(tmp_path):
     short = replace(TINY, steps=2)
-    train(short, SOURCES, small_tokenizer(), tmp_path / "state.pt")
+    train_text(short, tmp_path / "state.pt")
     with pytest.raises(ValueError, match="another recipe"):
-        train(replace(short, seed=9), SOURCES, small_tokenizer(), tmp_path / "state.pt")
+        train_text(replace(short, seed=9), tmp_path / "state.pt")
 
 
 def test_learning_lowers_the_loss(tmp_path):
     first = []
     recipe = replace(TINY, steps=60, batch=8, lr=5e-3)
-    trained = train(recipe, SOURCES, small_tokenizer(), tmp_path / "s.pt", lambda step, n, loss: first.append(loss))
+    trained = train_text(recipe, tmp_path / "s.pt", lambda step, n, loss: first.append(loss))
     assert trained.loss < first[0] - 0.5
 
 

@@ -35,7 +35,7 @@ class EggBox:
 
 @dataclass(frozen=True)
 class Group:
-    """A maximal subgroup. ``elements``: its numbers, the identity first; ``name``: Z_n where cyclic, else what is known."""
+    """A maximal subgroup. ``elements``: its numbers, the identity first; ``name``: Z_n, S_n, A_n, or what is known."""
 
     elements: np.ndarray
     name: str

@@ -1,6 +1,5 @@
 """bracket-mini: the weight-sparse model that Scalpel ships to be cut open, and its controls."""
 
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
@@ -18,9 +17,11 @@ from ..models.circuitgpt import CircuitGPT
 from ..models.tokenizer import Tokenizer
 from ..tasks.brackets import Answers, answer, questions_from
 from ..tasks.literals import harvest, python_files
+from .commit import commit
 from .corpus import DEPTH_PROBABILITIES, MAX_ELEMENTS, MEAN_ELEMENTS, Sources, documents, interpreter_sources
 from .loop import train
 from .recipe import Recipe, density_table
+from .text import TextCourse
 from .tokenizer import train_tokenizer
 
 NAME = "bracket-mini"
@@ -65,7 +66,7 @@ def train_model(
     sources = interpreter_sources()
     tokenizer = bracket_tokenizer(sources, recipe.vocab_size)
     state_file = out / "training-state.pt"
-    trained = train(recipe, sources, tokenizer, state_file, progress)
+    trained = train(recipe, TextCourse(recipe, sources, tokenizer), state_file, progress)
     model = trained.model.eval()
     model.tokenizer = tokenizer
     model.card = {
@@ -145,23 +146,3 @@ def text_facts(sources: Sources) -> dict[str, Any]:
         "mean_elements": MEAN_ELEMENTS,
         "max_elements": MAX_ELEMENTS,
     }
-
-
-def commit() -> str | None:
-    """The commit of the source tree that this very file is tracked in, "+dirty" where the package differs from it.
-
-    None for an installed package, also one that lies inside somebody else's repository.
-    """
-    here = Path(__file__).resolve()
-
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(here.parent), *words], capture_output=True, text=True, check=False)
-        except OSError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    if git("ls-files", "--error-unmatch", here.name) is None:
-        return None
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", str(here.parents[1]))
-    return f"{git('rev-parse', 'HEAD')}{'+dirty' if changed else ''}"

@@ -8,79 +8,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .._files import replacing
 from ..models.circuitgpt import CircuitGPT
-from ..models.tokenizer import Tokenizer
-from .corpus import Sources, documents
 from .recipe import Recipe, clip_rms_, prune_, sparse_matrices
-from .tokenizer import CLOSERS, START
 
-POOL_BATCHES = 16
 SAVE_EVERY_SECONDS = 20.0
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Texts of like length. ``ids``, ``positions`` and ``mask`` are (batch, length); padding is on the right."""
+class Course(Protocol):
+    """What a model is trained on: batches, and the loss of one."""
 
-    ids: Tensor
-    positions: Tensor
-    mask: Tensor
-    longest: int  # most elements of a list in the batch
+    def batches(self, start: int) -> Iterator[Any]:
+        """Batches from step ``start`` on, the same for the same start; each has ``longest``, see :class:`Trained`."""
 
-
-def batches(recipe: Recipe, sources: Sources, tokenizer: Tokenizer, start: int = 0) -> Iterator[Batch]:
-    """Batches from step ``start`` on.
-
-    Texts are drawn a pool at a time from (seed, pool), so any step can be reached without the ones before it, and
-    sorted by length within the pool, so that little is padding. Each text begins at a random position: all rows of
-    the position table are trained, and position says nothing about how much came before.
-    """
-    begin = tokenizer.token_to_id(START)
-    assert begin is not None
-    pool = start // POOL_BATCHES
-    skip = start % POOL_BATCHES
-    while True:
-        rng = np.random.default_rng([recipe.seed, pool])
-        texts = list(islice(documents(sources, rng), recipe.batch * POOL_BATCHES))
-        encoded = [([begin, *tokenizer.encode(d.text)][: recipe.block_size], d.elements) for d in texts]
-        encoded.sort(key=lambda e: len(e[0]))
-        for i in rng.permutation(POOL_BATCHES)[skip:]:
-            rows = encoded[i * recipe.batch : (i + 1) * recipe.batch]
-            yield _batch(rows, recipe.block_size, np.random.default_rng([recipe.seed, pool, int(i)]))
-        pool, skip = pool + 1, 0
-
-
-def _batch(rows: list[tuple[list[int], int]], block_size: int, rng: np.random.Generator) -> Batch:
-    length = max(len(ids) for ids, _ in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    mask = torch.zeros(len(rows), length, dtype=torch.bool)
-    for i, (row, _) in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = True
-    offset = torch.from_numpy(rng.integers(block_size - length + 1, size=(len(rows), 1)))
-    return Batch(ids, offset + torch.arange(length), mask, max(n for _, n in rows))
-
-
-def loss_of(model: CircuitGPT, batch: Batch, token_weight: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy of the next token over real tokens, in nats; ``token_weight`` (vocab,) weights targets."""
-    logits = model(batch.ids, position_ids=batch.positions)[:, :-1]
-    targets = batch.ids[:, 1:].masked_fill(~batch.mask[:, 1:], -100)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), weight=token_weight)
-
-
-def closer_weights(recipe: Recipe, tokenizer: Tokenizer) -> Tensor:
-    """Weights (vocab,) of the loss: ``recipe.closer_weight`` at the tokens that close a list, else 1."""
-    weights = torch.ones(recipe.vocab_size)
-    for text in CLOSERS:
-        weights[tokenizer.single(text)] = recipe.closer_weight
-    return weights
+    def loss(self, model: CircuitGPT, batch: Any) -> Tensor:
+        """The loss of a batch in nats, a scalar."""
 
 
 @contextmanager
@@ -107,10 +55,9 @@ def _interrupt_between_steps() -> Iterator[Callable[[], None]]:
 
 @dataclass
 class Trained:
-    """What a run gives: the model, the training loss, the longest list seen, seconds of computing.
+    """What a run gives: the model, the training loss, the longest text seen as the course counts it, seconds.
 
-    ``loss`` is in nats, smoothed over about 100 steps and weighted as the recipe says, closing tokens above the others:
-    it is no plain cross-entropy a token, and comparable between runs of one ``closer_weight`` only.
+    ``loss`` is the course's, in nats, smoothed over about 100 steps.
     """
 
     model: CircuitGPT
@@ -121,8 +68,7 @@ class Trained:
 
 def train(
     recipe: Recipe,
-    sources: Sources,
-    tokenizer: Tokenizer,
+    course: Course,
     state_file: Path,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Trained:
@@ -147,15 +93,14 @@ def train(
     result = Trained(model, float("nan"), 0, 0.0)
     step = _restore(state_file, recipe, optimizer, result)
     sparse = [p for _, p in sparse_matrices(model, recipe.sparse_embeddings)]
-    weights = closer_weights(recipe, tokenizer)
     saved = begun = time.monotonic()
     before = result.seconds
     try:
         with _interrupt_between_steps() as raise_pending:
-            for batch in islice(batches(recipe, sources, tokenizer, step), recipe.steps - step):
+            for batch in islice(course.batches(step), recipe.steps - step):
                 for group in optimizer.param_groups:
                     group["lr"] = recipe.lr_at(step)
-                loss = loss_of(model, batch, weights)
+                loss = course.loss(model, batch)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 clip_rms_(parameters, recipe.clip_rms)

@@ -50,6 +50,7 @@ class Recipe:
     sparse_embeddings: bool = True
     clip_rms: float = 1.0
     closer_weight: float = 4.0
+    tokenizer_name: str = "bracket-mini"
     seed: int = 0
 
     def config(self) -> CircuitGPTConfig:
@@ -68,7 +69,7 @@ class Recipe:
             afrac=self.afrac,
             afrac_loctypes=locations,
             tied_unembed=False,
-            tokenizer_name="bracket-mini",
+            tokenizer_name=self.tokenizer_name,
             sink=True,
         )
 

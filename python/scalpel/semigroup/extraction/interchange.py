@@ -1,0 +1,112 @@
+"""Interchange: put the whole cache of one prefix in the place of another's, and go on.
+
+A causal transformer's state after a prefix is its cache, every layer's keys and values, together with the position. So
+caches of prefixes of one length are swapped, and the output after a continuation is read: for prefixes of one class it
+should stay as it was; for prefixes of two classes it should become what the machine says of the other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.random import Generator
+from torch import Tensor
+
+from .bounds import clopper_pearson
+from .learning import Candidate
+from .questions import ModelQuestions, Word, pad
+from .words import random_words
+
+__all__ = ["Interchange", "after_swap", "interchange"]
+
+
+@dataclass(frozen=True)
+class Interchange:
+    """Counts of swaps: outputs that stayed (``same``: one class), that became the machine's word for the other prefix
+    (``other``: two classes), and of the latter those that had to change for it (``flips``).
+    """
+
+    same: int
+    same_trials: int
+    other: int
+    other_trials: int
+    flips: int
+    flip_trials: int
+
+    def to_dict(self) -> dict[str, Any]:
+        def share(hits: int, trials: int) -> dict[str, Any]:
+            low, high = clopper_pearson(hits, trials, 0.05 / 3)
+            return {"share": hits / trials if trials else None, "trials": trials, "low": low, "high": high}
+
+        return {
+            "one class, the output stays": share(self.same, self.same_trials),
+            "two classes, the output is the machine's for the other": share(self.other, self.other_trials),
+            "of these, it had to change and did": share(self.flips, self.flip_trials),
+        }
+
+
+def interchange(
+    questions: ModelQuestions, candidate: Candidate, pairs: int, horizon: int, rng: Generator
+) -> Interchange:
+    """About ``pairs`` swaps within and as many between classes, prefixes and continuations of up to ``horizon``
+    letters; prefixes are of equal length in tokens.
+    """
+    machine = candidate.machine
+    words = list(dict.fromkeys(word for word in random_words(questions, horizon, 4 * pairs, rng) if word))
+    groups: dict[int, list[tuple[Word, int]]] = {}
+    for word, state in zip(words, candidate.rho(questions, words).tolist(), strict=True):
+        if state >= 0:
+            groups.setdefault(len(questions.ids(word, suffix=False)), []).append((word, state))
+    within: list[tuple[Word, Word, int, int]] = []
+    between: list[tuple[Word, Word, int, int]] = []
+    for members in groups.values():
+        for (u, p), (v, q) in zip(members[::2], members[1::2], strict=False):
+            (within if p == q else between).append((u, v, p, q))
+    kept = [*within[:pairs], *between[:pairs]]
+    ends = random_words(questions, horizon, len(kept), rng)
+    kept = [
+        (u, v, p, q, w)
+        for (u, v, p, q), w in zip(kept, ends, strict=True)
+        if questions.is_valid(u + w) and questions.is_valid(v + w)
+    ]
+    before = questions.ask([u + w for u, _, _, _, w in kept]).tolist()
+    swapped = after_swap(questions, [(u, v, w) for u, v, _, _, w in kept])
+    counts = dict.fromkeys(("same", "same_trials", "other", "other_trials", "flips", "flip_trials"), 0)
+    for (_, _, p, q, w), was, now in zip(kept, before, swapped, strict=True):
+        if p == q:
+            counts["same_trials"] += 1
+            counts["same"] += was == now
+            continue
+        expected = machine.outputs[machine.state(w, start=q)]
+        right = questions.output(now) == expected
+        counts["other_trials"] += 1
+        counts["other"] += right
+        if questions.output(was) != expected:
+            counts["flip_trials"] += 1
+            counts["flips"] += right
+    return Interchange(**counts)
+
+
+@torch.no_grad()
+def after_swap(questions: ModelQuestions, triples: Sequence[tuple[Word, Word, Word]]) -> list[int]:
+    """Numbers of the outputs after u·w when the keys and values at u's positions are v's, for triples (u, v, w)."""
+    found = []
+    step = 64
+    for i in range(0, len(triples), step):
+        part = triples[i : i + step]
+        ids, last = pad([questions.ids(u + w) for u, _, w in part])
+        donors, _ = pad([questions.ids(v, suffix=False) for _, v, _ in part])
+        ends = torch.tensor([len(questions.ids(u, suffix=False)) for u, _, _ in part])
+        _, cache = questions.model.run_with_cache(donors, names=r"\d+\.attn\.[kv]$")
+
+        def put(value: Tensor, name: str, cache: dict[str, Tensor] = cache, ends: Tensor = ends) -> Tensor:
+            given = cache[name]
+            at = torch.arange(given.shape[1]) < ends[:, None]
+            value = value.clone()
+            value[:, : given.shape[1]][at] = given[at]
+            return value
+
+        logits = questions.model.run_with_hooks(ids, [(name, put) for name in cache])
+        found += questions.choose(logits[torch.arange(len(part)), last])
+    return found

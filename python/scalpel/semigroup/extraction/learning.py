@@ -1,0 +1,146 @@
+"""Learning a candidate machine: classes of prefixes that no continuation tried so far tells apart.
+
+An observation table as in D. Angluin (1987), refined by one continuation at a time as R. Rivest and R. Schapire (1993)
+do, for a teacher who errs now and then: a class is split only where more than a tolerated share of its members
+disagree about a continuation, and the rarest classes, together a tolerated share of the prefixes, are strays.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..machine import MooreMachine
+from .questions import INVALID, Questions, Word
+from .words import random_words, short_words
+
+__all__ = ["Candidate", "Row", "learn"]
+
+Row = tuple[int, ...]  # the outputs after a prefix followed by each continuation
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What was found over prefixes of up to ``horizon`` letters.
+
+    ``continuations``: what tells the classes apart, the empty one first. ``states``: row → the machine's state.
+    ``classes``: how many rows cover all but the tolerated share of the prefixes. ``capped``: there were more classes
+    than the limit, and the search stopped; ``prefixes``: those that it was learned from.
+    """
+
+    horizon: int
+    continuations: tuple[Word, ...]
+    states: dict[Row, int]
+    machine: MooreMachine
+    classes: int
+    capped: bool
+    prefixes: frozenset[Word]
+
+    def rows(self, questions: Questions, words: Sequence[Word]) -> list[Row]:
+        return rows_of(questions, words, self.continuations)
+
+    def rho(self, questions: Questions, words: Sequence[Word]) -> np.ndarray:
+        """ρ of each word: the machine's state, or -1 for a stray."""
+        return np.array([self.states.get(row, -1) for row in self.rows(questions, words)], dtype=np.int64)
+
+
+def rows_of(questions: Questions, words: Sequence[Word], continuations: Sequence[Word]) -> list[Row]:
+    """Each word's outputs after the word and every continuation."""
+    asked = questions.ask([word + end for word in words for end in continuations])
+    return [tuple(row) for row in asked.reshape(len(words), len(continuations)).tolist()]
+
+
+def learn(
+    questions: Questions, horizon: int, *, prefixes: int, tolerance: float, limit: int, rng: np.random.Generator
+) -> Candidate:
+    """A candidate from about ``prefixes`` prefixes of up to ``horizon`` letters, with continuations as long.
+
+    ``tolerance``: the share of errors that is passed over; ``limit``: the most classes.
+    """
+    pool = short_words(questions, horizon, prefixes // 2)
+    pool = list(dict.fromkeys([*pool, *random_words(questions, horizon, prefixes - len(pool), rng)]))
+    continuations: list[Word] = [()]
+    while True:
+        rows = rows_of(questions, pool, continuations)
+        kept = _covering(rows, tolerance, rows[0])
+        capped = len(kept) > limit
+        split = None if capped else _split(questions, pool, rows, kept, continuations, horizon, tolerance)
+        if split is None:
+            break
+        continuations.append(split)
+    machine, states = _machine(questions, pool, rows, kept[: limit + 1], continuations)
+    return Candidate(horizon, tuple(continuations), states, machine, len(kept), capped, frozenset(pool))
+
+
+def _covering(rows: Sequence[Row], tolerance: float, start: Row) -> list[Row]:
+    """The fewest rows that cover all but a share ``tolerance`` of the prefixes; the empty word's stands first."""
+    counts = Counter(rows)
+    kept, covered = [start], counts[start]
+    for row, count in counts.most_common():
+        if covered >= (1 - tolerance) * len(rows):
+            break
+        if row != start:
+            kept.append(row)
+            covered += count
+    return kept
+
+
+def _split(
+    questions: Questions,
+    pool: Sequence[Word],
+    rows: Sequence[Row],
+    kept: Sequence[Row],
+    continuations: Sequence[Word],
+    longest: int,
+    tolerance: float,
+) -> Word | None:
+    """The continuation about which the members of a class disagree most often, where more than tolerated."""
+    best, found = 1, None
+    members = {row: [word for word, own in zip(pool, rows, strict=True) if own == row] for row in kept}
+    for letter in range(len(questions.letters)):
+        known = set(continuations)
+        for own in members.values():
+            after = np.array(rows_of(questions, [(*word, letter) for word in own], continuations))
+            for end, column in zip(continuations, after.T, strict=True):
+                continuation = (letter, *end)
+                if continuation in known or len(continuation) > longest:
+                    continue
+                minority = len(column) - int(np.unique(column, return_counts=True)[1].max())
+                if minority > best and minority > tolerance * len(column):
+                    best, found = minority, continuation
+    return found
+
+
+def _machine(
+    questions: Questions,
+    pool: Sequence[Word],
+    rows: Sequence[Row],
+    kept: Sequence[Row],
+    continuations: Sequence[Word],
+) -> tuple[MooreMachine, dict[Row, int]]:
+    """Each class goes where most of its members go; what isn't valid is a state of its own, which nothing leaves."""
+    invalid = (INVALID,) * len(continuations)
+    number = {row: i for i, row in enumerate(kept)}
+    table: list[list[int]] = []
+    for row in kept:
+        own = [word for word, its in zip(pool, rows, strict=True) if its == row]
+        targets = []
+        for letter in range(len(questions.letters)):
+            after = rows_of(questions, [(*word, letter) for word in own], continuations)
+            target = Counter(after).most_common(1)[0][0]
+            if target == invalid:
+                number.setdefault(invalid, len(kept))
+            targets.append(number[target] if target in number else number[_nearest(target, kept)])
+        table.append(targets)
+    outputs = [questions.output(row[0]) for row in kept]
+    if invalid in number:
+        table.append([number[invalid]] * len(questions.letters))
+        outputs.append(None)
+    machine = MooreMachine(questions.letters, tuple(map(tuple, table)), tuple(outputs))
+    return machine, number
+
+
+def _nearest(row: Row, kept: Sequence[Row]) -> Row:
+    """The class that answers most continuations alike; a stray has to go somewhere."""
+    return max(kept, key=lambda other: sum(a == b for a, b in zip(row, other, strict=True)))

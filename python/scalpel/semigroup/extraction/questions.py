@@ -1,0 +1,226 @@
+"""Asking: what does a model answer after a word? Each word is asked once."""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...models.circuitgpt import CircuitGPT
+from ...tasks.brackets import START
+
+__all__ = ["INVALID", "FunctionQuestions", "ModelQuestions", "Questions", "Word"]
+
+Word = tuple[int, ...]
+INVALID = -1  # the output after a word that isn't valid; nobody is asked
+_TOKENS_AT_ONCE = 16_384
+
+
+class Questions:
+    """Words over ``letters`` in, numbers of ``outputs`` out. Subclasses answer; this remembers.
+
+    ``valid`` says of a word, given as names, whether it may be asked at all; a word that goes on from one that isn't
+    valid isn't valid either.
+    """
+
+    def __init__(self, letters: Sequence[str], valid: Callable[[tuple[str, ...]], bool] | None) -> None:
+        self.letters = tuple(letters)
+        if not self.letters or len(set(self.letters)) != len(self.letters):
+            raise ValueError(f"alphabet is {list(letters)}; give one letter or more, each of its own name")
+        self._valid = valid
+        self._known: dict[Word, int] = {}
+        self._validity: dict[Word, bool] = {(): True}
+        self.outputs: list[Hashable] = []
+
+    @property
+    def asked(self) -> int:
+        """Distinct words asked so far."""
+        return len(self._known)
+
+    def names(self, word: Word) -> tuple[str, ...]:
+        return tuple(self.letters[letter] for letter in word)
+
+    def is_valid(self, word: Word) -> bool:
+        """Whether the word and all its prefixes are valid."""
+        if self._valid is None:
+            return True
+        if word not in self._validity:
+            self._validity[word] = self.is_valid(word[:-1]) and bool(self._valid(self.names(word)))
+        return self._validity[word]
+
+    def ask(self, words: Sequence[Word]) -> np.ndarray:
+        """Numbers of the outputs after the words, int64 (words,); INVALID after one that isn't valid."""
+        new = list(dict.fromkeys(w for w in words if w not in self._known))
+        askable = [word for word in new if self.is_valid(word)]
+        self._known.update((word, INVALID) for word in new if not self.is_valid(word))
+        if askable:
+            self._known.update(zip(askable, self._answers(askable), strict=True))
+        return np.array([self._known[word] for word in words], dtype=np.int64)
+
+    def output(self, number: int) -> Hashable:
+        """The value of an output's number; None for INVALID."""
+        return None if number == INVALID else self.outputs[number]
+
+    def longest(self) -> int | None:
+        """Letters of the longest word that can be asked; None without a limit."""
+        return None
+
+    def _answers(self, words: Sequence[Word]) -> list[int]:
+        raise NotImplementedError
+
+
+class FunctionQuestions(Questions):
+    """A function from a list of words (tuples of names) to as many outputs (hashable)."""
+
+    def __init__(
+        self,
+        function: Callable[[list[tuple[str, ...]]], Sequence[Hashable]],
+        letters: Sequence[str],
+        valid: Callable[[tuple[str, ...]], bool] | None = None,
+    ) -> None:
+        super().__init__(letters, valid)
+        self._function = function
+
+    def _answers(self, words: Sequence[Word]) -> list[int]:
+        given = list(self._function([self.names(word) for word in words]))
+        if len(given) != len(words):
+            raise ValueError(f"the function gave {len(given)} outputs for {len(words)} words; give one a word")
+        return [self._number(output) for output in given]
+
+    def _number(self, output: Hashable) -> int:
+        if output not in self.outputs:
+            self.outputs.append(output)
+        return self.outputs.index(output)
+
+
+class ModelQuestions(Questions):
+    """A CircuitGPT: the likeliest of the answer tokens after prefix, word and suffix.
+
+    ``alphabet``: name → text (or a list of texts, each its own name); ``answers``: name → text, each a single token.
+    Letters are encoded one by one. ValueError where the tokenizer splits an answer.
+    """
+
+    outputs: list[Hashable]
+
+    def __init__(
+        self,
+        model: CircuitGPT,
+        alphabet: Mapping[str, str] | Sequence[str],
+        answers: Mapping[str, str] | Sequence[str],
+        *,
+        prefix: str = "",
+        suffix: str = "",
+        valid: Callable[[tuple[str, ...]], bool] | None = None,
+    ) -> None:
+        texts = dict(alphabet) if isinstance(alphabet, Mapping) else {text: text for text in alphabet}
+        super().__init__(list(texts), valid)
+        tokenizer = model.tokenizer
+        if tokenizer is None:
+            raise ValueError("the model has no tokenizer; letters and answers are texts, which need one")
+        named = dict(answers) if isinstance(answers, Mapping) else {text: text for text in answers}
+        if len(named) < 2:
+            raise ValueError(f"answers is {list(named)}; a choice needs at least two")
+        ids = []
+        for name, text in named.items():
+            try:
+                ids.append(tokenizer.single(text))
+            except ValueError as error:
+                raise ValueError(f"this tokenizer splits the answer {name!r}: {error}") from error
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"answers {list(named)} are not all different tokens")
+        self.model = model
+        self.outputs = list(named)
+        self.answer_ids = torch.tensor(ids)
+        vocabulary = tokenizer.inner.get_vocab()
+        start = [vocabulary[START]] if START in vocabulary else []
+        self.prefix = [*start, *(tokenizer.encode(prefix) if prefix else [])]
+        self.suffix = tokenizer.encode(suffix) if suffix else []
+        self.tokens = [tokenizer.encode(text) for text in texts.values()]
+        if not self.prefix and not self.suffix:
+            raise ValueError("the empty word would be an empty text; give a prefix or a suffix")
+
+    def longest(self) -> int:
+        room = self.model.config.block_size - len(self.prefix) - len(self.suffix)
+        return room // max(map(len, self.tokens))
+
+    def ids(self, word: Word, suffix: bool = True) -> list[int]:
+        """The word's tokens, prefix and suffix included."""
+        inner = [token for letter in word for token in self.tokens[letter]]
+        return [*self.prefix, *inner, *(self.suffix if suffix else [])]
+
+    def choose(self, logits: torch.Tensor) -> list[int]:
+        """Numbers of the likeliest answers, logits (..., vocab)."""
+        chosen: list[int] = logits[..., self.answer_ids].argmax(-1).tolist()
+        return chosen
+
+    @torch.no_grad()
+    def _answers(self, words: Sequence[Word]) -> list[int]:
+        if not self.suffix:
+            return self._answers_along(words)
+        rows = [self.ids(word) for word in words]
+        found = [0] * len(rows)
+        for batch in batches([len(row) for row in rows]):
+            padded, last = pad([rows[i] for i in batch])
+            logits = self.model(padded)[torch.arange(len(batch)), last]
+            for i, answer in zip(batch, self.choose(logits), strict=True):
+                found[i] = answer
+        return found
+
+    def _answers_along(self, words: Sequence[Word]) -> list[int]:
+        """Without a suffix, one pass over a word answers for all its prefixes: the model is causal."""
+        single = all(len(tokens) == 1 for tokens in self.tokens)
+        if not single:
+            rows = [self.ids(word) for word in words]
+            ends = [[len(row) - 1] for row in rows]
+            prefixes = [[word] for word in words]
+        else:
+            inner = {word[:i] for word in words for i in range(len(word))}
+            top = [word for word in words if word not in inner]
+            rows = [self.ids(word) for word in top]
+            ends = [list(range(len(self.prefix) - 1, len(row))) for row in rows]
+            prefixes = [[word[:i] for i in range(len(word) + 1)] for word in top]
+        answers: dict[Word, int] = {}
+        for batch in batches([len(row) for row in rows]):
+            padded, _ = pad([rows[i] for i in batch])
+            chosen = torch.tensor(self.choose(self.model(padded)))
+            for place, i in enumerate(batch):
+                answers.update(zip(prefixes[i], chosen[place, ends[i]].tolist(), strict=True))
+        return [answers[word] for word in words]
+
+
+def batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Numbers of rows of like length, together at most so many tokens that memory stays small."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    found: list[list[int]] = []
+    for i in order:
+        if not found or (len(found[-1]) + 1) * lengths[i] > _TOKENS_AT_ONCE:
+            found.append([])
+        found[-1].append(i)
+    return found
+
+
+def pad(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids (rows, longest) filled on the right with 0, place of each row's last token): causality hides the filling."""
+    longest = max(map(len, rows))
+    padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+    return padded, torch.tensor([len(row) - 1 for row in rows])
+
+
+def questions_of(
+    model: CircuitGPT | Callable[..., Any],
+    alphabet: Mapping[str, str] | Sequence[str],
+    answers: Mapping[str, str] | Sequence[str] | None,
+    prefix: str,
+    suffix: str,
+    valid: Callable[[tuple[str, ...]], bool] | None,
+) -> Questions:
+    """Questions to a CircuitGPT, or to a function of words."""
+    if isinstance(model, CircuitGPT):
+        if answers is None:
+            raise ValueError("answers is missing: the texts, a token each, among which the model chooses")
+        return ModelQuestions(model, alphabet, answers, prefix=prefix, suffix=suffix, valid=valid)
+    if not callable(model):
+        raise TypeError(f"model is {type(model).__name__}; it must be a CircuitGPT or a function of words")
+    if answers is not None or prefix or suffix:
+        raise ValueError("answers, prefix and suffix are for a CircuitGPT; a function gives its outputs itself")
+    return FunctionQuestions(model, list(alphabet), valid)
