@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..models.circuitgpt import CircuitGPT
+from ..models.untrained import untrained
 from .critical import Curve
 
 LEAST_ACCURACY = 0.95  # below it a model is said not to do the task, and nothing measured on it means anything
@@ -24,20 +25,6 @@ class Controls:
         for name, shipped in model.card.get("controls", {}).items():
             found[name] = CircuitGPT.from_pretrained(shipped)
         return cls(found)
-
-
-def untrained(model: CircuitGPT) -> CircuitGPT:
-    """A fresh model of the same configuration, from the card's seed, each matrix pruned to the same non-zeros."""
-    from ..training.recipe import prune_
-
-    other = CircuitGPT(model.config, seed=int(model.card.get("recipe", {}).get("seed", 0)))
-    other.tokenizer = model.tokenizer
-    trained = dict(model.named_parameters())
-    for name, parameter in other.named_parameters():
-        if parameter.dim() == 2:
-            nonzero = int(trained[name].count_nonzero())
-            prune_(parameter, nonzero / max(1, parameter.numel()), 0)
-    return other.eval()
 
 
 def tells_depths(curves: Mapping[int, Curve], flat: Curve, width: int = 16) -> float:

@@ -1,9 +1,9 @@
 """What a figure was computed from."""
 
-import hashlib
 from typing import Any
 
 from ..models.circuitgpt import CircuitGPT
+from ..models.fingerprint import fingerprint
 
 
 def model_provenance(model: CircuitGPT, **options: Any) -> dict[str, Any]:
@@ -46,18 +46,3 @@ def caution(model: CircuitGPT) -> str:
         f"The longest list in the training text had {longest} elements, about {2 * longest} tokens here. Beyond that, "
         "dilution and the mere novelty of the length are not told apart by this measurement."
     )
-
-
-def fingerprint(model: CircuitGPT) -> str:
-    """SHA-256 over every tensor's name and bytes: equal fingerprints are equal models."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(dtype=_bytes()).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _bytes() -> Any:
-    import torch
-
-    return torch.uint8

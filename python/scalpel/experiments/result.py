@@ -1,7 +1,6 @@
 """What an experiment gives: a prediction made first, a measurement, its null, and a verdict computed from them."""
 
 import json
-import math
 import platform
 import time
 from collections.abc import Mapping
@@ -9,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+
+from .._plain import plain
 
 Verdict = Literal["reproduced", "not reproduced", "indistinguishable", "not testable here"]
 VERDICTS: tuple[Verdict, ...] = ("reproduced", "not reproduced", "indistinguishable", "not testable here")
@@ -92,23 +93,6 @@ class Protocol:
             figures=dict(figures or {}),
             provenance={**self._provenance, "measured_at": _now(), **environment()},
         )
-
-
-def plain(value: Any) -> Any:
-    """``value`` in JSON's types: arrays become lists, fractions text, non-finite numbers None."""
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
-    if isinstance(value, np.generic):
-        return plain(value.item())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    return str(value)
 
 
 def environment() -> dict[str, str]:

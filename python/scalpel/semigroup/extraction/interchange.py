@@ -63,11 +63,11 @@ def interchange(
     for members in groups.values():
         for (u, p), (v, q) in zip(members[::2], members[1::2], strict=False):
             (within if p == q else between).append((u, v, p, q))
-    kept = [*within[:pairs], *between[:pairs]]
-    ends = random_words(questions, horizon, len(kept), rng)
+    chosen = [*within[:pairs], *between[:pairs]]
+    ends = random_words(questions, horizon, len(chosen), rng)
     kept = [
         (u, v, p, q, w)
-        for (u, v, p, q), w in zip(kept, ends, strict=True)
+        for (u, v, p, q), w in zip(chosen, ends, strict=True)
         if questions.is_valid(u + w) and questions.is_valid(v + w)
     ]
     before = questions.ask([u + w for u, _, _, _, w in kept]).tolist()

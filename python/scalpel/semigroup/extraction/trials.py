@@ -95,7 +95,9 @@ def _asked(candidate: Candidate, state: int) -> bool:
 def conflicts(
     questions: Questions, candidate: Candidate, prefixes: Mapping[int, Sequence[Word]]
 ) -> tuple[Rate, list[tuple[Word, Word, int]]]:
-    """ε = P(ρ(ua) ≠ ρ(va) | ρ(u) = ρ(v), u ≠ v) in cells (state, letter), over disjoint pairs; and the pairs in conflict."""
+    """ε = P(ρ(ua) ≠ ρ(va) | ρ(u) = ρ(v), u ≠ v) in cells (state, letter), over disjoint pairs; and each (u, v, a) in
+    conflict.
+    """
     cells: dict[str, tuple[int, int]] = {}
     found = []
     for state, words in prefixes.items():

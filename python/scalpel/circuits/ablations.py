@@ -1,0 +1,86 @@
+"""What stands in for a deleted node: its mean, zero, or a value that it has elsewhere."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.ablation import KINDS, _activations, hook_means
+from ..models.circuitgpt import CircuitGPT, Tap
+from ..models.hooks import hook_width
+
+__all__ = ["NODE_HOOKS", "Substitute", "node_hooks", "nodes_at", "substitute"]
+
+# Where a circuit's nodes are (Gao et al. 2025, appendix A.5): what norms give out, channels of q, k and v, neurons, and
+# what attention and MLP add to the residual.
+NODE_HOOKS = (
+    "attn.act_in",
+    "attn.q",
+    "attn.k",
+    "attn.v",
+    "attn.resid_delta",
+    "mlp.act_in",
+    "mlp.post_act",
+    "mlp.resid_delta",
+)
+
+
+def node_hooks(model: CircuitGPT) -> list[str]:
+    """The hooks whose channels are nodes, in the order of the forward pass."""
+    return [name for name in model.hook_names if name.partition(".")[2] in NODE_HOOKS]
+
+
+def nodes_at(model: CircuitGPT) -> dict[str, int]:
+    """Hook → number of its nodes."""
+    return {name: hook_width(model, name) for name in node_hooks(model)}
+
+
+@dataclass(frozen=True)
+class Substitute:
+    """Values to put in place of deleted nodes, by hook: (width,) for all tokens, or (samples, width) to draw from."""
+
+    kind: str
+    values: dict[str, Tensor]
+    generator: torch.Generator | None = None
+
+    def at(self, name: str, value: Tensor) -> Tensor:
+        """What replaces ``value`` (batch, length, width) at a hook, of its shape or broadcast to it.
+
+        Where samples are drawn, all nodes of a token at a hook get theirs from one token of the reference.
+        """
+        given = self.values[name]
+        if self.kind != "resample":
+            return given
+        draw = torch.randint(len(given), value.shape[:-1], generator=self.generator)
+        return given[draw]
+
+
+def substitute(model: CircuitGPT, kind: str, reference: Any, hooks: list[str], seed: int = 0) -> Substitute:
+    """The substitute of a kind, "mean", "zero" or "resample", over ``reference`` (prompts, as in ``model.ablate``)."""
+    if kind not in KINDS:
+        raise ValueError(f"ablation kind is {kind!r}; allowed: {', '.join(KINDS)}")
+    if kind == "zero":
+        return Substitute(kind, {name: torch.zeros(hook_width(model, name)) for name in hooks})
+    if kind == "mean":
+        means = hook_means(model, reference, hooks)
+        return Substitute(kind, {name: mean.to(model.dtype) for name, mean in means.items()})
+    parts: dict[str, list[Tensor]] = {name: [] for name in hooks}
+    for values, real in _activations(model, reference, hooks):
+        for name, value in values.items():
+            parts[name].append(value[real])
+    generator = torch.Generator().manual_seed(seed)
+    return Substitute(kind, {name: torch.cat(rows) for name, rows in parts.items()}, generator)
+
+
+def masked(masks: dict[str, Tensor], stand_in: Substitute) -> Tap:
+    """A tap that keeps nodes where their mask is 1 and puts the substitute where it is 0; between, a mixture."""
+
+    def tap(name: str, value: Tensor) -> Tensor:
+        if name not in masks:
+            return value
+        mask = masks[name].to(value.dtype)
+        other = stand_in.at(name, value)
+        return other + mask * (value - other)
+
+    return tap

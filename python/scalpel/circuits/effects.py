@@ -1,0 +1,165 @@
+"""What each node's ablation does to the answers: every node of a model, in batched passes that can be resumed."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._files import replace_text, replacing
+from ..models.circuitgpt import CircuitGPT
+from ..models.fingerprint import fingerprint
+from ..models.hooks import check_hooks, hook_width
+from .ablations import Substitute, substitute
+from .tail import Tail
+from .task import Task
+
+__all__ = ["Effects", "ablation_effects"]
+
+_ELEMENTS = 1 << 22  # of the widest value of one batch: 16 MiB of float32, which still lies in a cache of some size
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Answers' logits with each node ablated.
+
+    ``hooks``: hook → (width, prompts, answers), float32; ``base`` (prompts, answers) without ablation; ``labels``
+    (prompts,). Derived figures are means over prompts.
+    """
+
+    hooks: dict[str, np.ndarray]
+    base: np.ndarray
+    labels: np.ndarray
+
+    def loss_change(self) -> dict[str, np.ndarray]:
+        """By how many nats the answers' cross-entropy rises, hook → float64 (width,)."""
+        before = _losses(self.base[None], self.labels)
+        return {hook: (_losses(after, self.labels) - before).mean(1) for hook, after in self.hooks.items()}
+
+    def standard_error(self) -> dict[str, np.ndarray]:
+        """Of :meth:`loss_change`, over prompts."""
+        before = _losses(self.base[None], self.labels)
+        count = len(self.labels)
+        return {
+            hook: (_losses(after, self.labels) - before).std(1, ddof=1) / count**0.5
+            for hook, after in self.hooks.items()
+        }
+
+    def largest(self, count: int = 20) -> list[tuple[str, float, float]]:
+        """(node, rise of the loss in nats, standard error) of the nodes that matter most."""
+        errors = self.standard_error()
+        every = [
+            (f"{hook}:{channel}", float(value), float(errors[hook][channel]))
+            for hook, values in self.loss_change().items()
+            for channel, value in enumerate(values)
+        ]
+        return sorted(every, key=lambda one: -abs(one[1]))[:count]
+
+
+def _losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Cross-entropies (nodes, prompts) of logits (nodes, prompts, answers)."""
+    given = torch.from_numpy(logits).double()
+    right = torch.from_numpy(labels).expand(given.shape[:-1])
+    return F.cross_entropy(given.movedim(-1, 1), right, reduction="none").numpy()
+
+
+@torch.no_grad()
+def ablation_effects(
+    model: CircuitGPT,
+    task: Task,
+    *,
+    kind: str = "mean",
+    reference: Any = None,
+    hooks: Iterable[str] | None = None,
+    folder: str | Path | None = None,
+    seed: int = 0,
+    progress: Callable[[str, float], None] | None = None,
+) -> Effects:
+    """The answers' logits with each node of ``hooks`` (all if not given) replaced, one node at a time, at all tokens.
+
+    The same as ``with model.ablate([node], kind, reference=...)`` for every node, without a pass for each: see
+    :mod:`.tail`. ``kind`` and ``reference`` as in ``model.ablate``; by default the training texts that came with the
+    model, else the task's prompts. Values are drawn for "resample" once a prompt and token, the same for all nodes;
+    ``model.ablate`` draws others. ``folder``: finished hooks are kept there, and a call that was stopped goes on;
+    ValueError where it holds another model's or task's.
+    """
+    names = model.hook_names if hooks is None else list(hooks)
+    check_hooks(model, names)
+    if reference is None:
+        reference = model.card.get("reference_texts", (task.ids, task.mask))
+    stand_in = substitute(model, kind, reference, list(names), seed)
+    tails = [(rows, Tail(model, task.ids[rows, : length + 1], task.answers)) for length, rows in _by_length(task)]
+    base = torch.empty(len(task), len(task.answers), dtype=model.dtype)
+    for rows, tail in tails:
+        base[rows] = tail.logits
+    kept = _Kept(folder, model, task, kind, seed)
+    report = progress or (lambda what, done: None)
+    found, widths = {}, [hook_width(model, name) for name in names]
+    for i, name in enumerate(names):
+        report(name, sum(widths[:i]) / sum(widths))
+        stored = kept.load(name)
+        if stored is None:
+            stored = _hook(name, hook_width(model, name), tails, stand_in, base, seed)
+            kept.store(name, stored)
+        found[name] = stored
+    report("done", 1.0)
+    return Effects(found, base.numpy(), task.labels.numpy())
+
+
+def _by_length(task: Task) -> list[tuple[int, Tensor]]:
+    """(place of the question, numbers of the prompts) for each length."""
+    return [(int(place), (task.asked == place).nonzero()[:, 0]) for place in task.asked.unique()]
+
+
+def _hook(
+    name: str, width: int, tails: list[tuple[Tensor, Tail]], stand_in: Substitute, base: Tensor, seed: int
+) -> np.ndarray:
+    """(width, prompts, answers): the logits with each channel of one hook replaced."""
+    out = base.repeat(width, 1, 1)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = Substitute(stand_in.kind, stand_in.values, generator)
+    for rows, tail in tails:
+        value = tail.values[name]
+        change = (drawn.at(name, value).to(value.dtype) - value).permute(2, 0, 1)
+        # A channel that would be replaced by what it is changes nothing.
+        live = change.flatten(1).any(1).nonzero()[:, 0]
+        widest = max(tail.model.config.d_mlp or 0, 3 * tail.model.config.d_attn, tail.model.config.d_model)
+        step = max(1, _ELEMENTS // (value.shape[0] * value.shape[1] * widest))
+        for i in range(0, len(live), step):
+            channels = live[i : i + step]
+            out[channels[:, None], rows] = tail.replaced(name, channels, change[channels])
+    return out.numpy()
+
+
+class _Kept:
+    """Finished hooks in a folder."""
+
+    def __init__(self, folder: str | Path | None, model: CircuitGPT, task: Task, kind: str, seed: int) -> None:
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        prompts = [task.ids.tolist(), task.asked.tolist(), list(task.answers)]
+        key = {"model": fingerprint(model), "kind": kind, "seed": seed, "prompts": prompts}
+        text, stored = json.dumps(key), self.folder / "effects.json"
+        if stored.exists() and stored.read_text() != text:
+            raise ValueError(
+                f"{self.folder} holds effects of another model, task or kind of ablation; give another folder, or "
+                "remove that one to measure anew"
+            )
+        replace_text(stored, text)
+
+    def load(self, name: str) -> np.ndarray | None:
+        path = None if self.folder is None else self.folder / f"{name}.npy"
+        return np.load(path) if path is not None and path.exists() else None
+
+    def store(self, name: str, values: np.ndarray) -> None:
+        if self.folder is None:
+            return
+        with replacing(self.folder / f"{name}.npy") as temporary, temporary.open("wb") as file:
+            np.save(file, values)

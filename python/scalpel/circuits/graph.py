@@ -1,0 +1,92 @@
+"""A circuit as a graph: kept nodes, and what of the model joins them.
+
+Edges of kind "weight" are non-zero weights between kept nodes: they are what the circuit's size counts. A channel of
+``attn.y`` carries what its ``attn.v`` channel gave, so the output matrix is drawn from ``attn.v``. Links of the other
+kinds have no weight: "residual", a channel written by a block's output and read by a later block at the same number;
+"score", a q and a k channel that are multiplied; "mix", a head's q and k channels to its v channels.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..models.circuitgpt import CircuitGPT
+
+__all__ = ["CircuitGraph", "circuit_graph"]
+
+
+@dataclass(frozen=True)
+class CircuitGraph:
+    """``nodes`` in the order of the forward pass; ``edges``: (source, target, kind, weight or None)."""
+
+    nodes: tuple[str, ...]
+    edges: tuple[tuple[str, str, str, float | None], ...]
+
+    @property
+    def weights(self) -> int:
+        """The number of edges that are weights: the size of the circuit."""
+        return sum(kind == "weight" for _, _, kind, _ in self.edges)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: nodes, and edges with src, dst, kind, weight."""
+        keys = ("src", "dst", "kind", "weight")
+        return {"nodes": list(self.nodes), "edges": [dict(zip(keys, edge, strict=True)) for edge in self.edges]}
+
+
+def circuit_graph(model: CircuitGPT, nodes: Iterable[str]) -> CircuitGraph:
+    """The graph of some nodes of ``model``, named as ``1.attn.q:5``."""
+    order = {name: i for i, name in enumerate(model.hook_names)}
+    kept = sorted(set(nodes), key=lambda node: (order[_hook(node)], _channel(node)))
+    edges = [*_weights(model, set(kept)), *_residual(kept, order), *_attention(model, kept)]
+    return CircuitGraph(tuple(kept), tuple(edges))
+
+
+def _weights(model: CircuitGPT, kept: set[str]) -> list[tuple[str, str, str, float | None]]:
+    table = model.edges()
+    names = np.array([name.replace(".attn.y:", ".attn.v:") for name in table.nodes], dtype=object)
+    inside = np.array([name in kept for name in names])
+    both = np.flatnonzero(inside[table.src_code] & inside[table.dst_code])
+    return [
+        (str(names[table.src_code[i]]), str(names[table.dst_code[i]]), "weight", float(table.weight[i])) for i in both
+    ]
+
+
+def _residual(kept: list[str], order: dict[str, int]) -> list[tuple[str, str, str, float | None]]:
+    """From each write into the residual to the first reads of that channel, up to the next write into it."""
+    found: list[tuple[str, str, str, float | None]] = []
+    writes = [node for node in kept if _hook(node).endswith("resid_delta")]
+    reads = [node for node in kept if _hook(node).endswith("act_in")]
+    for write in writes:
+        found += [
+            (write, read, "residual", None)
+            for read in reads
+            if _channel(read) == _channel(write) and order[_hook(read)] > order[_hook(write)]
+        ]
+    return found
+
+
+def _attention(model: CircuitGPT, kept: list[str]) -> list[tuple[str, str, str, float | None]]:
+    width = model.config.d_attn // model.config.n_head
+    found: list[tuple[str, str, str, float | None]] = []
+    by_hook: dict[str, list[str]] = {}
+    for node in kept:
+        by_hook.setdefault(_hook(node), []).append(node)
+    for layer in range(model.config.n_layer):
+        q, k, v = (by_hook.get(f"{layer}.attn.{part}", []) for part in "qkv")
+        met = {_channel(node) for node in q} & {_channel(node) for node in k}
+        found += [(a, b, "score", None) for a in k for b in q if _channel(a) == _channel(b)]
+        for one in q:
+            if _channel(one) in met:
+                heads = [node for node in v if _channel(node) // width == _channel(one) // width]
+                found += [(one, node, "mix", None) for node in heads]
+    return found
+
+
+def _hook(node: str) -> str:
+    return node.rpartition(":")[0]
+
+
+def _channel(node: str) -> int:
+    return int(node.rpartition(":")[2])

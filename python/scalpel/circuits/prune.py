@@ -1,0 +1,250 @@
+"""Find the nodes that a task needs, by learned masks and bisection, over many seeds and beside controls."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._files import replace_text
+from ..models.ablation import KINDS, _in_force
+from ..models.circuitgpt import CircuitGPT
+from ..models.fingerprint import fingerprint
+from .ablations import Substitute, masked, node_hooks, nodes_at, substitute
+from .fit import refitted_loss
+from .graph import circuit_graph
+from .masks import Schedule, learn_masks
+from .pruning import Measured, Pruning, SeedCircuit
+from .task import Task, answer_logits, check_able, task_named
+
+__all__ = ["prune"]
+
+
+def prune(
+    model: CircuitGPT,
+    task: str | Callable[[CircuitGPT, int, int], Task] = "bracket_counting",
+    *,
+    ablation: str = "mean",
+    reference: Any = None,
+    seeds: int = 10,
+    target: float = 0.15,
+    prompts: int = 256,
+    schedule: Schedule | None = None,
+    folder: str | Path | None = None,
+    seed: int = 0,
+    progress: Callable[[str, float], None] | None = None,
+) -> Pruning:
+    """The circuit of ``model`` for a task, from ``seeds`` searches that begin differently.
+
+    ``task``: a name in ``circuits.TASKS``, or a function (model, prompts, seed) → Task. ``ablation``: what deleted
+    nodes become while masks are learned, "mean", "zero" or "resample"; every circuit is judged under all three.
+    ``reference``: prompts for means and samples, as in ``model.ablate``; by default the sample of training texts that
+    came with the model, else the task's own prompts, which is noted. ``target``: the task loss in nats that the
+    smallest number of nodes is bisected to, with scale and shifts refitted (0.15 in Gao et al. 2025, A.5).
+    ``prompts``: so many to learn on, as many others to judge on. ``folder``: where finished seeds are kept, so that a
+    call that was stopped goes on; ValueError if it holds another search's.
+
+    Raises CannotDoTask where the model answers too few prompts right.
+    """
+    begun = time.monotonic()
+    if ablation not in KINDS:
+        raise ValueError(f"ablation is {ablation!r}; allowed: {', '.join(KINDS)}")
+    for name, value, least in (("seeds", seeds, 1), ("prompts", prompts, 8)):
+        if value < least:
+            raise ValueError(f"{name} is {value}; it must be {least} or more")
+    if not target > 0:
+        raise ValueError(f"target is {target}; it is a loss in nats, above 0")
+    make = task_named(task) if isinstance(task, str) else task
+    report = progress or (lambda what, done: None)
+    schedule = schedule or Schedule()
+    found_on, judged_on = make(model, prompts, 2 * seed), make(model, prompts, 2 * seed + 1)
+    accuracy = check_able(model, judged_on)
+    notes = []
+    if reference is None:
+        reference = model.card.get("reference_texts")
+    if reference is None:
+        reference = (found_on.ids, found_on.mask)
+        notes.append(
+            "The model came with no sample of its training text: means and samples are over the task's prompts."
+        )
+    options = {
+        "seeds": seeds,
+        "prompts": prompts,
+        "target": target,
+        "ablation": ablation,
+        "seed": seed,
+        "schedule": asdict(schedule),
+        "task": found_on.name,
+    }
+    search = _Search(model, found_on, judged_on, reference, ablation, target, schedule, seed)
+    kept = _Kept(folder, {"model": fingerprint(model), "options": options | {"seeds": None}})
+    circuits = []
+    for i in range(seeds):
+        report(f"seed {i + 1} of {seeds}", i / seeds)
+        circuit = kept.load(i)
+        if circuit is None:
+            inner = i
+            circuit = search.run(i, lambda done: report(f"seed {inner + 1} of {seeds}", (inner + done) / seeds))
+            kept.store(circuit)
+        circuits.append(circuit)
+    reached = [circuit for circuit in circuits if circuit.reached]
+    best = min(reached, key=lambda c: (len(c.nodes), c.loss), default=None)
+    if best is None:
+        notes.append(f"No seed reached the target of {target} nats; the whole model's loss is {search.model_loss:.3f}.")
+    if search.model_loss > target:
+        notes.append(
+            f"The whole model's own loss, {search.model_loss:.3f} nats, is above the target: a circuit that reaches it "
+            "does the task better than the model, by leaving out what disturbs."
+        )
+    report("done", 1.0)
+    return Pruning(
+        model=str(model.card.get("name", "unnamed")),
+        fingerprint=fingerprint(model),
+        task=found_on.name,
+        ablation=ablation,
+        target=target,
+        accuracy=accuracy,
+        model_loss=search.model_loss,
+        total=sum(nodes_at(model).values()),
+        circuits=tuple(circuits),
+        best=best,
+        graph=None if best is None else circuit_graph(model, best.nodes),
+        options=options,
+        notes=tuple(notes),
+        seconds=time.monotonic() - begun,
+    )
+
+
+class _Search:
+    """One search: everything that its seeds share."""
+
+    def __init__(
+        self,
+        model: CircuitGPT,
+        found_on: Task,
+        judged_on: Task,
+        reference: Any,
+        ablation: str,
+        target: float,
+        schedule: Schedule,
+        seed: int,
+    ) -> None:
+        self.model, self.found_on, self.judged_on = model, found_on, judged_on
+        self.ablation, self.target, self.schedule, self.seed = ablation, target, schedule, seed
+        hooks = node_hooks(model)
+        self.stand_ins = {kind: substitute(model, kind, reference, hooks, seed) for kind in KINDS}
+        self.widths = nodes_at(model)
+        self.names = [f"{name}:{channel}" for name, width in self.widths.items() for channel in range(width)]
+        with torch.no_grad():
+            self.model_loss, _ = refitted_loss(answer_logits(model, judged_on), judged_on.labels)
+
+    def run(self, number: int, progress: Callable[[float], None]) -> SeedCircuit:
+        begun = time.monotonic()
+        rng = np.random.default_rng([self.seed, number])
+        stand_in = self.stand_ins[self.ablation]
+        draw = int(rng.integers(2**31))
+        taus = learn_masks(self.model, self.found_on, stand_in, self.schedule, draw, lambda done: progress(0.45 * done))
+        order = torch.cat(list(taus.values())).argsort(descending=True, stable=True)
+        count, loss = self._bisect(order, self.found_on)
+        kept = order[:count]
+        judged = {kind: self._measure(kept, kind, self.judged_on) for kind in KINDS}
+        removed = {kind: self._measure(kept, kind, self.judged_on, removed=True) for kind in KINDS}
+        drawn = self._drawn_like(kept, rng)
+        nonsense_task = self.found_on.relabelled(
+            self.found_on.labels[torch.from_numpy(rng.permutation(len(self.found_on)))], "nonsense labels"
+        )
+        other = learn_masks(
+            self.model, nonsense_task, stand_in, self.schedule, draw, lambda done: progress(0.5 + 0.45 * done)
+        )
+        nonsense = torch.cat(list(other.values())).argsort(descending=True, stable=True)[:count]
+        nodes = tuple(self.names[i] for i in kept.tolist())
+        return SeedCircuit(
+            seed=number,
+            nodes=nodes,
+            edges=circuit_graph(self.model, nodes).weights,
+            loss=loss,
+            reached=loss <= self.target,
+            kept=judged,
+            removed=removed,
+            random=self._measure(drawn, self.ablation, self.judged_on),
+            random_removed=self._measure(drawn, self.ablation, self.judged_on, removed=True),
+            nonsense=self._measure(nonsense, self.ablation, nonsense_task),
+            seconds=time.monotonic() - begun,
+        )
+
+    def _bisect(self, order: Tensor, task: Task) -> tuple[int, float]:
+        """The fewest of the nodes in ``order`` whose loss is at most the target, as far as the loss falls with them."""
+        low, high = 0, len(order)
+        best = (high, self._measure(order, self.ablation, task).loss)
+        # the first power of two that reaches the target: beyond it the loss may rise again
+        count = 1
+        while count < len(order):
+            loss = self._measure(order[:count], self.ablation, task).loss
+            if loss <= self.target:
+                best, high = (count, loss), count
+                break
+            low, count = count, 2 * count
+        if best[1] > self.target:
+            return best
+        while high - low > 1:
+            middle = (low + high) // 2
+            loss = self._measure(order[:middle], self.ablation, task).loss
+            if loss <= self.target:
+                best, high = (middle, loss), middle
+            else:
+                low = middle
+        return best
+
+    def _drawn_like(self, kept: Tensor, rng: np.random.Generator) -> Tensor:
+        """As many nodes at every hook, at random."""
+        drawn, begin = [], 0
+        for width in self.widths.values():
+            count = int(((kept >= begin) & (kept < begin + width)).sum())
+            drawn.append(torch.from_numpy(begin + rng.permutation(width)[:count]))
+            begin += width
+        return torch.cat(drawn)
+
+    @torch.no_grad()
+    def _measure(self, nodes: Tensor, kind: str, task: Task, removed: bool = False) -> Measured:
+        """Only ``nodes`` kept, or only they deleted."""
+        flat = torch.full((len(self.names),), float(removed))
+        flat[nodes] = float(not removed)
+        masks = dict(zip(self.widths, flat.split(list(self.widths.values())), strict=True))
+        stand_in = self.stand_ins[kind]
+        if kind == "resample":  # the same draws for every circuit
+            stand_in = Substitute(kind, stand_in.values, torch.Generator().manual_seed(self.seed))
+        with _in_force(self.model, masked(masks, stand_in)):
+            return Measured(*refitted_loss(answer_logits(self.model, task), task.labels))
+
+
+class _Kept:
+    """Finished seeds in a folder, each written in one move."""
+
+    def __init__(self, folder: str | Path | None, key: dict[str, Any]) -> None:
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        stored = self.folder / "search.json"
+        text = json.dumps(key, indent=2, sort_keys=True)
+        if stored.exists() and stored.read_text() != text:
+            raise ValueError(
+                f"{self.folder} holds the seeds of another search (another model or other options); give another "
+                "folder, or remove that one to search anew"
+            )
+        replace_text(stored, text)
+
+    def load(self, number: int) -> SeedCircuit | None:
+        path = None if self.folder is None else self.folder / f"seed-{number}.json"
+        if path is None or not path.exists():
+            return None
+        return SeedCircuit.from_dict(json.loads(path.read_text()))
+
+    def store(self, circuit: SeedCircuit) -> None:
+        if self.folder is not None:
+            replace_text(self.folder / f"seed-{circuit.seed}.json", json.dumps(asdict(circuit), indent=1))

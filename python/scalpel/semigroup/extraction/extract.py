@@ -1,0 +1,227 @@
+"""Extract a finite machine from a model, or refuse to."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ...models.circuitgpt import CircuitGPT
+from ...models.untrained import untrained
+from . import nulls as null
+from .extraction import Extraction, Growth, judge
+from .interchange import interchange
+from .learning import Candidate, learn
+from .questions import ModelQuestions, Questions, Word, questions_of
+from .trials import by_state, conflicts, congruence, fidelity
+from .words import pumped
+
+__all__ = ["extract"]
+
+_SHOWN = 10
+
+
+def extract(
+    model: CircuitGPT | Callable[..., Any],
+    alphabet: Mapping[str, str] | Sequence[str],
+    answers: Mapping[str, str] | Sequence[str] | None = None,
+    *,
+    prefix: str = "",
+    suffix: str = "",
+    valid: Callable[[tuple[str, ...]], bool] | None = None,
+    horizon: int = 4,
+    prefixes: int = 256,
+    pairs: int = 160,
+    tolerance: float = 0.02,
+    most_conflict: float = 0.05,
+    limit: int = 64,
+    nulls: bool = True,
+    seed: int = 0,
+    progress: Callable[[str, float], None] | None = None,
+) -> Extraction:
+    """A Moore machine (Q, δ, o) that ``model`` acts like on words over ``alphabet``, with its bounds; or a refusal.
+
+    ``model``: a CircuitGPT, which after prefix + word + suffix chooses among ``answers``; or a function from a list of
+    words (tuples of names) to as many outputs. ``alphabet``, ``answers``: texts, or name → text; an answer is a single
+    token. ``valid(word)``: whether a word, a tuple of names, may be asked at all; what isn't valid is a state of its
+    own.
+
+    Prefixes of up to N = ``horizon``, 2N and 4N letters are cut into classes that no continuation of up to as many
+    letters tells apart, from about ``prefixes`` of them each; ``tolerance`` is the share of errors passed over,
+    ``limit`` the most classes. Then the machine is tried on new words: ``pairs`` pairs of prefixes a cell, swapped
+    caches, words that repeat a piece. ``most_conflict``: what the bounds may be for a finite machine. ``nulls``:
+    measure them too. The same seed gives the same result. ``progress(what, done)``: called before each part.
+
+    Returns an :class:`.extraction.Extraction`. ValueError where words of 8N letters don't fit the context, where an
+    answer is split by the tokenizer, or for options out of range.
+    """
+    begun = time.monotonic()
+    questions = questions_of(model, alphabet, answers, prefix, suffix, valid)
+    _check(questions, horizon, prefixes, pairs, tolerance, most_conflict, limit)
+    report = progress or (lambda what, done: None)
+    rng = np.random.default_rng(seed)
+    candidates = []
+    for i, length in enumerate((horizon, 2 * horizon, 4 * horizon)):
+        report(f"classes of prefixes of up to {length} letters", 0.1 + 0.15 * i)
+        found = learn(questions, length, prefixes=prefixes, tolerance=tolerance, limit=limit, rng=rng)
+        candidates.append(found)
+    growth = tuple(Growth(c.horizon, c.classes, c.capped) for c in candidates)
+    level = len({c.classes for c in candidates}) == 1
+    candidate = candidates[-1] if level else candidates[0]
+    known: dict[str, Any] = {
+        "candidate": None if candidate.capped else candidate.machine,
+        "candidate_horizon": candidate.horizon,
+        "horizon": 4 * horizon,
+        "growth": growth,
+        "continuations": tuple(" ".join(questions.names(c)) for c in candidate.continuations),
+        "options": {
+            "alphabet": dict(alphabet) if isinstance(alphabet, Mapping) else list(alphabet),
+            "answers": dict(answers) if isinstance(answers, Mapping) else answers,
+            "prefix": prefix,
+            "suffix": suffix,
+            "horizon": horizon,
+            "prefixes": prefixes,
+            "pairs": pairs,
+            "tolerance": tolerance,
+            "most_conflict": most_conflict,
+            "limit": limit,
+            "seed": seed,
+        },
+    }
+    if candidate.capped:
+        verdict, reasons = judge(growth, most_conflict, None, None, None, None, (0, 0))
+    else:
+        report("trials on new words", 0.55)
+        tried = _try(questions, candidate, pairs, 4 * horizon, rng)
+        known |= tried[1]
+        verdict, reasons = judge(growth, most_conflict, *tried[0])
+        if nulls:
+            report("nulls", 0.8)
+            known["nulls"] = _nulls(questions, candidate, min(pairs, 64), 4 * horizon, rng)
+            if isinstance(model, CircuitGPT):
+                options = known["options"] | {"nulls": False, "valid": valid}
+                other = extract(untrained(model), **options)
+                known["nulls"]["untrained"] = {
+                    "verdict": other.verdict,
+                    "classes": [g.classes for g in other.growth],
+                    "conflict": None if other.conflict is None else other.conflict.value,
+                    "same_machine": other.candidate is not None and candidate.machine.equivalent(other.candidate),
+                }
+    report("done", 1.0)
+    return Extraction(
+        verdict,
+        reasons,
+        candidate.machine if verdict == "finite" else None,
+        asked=questions.asked,
+        seconds=time.monotonic() - begun,
+        **known,
+    )
+
+
+def _check(
+    questions: Questions,
+    horizon: int,
+    prefixes: int,
+    pairs: int,
+    tolerance: float,
+    most_conflict: float,
+    limit: int,
+) -> None:
+    for name, value, least in (("horizon", horizon, 1), ("prefixes", prefixes, 16), ("pairs", pairs, 8)):
+        if value < least:
+            raise ValueError(f"{name} is {value}; it must be {least} or more")
+    if limit < 1:
+        raise ValueError(f"limit is {limit}; it must be 1 or more")
+    for name, share in (("tolerance", tolerance), ("most_conflict", most_conflict)):
+        if not 0 <= share < 1:
+            raise ValueError(f"{name} is {share}; it is a share from 0 up to, and without, 1")
+    longest = questions.longest()
+    if longest is not None and 8 * horizon > longest:
+        raise ValueError(
+            f"horizon {horizon} asks words of up to {8 * horizon} letters (prefixes of 4N and continuations as long), "
+            f"and the context holds {longest}; give a horizon of at most {longest // 8}"
+        )
+
+
+def _try(
+    questions: Questions, candidate: Candidate, pairs: int, horizon: int, rng: np.random.Generator
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """All trials: what the verdict is made from, and what the extraction shows."""
+    own = by_state(questions, candidate, 2 * pairs, horizon, rng)
+    conflict, pairs_found = conflicts(questions, candidate, own)
+    right, wrong = fidelity(questions, candidate, pairs, horizon, rng)
+    differ, triples = congruence(questions, candidate, own, horizon, rng)
+    swaps = None
+    if isinstance(questions, ModelQuestions):
+        swaps = interchange(questions, candidate, pairs, horizon, rng)
+    repeated = list(dict.fromkeys(_cut(word, n) for word in pumped(questions, 2 * horizon) for n in _ends(len(word))))
+    strange = _disagreeing(questions, candidate, repeated)
+    shown = {
+        "conflict": conflict,
+        "fidelity": right,
+        "congruence": differ,
+        "interchange": swaps,
+        "pumped": (len(strange), len(repeated)),
+        "counterexamples": tuple(_shown(questions, candidate, [*wrong, *strange])),
+        "conflicts": tuple(
+            {"u": _text(questions, u), "v": _text(questions, v), "letter": questions.letters[a]}
+            for u, v, a in sorted(pairs_found, key=lambda t: len(t[0]) + len(t[1]))[:_SHOWN]
+        ),
+        "incongruent": tuple(
+            {"u": _text(questions, u), "v": _text(questions, v), "continuation": _text(questions, w)}
+            for u, v, w in sorted(triples, key=lambda t: sum(map(len, t)))[:_SHOWN]
+        ),
+    }
+    return (conflict, right, differ, swaps, shown["pumped"]), shown
+
+
+def _ends(length: int) -> list[int]:
+    """Lengths at which a word that repeats a piece is looked at: half of it, and all."""
+    return [length // 2, length]
+
+
+def _cut(word: Word, length: int) -> Word:
+    return word[:length]
+
+
+def _disagreeing(questions: Questions, candidate: Candidate, words: Sequence[Word]) -> list[Word]:
+    askable = [word for word in words if questions.is_valid(word)]
+    said = [questions.output(number) for number in questions.ask(askable)]
+    return [w for w, output in zip(askable, said, strict=True) if output != candidate.machine.output(w)]
+
+
+def _shown(questions: Questions, candidate: Candidate, words: Sequence[Word]) -> list[dict[str, Any]]:
+    """The shortest counterexamples as names, with what model and machine say."""
+    shortest = sorted(set(words), key=lambda word: (len(word), word))[:_SHOWN]
+    said = [questions.output(number) for number in questions.ask(shortest)]
+    return [
+        {
+            "word": _text(questions, word),
+            "letters": len(word),
+            "model": str(a),
+            "machine": str(candidate.machine.output(word)),
+        }
+        for word, a in zip(shortest, said, strict=True)
+    ]
+
+
+def _text(questions: Questions, word: Word) -> str:
+    """A word as text, runs of a letter as powers."""
+    names = questions.names(word)
+    parts: list[list[Any]] = []
+    for name in names:
+        if parts and parts[-1][0] == name:
+            parts[-1][1] += 1
+        else:
+            parts.append([name, 1])
+    return " ".join(name if count == 1 else f"{name}^{count}" for name, count in parts)
+
+
+def _nulls(
+    questions: Questions, candidate: Candidate, pairs: int, horizon: int, rng: np.random.Generator
+) -> dict[str, Any]:
+    own = by_state(questions, candidate, 2 * pairs, horizon, rng)
+    found = {"shuffled_labels": null.shuffled_labels(questions, candidate, own, rng)}
+    if isinstance(questions, ModelQuestions):
+        found["random_nodes"] = null.random_nodes(questions, candidate, own, rng)
+    return found

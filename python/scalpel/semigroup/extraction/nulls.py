@@ -1,0 +1,97 @@
+"""Nulls of an extraction: what conflict there would be if the classes meant nothing."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from scipy.cluster.vq import kmeans2
+
+from ...models.hooks import hook_width
+from .learning import Candidate, Row
+from .questions import ModelQuestions, Questions, Word, batches, pad
+
+__all__ = ["random_nodes", "shuffled_labels"]
+
+NODES = 16
+REPEATS = 10
+
+
+def shuffled_labels(
+    questions: Questions, candidate: Candidate, prefixes: Mapping[int, Sequence[Word]], rng: Generator
+) -> dict[str, Any]:
+    """The conflict rate when the prefixes' classes are dealt out anew among them: mean and least of some shuffles."""
+    words = [word for own in prefixes.values() for word in own]
+    labels = np.repeat(list(prefixes), [len(own) for own in prefixes.values()])
+    after = _after(questions, candidate, words)
+    rates = [_conflict(rng.permutation(labels), after, rng) for _ in range(REPEATS)]
+    return {"mean": float(np.mean(rates)), "least": float(np.min(rates)), "repeats": REPEATS}
+
+
+def random_nodes(
+    questions: ModelQuestions, candidate: Candidate, prefixes: Mapping[int, Sequence[Word]], rng: Generator
+) -> dict[str, Any]:
+    """The conflict rate when classes are read off nodes drawn at random, as many classes as the machine has.
+
+    The values of NODES nodes at a prefix's last token are cut into classes by k-means, and so are those after one more
+    letter. Low figures here mean that low conflict is no evidence: any partition of the activations would do.
+    """
+    words = [word for own in prefixes.values() for word in own]
+    letters = range(len(questions.letters))
+    following = [(*word, a) for a in letters for word in words]
+    classes = max(2, sum(len(own) > 0 for own in prefixes.values()))
+    rates = []
+    for _ in range(REPEATS):
+        values = _values(questions, [*words, *following], _draw(questions, rng))
+        spread = values.std(0)
+        scaled = (values - values.mean(0)) / np.where(spread > 0, spread, 1)
+        _, labels = kmeans2(scaled, classes, minit="++", seed=rng, missing="warn") if spread.any() else (0, None)
+        if labels is None:
+            labels = np.zeros(len(scaled), dtype=int)
+        own, after = labels[: len(words)], labels[len(words) :].reshape(len(letters), -1)
+        rates.append(_conflict(own, [list(row) for row in after], rng))
+    return {"mean": float(np.mean(rates)), "least": float(np.min(rates)), "repeats": REPEATS, "nodes": NODES}
+
+
+def _after(questions: Questions, candidate: Candidate, words: Sequence[Word]) -> list[list[Row]]:
+    return [candidate.rows(questions, [(*word, a) for word in words]) for a in range(len(questions.letters))]
+
+
+def _conflict(labels: np.ndarray, after: Sequence[Sequence[Any]], rng: Generator) -> float:
+    """The mean over (class, letter) of the share of disjoint pairs of a class whose successors differ."""
+    shares = []
+    for label in np.unique(labels):
+        own = rng.permutation(np.flatnonzero(labels == label))
+        pairs = list(zip(own[::2], own[1::2], strict=False))
+        if pairs:
+            shares += [float(np.mean([row[i] != row[j] for i, j in pairs])) for row in after]
+    return float(np.mean(shares)) if shares else float("nan")
+
+
+def _draw(questions: ModelQuestions, rng: Generator) -> list[tuple[str, int]]:
+    model = questions.model
+    hooks = [name for name in model.hook_names if name != model.hook_names[0]]
+    return [
+        (name, int(rng.integers(hook_width(model, name))))
+        for name in (hooks[int(rng.integers(len(hooks)))] for _ in range(NODES))
+    ]
+
+
+@torch.no_grad()
+def _values(questions: ModelQuestions, words: Sequence[Word], nodes: Sequence[tuple[str, int]]) -> np.ndarray:
+    """The nodes' values (words, nodes) at each word's last token, without the suffix."""
+    rows = [questions.ids(word, suffix=False) for word in words]
+    found = np.empty((len(rows), len(nodes)))
+    hooks = list(dict.fromkeys(name for name, _ in nodes))
+    for batch in batches([len(row) for row in rows]):
+        ids, last = pad([rows[i] for i in batch])
+        _, cache = questions.model.run_with_cache(ids, names=hooks, stop_at=_last(questions, hooks))
+        at = torch.arange(len(batch))
+        for column, (name, channel) in enumerate(nodes):
+            found[batch, column] = cache[name][at, last, channel].numpy()
+    return found
+
+
+def _last(questions: ModelQuestions, hooks: Sequence[str]) -> str:
+    return max(hooks, key=questions.model.hook_names.index)

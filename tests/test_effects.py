@@ -1,0 +1,98 @@
+"""Per-node ablation effects: batched from the hook on, against one whole pass a node."""
+
+import numpy as np
+import pytest
+import torch
+
+from circuitgpt_cases import CASES, build, one_thread, tokens
+from scalpel.circuits import Task, ablation_effects
+
+__all__ = ["one_thread"]
+
+
+def task_of(model, lengths=(7, 4, 7, 1)):
+    rows = [tokens(model, 1, length, seed=i)[0].tolist() for i, length in enumerate(lengths)]
+    return Task.of("tiny", rows, [i % 3 for i in range(len(rows))], (2, 5, 11))
+
+
+def one_pass_a_node(model, task, kind, reference):
+    """The slow way: ``ablate`` and a whole forward pass for every node, hook → (width, prompts, answers)."""
+    found = {}
+    _, values = model.run_with_cache(task.ids)
+    for hook, value in values.items():
+        rows = []
+        for channel in range(value.shape[-1]):
+            with torch.no_grad(), model.ablate([f"{hook}:{channel}"], kind, reference=reference):
+                logits = model(task.ids)
+            rows.append(logits[torch.arange(len(task)), task.asked][:, list(task.answers)])
+        found[hook] = torch.stack(rows).numpy()
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("kind", ["mean", "zero"])
+def test_every_node_of_every_variant(name, kind):
+    model = build(name)
+    task = task_of(model)
+    reference = [[1, 2, 3, 4], [7, 8, 9]]
+    expected = one_pass_a_node(model, task, kind, reference)
+    effects = ablation_effects(model, task, kind=kind, reference=reference)
+    assert list(effects.hooks) == model.hook_names
+    for hook, values in expected.items():
+        np.testing.assert_allclose(effects.hooks[hook], values, rtol=0, atol=1e-9, err_msg=hook)
+    assert any(np.abs(values - effects.base).max() > 1e-3 for values in expected.values())
+
+
+def test_resampled_values_come_from_the_reference():
+    model = build("like_csp_yolo2")
+    task = task_of(model, lengths=(5, 5))
+    once = ablation_effects(model, task, kind="resample", reference=[[3]], hooks=["0.attn.v"])
+    # a reference of one token leaves nothing to chance
+    expected = one_pass_a_node(model, task, "resample", [[3]])["0.attn.v"]
+    np.testing.assert_allclose(once.hooks["0.attn.v"], expected, atol=1e-9)
+    many = [[1, 2, 3, 4, 5, 6]]
+    one = ablation_effects(model, task, kind="resample", reference=many, seed=1).hooks["0.attn.v"]
+    other = ablation_effects(model, task, kind="resample", reference=many, seed=2).hooks["0.attn.v"]
+    assert np.abs(one - other).max() > 1e-6
+
+
+def test_derived_figures():
+    model = build("plain")
+    task = task_of(model)
+    effects = ablation_effects(model, task, kind="zero", hooks=["1.mlp.post_act"])
+    after = torch.from_numpy(effects.hooks["1.mlp.post_act"])
+    losses = torch.stack([torch.nn.functional.cross_entropy(a, task.labels, reduction="none") for a in after])
+    base = torch.nn.functional.cross_entropy(torch.from_numpy(effects.base), task.labels, reduction="none")
+    rise = effects.loss_change()["1.mlp.post_act"]
+    np.testing.assert_allclose(rise, (losses - base).mean(1), atol=1e-12)
+    error = effects.standard_error()["1.mlp.post_act"]
+    np.testing.assert_allclose(error, (losses - base).std(1) / 2, atol=1e-12)
+    top = effects.largest(3)
+    assert [node for node, *_ in top] == [f"1.mlp.post_act:{c}" for c in np.argsort(-np.abs(rise))[:3]]
+
+
+def test_a_stopped_call_goes_on_and_another_is_refused(tmp_path):
+    model = build("sink")
+    task = task_of(model)
+    seen = []
+
+    def stop(what, done):
+        seen.append(what)
+        if what == "1.attn.q":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ablation_effects(model, task, kind="zero", folder=tmp_path, progress=stop)
+    first = (tmp_path / "0.attn.q.npy").stat().st_mtime_ns
+    resumed = ablation_effects(model, task, kind="zero", folder=tmp_path)
+    assert (tmp_path / "0.attn.q.npy").stat().st_mtime_ns == first
+    whole = ablation_effects(model, task, kind="zero")
+    assert all(np.array_equal(resumed.hooks[hook], whole.hooks[hook]) for hook in whole.hooks)
+    with pytest.raises(ValueError, match="another model, task or kind"):
+        ablation_effects(model, task, kind="mean", folder=tmp_path)
+
+
+def test_unknown_hooks_are_refused():
+    model = build("plain")
+    with pytest.raises(ValueError, match="unknown hook"):
+        ablation_effects(model, task_of(model), hooks=["9.attn.q"])
