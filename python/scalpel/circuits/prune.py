@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,7 @@ def prune(
         reference = model.card.get("reference_texts")
     if reference is None:
         reference = (found_on.ids, found_on.mask)
-        notes.append(
-            "The model came with no sample of its training text: means and samples are over the task's prompts."
-        )
+        notes.append("The model has no sample of its training text: means and samples are over the task's prompts.")
     options = {
         "seeds": seeds,
         "prompts": prompts,
@@ -88,8 +87,7 @@ def prune(
         report(f"seed {i + 1} of {seeds}", i / seeds)
         circuit = kept.load(i)
         if circuit is None:
-            inner = i
-            circuit = search.run(i, lambda done: report(f"seed {inner + 1} of {seeds}", (inner + done) / seeds))
+            circuit = search.run(i, partial(_share, report, i, seeds))
             kept.store(circuit)
         circuits.append(circuit)
     reached = [circuit for circuit in circuits if circuit.reached]
@@ -118,6 +116,10 @@ def prune(
         notes=tuple(notes),
         seconds=time.monotonic() - begun,
     )
+
+
+def _share(report: Callable[[str, float], None], seed: int, seeds: int, done: float) -> None:
+    report(f"seed {seed + 1} of {seeds}", (seed + done) / seeds)
 
 
 class _Search:
