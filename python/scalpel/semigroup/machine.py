@@ -1,6 +1,6 @@
 """Moore machines: states, a transition for every letter, an output at every state."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +97,7 @@ class MooreMachine:
         theirs = MooreMachine(self.letters, table, other.outputs, other.start).minimized()
         return mine.transitions == theirs.transitions and mine.outputs == theirs.outputs
 
-    def to_dict(self) -> Mapping[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain data: letters, transitions, outputs, start."""
         return {
             "letters": list(self.letters),

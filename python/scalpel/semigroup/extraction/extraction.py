@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 from ..machine import MooreMachine
@@ -58,7 +59,7 @@ class Extraction:
     options: dict[str, Any] = field(default_factory=dict)
 
     def semigroup(self, letters: Sequence[str] | None = None) -> TransformationSemigroup:
-        """The machine's transformation semigroup. ValueError where no machine was found: ``candidate`` has the trial's."""
+        """The machine's transformation semigroup. ValueError where none was found; ``candidate`` is what was tried."""
         if self.machine is None:
             raise ValueError(f"no machine was found ({self.verdict}): {'; '.join(self.reasons)}")
         return self.machine.semigroup(letters)
@@ -143,5 +144,5 @@ def judge(
         reasons.append(f"{wrong} of {asked} words that repeat a piece are answered otherwise than by the machine")
     if not reasons:
         return "finite", ()
-    growing = all(a.classes < b.classes or a.capped for a, b in zip(growth, growth[1:], strict=False))
+    growing = all(a.classes < b.classes or a.capped for a, b in pairwise(growth))
     return ("counter" if growing and counts[0] < counts[-1] else "refused"), tuple(reasons)
