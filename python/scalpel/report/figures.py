@@ -1,6 +1,6 @@
 """Pictures of a Result: from the data in ``Result.figures`` to SVG that stands inline in a page.
 
-A figure is a dict with ``kind`` (region, curves, map, bars), ``title``, optionally ``summary`` (one sentence
+A figure is a dict with ``kind`` (one of those below), ``title``, optionally ``summary`` (one sentence
 on what is to be seen), and the data of its kind:
 
 - region: ``k`` list, ``n_max``, ``fails`` bool [len(k)][n_max + 1]
@@ -9,6 +9,9 @@ on what is to be seen), and the data of its kind:
 - map: ``xlabel``, ``ylabel``, ``x_edges``, ``y`` row labels, ``values`` [len(y)][len(x_edges) - 1] in [0, 1],
   ``overlays`` [{label, x one a row, style}]
 - bars: ``ylabel``, ``labels``, ``values``, ``low?``, ``high?``, ``reference?`` [{y, label}]
+- digraph: ``nodes`` [{label, note?}], ``edges`` [{src, dst, label}], ``start?``
+- eggbox: ``boxes`` [{cells, group, above}]
+- layered: ``columns`` [{label, nodes}], ``edges`` [{src, dst, kind, weight?}], ``sizes?``
 
 None and NaN mean that there is no such measurement; they leave a gap and are never drawn as a value.
 """
@@ -26,12 +29,23 @@ from matplotlib.figure import Figure
 from ..experiments.result import plain
 from .bars import draw_bars
 from .curves import draw_curves
+from .digraphs import draw_digraph
+from .eggbox import draw_eggbox
+from .layered import draw_layered
 from .maps import draw_map, draw_region
 from .style import RC, VARIABLES
 
 __all__ = ["KINDS", "alt_text", "draw", "to_svg"]
 
-_DRAW = {"region": draw_region, "curves": draw_curves, "map": draw_map, "bars": draw_bars}
+_DRAW = {
+    "region": draw_region,
+    "curves": draw_curves,
+    "map": draw_map,
+    "bars": draw_bars,
+    "digraph": draw_digraph,
+    "eggbox": draw_eggbox,
+    "layered": draw_layered,
+}
 KINDS = tuple(_DRAW)
 
 _SVG = "{http://www.w3.org/2000/svg}"

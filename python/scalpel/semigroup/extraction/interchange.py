@@ -7,6 +7,7 @@ should stay as it was; for prefixes of two classes it should become what the mac
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -54,15 +55,22 @@ def interchange(
     """
     machine = candidate.machine
     words = list(dict.fromkeys(word for word in random_words(questions, horizon, 4 * pairs, rng) if word))
-    groups: dict[int, list[tuple[Word, int]]] = {}
+    groups: dict[int, dict[int, list[Word]]] = {}
     for word, state in zip(words, candidate.rho(questions, words).tolist(), strict=True):
         if state >= 0:
-            groups.setdefault(len(questions.ids(word, suffix=False)), []).append((word, state))
+            groups.setdefault(len(questions.ids(word, suffix=False)), {}).setdefault(state, []).append(word)
     within: list[tuple[Word, Word, int, int]] = []
     between: list[tuple[Word, Word, int, int]] = []
-    for members in groups.values():
-        for (u, p), (v, q) in zip(members[::2], members[1::2], strict=False):
-            (within if p == q else between).append((u, v, p, q))
+    for by_state in groups.values():
+        left = []
+        for state, own in by_state.items():
+            half = len(own) // 2 // 2 * 2  # half of them for pairs within, the rest for pairs between classes
+            within += [(u, v, state, state) for u, v in zip(own[:half:2], own[1:half:2], strict=True)]
+            left.append([(word, state) for word in own[half:]])
+        for one, other in pairwise(left):
+            between += [(u, v, p, q) for (u, p), (v, q) in zip(one, other, strict=False)]
+    rng.shuffle(within)
+    rng.shuffle(between)
     chosen = [*within[:pairs], *between[:pairs]]
     ends = random_words(questions, horizon, len(chosen), rng)
     kept = [

@@ -138,7 +138,22 @@ def _machine(
         table.append([number[invalid]] * len(questions.letters))
         outputs.append(None)
     machine = MooreMachine(questions.letters, tuple(map(tuple, table)), tuple(outputs))
-    return machine, number
+    order = _met(machine)
+    place = {old: new for new, old in enumerate(order)}
+    machine = MooreMachine(
+        questions.letters,
+        tuple(tuple(place[t] for t in table[old]) for old in order),
+        tuple(outputs[old] for old in order),
+    )
+    return machine, {row: place[old] for row, old in number.items()}
+
+
+def _met(machine: MooreMachine) -> list[int]:
+    """The states as a breadth-first walk from the start meets them; those that it doesn't meet come last."""
+    order = [machine.start]
+    for state in order:
+        order += [t for t in dict.fromkeys(machine.transitions[state]) if t not in order]
+    return order + [state for state in range(machine.states) if state not in order]
 
 
 def _nearest(row: Row, kept: Sequence[Row]) -> Row:
