@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.ablation import KINDS, _activations, hook_means
+from ..models.ablation import KINDS, _activations, _stored_means, hook_means
 from ..models.circuitgpt import CircuitGPT, Tap
 from ..models.hooks import hook_width
 
-__all__ = ["NODE_HOOKS", "Substitute", "node_hooks", "nodes_at", "substitute"]
+__all__ = ["NODE_HOOKS", "Substitute", "masked", "node_hooks", "nodes_at", "substitute", "training_text"]
 
 # Where a circuit's nodes are (Gao et al. 2025, appendix A.5): what norms give out, channels of q, k and v, neurons, and
 # what attention and MLP add to the residual.
@@ -57,13 +57,16 @@ class Substitute:
 
 
 def substitute(model: CircuitGPT, kind: str, reference: Any, hooks: list[str], seed: int = 0) -> Substitute:
-    """The substitute of a kind, "mean", "zero" or "resample", over ``reference`` (prompts, as in ``model.ablate``)."""
+    """The substitute of a kind, "mean", "zero" or "resample", over ``reference`` (prompts, as in ``model.ablate``).
+
+    Without a reference "mean" takes the means that came with the model.
+    """
     if kind not in KINDS:
         raise ValueError(f"ablation kind is {kind!r}; allowed: {', '.join(KINDS)}")
     if kind == "zero":
         return Substitute(kind, {name: torch.zeros(hook_width(model, name)) for name in hooks})
     if kind == "mean":
-        means = hook_means(model, reference, hooks)
+        means = _stored_means(model, hooks) if reference is None else hook_means(model, reference, hooks)
         return Substitute(kind, {name: mean.to(model.dtype) for name, mean in means.items()})
     parts: dict[str, list[Tensor]] = {name: [] for name in hooks}
     for values, real in _activations(model, reference, hooks):
@@ -71,6 +74,19 @@ def substitute(model: CircuitGPT, kind: str, reference: Any, hooks: list[str], s
             parts[name].append(value[real])
     generator = torch.Generator().manual_seed(seed)
     return Substitute(kind, {name: torch.cat(rows) for name, rows in parts.items()}, generator)
+
+
+def training_text(model: CircuitGPT) -> list[list[int]] | None:
+    """Prompts from the text that a model was trained on, where this library can make it again; else None.
+
+    For bracket-mini about 15 seconds of reading the interpreter's library.
+    """
+    if "text" not in model.card or model.tokenizer is None:
+        return None
+    from ..training.bracket_mini import reference_prompts
+    from ..training.corpus import interpreter_sources
+
+    return reference_prompts(model, interpreter_sources())
 
 
 def masked(masks: dict[str, Tensor], stand_in: Substitute) -> Tap:

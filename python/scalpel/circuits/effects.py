@@ -83,15 +83,15 @@ def ablation_effects(
     """The answers' logits with each node of ``hooks`` (all if not given) replaced, one node at a time, at all tokens.
 
     The same as ``with model.ablate([node], kind, reference=...)`` for every node, without a pass for each: see
-    :mod:`.tail`. ``kind`` and ``reference`` as in ``model.ablate``; by default the training texts that came with the
-    model, else the task's prompts. Values are drawn for "resample" once a prompt and token, the same for all nodes;
+    :mod:`.tail`. ``kind`` and ``reference`` as in ``model.ablate``; by default the means that came with the model,
+    else the task's prompts. Values are drawn for "resample" once a prompt and token, the same for all nodes;
     ``model.ablate`` draws others. ``folder``: finished hooks are kept there, and a call that was stopped goes on;
     ValueError where it holds another model's or task's.
     """
     names = model.hook_names if hooks is None else list(hooks)
     check_hooks(model, names)
-    if reference is None:
-        reference = model.card.get("reference_texts", (task.ids, task.mask))
+    if reference is None and not (kind == "mean" and "hook_means" in model.card):
+        reference = (task.ids, task.mask)
     stand_in = substitute(model, kind, reference, list(names), seed)
     tails = [(rows, Tail(model, task.ids[rows, : length + 1], task.answers)) for length, rows in _by_length(task)]
     base = torch.empty(len(task), len(task.answers), dtype=model.dtype)

@@ -16,7 +16,7 @@ from .._files import replace_text
 from ..models.ablation import KINDS, _in_force
 from ..models.circuitgpt import CircuitGPT
 from ..models.fingerprint import fingerprint
-from .ablations import Substitute, masked, node_hooks, nodes_at, substitute
+from .ablations import Substitute, masked, node_hooks, nodes_at, substitute, training_text
 from .fit import refitted_loss
 from .graph import circuit_graph
 from .masks import Schedule, learn_masks
@@ -44,9 +44,9 @@ def prune(
 
     ``task``: a name in ``circuits.TASKS``, or a function (model, prompts, seed) → Task. ``ablation``: what deleted
     nodes become while masks are learned, "mean", "zero" or "resample"; every circuit is judged under all three.
-    ``reference``: prompts for means and samples, as in ``model.ablate``; by default the sample of training texts that
-    came with the model, else the task's own prompts, which is noted. ``target``: the task loss in nats that the
-    smallest number of nodes is bisected to, with scale and shifts refitted (0.15 in Gao et al. 2025, A.5).
+    ``reference``: prompts for means and samples, as in ``model.ablate``; by default text that the model was trained
+    on, where it can be made again, else the task's own prompts, which is noted. ``target``: the task loss in nats that
+    the smallest number of nodes is bisected to, with scale and shifts refitted (0.15 in Gao et al. 2025, A.5).
     ``prompts``: so many to learn on, as many others to judge on. ``folder``: where finished seeds are kept, so that a
     call that was stopped goes on; ValueError if it holds another search's.
 
@@ -67,10 +67,11 @@ def prune(
     accuracy = check_able(model, judged_on)
     notes = []
     if reference is None:
-        reference = model.card.get("reference_texts")
+        report("reading the training text", 0.0)
+        reference = training_text(model)
     if reference is None:
         reference = (found_on.ids, found_on.mask)
-        notes.append("The model has no sample of its training text: means and samples are over the task's prompts.")
+        notes.append("The model's training text can't be made again: means and samples are over the task's prompts.")
     options = {
         "seeds": seeds,
         "prompts": prompts,

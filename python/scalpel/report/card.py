@@ -22,7 +22,7 @@ _THIN = "\N{THIN SPACE}"
 
 def facts(card: dict[str, Any]) -> tuple[list[tuple[str, str]], dict[str, Any]]:
     """The facts as (name, text), and the entries that are no single fact, for a table of their own."""
-    known = dict(card)
+    known = {key: value for key, value in card.items() if key != "hook_means"}  # thousands of numbers
     matrices = card.get("matrices")
     if isinstance(matrices, dict) and all(isinstance(m, dict) and "nonzero" in m for m in matrices.values()):
         nonzero = sum(m["nonzero"] for m in matrices.values())

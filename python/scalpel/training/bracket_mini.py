@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from .. import __version__
+from ..models.ablation import hook_means
 from ..models.checkpoint import save_pretrained
 from ..models.circuitgpt import CircuitGPT
 from ..models.tokenizer import Tokenizer
-from ..tasks.brackets import Answers, answer, questions_from
+from ..tasks.brackets import Answers, answer, closers, questions_from
 from ..tasks.literals import harvest, python_files
 from .commit import commit
 from .corpus import DEPTH_PROBABILITIES, MAX_ELEMENTS, MEAN_ELEMENTS, Sources, documents, interpreter_sources
@@ -84,6 +85,7 @@ def train_model(
         "training_seconds": round(trained.seconds, 1),
         "matrices": density_table(model),
         "accuracy": accuracy_card(model),
+        "hook_means": stored_means(model, sources),
     }
     save_pretrained(model, out)
     state_file.unlink(missing_ok=True)
@@ -95,6 +97,21 @@ def bracket_tokenizer(sources: Sources, vocab_size: int) -> Tokenizer:
     rng = np.random.default_rng(20_000)
     texts = (document.text for document in islice(documents(sources, rng), TOKENIZER_TEXTS))
     return Tokenizer(train_tokenizer(texts, vocab_size))
+
+
+def reference_prompts(model: CircuitGPT, sources: Sources, count: int = 256) -> list[list[int]]:
+    """A sample of the training text as ids, itself not trained on: what means and samples of activations are over."""
+    assert model.tokenizer is not None
+    rng = np.random.default_rng(30_000)
+    start = closers(model.tokenizer).start
+    rows = ([*start, *model.tokenizer.encode(document.text)] for document in documents(sources, rng))
+    return [row[: model.config.block_size] for row in islice(rows, count)]
+
+
+def stored_means(model: CircuitGPT, sources: Sources) -> dict[str, list[float]]:
+    """Each hook's mean activation over the training text, in six digits: what ``model.ablate`` takes for "mean"."""
+    means = hook_means(model, reference_prompts(model, sources))
+    return {name: [float(f"{value:.6g}") for value in mean.tolist()] for name, mean in means.items()}
 
 
 def held_out_questions() -> tuple[list[tuple[str, int]], dict[str, str]]:

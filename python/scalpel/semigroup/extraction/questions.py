@@ -154,6 +154,11 @@ class ModelQuestions(Questions):
         return chosen
 
     @torch.no_grad()
+    def answer(self, ids: Sequence[int]) -> Hashable:
+        """The likeliest answer after a whole prompt's token ids."""
+        return self.outputs[self.choose(self.model(torch.tensor([list(ids)]))[:, -1])[0]]
+
+    @torch.no_grad()
     def _answers(self, words: Sequence[Word]) -> list[int]:
         if not self.suffix:
             return self._answers_along(words)
