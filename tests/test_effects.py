@@ -65,7 +65,7 @@ def test_derived_figures():
     rise = effects.loss_change()["1.mlp.post_act"]
     np.testing.assert_allclose(rise, (losses - base).mean(1), atol=1e-12)
     error = effects.standard_error()["1.mlp.post_act"]
-    np.testing.assert_allclose(error, (losses - base).std(1) / 2, atol=1e-12)
+    np.testing.assert_allclose(error, (losses - base).std(1) / 3**0.5, atol=1e-12)
     top = effects.largest(3)
     assert [node for node, *_ in top] == [f"1.mlp.post_act:{c}" for c in np.argsort(-np.abs(rise))[:3]]
 

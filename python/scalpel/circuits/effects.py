@@ -16,12 +16,14 @@ from ..models.circuitgpt import CircuitGPT
 from ..models.fingerprint import fingerprint
 from ..models.hooks import check_hooks, hook_width
 from .ablations import Substitute, substitute
+from .packing import pack
 from .tail import Tail
 from .task import Task
 
 __all__ = ["Effects", "ablation_effects"]
 
 _ELEMENTS = 1 << 22  # of the widest value of one batch: 16 MiB of float32, which still lies in a cache of some size
+_PREFIXES = 128  # of one pack: attention takes their square
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,8 @@ def ablation_effects(
 
     The same as ``with model.ablate([node], kind, reference=...)`` for every node, without a pass for each: see
     :mod:`.tail`. ``kind`` and ``reference`` as in ``model.ablate``; by default the means that came with the model,
-    else the task's prompts. Values are drawn for "resample" once a prompt and token, the same for all nodes;
-    ``model.ablate`` draws others. ``folder``: finished hooks are kept there, and a call that was stopped goes on;
+    else the task's prompts. For "resample" values are drawn once for
+    each distinct prefix of the prompts, the same for all nodes; ``model.ablate`` draws others. ``folder``: finished hooks are kept there, and a call that was stopped goes on;
     ValueError where it holds another model's or task's.
     """
     names = model.hook_names if hooks is None else list(hooks)
@@ -93,10 +95,10 @@ def ablation_effects(
     if reference is None and not (kind == "mean" and "hook_means" in model.card):
         reference = (task.ids, task.mask)
     stand_in = substitute(model, kind, reference, list(names), seed)
-    tails = [(rows, Tail(model, task.ids[rows, : length + 1], task.answers)) for length, rows in _by_length(task)]
+    tails = [Tail(model, prompts, task.answers) for prompts in pack(task, _PREFIXES)]
     base = torch.empty(len(task), len(task.answers), dtype=model.dtype)
-    for rows, tail in tails:
-        base[rows] = tail.logits
+    for tail in tails:
+        base[tail.prompts.rows] = tail.logits
     kept = _Kept(folder, model, task, kind, seed)
     report = progress or (lambda what, done: None)
     found, widths = {}, [hook_width(model, name) for name in names]
@@ -111,28 +113,21 @@ def ablation_effects(
     return Effects(found, base.numpy(), task.labels.numpy())
 
 
-def _by_length(task: Task) -> list[tuple[int, Tensor]]:
-    """(place of the question, numbers of the prompts) for each length."""
-    return [(int(place), (task.asked == place).nonzero()[:, 0]) for place in task.asked.unique()]
-
-
-def _hook(
-    name: str, width: int, tails: list[tuple[Tensor, Tail]], stand_in: Substitute, base: Tensor, seed: int
-) -> np.ndarray:
+def _hook(name: str, width: int, tails: list[Tail], stand_in: Substitute, base: Tensor, seed: int) -> np.ndarray:
     """(width, prompts, answers): the logits with each channel of one hook replaced."""
     out = base.repeat(width, 1, 1)
     generator = torch.Generator().manual_seed(seed)
     drawn = Substitute(stand_in.kind, stand_in.values, generator)
-    for rows, tail in tails:
+    for tail in tails:
         value = tail.values[name]
-        change = (drawn.at(name, value).to(value.dtype) - value).permute(2, 0, 1)
+        change = (drawn.at(name, value).to(value.dtype) - value).T.contiguous()
         # A channel that would be replaced by what it is changes nothing.
-        live = change.flatten(1).any(1).nonzero()[:, 0]
+        live = change.any(1).nonzero()[:, 0]
         widest = max(tail.model.config.d_mlp or 0, 3 * tail.model.config.d_attn, tail.model.config.d_model)
-        step = max(1, _ELEMENTS // (value.shape[0] * value.shape[1] * widest))
+        step = max(1, _ELEMENTS // (len(value) * widest))
         for i in range(0, len(live), step):
             channels = live[i : i + step]
-            out[channels[:, None], rows] = tail.replaced(name, channels, change[channels])
+            out[channels[:, None], tail.prompts.rows] = tail.replaced(name, channels, change[channels])
     return out.numpy()
 
 

@@ -1,0 +1,73 @@
+"""Prompts as a tree: a prefix that several share stands there once.
+
+A causal model gives equal prefixes equal values, so what is done to each token needs to be done once for all prompts
+that begin alike; attention then reads a token's ancestors.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .task import Task
+
+__all__ = ["Packed", "pack"]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Some prompts of a task, their distinct prefixes numbered so that ancestors come first.
+
+    ``rows`` (prompts,): their numbers in the task; ``ids`` (prompts, length): padded on the right; ``first``
+    (prefixes,): where each prefix's last token first stands, in the flattened ids; ``ancestors`` bool (prefixes,
+    prefixes): which tokens a token reads, itself included; ``asked`` (prompts,): each question's prefix.
+    """
+
+    rows: Tensor
+    ids: Tensor
+    first: Tensor
+    ancestors: Tensor
+    depth: Tensor
+    asked: Tensor
+
+
+def pack(task: Task, most: int) -> list[Packed]:
+    """The prompts in groups of about ``most`` distinct prefixes; those that begin alike stay together."""
+    prompts = [tuple(task.ids[i, : int(task.asked[i]) + 1].tolist()) for i in range(len(task))]
+    order = sorted(range(len(prompts)), key=lambda i: prompts[i])
+    groups: list[list[int]] = []
+    seen: set[tuple[int, ...]] = set()
+    for i in order:
+        new = {prompts[i][:end] for end in range(1, len(prompts[i]) + 1)}
+        if not groups or len(seen | new) > most:
+            groups.append([])
+            seen = set()
+        groups[-1].append(i)
+        seen |= new
+    return [_packed(task, group, [prompts[i] for i in group]) for group in groups]
+
+
+def _packed(task: Task, group: list[int], prompts: list[tuple[int, ...]]) -> Packed:
+    part = task.part(torch.tensor(group))
+    length = part.ids.shape[1]
+    number: dict[tuple[int, ...], int] = {}
+    first: list[int] = []
+    parents: list[int | None] = []
+    depth: list[int] = []
+    asked: list[int] = []
+    for row, prompt in enumerate(prompts):
+        for end in range(1, len(prompt) + 1):
+            prefix = prompt[:end]
+            if prefix not in number:
+                number[prefix] = len(first)
+                first.append(row * length + end - 1)
+                parents.append(number[prompt[: end - 1]] if end > 1 else None)
+                depth.append(end - 1)
+        asked.append(number[prompt])
+    ancestors = torch.eye(len(first), dtype=torch.bool)
+    for i, parent in enumerate(parents):
+        if parent is not None:
+            ancestors[i] |= ancestors[parent]
+    return Packed(
+        torch.tensor(group), part.ids, torch.tensor(first), ancestors, torch.tensor(depth), torch.tensor(asked)
+    )
