@@ -1,52 +1,26 @@
-"""The command line: ``scalpel run``, ``experiment``, ``analyze``, ``train``, ``bench``.
+"""The command line: ``scalpel run``, ``experiment``, ``analyze``, ``train``, ``prune``, ``bench``.
 
 What needs torch is imported inside the commands, so that ``--help`` answers at once. Results go to stdout,
 everything else to stderr; exit codes: 0 done (whatever the verdicts say), 1 something is broken, 2 the input
 is at fault, 130 interrupted.
 """
 
-import functools
 import json
 import os
-import sys
 import time
-from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Annotated, Any
 
 import typer
 
+from . import cli_models as cli_models  # registers its commands
 from . import cli_show as show
 from ._files import check_folder, replace_text
 from ._info import __version__
+from .cli_app import Debug, Json, Seed, app, guarded, print_json
 from .experiments import names as experiment_names
 
 __all__ = ["app", "main"]
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-app = typer.Typer(
-    name="scalpel",
-    help="Cut a neural network open, name the algorithm inside, and find where it breaks.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
-Debug = Annotated[bool, typer.Option("--debug", help="On an error, show where it happened.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of every random choice.")]
-
-
-class Control(StrEnum):
-    """What a trained control leaves out."""
-
-    none = "none"
-    no_positions = "no-positions"
-    no_topk = "no-topk"
 
 
 def main() -> None:
@@ -54,45 +28,9 @@ def main() -> None:
     app(prog_name="scalpel")
 
 
-def _guarded(interrupted: str = "interrupted") -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Turns errors that the user can mend into one message and an exit code."""
-
-    def decorate(command: Callable[P, R]) -> Callable[P, R]:
-        @functools.wraps(command)
-        def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
-            try:
-                return command(*args, **kwargs)
-            except KeyboardInterrupt:
-                show.err().print(interrupted)
-                raise typer.Exit(130) from None
-            except BrokenPipeError:  # the reader of our output has gone; nothing is left to say to it
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                raise typer.Exit(1) from None
-            except (ValueError, OSError) as error:  # CheckpointError is a ValueError
-                if kwargs.get("debug"):
-                    raise
-                show.fail(_message(error))
-                raise typer.Exit(2) from None
-
-        return guarded
-
-    return decorate
-
-
-def _message(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return str(error) or type(error).__name__
-
-
-def _print_json(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()  # here, where a reader that has gone is noticed
-
-
 def _version(wanted: bool) -> None:
     if wanted:
-        _print_json(f"scalpel {__version__}")
+        print_json(f"scalpel {__version__}")
         raise typer.Exit
 
 
@@ -106,7 +44,7 @@ def _top(
 
 
 @app.command()
-@_guarded()
+@guarded()
 def run(
     model: Annotated[
         str, typer.Argument(help="A shipped model, a checkpoint's folder, or an id on the hub.")
@@ -129,7 +67,7 @@ def run(
         steps.stage("writing the report", 1.0)
         page = write_report(out, suite)
     if as_json:
-        _print_json(suite.to_json(indent=2))
+        print_json(suite.to_json(indent=2))
     else:
         show.out().print(show.results(suite.results))
         show.out().print(f"{suite.seconds:.0f} s. Report: {page}", soft_wrap=True)
@@ -140,7 +78,7 @@ def run(
 
 
 @app.command()
-@_guarded()
+@guarded()
 def experiment(
     name: Annotated[str, typer.Argument(help=f"One of: {', '.join(experiment_names())}.")],
     model: Annotated[
@@ -170,7 +108,7 @@ def experiment(
         steps.stage(name, 0.0)
         result = experiments.run(name, model, **options)
     if as_json:
-        _print_json(result.to_json(indent=2))
+        print_json(result.to_json(indent=2))
     else:
         show.out().print(show.results([result]))
     if out is not None:
@@ -198,7 +136,7 @@ def _options(given: list[str]) -> dict[str, Any]:
 
 
 @app.command()
-@_guarded("interrupted; the same command, without --fresh, goes on from what is finished")
+@guarded("interrupted; the same command, without --fresh, goes on from what is finished")
 def analyze(
     model: Annotated[
         str, typer.Argument(help="A shipped model, a CircuitGPT's folder or hub id, or a folder of transformers'.")
@@ -274,7 +212,7 @@ def analyze(
         steps.stage("writing the report", 1.0)
         page = write_analysis(out, analysis)
     if as_json:
-        _print_json(analysis.to_json(indent=2))
+        print_json(analysis.to_json(indent=2))
     else:
         show.out().print(show.facts(str(analysis.model["name"]), headlines(analysis)))
         show.out().print(f"Report: {page}", soft_wrap=True)
@@ -287,56 +225,7 @@ def analyze(
 
 
 @app.command()
-@_guarded("interrupted; the same command goes on from the last saved step")
-def train(
-    name: Annotated[str, typer.Argument(help="What to train: bracket-mini, mod3-mini, flip-flop-mini or parity-mini.")],
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the model; by default scalpel-runs/NAME[-CONTROL][-seedN]."),
-    ] = None,
-    control: Annotated[Control, typer.Option(help="Leave something out of bracket-mini's recipe.")] = Control.none,
-    seed: Seed = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Stop at another number of steps than the recipe's.")] = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Train a model to cut open. Stopped, the same command goes on where it was."""
-    machines = ("mod3-mini", "flip-flop-mini", "parity-mini")
-    if name not in ("bracket-mini", *machines):
-        raise ValueError(f"there is no recipe named {name!r}; there are bracket-mini, {', '.join(machines)}")
-    if name in machines and control is not Control.none:
-        raise ValueError(f"--control {control.value} is of bracket-mini's recipe; {name} has none")
-    folder = out or Path("scalpel-runs") / _run_name(name, control, seed)
-    check_folder(folder)
-    with show.Steps(folder.name) as progress:
-        if name in machines:
-            from .training.machines import train_machine
-
-            card = train_machine(name, folder, seed=seed, steps=steps, progress=progress.step)
-        else:
-            from .training.bracket_mini import train_model
-
-            card = train_model(folder, control=control.value, seed=seed, steps=steps, progress=progress.step)
-    if as_json:
-        from .experiments.result import plain
-
-        _print_json(json.dumps(plain(card), indent=2, allow_nan=False))
-    else:
-        show.out().print(show.facts(folder.name, card))
-        show.out().print(f"Model: {folder}", soft_wrap=True)
-
-
-def _run_name(name: str, control: Control, seed: int) -> str:
-    parts = [name]
-    if control is not Control.none:
-        parts.append(control.value)
-    if seed:
-        parts.append(f"seed{seed}")
-    return "-".join(parts)
-
-
-@app.command()
-@_guarded()
+@guarded()
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes and few rounds: a smoke test.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the JSON to a file, too.")] = None,
@@ -358,7 +247,7 @@ def bench(
     if out is not None:
         replace_text(out, text + "\n")
     if as_json:
-        _print_json(text)
+        print_json(text)
         return
     show.out().print(show.timings(report), show.contenders(report), sep="\n")
     machine = report["environment"]

@@ -85,10 +85,10 @@ def ablation_effects(
     """The answers' logits with each node of ``hooks`` (all if not given) replaced, one node at a time, at all tokens.
 
     The same as ``with model.ablate([node], kind, reference=...)`` for every node, without a pass for each: see
-    :mod:`.tail`. ``kind`` and ``reference`` as in ``model.ablate``; by default the means that came with the model,
-    else the task's prompts. For "resample" values are drawn once for
-    each distinct prefix of the prompts, the same for all nodes; ``model.ablate`` draws others. ``folder``: finished hooks are kept there, and a call that was stopped goes on;
-    ValueError where it holds another model's or task's.
+    :mod:`.tail`. ``kind`` and ``reference`` as in ``model.ablate``; by default the means that came with the model, else
+    the task's prompts. For "resample" values are drawn once for each distinct prefix of the prompts, the same for all
+    nodes; ``model.ablate`` draws others. ``folder``: finished hooks are kept there, and a call that was stopped goes
+    on; ValueError where it holds another model's or task's.
     """
     names = model.hook_names if hooks is None else list(hooks)
     check_hooks(model, names)

@@ -1,28 +1,40 @@
 """The loss of a circuit, its logits' scale and shifts refitted: deletion changes both, and neither is the task."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["refitted_loss"]
+__all__ = ["Fit", "refit"]
 
 
-def refitted_loss(logits: Tensor, labels: Tensor) -> tuple[float, float]:
-    """(cross-entropy in nats, accuracy) of ``logits`` (prompts, answers) · s + b with the s ≥ 0 and b that are best.
+@dataclass(frozen=True)
+class Fit:
+    """Cross-entropy in nats and accuracy of logits · ``scale`` + ``shift`` (answers,)."""
 
-    s is at most 10, so that a circuit can't be sharpened without end.
+    loss: float
+    accuracy: float
+    scale: float
+    shift: tuple[float, ...]
+
+
+def refit(logits: Tensor, labels: Tensor) -> Fit:
+    """The scale from 0 to 10 and the shifts that make the cross-entropy of ``logits`` (prompts, answers) least.
+
+    The scale is bounded so that a circuit can't be sharpened without end.
     """
     given = logits.detach().double()
-    scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    raw = torch.zeros((), dtype=torch.float64, requires_grad=True)
     shift = torch.zeros(given.shape[1], dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([scale, shift], max_iter=100, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([raw, shift], max_iter=100, line_search_fn="strong_wolfe")
 
     def fitted() -> Tensor:
-        return given * (10 * torch.sigmoid(scale)) + shift
+        return given * (10 * torch.sigmoid(raw)) + shift
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        # the least of penalties: where the answers are told apart perfectly, b would run away
+        # the least of penalties: where the answers are told apart perfectly, the shifts would run away
         loss = F.cross_entropy(fitted(), labels) + 1e-6 * shift.square().sum()
         loss.backward()
         return loss
@@ -31,4 +43,9 @@ def refitted_loss(logits: Tensor, labels: Tensor) -> tuple[float, float]:
         optimizer.step(closure)
     with torch.no_grad():
         out = fitted()
-        return float(F.cross_entropy(out, labels)), float((out.argmax(-1) == labels).double().mean())
+        return Fit(
+            float(F.cross_entropy(out, labels)),
+            float((out.argmax(-1) == labels).double().mean()),
+            float(10 * torch.sigmoid(raw)),
+            tuple(shift.tolist()),
+        )

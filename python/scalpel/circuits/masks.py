@@ -24,7 +24,7 @@ class Schedule:
     sigmoid whose derivative stands in for the step's.
     """
 
-    steps: int = 160
+    steps: int = 200
     batch: int = 32
     lr: float = 0.04
     cost: float = 2e-3

@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from .._files import replace_text
-from ..models.ablation import KINDS, _in_force
+from ..models.ablation import KINDS
 from ..models.circuitgpt import CircuitGPT
 from ..models.fingerprint import fingerprint
-from .ablations import Substitute, masked, node_hooks, nodes_at, substitute, training_text
-from .fit import refitted_loss
+from ..tasks.bracket_words import TASK_WORDS
+from .ablations import node_hooks, nodes_at, substitute, training_text
+from .closure import closes_over
+from .fit import refit
 from .graph import circuit_graph
 from .masks import Schedule, learn_masks
+from .measure import measure
 from .pruning import Measured, Pruning, SeedCircuit
 from .task import Task, answer_logits, check_able, task_named
 
@@ -34,7 +37,7 @@ def prune(
     reference: Any = None,
     seeds: int = 10,
     target: float = 0.15,
-    prompts: int = 256,
+    prompts: int = 512,
     schedule: Schedule | None = None,
     folder: str | Path | None = None,
     seed: int = 0,
@@ -85,7 +88,7 @@ def prune(
     kept = _Kept(folder, {"model": fingerprint(model), "options": options | {"seeds": None}})
     circuits = []
     for i in range(seeds):
-        report(f"seed {i + 1} of {seeds}", i / seeds)
+        report(f"seed {i + 1} of {seeds}", 0.95 * i / seeds)
         circuit = kept.load(i)
         if circuit is None:
             circuit = search.run(i, partial(_share, report, i, seeds))
@@ -100,6 +103,12 @@ def prune(
             f"The whole model's own loss, {search.model_loss:.3f} nats, is above the target: a circuit that reaches it "
             "does the task better than the model, by leaving out what disturbs."
         )
+    closure: dict[str, Any] = {}
+    if best is not None and found_on.name in TASK_WORDS:
+        report("what the circuit closes over", 0.97)
+        closure = closes_over(
+            model, best.nodes, search.stand_ins[ablation], found_on, TASK_WORDS[found_on.name], seed=seed
+        )
     report("done", 1.0)
     return Pruning(
         model=str(model.card.get("name", "unnamed")),
@@ -113,6 +122,7 @@ def prune(
         circuits=tuple(circuits),
         best=best,
         graph=None if best is None else circuit_graph(model, best.nodes),
+        closure=closure,
         options=options,
         notes=tuple(notes),
         seconds=time.monotonic() - begun,
@@ -120,7 +130,7 @@ def prune(
 
 
 def _share(report: Callable[[str, float], None], seed: int, seeds: int, done: float) -> None:
-    report(f"seed {seed + 1} of {seeds}", (seed + done) / seeds)
+    report(f"seed {seed + 1} of {seeds}", 0.95 * (seed + done) / seeds)
 
 
 class _Search:
@@ -144,7 +154,7 @@ class _Search:
         self.widths = nodes_at(model)
         self.names = [f"{name}:{channel}" for name, width in self.widths.items() for channel in range(width)]
         with torch.no_grad():
-            self.model_loss, _ = refitted_loss(answer_logits(model, judged_on), judged_on.labels)
+            self.model_loss = refit(answer_logits(model, judged_on), judged_on.labels).loss
 
     def run(self, number: int, progress: Callable[[float], None]) -> SeedCircuit:
         begun = time.monotonic()
@@ -215,14 +225,8 @@ class _Search:
     @torch.no_grad()
     def _measure(self, nodes: Tensor, kind: str, task: Task, removed: bool = False) -> Measured:
         """Only ``nodes`` kept, or only they deleted."""
-        flat = torch.full((len(self.names),), float(removed))
-        flat[nodes] = float(not removed)
-        masks = dict(zip(self.widths, flat.split(list(self.widths.values())), strict=True))
-        stand_in = self.stand_ins[kind]
-        if kind == "resample":  # the same draws for every circuit
-            stand_in = Substitute(kind, stand_in.values, torch.Generator().manual_seed(self.seed))
-        with _in_force(self.model, masked(masks, stand_in)):
-            return Measured(*refitted_loss(answer_logits(self.model, task), task.labels))
+        names = [self.names[i] for i in nodes.tolist()]
+        return measure(self.model, names, self.stand_ins[kind], task, removed=removed, seed=self.seed)
 
 
 class _Kept:

@@ -209,7 +209,7 @@ class Tail:
         return value if k is None else keep_topk(value, k, out=value)
 
     def _late(self, layer: int, *values: Tensor) -> tuple[Tensor, ...]:
-        """Values (G, N, …) as they are behind a layer's keys and values: in the last layer the questions', (G, P, …)."""
+        """Values (G, N, …) as they are behind a layer's keys and values: in the last one the questions', (G, P, …)."""
         return tuple(value[:, self.prompts.asked] for value in values) if self._last(layer) else values
 
     def _base(self, hook: str) -> Tensor:

@@ -18,6 +18,7 @@ _FILES = {
     "distractors": "distractors",
     "agreement": "agreement",
     "machine": "machine",
+    "circuit": "circuit",
 }
 
 

@@ -76,6 +76,7 @@ def from_pretrained(
     if config.tied_unembed:
         model.lm_head.weight = model.transformer.wte.weight
     model.eval()
+    model.folder = folder
     if (folder / "card.json").is_file():
         model.card = read_json(folder / "card.json")
     notes += _load_tokenizer(model, folder)

@@ -159,6 +159,7 @@ class CircuitGPT(nn.Module):
         self.config = config
         self.tokenizer: Tokenizer | None = None
         self.card: dict[str, Any] = {}
+        self.folder: Path | None = None  # where it was loaded from
         self._interventions: list[Tap] = []
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -35,7 +35,7 @@ def draw_layered(data: dict[str, Any]) -> Figure:
     if unknown:
         raise ValueError(f"an edge joins {unknown[0]!r}, which stands in no column")
     tallest = max((len(column["nodes"]) for column in columns), default=1)
-    frame = Frame(min(5.0, max(2.0, 0.09 * tallest + 0.6)), left=0.2, right=0.2, top=0.45, bottom=0.75)
+    frame = Frame(min(5.0, max(2.0, 0.09 * tallest + 0.6)), left=0.55, right=0.2, top=0.45, bottom=0.75)
     axes = frame.axes
     axes.set_xlim(-0.5, max(len(columns), 1) - 0.5)
     axes.set_ylim(0, 1)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-__all__ = ["BRACKET_WORDS", "Alphabet", "is_statement"]
+__all__ = ["BRACKET_WORDS", "TASK_WORDS", "Alphabet", "is_statement"]
 
 
 @dataclass(frozen=True)
@@ -43,3 +43,6 @@ BRACKET_WORDS = Alphabet(
     suffix="1",
     valid=is_statement,
 )
+
+# What a task's prompts are as words, where they are.
+TASK_WORDS = {"bracket_counting": BRACKET_WORDS}

@@ -131,6 +131,7 @@ class ModelQuestions(Questions):
         self.model = model
         self.outputs = list(named)
         self.answer_ids = torch.tensor(ids)
+        self.shift: torch.Tensor | None = None  # added to the answers' logits before they are compared
         vocabulary = tokenizer.inner.get_vocab()
         start = [vocabulary[START]] if START in vocabulary else []
         self.prefix = [*start, *(tokenizer.encode(prefix) if prefix else [])]
@@ -150,7 +151,8 @@ class ModelQuestions(Questions):
 
     def choose(self, logits: torch.Tensor) -> list[int]:
         """Numbers of the likeliest answers, logits (..., vocab)."""
-        chosen: list[int] = logits[..., self.answer_ids].argmax(-1).tolist()
+        given = logits[..., self.answer_ids]
+        chosen: list[int] = (given if self.shift is None else given + self.shift).argmax(-1).tolist()
         return chosen
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from .words import random_words
 
 __all__ = ["Rate", "by_state", "conflicts", "congruence", "fidelity"]
 
-_ROUNDS = 12
+_ROUNDS = 30
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,54 @@
+"""How well a model does a task with only some nodes left, or without them."""
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from ..models.ablation import _in_force, _parse
+from ..models.circuitgpt import CircuitGPT
+from .ablations import Substitute, masked, nodes_at
+from .fit import Fit, refit
+from .pruning import Measured
+from .task import Task, answer_logits
+
+__all__ = ["fit_of", "measure", "only"]
+
+
+def measure(
+    model: CircuitGPT,
+    nodes: Sequence[str],
+    stand_in: Substitute,
+    task: Task,
+    *,
+    removed: bool = False,
+    seed: int = 0,
+) -> Measured:
+    """Refitted loss and accuracy with only ``nodes`` kept, or with only them deleted.
+
+    ``seed``: where values are drawn, the same draws for every circuit.
+    """
+    if stand_in.kind == "resample":
+        stand_in = Substitute(stand_in.kind, stand_in.values, torch.Generator().manual_seed(seed))
+    found = fit_of(model, nodes, stand_in, task, removed=removed)
+    return Measured(found.loss, found.accuracy)
+
+
+@torch.no_grad()
+def fit_of(model: CircuitGPT, nodes: Sequence[str], stand_in: Substitute, task: Task, *, removed: bool = False) -> Fit:
+    """The same, with the scale and shifts that were fitted."""
+    with only(model, nodes, stand_in, removed=removed):
+        return refit(answer_logits(model, task), task.labels)
+
+
+def only(
+    model: CircuitGPT, nodes: Iterable[str], stand_in: Substitute, *, removed: bool = False
+) -> AbstractContextManager[CircuitGPT]:
+    """A context in which only ``nodes`` are left of the model, or in which only they are deleted."""
+    named = _parse(model, nodes)
+    masks: dict[str, Tensor] = {}
+    for name, width in nodes_at(model).items():
+        kept = named.get(name, torch.zeros(width, dtype=torch.bool))
+        masks[name] = ~kept if removed else kept
+    return _in_force(model, masked(masks, stand_in))
