@@ -60,7 +60,7 @@ def run(
     from .report import write_report
 
     check_folder(out)  # first: nobody should wait for a report that can't be written
-    from .experiments.suite import run_suite
+    from .experiments.suite import left_out, run_suite
 
     with show.Steps("loading") as steps:
         suite = run_suite(model, fresh=fresh, seed=seed, progress=steps.stage)
@@ -71,6 +71,8 @@ def run(
     else:
         show.out().print(show.results(suite.results))
         show.out().print(f"{suite.seconds:.0f} s. Report: {page}", soft_wrap=True)
+    for note in left_out(suite.results):
+        show.err().print(f"left out: {note}", soft_wrap=True)
     if open_:
         import webbrowser
 

@@ -42,7 +42,7 @@ class MachineModel:
 
 
 MACHINES = {
-    "mod3-mini": MachineModel(MooreMachine(("a", "b"), ((1, 0), (2, 1), (0, 2)), ("0", "1", "2")), "Z_3", 8000),
+    "mod3-mini": MachineModel(MooreMachine(("a", "b"), ((1, 0), (2, 1), (0, 2)), ("0", "1", "2")), "Z_3", 12000),
     "flip-flop-mini": MachineModel(
         MooreMachine(("s", "r", "h"), ((1, 0, 0), (1, 0, 1)), ("0", "1")), "flip-flop", 6000
     ),

@@ -17,6 +17,7 @@ from .words import random_words, short_words
 
 __all__ = ["Candidate", "Row", "learn"]
 
+_ALWAYS = 2  # letters: states that only such short words reach are rare among prefixes, and no strays
 Row = tuple[int, ...]  # the outputs after a prefix followed by each continuation
 
 
@@ -25,7 +26,7 @@ class Candidate:
     """What was found over prefixes of up to ``horizon`` letters.
 
     ``continuations``: what tells the classes apart, the empty one first. ``states``: row → the machine's state.
-    ``classes``: how many rows cover all but the tolerated share of the prefixes. ``capped``: there were more classes
+    ``classes``: how many rows cover all but the tolerated share of the prefixes, and all of the shortest. ``capped``: there were more classes
     than the limit, and the search stopped; ``prefixes``: those that it was learned from.
     """
 
@@ -63,7 +64,7 @@ def learn(
     continuations: list[Word] = [()]
     while True:
         rows = rows_of(questions, pool, continuations)
-        kept = _covering(rows, tolerance, rows[0])
+        kept = _covering(rows, tolerance, [row for word, row in zip(pool, rows, strict=True) if len(word) <= _ALWAYS])
         capped = len(kept) > limit
         split = None if capped else _split(questions, pool, rows, kept, continuations, horizon, tolerance)
         if split is None:
@@ -73,14 +74,17 @@ def learn(
     return Candidate(horizon, tuple(continuations), states, machine, len(kept), capped, frozenset(pool))
 
 
-def _covering(rows: Sequence[Row], tolerance: float, start: Row) -> list[Row]:
-    """The fewest rows that cover all but a share ``tolerance`` of the prefixes; the empty word's stands first."""
+def _covering(rows: Sequence[Row], tolerance: float, always: Sequence[Row]) -> list[Row]:
+    """The fewest rows that cover all but a share ``tolerance`` of the prefixes, and those of ``always``, which come
+    first: the empty word's is the first of them.
+    """
     counts = Counter(rows)
-    kept, covered = [start], counts[start]
+    kept = list(dict.fromkeys(always))
+    covered = sum(counts[row] for row in kept)
     for row, count in counts.most_common():
         if covered >= (1 - tolerance) * len(rows):
             break
-        if row != start:
+        if row not in kept:
             kept.append(row)
             covered += count
     return kept
@@ -96,7 +100,7 @@ def _split(
     tolerance: float,
 ) -> Word | None:
     """The continuation about which the members of a class disagree most often, where more than tolerated."""
-    best, found = 1, None
+    best, found = 0, None
     members = {row: [word for word, own in zip(pool, rows, strict=True) if own == row] for row in kept}
     for letter in range(len(questions.letters)):
         known = set(continuations)

@@ -8,11 +8,11 @@ import numpy as np
 from .bounds import clopper_pearson
 from .learning import Candidate
 from .questions import Questions, Word
-from .words import random_words
+from .words import random_words, words_to
 
 __all__ = ["Rate", "by_state", "conflicts", "congruence", "fidelity"]
 
-_ROUNDS = 30
+_ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -64,32 +64,50 @@ def by_state(
 ) -> dict[int, list[Word]]:
     """State → up to ``each`` distinct new prefixes of up to ``horizon`` letters with ρ(prefix) that state.
 
-    Random words seldom reach some states, so those that the machine leads to states still wanting are asked first.
-    States that no prefix was found for are there with an empty list.
+    Words that the machine leads there are tried, half of them drawn at random and half aimed. States that no prefix was
+    found for are there with an empty list.
     """
-    found: dict[int, list[Word]] = {state: [] for state in candidate.states.values() if _asked(candidate, state)}
+    found: dict[int, list[Word]] = {state: [] for state in _asked(candidate)}
     seen = set(candidate.prefixes)
     for _ in range(_ROUNDS):
         wanting = {state: each - len(words) for state, words in found.items() if len(words) < each}
         if not wanting:
             break
-        chosen: list[Word] = []
-        for word in random_words(questions, horizon, 2 * each * len(found), rng):
-            state = candidate.machine.state(word)
-            if word not in seen and wanting.get(state, 0) > 0:
-                wanting[state] -= 1
-                seen.add(word)
-                chosen.append(word)
-        if not chosen:
-            break
+        chosen = _led_to(questions, candidate, wanting, horizon, seen, rng)
         for word, state in zip(chosen, candidate.rho(questions, chosen).tolist(), strict=True):
             if state in found and len(found[state]) < each:
                 found[state].append(word)
     return found
 
 
-def _asked(candidate: Candidate, state: int) -> bool:
-    return candidate.machine.outputs[state] is not None
+def _led_to(
+    questions: Questions,
+    candidate: Candidate,
+    wanting: Mapping[int, int],
+    horizon: int,
+    seen: set[Word],
+    rng: np.random.Generator,
+) -> list[Word]:
+    """Valid words, not ``seen``, that the machine leads to each state: up to as many as are wanted there."""
+    left = dict(wanting)
+    chosen = []
+    drawn = random_words(questions, horizon, sum(wanting.values()), rng)
+    for state, count in wanting.items():
+        drawn += words_to(candidate.machine, state, horizon, count, rng)
+    for i in rng.permutation(len(drawn)):
+        word = drawn[i]
+        state = candidate.machine.state(word)
+        if left.get(state, 0) > 0 and word not in seen and questions.is_valid(word):
+            left[state] -= 1
+            seen.add(word)
+            chosen.append(word)
+    return chosen
+
+
+def _asked(candidate: Candidate) -> list[int]:
+    """The states that prefixes can have: all but that of what isn't valid."""
+    machine = candidate.machine
+    return [state for state in candidate.states.values() if machine.outputs[state] is not None]
 
 
 def conflicts(
@@ -114,16 +132,12 @@ def fidelity(
     questions: Questions, candidate: Candidate, each: int, horizon: int, rng: np.random.Generator
 ) -> tuple[Rate, list[Word]]:
     """How often the model says what the machine says, by the state that the machine is in; and where it doesn't."""
-    groups: dict[int, list[Word]] = {s: [] for s in candidate.states.values() if _asked(candidate, s)}
+    groups: dict[int, list[Word]] = {state: [] for state in _asked(candidate)}
     seen = set(candidate.prefixes)
     for _ in range(_ROUNDS):
-        for word in random_words(questions, horizon, 2 * each * len(groups), rng):
-            group = groups.get(candidate.machine.state(word))
-            if group is not None and len(group) < each and word not in seen:
-                seen.add(word)
-                group.append(word)
-        if all(len(group) == each for group in groups.values()):
-            break
+        wanting = {state: each - len(words) for state, words in groups.items() if len(words) < each}
+        for word in _led_to(questions, candidate, wanting, horizon, seen, rng) if wanting else ():
+            groups[candidate.machine.state(word)].append(word)
     cells: dict[str, tuple[int, int]] = {}
     wrong = []
     for state, words in groups.items():

@@ -5,9 +5,10 @@ from itertools import product
 
 import numpy as np
 
+from ..machine import MooreMachine
 from .questions import Questions, Word
 
-__all__ = ["pumped", "random_words", "short_words"]
+__all__ = ["pumped", "random_words", "short_words", "words_to"]
 
 
 def short_words(questions: Questions, longest: int, most: int) -> list[Word]:
@@ -45,6 +46,35 @@ def random_words(questions: Questions, longest: int, count: int, rng: np.random.
     return found
 
 
+def words_to(
+    machine: MooreMachine, state: int, longest: int, count: int, rng: np.random.Generator
+) -> list[Word]:
+    """``count`` words of up to ``longest`` letters that lead a machine to ``state``; none where no word does.
+
+    A length is drawn evenly from those that words exist of, then a word of that length with the probability that its
+    letters' frequencies give it; eight draws of frequencies share the words. The weights of all ways from each state
+    to the end are counted backwards, so no word has to be thrown away.
+    """
+    table = np.array(machine.transitions)
+    found: list[Word] = []
+    for _ in range(8):
+        weights = rng.dirichlet(np.ones(len(machine.letters))) + 1e-3
+        ways = [np.eye(machine.states)[state]]
+        for _ in range(longest):
+            after = ways[-1][table] @ weights
+            ways.append(after / max(after.sum(), 1e-300))  # only ratios within a length matter
+        lengths = [n for n in range(longest + 1) if ways[n][machine.start] > 0]
+        for _ in range(-(-count // 8) if lengths else 0):
+            word, at = [], machine.start
+            for left in range(lengths[int(rng.integers(len(lengths)))], 0, -1):
+                share = weights * ways[left - 1][table[at]]
+                letter = int(rng.choice(len(share), p=share / share.sum()))
+                word.append(letter)
+                at = int(table[at, letter])
+            found.append(tuple(word))
+    return found[:count]
+
+
 def pumped(questions: Questions, longest: int) -> Iterator[Word]:
     """Valid words x·yⁿ of ``longest`` letters or a little less, for x and y of up to two letters.
 
@@ -53,9 +83,7 @@ def pumped(questions: Questions, longest: int) -> Iterator[Word]:
     pieces = short_words(questions, 2, 64)
     for x, y in product(pieces, [piece for piece in _all(questions, 2) if piece]):
         word = (*x, *(y * ((longest - len(x)) // len(y))))
-        while word and not questions.is_valid(word):
-            word = word[: -len(y)] if len(word) > len(x) else ()
-        if len(word) > len(x):
+        if questions.is_valid(word):
             yield word
 
 
