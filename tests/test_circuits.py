@@ -179,9 +179,9 @@ def test_masks_find_the_node_that_carries_the_answer():
     task = Task.of("t", rows, (neuron > neuron.median()).long().tolist(), (2, 5))
     stand_in = Substitute("zero", {name: torch.zeros(width) for name, width in nodes_at(model).items()})
     taus = learn_masks(model, task, stand_in, Schedule(steps=150), 0)
-    assert int(taus["1.mlp.post_act"].argmax()) == 7 and float(taus["1.mlp.post_act"][7]) > 0
-    assert float(taus["1.mlp.resid_delta"][3]) > 0
-    assert float((taus["1.mlp.post_act"] > 0).float().mean()) < 0.5
+    neurons, writes = taus["1.mlp.post_act"], taus["1.mlp.resid_delta"]
+    assert int(neurons.argmax()) == 7 and float(neurons.topk(2).values[1]) < float(neurons[7]) - 0.5
+    assert int(writes.argmax()) == 3
     assert all(float(tau.abs().max()) <= 1 for tau in taus.values())
     assert all(p.requires_grad for p in model.parameters())
 

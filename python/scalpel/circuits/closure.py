@@ -47,7 +47,7 @@ def closes_over(
     rng = np.random.default_rng([seed, 77])
     whole, alone = (_questions(model, words, task) for _ in range(2))
     candidate = learn(whole, horizon, prefixes=prefixes, tolerance=0.02, limit=64, rng=rng)
-    own = by_state(whole, candidate, 2 * pairs, horizon, rng)
+    own = by_state(whole, candidate, 2 * pairs, horizon, rng).words
     fitted = fit_of(model, nodes, stand_in, task)
     alone.shift = torch.tensor(fitted.shift) / max(fitted.scale, 1e-9)
     row_of = {state: row for row, state in candidate.states.items()}

@@ -150,7 +150,7 @@ def _try(
     own = by_state(questions, candidate, 2 * pairs, horizon, rng)
     conflict, pairs_found = conflicts(questions, candidate, own)
     right, wrong = fidelity(questions, candidate, pairs, horizon, rng)
-    differ, triples = congruence(questions, candidate, own, horizon, rng)
+    differ, triples = congruence(questions, candidate, own, pairs, horizon, rng)
     swaps = None
     if isinstance(questions, ModelQuestions):
         swaps = interchange(questions, candidate, pairs, horizon, rng)
@@ -221,7 +221,7 @@ def _nulls(
     questions: Questions, candidate: Candidate, pairs: int, horizon: int, rng: np.random.Generator
 ) -> dict[str, Any]:
     own = by_state(questions, candidate, 2 * pairs, horizon, rng)
-    found = {"shuffled_labels": null.shuffled_labels(questions, candidate, own, rng)}
+    found = {"shuffled_labels": null.shuffled_labels(questions, candidate, own.words, rng)}
     if isinstance(questions, ModelQuestions):
-        found["random_nodes"] = null.random_nodes(questions, candidate, own, rng)
+        found["random_nodes"] = null.random_nodes(questions, candidate, own.words, rng)
     return found

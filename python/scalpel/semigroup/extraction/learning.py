@@ -26,8 +26,8 @@ class Candidate:
     """What was found over prefixes of up to ``horizon`` letters.
 
     ``continuations``: what tells the classes apart, the empty one first. ``states``: row → the machine's state.
-    ``classes``: how many rows cover all but the tolerated share of the prefixes, and all of the shortest. ``capped``: there were more classes
-    than the limit, and the search stopped; ``prefixes``: those that it was learned from.
+    ``classes``: how many rows cover all but the tolerated share of the prefixes, and all of the shortest. ``capped``:
+    there were more classes than the limit, and the search stopped; ``prefixes``: those that it was learned from.
     """
 
     horizon: int
@@ -99,7 +99,9 @@ def _split(
     longest: int,
     tolerance: float,
 ) -> Word | None:
-    """The continuation about which the members of a class disagree most often, where more than tolerated."""
+    """The continuation about which the members of a class disagree most often, where more than tolerated, or where one
+    of the shortest words does.
+    """
     best, found = 0, None
     members = {row: [word for word, own in zip(pool, rows, strict=True) if own == row] for row in kept}
     for letter in range(len(questions.letters)):
@@ -110,8 +112,11 @@ def _split(
                 continuation = (letter, *end)
                 if continuation in known or len(continuation) > longest:
                     continue
-                minority = len(column) - int(np.unique(column, return_counts=True)[1].max())
-                if minority > best and minority > tolerance * len(column):
+                outputs, counts = np.unique(column, return_counts=True)
+                differs = column != outputs[counts.argmax()]
+                minority = int(differs.sum())
+                decisive = any(len(own[i]) <= _ALWAYS for i in np.flatnonzero(differs))
+                if minority > best and (decisive or minority > tolerance * len(column)):
                     best, found = minority, continuation
     return found
 

@@ -1,6 +1,7 @@
 """Trials of a candidate on words that it wasn't learned from: conflict, fidelity, congruence."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,9 +9,9 @@ import numpy as np
 from .bounds import clopper_pearson
 from .learning import Candidate
 from .questions import Questions, Word
-from .words import random_words, words_to
+from .words import all_words_to, random_words, words_to
 
-__all__ = ["Rate", "by_state", "conflicts", "congruence", "fidelity"]
+__all__ = ["Rate", "Sample", "by_state", "conflicts", "congruence", "fidelity"]
 
 _ROUNDS = 8
 
@@ -21,13 +22,19 @@ class Rate:
 
     ``cells``: name → (hits, trials). ``value``: the mean of the cells' shares. ``low``, ``high``: the means of bounds
     that hold for all cells at once with 95 % (Clopper-Pearson, Bonferroni); ``worst``: the highest bound of a cell.
-    Cells without trials count as unknown, from 0 to 1.
+    Cells in ``census`` were not sampled: all words that there are were tried, and their share is exact. Other cells
+    without trials count as unknown, from 0 to 1.
     """
 
     cells: Mapping[str, tuple[int, int]]
+    census: frozenset[str] = frozenset()
 
     def _bounds(self) -> list[tuple[float, float]]:
-        return [clopper_pearson(h, n, 0.05 / len(self.cells)) for h, n in self.cells.values()]
+        sampled = max(1, len(self.cells) - len(self.census))
+        return [
+            (h / max(n, 1), h / max(n, 1)) if name in self.census else clopper_pearson(h, n, 0.05 / sampled)
+            for name, (h, n) in self.cells.items()
+        ]
 
     @property
     def value(self) -> float:
@@ -59,25 +66,56 @@ class Rate:
         return {"value": self.value, "low": self.low, "high": self.high, "worst_cell": self.worst, "cells": cells}
 
 
-def by_state(
-    questions: Questions, candidate: Candidate, each: int, horizon: int, rng: np.random.Generator
-) -> dict[int, list[Word]]:
-    """State → up to ``each`` distinct new prefixes of up to ``horizon`` letters with ρ(prefix) that state.
+@dataclass(frozen=True)
+class Sample:
+    """State → distinct prefixes with ρ(prefix) that state; in ``census`` states these are all that there are."""
 
-    Words that the machine leads there are tried, half of them drawn at random and half aimed. States that no prefix was
-    found for are there with an empty list.
+    words: dict[int, list[Word]]
+    census: frozenset[int] = frozenset()
+
+
+def by_state(questions: Questions, candidate: Candidate, each: int, horizon: int, rng: np.random.Generator) -> Sample:
+    """Up to ``each`` prefixes of up to ``horizon`` letters a state that the candidate wasn't learned from.
+
+    Words that the machine leads there are tried, half of them drawn at random and half aimed. Where the machine leads
+    no more than ``each`` words to a state, all of them are taken, learned from or not. States that no prefix was found
+    for are there with an empty list.
     """
     found: dict[int, list[Word]] = {state: [] for state in _asked(candidate)}
-    seen = set(candidate.prefixes)
+    few, census = _few(questions, candidate, each, horizon, rng)
+    seen, asked_few = set(candidate.prefixes), False
     for _ in range(_ROUNDS):
-        wanting = {state: each - len(words) for state, words in found.items() if len(words) < each}
-        if not wanting:
+        wanting = {s: each - len(words) for s, words in found.items() if len(words) < each and s not in few}
+        chosen = _led_to(questions, candidate, wanting, horizon, seen, rng) if wanting else []
+        if not asked_few:
+            chosen += [word for words in few.values() for word in words]
+            asked_few = True
+        if not chosen:
             break
-        chosen = _led_to(questions, candidate, wanting, horizon, seen, rng)
         for word, state in zip(chosen, candidate.rho(questions, chosen).tolist(), strict=True):
-            if state in found and len(found[state]) < each:
+            if state in found and (len(found[state]) < each or state in census):
                 found[state].append(word)
-    return found
+    return Sample(found, census)
+
+
+def _few(
+    questions: Questions, candidate: Candidate, each: int, horizon: int, rng: np.random.Generator
+) -> tuple[dict[int, list[Word]], frozenset[int]]:
+    """The words of states that few words lead to: all where they are at most ``each``, which is a census, and else
+    ``each`` new ones of at most eight times as many, which drawing again and again would find slowly.
+    """
+    few, census = {}, []
+    for state in _asked(candidate):
+        words = all_words_to(candidate.machine, state, horizon, 8 * each)
+        if words is None:
+            continue
+        words = [word for word in words if questions.is_valid(word)]
+        if len(words) <= each:
+            census.append(state)
+        else:
+            words = [words[i] for i in rng.permutation(len(words)) if words[i] not in candidate.prefixes][:each]
+        few[state] = words
+    return few, frozenset(census)
 
 
 def _led_to(
@@ -110,32 +148,39 @@ def _asked(candidate: Candidate) -> list[int]:
     return [state for state in candidate.states.values() if machine.outputs[state] is not None]
 
 
-def conflicts(
-    questions: Questions, candidate: Candidate, prefixes: Mapping[int, Sequence[Word]]
-) -> tuple[Rate, list[tuple[Word, Word, int]]]:
+def conflicts(questions: Questions, candidate: Candidate, sample: Sample) -> tuple[Rate, list[tuple[Word, Word, int]]]:
     """ε = P(ρ(ua) ≠ ρ(va) | ρ(u) = ρ(v), u ≠ v) in cells (state, letter), over disjoint pairs; and each (u, v, a) in
-    conflict.
+    conflict. In a census the share of prefixes whose successor isn't that of most.
     """
     cells: dict[str, tuple[int, int]] = {}
     found = []
-    for state, words in prefixes.items():
+    for state, words in sample.words.items():
         for letter, name in enumerate(questions.letters):
             after = candidate.rows(questions, [(*word, letter) for word in words])
-            pairs = range(0, len(words) - 1, 2)
-            differ = [i for i in pairs if after[i] != after[i + 1]]
-            cells[f"{state} {name}"] = (len(differ), len(pairs))
-            found += [(words[i], words[i + 1], letter) for i in differ]
-    return Rate(cells), found
+            if state in sample.census:
+                most = Counter(after).most_common(1)[0][0] if after else ()
+                typical = words[after.index(most)] if after else ()
+                differ = [(words[i], typical) for i, row in enumerate(after) if row != most]
+                trials = len(words)
+            else:
+                pairs = range(0, len(words) - 1, 2)
+                differ = [(words[i], words[i + 1]) for i in pairs if after[i] != after[i + 1]]
+                trials = len(pairs)
+            cells[f"{state} {name}"] = (len(differ), trials)
+            found += [(u, v, letter) for u, v in differ]
+    census = frozenset(f"{state} {name}" for state in sample.census for name in questions.letters)
+    return Rate(cells, census), found
 
 
 def fidelity(
     questions: Questions, candidate: Candidate, each: int, horizon: int, rng: np.random.Generator
 ) -> tuple[Rate, list[Word]]:
     """How often the model says what the machine says, by the state that the machine is in; and where it doesn't."""
-    groups: dict[int, list[Word]] = {state: [] for state in _asked(candidate)}
+    few, census = _few(questions, candidate, each, horizon, rng)
+    groups: dict[int, list[Word]] = {state: list(few.get(state, [])) for state in _asked(candidate)}
     seen = set(candidate.prefixes)
     for _ in range(_ROUNDS):
-        wanting = {state: each - len(words) for state, words in groups.items() if len(words) < each}
+        wanting = {s: each - len(words) for s, words in groups.items() if len(words) < each and s not in few}
         for word in _led_to(questions, candidate, wanting, horizon, seen, rng) if wanting else ():
             groups[candidate.machine.state(word)].append(word)
     cells: dict[str, tuple[int, int]] = {}
@@ -145,32 +190,33 @@ def fidelity(
         right = [output == candidate.machine.outputs[state] for output in said]
         cells[str(state)] = (sum(right), len(words))
         wrong += [word for word, ok in zip(words, right, strict=True) if not ok]
-    return Rate(cells), wrong
+    return Rate(cells, frozenset(map(str, census))), wrong
 
 
 def congruence(
-    questions: Questions,
-    candidate: Candidate,
-    prefixes: Mapping[int, Sequence[Word]],
-    horizon: int,
-    rng: np.random.Generator,
+    questions: Questions, candidate: Candidate, sample: Sample, pairs: int, horizon: int, rng: np.random.Generator
 ) -> tuple[Rate, list[tuple[Word, Word, Word]]]:
     """How often ρ(u) = ρ(v) and yet u·w and v·w have different outputs, w a random continuation of 1 to ``horizon``
-    letters, valid after both; in cells by state, over disjoint pairs; and the triples that do.
+    letters, valid after both; in cells by state; and the triples that do.
+
+    Pairs are disjoint; in a census, where prefixes are few, ``pairs`` of them are drawn, each with a w of its own. A
+    state of a single prefix has none, and nothing to fail.
     """
     cells: dict[str, tuple[int, int]] = {}
     found = []
-    for state, words in prefixes.items():
-        triples = []
-        for u, v in zip(words[::2], words[1::2], strict=False):
-            w = _continuation(questions, u, v, horizon, rng)
-            if w:
-                triples.append((u, v, w))
+    for state, words in sample.words.items():
+        couples = list(zip(words[::2], words[1::2], strict=False))
+        if state in sample.census and len(words) > 1:
+            drawn = (rng.choice(len(words), size=2, replace=False) for _ in range(pairs))
+            couples = [(words[i], words[j]) for i, j in drawn]
+        tried = ((u, v, _continuation(questions, u, v, horizon, rng)) for u, v in couples)
+        triples = [(u, v, w) for u, v, w in tried if w]
         one = questions.ask([u + w for u, _, w in triples])
         other = questions.ask([v + w for _, v, w in triples])
         cells[str(state)] = (int((one != other).sum()), len(triples))
         found += [triple for triple, a, b in zip(triples, one, other, strict=True) if a != b]
-    return Rate(cells), found
+    single = frozenset(str(state) for state in sample.census if len(sample.words[state]) < 2)
+    return Rate(cells, single), found
 
 
 def _continuation(questions: Questions, u: Word, v: Word, horizon: int, rng: np.random.Generator) -> Word:

@@ -8,7 +8,7 @@ import numpy as np
 from ..machine import MooreMachine
 from .questions import Questions, Word
 
-__all__ = ["pumped", "random_words", "short_words", "words_to"]
+__all__ = ["all_words_to", "pumped", "random_words", "short_words", "words_to"]
 
 
 def short_words(questions: Questions, longest: int, most: int) -> list[Word]:
@@ -46,9 +46,7 @@ def random_words(questions: Questions, longest: int, count: int, rng: np.random.
     return found
 
 
-def words_to(
-    machine: MooreMachine, state: int, longest: int, count: int, rng: np.random.Generator
-) -> list[Word]:
+def words_to(machine: MooreMachine, state: int, longest: int, count: int, rng: np.random.Generator) -> list[Word]:
     """``count`` words of up to ``longest`` letters that lead a machine to ``state``; none where no word does.
 
     A length is drawn evenly from those that words exist of, then a word of that length with the probability that its
@@ -73,6 +71,28 @@ def words_to(
                 at = int(table[at, letter])
             found.append(tuple(word))
     return found[:count]
+
+
+def all_words_to(machine: MooreMachine, state: int, longest: int, most: int) -> list[Word] | None:
+    """Every word of up to ``longest`` letters that leads a machine to ``state``; None where more than ``most`` do."""
+    table = np.array(machine.transitions)
+    ways = [np.eye(machine.states)[state]]
+    for _ in range(longest):
+        ways.append(ways[-1][table].sum(1))
+    if sum(way[machine.start] for way in ways) > most:
+        return None
+    found: list[Word] = []
+    for length in range(longest + 1):
+        open_: list[tuple[Word, int]] = [((), machine.start)]
+        for left in range(length, 0, -1):
+            open_ = [
+                ((*word, letter), target)
+                for word, at in open_
+                for letter, target in enumerate(machine.transitions[at])
+                if ways[left - 1][target] > 0
+            ]
+        found += [word for word, at in open_ if at == state]
+    return found
 
 
 def pumped(questions: Questions, longest: int) -> Iterator[Word]:
