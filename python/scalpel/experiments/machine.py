@@ -235,20 +235,21 @@ def _failures(questions: ModelQuestions, short: Extraction, long: Extraction) ->
 
 
 def _comment(questions: ModelQuestions, machine: MooreMachine) -> dict[str, Any]:
-    """Unmatched brackets in a comment before a list of depth 1 with three elements."""
+    """Unmatched brackets, from none on, in a comment before a list of depth 1 with three elements."""
     tokenizer = questions.model.tokenizer
     assert tokenizer is not None
     start = list(closers(tokenizer).start)
     word = (0, 0, 0)
     wrong = []
-    counts = range(1, 17)
+    counts = range(17)
     for count in counts:
         comment = tokenizer.encode("# " + "[" * count + " \n")
         ids = [*start, *comment, *questions.ids(word)[len(start) :]]
         if questions.answer(ids) != machine.output(word):
             wrong.append(count)
+    novel = " (and a comment without any is answered wrong already)" if 0 in wrong else ""
     return {
-        "prompts": "distractors: unmatched brackets in a comment",
+        "prompts": f"distractors: unmatched brackets in a comment{novel}",
         "asked_up_to": counts[-1],
         "first_failure": wrong[0] if wrong else None,
         "failures": len(wrong),

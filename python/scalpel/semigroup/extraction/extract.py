@@ -99,7 +99,9 @@ def extract(
             report("nulls", 0.8)
             known["nulls"] = _nulls(questions, candidate, min(pairs, 64), 4 * horizon, rng)
             if isinstance(model, CircuitGPT):
-                options = known["options"] | {"nulls": False, "valid": valid}
+                # more classes than a few times the machine's are growth, whatever their number
+                few = min(limit, 4 * candidate.machine.states)
+                options = known["options"] | {"nulls": False, "valid": valid, "limit": few, "pairs": min(pairs, 64)}
                 other = extract(untrained(model), **options)
                 known["nulls"]["untrained"] = {
                     "verdict": other.verdict,
@@ -153,7 +155,7 @@ def _try(
     differ, triples = congruence(questions, candidate, own, pairs, horizon, rng)
     swaps = None
     if isinstance(questions, ModelQuestions):
-        swaps = interchange(questions, candidate, pairs, horizon, rng)
+        swaps = interchange(questions, candidate, own, pairs, horizon, rng)
     repeated = list(dict.fromkeys(_cut(word, n) for word in pumped(questions, 2 * horizon) for n in _ends(len(word))))
     strange = _disagreeing(questions, candidate, repeated)
     shown = {

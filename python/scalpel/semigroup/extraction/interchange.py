@@ -2,12 +2,13 @@
 
 A causal transformer's state after a prefix is its cache, every layer's keys and values, together with the position. So
 caches of prefixes of one length are swapped, and the output after a continuation is read: for prefixes of one class it
-should stay as it was; for prefixes of two classes it should become what the machine says of the other.
+should stay as it was; for prefixes of two classes it should become what the machine says of the other. A swap of all
+keys and values is a run of the other prefix, up to rounding: this is congruence at equal length, with real caches.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from .bounds import clopper_pearson
 from .learning import Candidate
 from .questions import ModelQuestions, Word, pad
-from .words import random_words
+from .trials import Sample, continuation
 
 __all__ = ["Interchange", "after_swap", "interchange"]
 
@@ -48,36 +49,29 @@ class Interchange:
 
 
 def interchange(
-    questions: ModelQuestions, candidate: Candidate, pairs: int, horizon: int, rng: Generator
+    questions: ModelQuestions, candidate: Candidate, sample: Sample, pairs: int, horizon: int, rng: Generator
 ) -> Interchange:
-    """About ``pairs`` swaps within and as many between classes, prefixes and continuations of up to ``horizon``
-    letters; prefixes are of equal length in tokens.
+    """About ``pairs`` swaps within and as many between classes, of prefixes of equal length in tokens.
+
+    Continuations have up to ``horizon`` letters and are valid after both; a third of them is empty where a
+    suffix follows, which reads the cache.
     """
     machine = candidate.machine
-    words = list(dict.fromkeys(word for word in random_words(questions, horizon, 4 * pairs, rng) if word))
-    groups: dict[int, dict[int, list[Word]]] = {}
-    for word, state in zip(words, candidate.rho(questions, words).tolist(), strict=True):
-        if state >= 0:
-            groups.setdefault(len(questions.ids(word, suffix=False)), {}).setdefault(state, []).append(word)
-    within: list[tuple[Word, Word, int, int]] = []
-    between: list[tuple[Word, Word, int, int]] = []
-    for by_state in groups.values():
-        left = []
-        for state, own in by_state.items():
-            half = len(own) // 2 // 2 * 2  # half of them for pairs within, the rest for pairs between classes
-            within += [(u, v, state, state) for u, v in zip(own[:half:2], own[1:half:2], strict=True)]
-            left.append([(word, state) for word in own[half:]])
-        for one, other in pairwise(left):
-            between += [(u, v, p, q) for (u, p), (v, q) in zip(one, other, strict=False)]
-    rng.shuffle(within)
-    rng.shuffle(between)
-    chosen = [*within[:pairs], *between[:pairs]]
-    ends = random_words(questions, horizon, len(chosen), rng)
-    kept = [
-        (u, v, p, q, w)
-        for (u, v, p, q), w in zip(chosen, ends, strict=True)
-        if questions.is_valid(u + w) and questions.is_valid(v + w)
-    ]
+    groups: dict[int, list[tuple[Word, int]]] = {}
+    for state, words in sample.words.items():
+        for word in words:
+            groups.setdefault(len(questions.ids(word, suffix=False)), []).append((word, state))
+    couples = [couple for members in groups.values() for couple in combinations(members, 2)]
+    within = [(u, v, p, q) for (u, p), (v, q) in couples if p == q]
+    between = [(u, v, p, q) for (u, p), (v, q) in couples if p != q]
+    kept = []
+    for group in (within, between):
+        for i in rng.permutation(len(group))[:pairs]:
+            u, v, p, q = group[i]
+            bare = bool(questions.suffix) and rng.random() < 1 / 3
+            w = () if bare else continuation(questions, u, v, horizon, rng)
+            if w or questions.suffix:  # a token of its own must read the cache: u's last one has read u's
+                kept.append((u, v, p, q, w))
     before = questions.ask([u + w for u, _, _, _, w in kept]).tolist()
     swapped = after_swap(questions, [(u, v, w) for u, v, _, _, w in kept])
     counts = dict.fromkeys(("same", "same_trials", "other", "other_trials", "flips", "flip_trials"), 0)

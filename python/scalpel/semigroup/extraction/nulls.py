@@ -41,14 +41,14 @@ def random_nodes(
     letters = range(len(questions.letters))
     following = [(*word, a) for a in letters for word in words]
     classes = max(2, sum(len(own) > 0 for own in prefixes.values()))
+    every = _values(questions, [*words, *following], [_draw(questions, rng) for _ in range(REPEATS)])
     rates = []
-    for _ in range(REPEATS):
-        values = _values(questions, [*words, *following], _draw(questions, rng))
+    for values in every:
         spread = values.std(0)
-        scaled = (values - values.mean(0)) / np.where(spread > 0, spread, 1)
-        _, labels = kmeans2(scaled, classes, minit="++", seed=rng, missing="warn") if spread.any() else (0, None)
-        if labels is None:
-            labels = np.zeros(len(scaled), dtype=int)
+        labels = np.zeros(len(values), dtype=int)
+        if spread.any():
+            scaled = (values - values.mean(0)) / np.where(spread > 0, spread, 1)
+            labels = kmeans2(scaled, classes, minit="++", rng=rng, missing="warn")[1]
         own, after = labels[: len(words)], labels[len(words) :].reshape(len(letters), -1)
         rates.append(_conflict(own, [list(row) for row in after], rng))
     return {"mean": float(np.mean(rates)), "least": float(np.min(rates)), "repeats": REPEATS, "nodes": NODES}
@@ -79,19 +79,19 @@ def _draw(questions: ModelQuestions, rng: Generator) -> list[tuple[str, int]]:
 
 
 @torch.no_grad()
-def _values(questions: ModelQuestions, words: Sequence[Word], nodes: Sequence[tuple[str, int]]) -> np.ndarray:
-    """The nodes' values (words, nodes) at each word's last token, without the suffix."""
+def _values(
+    questions: ModelQuestions, words: Sequence[Word], draws: Sequence[Sequence[tuple[str, int]]]
+) -> list[np.ndarray]:
+    """Each draw's nodes (words, nodes) at each word's last token, without the suffix; one pass for all draws."""
     rows = [questions.ids(word, suffix=False) for word in words]
-    found = np.empty((len(rows), len(nodes)))
-    hooks = list(dict.fromkeys(name for name, _ in nodes))
+    found = [np.empty((len(rows), len(nodes))) for nodes in draws]
+    hooks = list(dict.fromkeys(name for nodes in draws for name, _ in nodes))
     for batch in batches([len(row) for row in rows]):
         ids, last = pad([rows[i] for i in batch])
-        _, cache = questions.model.run_with_cache(ids, names=hooks, stop_at=_last(questions, hooks))
         at = torch.arange(len(batch))
-        for column, (name, channel) in enumerate(nodes):
-            found[batch, column] = cache[name][at, last, channel].numpy()
+        _, cache = questions.model.run_with_cache(ids, names=hooks)
+        ends = {name: value[at, last] for name, value in cache.items()}
+        for values, nodes in zip(found, draws, strict=True):
+            for column, (name, channel) in enumerate(nodes):
+                values[batch, column] = ends[name][:, channel].numpy()
     return found
-
-
-def _last(questions: ModelQuestions, hooks: Sequence[str]) -> str:
-    return max(hooks, key=questions.model.hook_names.index)

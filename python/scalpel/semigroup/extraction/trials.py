@@ -11,7 +11,7 @@ from .learning import Candidate
 from .questions import Questions, Word
 from .words import all_words_to, random_words, words_to
 
-__all__ = ["Rate", "Sample", "by_state", "conflicts", "congruence", "fidelity"]
+__all__ = ["Rate", "Sample", "by_state", "conflicts", "congruence", "continuation", "fidelity"]
 
 _ROUNDS = 8
 
@@ -209,7 +209,7 @@ def congruence(
         if state in sample.census and len(words) > 1:
             drawn = (rng.choice(len(words), size=2, replace=False) for _ in range(pairs))
             couples = [(words[i], words[j]) for i, j in drawn]
-        tried = ((u, v, _continuation(questions, u, v, horizon, rng)) for u, v in couples)
+        tried = ((u, v, continuation(questions, u, v, horizon, rng)) for u, v in couples)
         triples = [(u, v, w) for u, v, w in tried if w]
         one = questions.ask([u + w for u, _, w in triples])
         other = questions.ask([v + w for _, v, w in triples])
@@ -219,7 +219,7 @@ def congruence(
     return Rate(cells, single), found
 
 
-def _continuation(questions: Questions, u: Word, v: Word, horizon: int, rng: np.random.Generator) -> Word:
+def continuation(questions: Questions, u: Word, v: Word, horizon: int, rng: np.random.Generator) -> Word:
     """Random letters that keep both words valid; the empty word where there are none."""
     letters = len(questions.letters)
     weights = rng.dirichlet(np.ones(letters)) + 1e-3
