@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import scalpel.experiments
-from scalpel import bench, cli, cli_show
+from scalpel import bench, cli, cli_models, cli_show
+from scalpel.circuits import Schedule
 from scalpel.experiments import minimal_simulator, result, suite
 from scalpel.models.weight_files import CheckpointError
-from scalpel.training import bracket_mini
+from scalpel.training import bracket_mini, machines
 
-COMMANDS = ("run", "experiment", "train", "bench")
+COMMANDS = ("run", "experiment", "train", "prune", "bench")
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +225,55 @@ def test_train_refuses_what_it_does_not_know(asked: list[dict[str, Any]], argume
 
 
 def test_controls_are_those_of_the_library() -> None:
-    assert {c.value for c in cli.Control} == set(bracket_mini.CONTROLS)
+    assert {c.value for c in cli_models.Control} == set(bracket_mini.CONTROLS)
+
+
+def test_train_knows_the_machines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[Any] = []
+
+    def train(name: str, out: Path, **options: Any) -> dict[str, Any]:
+        asked.append((name, out, options["seed"], options["steps"]))
+        return {"name": name}
+
+    monkeypatch.setattr(machines, "train_machine", train)
+    for name in machines.MACHINES:
+        assert invoke("train", name, "--out", tmp_path / name, "--seed", "2", "--steps", "5").exit_code == 0
+    assert asked == [(name, tmp_path / name, 2, 5) for name in machines.MACHINES]
+    refused = invoke("train", "mod3-mini", "--control", "no-topk", "--out", tmp_path)
+    assert refused.exit_code == 2 and "mod3-mini has none" in refused.stderr
+    unknown = invoke("train", "mod4-mini", "--out", tmp_path)
+    assert unknown.exit_code == 2 and "bracket-mini, mod3-mini, flip-flop-mini, parity-mini" in unknown.stderr
+
+
+# ---- prune --------------------------------------------------------------------------------------
+
+
+def test_prune_writes_its_result_and_keeps_it_beside_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(import_module("scalpel.circuits.prune"), "Schedule", lambda: Schedule(steps=30, batch=16))
+    folder, out = tmp_path / "model", tmp_path / "out"
+    model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+    del model.card["text"]  # the training text takes long to make
+    model.save_pretrained(folder)
+    words = ("--seeds", "1", "--prompts", "64", "--target", "0.6", "--out", out)
+    done = invoke("prune", folder, *words, "--keep")
+    assert done.exit_code == 0, done.stderr
+    assert "nodes" in done.stdout and str(out / "index.html") in done.stdout
+    assert "training text can't be made again" in done.stderr
+    assert (folder / "pruning.json").read_text() == (out / "pruning.json").read_text()
+    again = invoke("prune", folder, *words, "--json")
+    read = json.loads(again.stdout)
+    assert read["circuits"] == json.loads((out / "pruning.json").read_text())["circuits"]
+    other = invoke("prune", folder, *words, "--ablation", "zero")
+    assert other.exit_code == 2 and "another search" in other.stderr
+    judged = invoke("experiment", "circuit", "--model", folder, "-o", "prompts=64", "-o", "draws=2")
+    assert judged.exit_code == 0 and "of 2816" in judged.stdout
+
+
+def test_prune_refuses_what_can_not_be_done(tmp_path: Path) -> None:
+    unknown = invoke("prune", "bracket-mini", "--task", "chess", "--out", tmp_path)
+    assert unknown.exit_code == 2 and "there are bracket_counting" in unknown.stderr
+    splits = invoke("prune", "mod3-mini", "--out", tmp_path)
+    assert splits.exit_code == 2 and "splits an answer" in splits.stderr
 
 
 # ---- bench --------------------------------------------------------------------------------------

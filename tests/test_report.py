@@ -70,6 +70,29 @@ FIGURES: dict[str, dict[str, Any]] = {
         "high": [15, None],
         "reference": [{"y": 12, "label": "d = 12"}, {"y": None, "label": "none"}],
     },
+    "digraph": {
+        "kind": "digraph",
+        "title": "A machine",
+        "start": True,
+        "nodes": [{"label": "0", "note": "“]”"}, {"label": "a long name"}, {"label": "2"}],
+        "edges": [{"src": 0, "dst": 1, "label": "a"}, {"src": 1, "dst": 1, "label": "a"},
+                  {"src": 1, "dst": 1, "label": "[b]"}, {"src": 0, "dst": 1, "label": "[b]"}],
+    },
+    "eggbox": {
+        "kind": "eggbox",
+        "title": "Green's classes",
+        "boxes": [{"cells": [[["a", "a a"]]], "group": [[True]], "above": []},
+                  {"cells": [[["b"], ["a very long word, with $x$"]], [[*"cdefg"], ["h"]]],
+                   "group": [[True, False], [False, True]], "above": [0]}],
+    },
+    "layered": {
+        "kind": "layered",
+        "title": "A circuit",
+        "columns": [{"label": "0.attn.q", "nodes": ["0.attn.q:1", "0.attn.q:2"]}, {"label": "x", "nodes": ["x:3"]}],
+        "edges": [{"src": "0.attn.q:1", "dst": "x:3", "kind": "weight", "weight": -0.5},
+                  {"src": "0.attn.q:2", "dst": "x:3", "kind": "residual", "weight": None}],
+        "sizes": {"x:3": 1.0},
+    },
 }  # fmt: skip
 
 EVIL = '<script>alert("$x$")</script> & [[1, 2],\n'
@@ -151,6 +174,9 @@ def test_the_failure_regions_edge_is_the_first_length_that_fails() -> None:
         ({"kind": None}, "figure kind is None"),
         ({"kind": "bars", "labels": ["a"]}, "no entry 'values'"),
         ({**FIGURES["bars"], "values": [1.0]}, "one entry for each of the 2 labels"),
+        ({**FIGURES["digraph"], "edges": [{"src": 0, "dst": 3, "label": "a"}]}, "nodes are 0 to 2"),
+        ({**FIGURES["eggbox"], "boxes": [{"cells": [[["a"]]], "group": [[]], "above": []}]}, "same rows and columns"),
+        ({**FIGURES["layered"], "columns": []}, "stands in no column"),
         ({**FIGURES["region"], "n_max": 5}, r"shape \(2, 7\)"),
         ({**FIGURES["map"], "values": [[1.0, 0.5]]}, r"\(2, 3\) follows"),
         ({**FIGURES["map"], "values": [[1.0, 0.5, 1.5], [0, 0, 0]]}, r"must lie in \[0, 1\]"),
@@ -372,3 +398,17 @@ def test_numbers(value: Any, text: str) -> None:
 )  # fmt: skip
 def test_layouts(value: Any, layout: str) -> None:
     assert page.shape(value) == layout
+
+
+def test_graphs_too_large_to_follow_are_said_and_not_drawn() -> None:
+    nodes = [{"label": str(i)} for i in range(200)]
+    svg = figures.to_svg({"kind": "digraph", "title": "t", "nodes": nodes, "edges": []}, "p")
+    assert "200 nodes and 0 arrows: too many to follow" in svg
+    box = {"cells": [[["a"]] * 30] * 30, "group": [[False] * 30] * 30, "above": []}
+    assert "900 H-classes in 1 D-classes" in figures.to_svg({"kind": "eggbox", "title": "t", "boxes": [box]}, "p")
+
+
+def test_what_was_left_out_stands_on_the_page(result: Result) -> None:
+    left = replace(result, measured={**result.measured, "left_out": ["the egg-box: <no library>"]})
+    page_text = page.render(Suite([left, left]))
+    assert page_text.count("Left out.") == 1 and "the egg-box: &lt;no library&gt;" in page_text

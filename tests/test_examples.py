@@ -1,0 +1,27 @@
+"""The examples run as they stand, and print what they are about."""
+
+import runpy
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from scalpel.circuits.masks import Schedule
+
+prune = import_module("scalpel.circuits.prune")
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.parametrize(("name", "words"), [("mod3-mini", "Z_3"), ("flip-flop-mini", "aperiodic")])
+def test_token_semigroup(name, words, capsys):
+    runpy.run_path(str(EXAMPLES / "token_semigroup.py"))["main"](name)
+    out = capsys.readouterr().out
+    assert out.startswith("finite: ") and words in out and "shuffled_labels" in out
+
+
+def test_cut_open(capsys, monkeypatch):
+    monkeypatch.setattr(prune, "Schedule", lambda: Schedule(steps=40, batch=16))
+    runpy.run_path(str(EXAMPLES / "cut_open.py"))["main"](seeds=1, prompts=32)
+    out = capsys.readouterr().out
+    assert out.count("the loss rises by") == 5 and "seed 0: " in out
+    assert "letters whose action" in out or "nodes" in out
