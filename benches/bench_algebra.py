@@ -1,4 +1,4 @@
-"""Semigroups, orbits, extraction, ablation effects and pruning, each against its peer in one run, answers checked first.
+"""Semigroups, orbits, extraction, ablation effects, pruning: each against its peer in one run, answers checked first.
 
 `python benches/bench_algebra.py` takes about eight minutes and writes docs/algebra.json and docs/algebra.md;
 `--without-pruning` leaves out the four that pruning takes.
@@ -62,7 +62,7 @@ def semigroups() -> dict[str, Any]:
 
 
 def orbits() -> list[dict[str, Any]]:
-    """Breadth-first distances on 12 million states: ours, scipy's breadth_first_order, and a copy of the maps' bytes."""
+    """Breadth-first on 12 million states: ours, scipy's breadth_first_order, and a copy of the maps' bytes."""
     rows, columns = 3000, 4000
     states = rows * columns
     row, column = np.divmod(np.arange(states), columns)
@@ -216,14 +216,14 @@ def markdown(report: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {o['states']} | {o['reached']:,} | {o['ms']['ours']:.0f} | {o['ms']['scipy']:.0f} | {o['ms']['copy']:.0f} | "
-        f"{o['million_states_a_second']:.1f} | {o['orbit_shapes_million_a_second']:.1f} |"
+        f"| {o['states']} | {o['reached']:,} | {o['ms']['ours']:.0f} | {o['ms']['scipy']:.0f} | "
+        f"{o['ms']['copy']:.0f} | {o['million_states_a_second']:.1f} | {o['orbit_shapes_million_a_second']:.1f} |"
         for o in report["orbits"]
     ]
     lines += [
         "",
-        "Reachability is shared by threads where the frontier is wide; index and period of a single map are one walk on "
-        "one thread, and each step of a random map waits for memory.",
+        "Reachability is shared by threads where the frontier is wide; index and period of a single map are one walk "
+        "on one thread, and each step of a random map waits for memory.",
         "",
         "## Extraction, nulls included",
         "",

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from importlib.resources import files
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from scalpel.experiments.controls import Controls, untrained
 from scalpel.experiments.provenance import fingerprint
 from scalpel.tasks.brackets import answer
 from scalpel.training.bracket_mini import CONTROLS, SHORT_TOKENS, accuracy_card, held_out_questions
+from scalpel.training.machines import MACHINES
 from scalpel.training.recipe import density_table
 
 NAMES = ["bracket-mini", *(f"bracket-mini-{control}" for control in CONTROLS if control != "none")]
@@ -26,8 +28,9 @@ def model(request):
 
 
 def test_all_of_it_is_small():
-    sizes = [path.stat().st_size for name in NAMES for path in (files("scalpel") / "data" / name).iterdir()]
-    assert len(sizes) == 4 * len(NAMES) and sum(sizes) < 5 * 2**20
+    names = [*NAMES, *MACHINES]
+    sizes = [path.stat().st_size for name in names for path in (files("scalpel") / "data" / name).iterdir()]
+    assert len(sizes) == 4 * len(names) + 1 and sum(sizes) < 6 * 2**20  # one circuit
 
 
 def test_the_card_counts_the_weights_that_are_there(model):
@@ -73,11 +76,40 @@ def test_the_controls_of_the_shipped_model():
     assert set(Controls.of(shipped).models) == {"untrained", "no-positions", "no-topk"}
 
 
+SHORT = {
+    "minimal_simulator": {},
+    "machine": {"short": 2, "long": 3, "prefixes": 16, "pairs": 8, "positive": 0},
+    "circuit": {"prompts": 64, "draws": 2},
+}
+
+
+def test_of_a_model_of_a_machine_the_suite_asks_what_it_can_answer(monkeypatch):
+    monkeypatch.setattr(
+        suite,
+        "run",
+        lambda name, model, **options: scalpel.experiments.run(
+            name, model, **options, **({"prefixes": 64, "pairs": 112} if name == "machine" else {})
+        ),
+    )
+    found = suite.run_suite("parity-mini")
+    assert [result.name for result in found.results] == ["minimal_simulator", "machine"]
+    machine = found.results[1]
+    assert machine.verdict == "reproduced" and "Z_2" in machine.prediction["summary"]
+    assert {"machine", "cayley", "eggbox", "growth"} == set(machine.figures)
+    assert suite.left_out(found.results) == []
+
+
+def test_without_libsemigroups_the_report_says_what_it_leaves_out(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libsemigroups_pybind11", None)
+    result = scalpel.experiments.run("machine", "parity-mini", prefixes=64, pairs=112)
+    assert result.verdict == "reproduced" and set(result.figures) == {"machine", "growth"}
+    (note,) = suite.left_out([result])
+    assert note.startswith("Cayley graph and egg-box") and "[algebra]" in note
+
+
 def test_the_whole_suite_in_short(monkeypatch):
     def short(name, model, **options):
-        return scalpel.experiments.run(
-            name, model, **options, **({"prompts": 6} if name != "minimal_simulator" else {})
-        )
+        return scalpel.experiments.run(name, model, **options, **SHORT.get(name, {"prompts": 6}))
 
     monkeypatch.setattr(suite, "run", short)
     seen = []
@@ -102,6 +134,15 @@ def test_the_readme_example_runs():
     assert torch.is_tensor(names["without"]) and not torch.equal(names["without"], names["logits"])
 
 
+def test_the_readme_example_of_the_algebra_runs():
+    """The third."""
+    names = {"scalpel": scalpel, "m": scalpel.CircuitGPT.from_pretrained("bracket-mini")}
+    exec(readme_blocks()[2], names)
+    assert names["S"].size == 3 and names["holes"].tolist() == [3]
+    assert names["found"].verdict == "finite" and names["found"].semigroup().groups()[0].name == "Z_3"
+    assert len(names["effects"].hooks) == 23
+
+
 def test_the_readme_example_of_a_decoder_runs(tmp_path: Path):
     """The second, on a tiny model."""
     pytest.importorskip("transformers")
@@ -109,7 +150,7 @@ def test_the_readme_example_of_a_decoder_runs(tmp_path: Path):
     model.save_pretrained(tmp_path)
     names = {"scalpel": scalpel, "folder": tmp_path, "ids": ids_of(1, 5), "V": torch.randn(2, 1, 5, 12)}
     expected = scalpel.jacobian(model, ids_of(1, 5)).jvp(names["V"])
-    (block,) = readme_blocks()[1:]
+    block = readme_blocks()[1]
     exec(block, names)
     assert torch.allclose(names["V"], expected, atol=1e-4)
     assert names["J"].source_shape == (1, 5, 12)

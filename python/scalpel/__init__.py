@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import experiments, reference, semigroup
+    from . import circuits, experiments, reference, semigroup
     from ._info import __version__, show_config
     from .covariance import StreamingCovariance
     from .jacobians.entry import jacobian
@@ -32,7 +32,7 @@ _HOME = {
     "CircuitGPT": "models.circuitgpt",
     "CircuitGPTConfig": "models.config",
 }
-_SUBPACKAGES = ("experiments", "reference", "semigroup")
+_SUBPACKAGES = ("circuits", "experiments", "reference", "semigroup")
 
 __all__ = [
     "AbsTopK",
@@ -40,6 +40,7 @@ __all__ = [
     "CircuitGPTConfig",
     "StreamingCovariance",
     "__version__",
+    "circuits",
     "collect",
     "experiments",
     "jacobian",
