@@ -16,6 +16,7 @@ from ..semigroup.extraction.extract import extract
 from ..semigroup.extraction.extraction import Extraction
 from ..semigroup.extraction.questions import ModelQuestions
 from ..semigroup.machine import MooreMachine
+from ..semigroup.threshold import ThresholdCounter
 from ..tasks.bracket_words import BRACKET_WORDS
 from ..tasks.brackets import closers
 from . import critical as c
@@ -93,14 +94,17 @@ def _of_brackets(
     failures = _failures(questions, short, long)
     controls = {name: _positive(name, positive, seed) for name in POSITIVE if positive and name in shipped_models()}
     machine = short.machine or short.candidate
-    pictures, left_out = figures(machine, {"short words": short, "long words": long})
+    counter = _counter(seed)
+    shown = {"short words": short, "long words": long, "the seed's counter": counter}
+    pictures, left_out = figures(machine, shown)
     return protocol.conclude(
         measured={
-            "summary": f"short words: {short.summary()}. Long words: {long.summary()}",
+            "summary": f"{_brief('short', short)}; {_brief('long', long)}",
             "short": short.to_dict(),
             "long": long.to_dict(),
             "congruence_failures": failures,
             "models_of_machines": controls,
+            "the_seeds_counter": {"verdict": counter.verdict, "classes": [g.classes for g in counter.growth]},
             **({"left_out": left_out} if left_out else {}),
         },
         interval={"summary": "bounds hold in all cells at once with 95 % (Clopper-Pearson, Bonferroni)"},
@@ -133,6 +137,31 @@ def _of_a_machine(model: CircuitGPT, protocol: Protocol, prefixes: int, pairs: i
         null=_null(found.nulls, {}),
         verdict="reproduced" if same else "not reproduced",
         figures=pictures,
+    )
+
+
+def _brief(name: str, found: Extraction) -> str:
+    figures = []
+    if found.conflict is not None and found.fidelity is not None:
+        figures = [
+            f"conflict {found.conflict.value:.1%}, at most {found.conflict.worst:.1%} in a cell",
+            f"fidelity {found.fidelity.value:.1%}",
+        ]
+    states = "" if found.machine is None else f" with {found.growth[-1].classes} states"
+    return f"{name} words {found.verdict}{states}" + (f" ({', '.join(figures)})" if figures else "")
+
+
+def _counter(seed: int) -> Extraction:
+    """The seed's own law as a function of words: what an extraction makes of a mean, to compare with."""
+    law = ThresholdCounter("0.15")
+    return extract(
+        lambda words: [law.decide(word.count("["), len(word)) for word in words],
+        ["[", "x"],
+        horizon=5,
+        prefixes=128,
+        pairs=32,
+        nulls=False,
+        seed=seed,
     )
 
 

@@ -87,11 +87,16 @@ def _growth(extractions: Mapping[str, Extraction]) -> dict[str, Any]:
     return {
         "kind": "curves",
         "title": "Classes of prefixes that continuations tell apart",
-        "summary": "A finite machine's level off; a counter's grow with each doubling.",
+        "summary": "A finite machine's level off; a counter's grow with each doubling. Dashed: not finite.",
         "xlabel": "letters of the longest prefix",
         "ylabel": "classes",
         "series": [
-            {"label": name, "x": [g.horizon for g in one.growth], "y": [g.classes for g in one.growth]}
+            {
+                "label": name,
+                "x": [g.horizon for g in one.growth],
+                "y": [g.classes for g in one.growth],
+                "style": "line" if one.verdict == "finite" else "dashed",
+            }
             for name, one in extractions.items()
         ],
     }
