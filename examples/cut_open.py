@@ -25,7 +25,7 @@ def main(seeds: int = 1, prompts: int = 128) -> None:
         print(
             f"seed {circuit.seed}: {len(circuit.nodes)} nodes, {circuit.edges} edges; loss alone "
             f"{circuit.kept['mean'].loss:.3f}, without them {circuit.removed['mean'].loss:.3f}, as many random ones "
-            f"{circuit.random.loss:.3f}, on random labels {circuit.nonsense.loss:.3f} nats"
+            f"{circuit.random.loss:.3f}, on nonsense labels {circuit.nonsense.loss:.3f} nats"
         )
     if found.graph is not None:
         heaviest = sorted((e for e in found.graph.edges if e[3] is not None), key=lambda e: -abs(e[3] or 0))

@@ -1,5 +1,7 @@
 """Per-node ablation effects: batched from the hook on, against one whole pass a node."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -87,8 +89,27 @@ def test_a_stopped_call_goes_on_and_another_is_refused(tmp_path):
     assert (tmp_path / "0.attn.q.npy").stat().st_mtime_ns == first
     whole = ablation_effects(model, task, kind="zero")
     assert all(np.array_equal(resumed.hooks[hook], whole.hooks[hook]) for hook in whole.hooks)
+    for other in ({"kind": "mean"}, {"kind": "mean", "reference": [[1]]}):
+        with pytest.raises(ValueError, match="another model, task or kind"):
+            ablation_effects(model, task, folder=tmp_path, **other)
+    relabelled = task.relabelled(1 - task.labels.clamp(max=1), "other")
     with pytest.raises(ValueError, match="another model, task or kind"):
-        ablation_effects(model, task, kind="mean", folder=tmp_path)
+        ablation_effects(model, relabelled, kind="zero", folder=tmp_path)
+    relu = build("sink")
+    relu.config = replace(relu.config, activation_type="relu")
+    with pytest.raises(ValueError, match="another model, task or kind"):
+        ablation_effects(relu, task, kind="zero", folder=tmp_path)
+
+
+def test_the_error_is_over_groups_of_prompts():
+    model = build("plain")
+    rows = [tokens(model, 1, 5, seed=i)[0].tolist() for i in (0, 0, 1, 1, 2, 2)]
+    paired = Task.of("t", rows, [0, 0, 1, 1, 0, 0], (2, 5), [0, 0, 1, 1, 2, 2])
+    single = Task.of("t", rows[::2], [0, 1, 0], (2, 5))
+    one, other = (ablation_effects(model, t, kind="zero", hooks="0.attn.v").standard_error() for t in (paired, single))
+    np.testing.assert_allclose(one["0.attn.v"], other["0.attn.v"], rtol=1e-9)  # a copy of each prompt tells nothing new
+    alone = Task.of("t", rows[:1], [0], (2, 5))
+    assert np.isnan(ablation_effects(model, alone, kind="zero", hooks="0.attn.v").standard_error()["0.attn.v"]).all()
 
 
 def test_unknown_hooks_are_refused():

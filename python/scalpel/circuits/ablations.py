@@ -1,6 +1,7 @@
 """What stands in for a deleted node: its mean, zero, or a value that it has elsewhere."""
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from ..models.ablation import KINDS, _activations, _stored_means, hook_means
 from ..models.circuitgpt import CircuitGPT, Tap
 from ..models.hooks import hook_width
 
-__all__ = ["NODE_HOOKS", "Substitute", "masked", "node_hooks", "nodes_at", "substitute", "training_text"]
+__all__ = ["NODE_HOOKS", "Substitute", "digest", "masked", "node_hooks", "nodes_at", "substitute", "training_text"]
 
 # Where a circuit's nodes are (Gao et al. 2025, appendix A.5): what norms give out, channels of q, k and v, neurons, and
 # what attention and MLP add to the residual.
@@ -44,6 +45,10 @@ class Substitute:
     values: dict[str, Tensor]
     generator: torch.Generator | None = None
 
+    def again(self, seed: int) -> "Substitute":
+        """The same, its draws beginning anew: what is found must not depend on what was drawn before."""
+        return replace(self, generator=torch.Generator().manual_seed(seed))
+
     def at(self, name: str, value: Tensor) -> Tensor:
         """What replaces ``value`` (batch, length, width) at a hook, of its shape or broadcast to it.
 
@@ -74,6 +79,17 @@ def substitute(model: CircuitGPT, kind: str, reference: Any, hooks: list[str], s
             parts[name].append(value[real])
     generator = torch.Generator().manual_seed(seed)
     return Substitute(kind, {name: torch.cat(rows) for name, rows in parts.items()}, generator)
+
+
+def digest(*stand_ins: Substitute) -> str:
+    """SHA-256 of all values."""
+    found = hashlib.sha256()
+    for one in stand_ins:
+        found.update(one.kind.encode())
+        for name, values in one.values.items():
+            found.update(name.encode())
+            found.update(values.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def training_text(model: CircuitGPT) -> list[list[int]] | None:

@@ -5,15 +5,15 @@ from the whole model at short words, among the task's answers; the circuit's ans
 refitted for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..models.circuitgpt import CircuitGPT
-from ..semigroup.extraction.learning import learn, rows_of
-from ..semigroup.extraction.questions import ModelQuestions
+from ..semigroup.extraction.learning import Candidate, learn, rows_of
+from ..semigroup.extraction.questions import NOT_VALID, ModelQuestions, Word
 from ..semigroup.extraction.trials import Rate, by_state
 from ..semigroup.machine import MooreMachine
 from ..tasks.bracket_words import Alphabet
@@ -40,40 +40,70 @@ def closes_over(
     """The letters A_C of the circuit ``nodes``, and the sizes of ⟨A_C⟩ and of the whole machine's semigroup.
 
     For prefixes u of up to ``horizon`` letters with ρ(u) = q in the whole model, 2 · ``pairs`` of them a state, the
-    circuit's ρ(ua) is compared with δ(q, a). A letter is in A_C where the bound of the mismatch is at most
-    ``most_conflict`` in every state. Plain data: ``letters``, ``rates`` by letter and state, ``states_kept`` (the share
-    of prefixes whose state the circuit knows), ``machine``, ``size``, ``whole_size`` (None without libsemigroups).
+    circuit's ρ(ua) is compared with δ(q, a), wherever a may follow. A letter is in A_C where the bound of the mismatch
+    is at most ``most_conflict`` in every such state, and where that isn't so with no node kept at all: a constant
+    answer keeps the letters that lead to one answer, and closes over nothing.
+
+    Plain data: ``letters``; ``rates`` by letter and state, and ``rates_of_nothing`` with no node kept; ``states_kept``
+    and ``states_kept_by_nothing``, the share of prefixes whose state is known; ``machine``; ``size`` and ``whole_size``
+    (None without libsemigroups).
     """
     rng = np.random.default_rng([seed, 77])
-    whole, alone = (_questions(model, words, task) for _ in range(2))
+    whole = _questions(model, words, task)
     candidate = learn(whole, horizon, prefixes=prefixes, tolerance=0.02, limit=64, rng=rng)
     own = by_state(whole, candidate, 2 * pairs, horizon, rng).words
+    rates, known = _rates(model, nodes, stand_in, task, words, candidate, own)
+    nothing, known_by_nothing = _rates(model, [], stand_in, task, words, candidate, own)
+    letters = [
+        letter
+        for letter in whole.letters
+        if rates[letter].worst <= most_conflict < nothing[letter].worst and rates[letter].cells
+    ]
+    return {
+        "letters": letters,
+        "states_kept": known,
+        "states_kept_by_nothing": known_by_nothing,
+        "rates": {letter: rate.to_dict() for letter, rate in rates.items()},
+        "rates_of_nothing": {letter: rate.to_dict() for letter, rate in nothing.items()},
+        "machine": candidate.machine.to_dict(),
+        "size": _size(candidate.machine, letters),
+        "whole_size": _size(candidate.machine, list(whole.letters)),
+    }
+
+
+def _rates(
+    model: CircuitGPT,
+    nodes: Sequence[str],
+    stand_in: Substitute,
+    task: Task,
+    words: Alphabet,
+    candidate: Candidate,
+    own: Mapping[int, Sequence[Word]],
+) -> tuple[dict[str, Rate], float | None]:
+    """Letter → how often the model with only ``nodes`` left leads elsewhere than the candidate does, by state; and the
+    share of prefixes whose state it knows.
+    """
+    alone = _questions(model, words, task)
     fitted = fit_of(model, nodes, stand_in, task)
     alone.shift = torch.tensor(fitted.shift) / max(fitted.scale, 1e-9)
     row_of = {state: row for row, state in candidate.states.items()}
     rates: dict[str, Rate] = {}
     with only(model, nodes, stand_in):
-        for a, letter in enumerate(whole.letters):
+        for a, letter in enumerate(alone.letters):
             cells = {}
             for state, group in own.items():
-                target = row_of[candidate.machine.transitions[state][a]]
+                target = candidate.machine.transitions[state][a]
+                if candidate.machine.outputs[target] is NOT_VALID:
+                    continue
                 got = rows_of(alone, [(*word, a) for word in group], candidate.continuations)
-                cells[str(state)] = (sum(row != target for row in got), len(group))
+                cells[str(state)] = (sum(row != row_of[target] for row in got), len(group))
             rates[letter] = Rate(cells)
         known = [
             row == row_of[state]
             for state, group in own.items()
             for row in rows_of(alone, group, candidate.continuations)
         ]
-    letters = [letter for letter, rate in rates.items() if rate.worst <= most_conflict]
-    return {
-        "letters": letters,
-        "states_kept": float(np.mean(known)) if known else None,
-        "rates": {letter: rate.to_dict() for letter, rate in rates.items()},
-        "machine": candidate.machine.to_dict(),
-        "size": _size(candidate.machine, letters),
-        "whole_size": _size(candidate.machine, list(whole.letters)),
-    }
+    return rates, float(np.mean(known)) if known else None
 
 
 def _questions(model: CircuitGPT, words: Alphabet, task: Task) -> ModelQuestions:

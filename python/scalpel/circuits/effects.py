@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 from .._files import replace_text, replacing
 from ..models.circuitgpt import CircuitGPT
-from ..models.fingerprint import fingerprint
+from ..models.fingerprint import identity
 from ..models.hooks import check_hooks, hook_width
-from .ablations import Substitute, substitute
+from .ablations import Substitute, digest, substitute
 from .packing import pack
 from .tail import Tail
-from .task import Task
+from .task import Task, answer_logits
 
 __all__ = ["Effects", "ablation_effects"]
 
@@ -30,13 +30,14 @@ _PREFIXES = 128  # of one pack: attention takes their square
 class Effects:
     """Answers' logits with each node ablated.
 
-    ``hooks``: hook → (width, prompts, answers), float32; ``base`` (prompts, answers) without ablation; ``labels``
-    (prompts,). Derived figures are means over prompts.
+    ``hooks``: hook → (width, prompts, answers), of the model's dtype; ``base`` (prompts, answers) without ablation;
+    ``labels`` and ``groups`` (prompts,), as in the task. Derived figures are means over prompts.
     """
 
     hooks: dict[str, np.ndarray]
     base: np.ndarray
     labels: np.ndarray
+    groups: np.ndarray
 
     def loss_change(self) -> dict[str, np.ndarray]:
         """By how many nats the answers' cross-entropy rises, hook → float64 (width,)."""
@@ -44,13 +45,20 @@ class Effects:
         return {hook: (_losses(after, self.labels) - before).mean(1) for hook, after in self.hooks.items()}
 
     def standard_error(self) -> dict[str, np.ndarray]:
-        """Of :meth:`loss_change`, over prompts."""
+        """Of :meth:`loss_change`, over groups of prompts; NaN where there is only one."""
         before = _losses(self.base[None], self.labels)
-        count = len(self.labels)
-        return {
-            hook: (_losses(after, self.labels) - before).std(1, ddof=1) / count**0.5
-            for hook, after in self.hooks.items()
-        }
+        numbers, group = np.unique(self.groups, return_inverse=True)
+        count = len(numbers)
+        if count < 2:
+            return {hook: np.full(len(after), np.nan) for hook, after in self.hooks.items()}
+        found = {}
+        for hook, after in self.hooks.items():
+            change = _losses(after, self.labels) - before
+            # the mean over prompts as a sum over groups, so that groups of unequal size count as they do there
+            sums = np.zeros((len(change), count))
+            np.add.at(sums.T, group, (change - change.mean(1, keepdims=True)).T)
+            found[hook] = (sums**2).sum(1) ** 0.5 / len(self.labels) * (count / (count - 1)) ** 0.5
+        return found
 
     def largest(self, count: int = 20) -> list[tuple[str, float, float]]:
         """(node, rise of the loss in nats, standard error) of the nodes that matter most."""
@@ -90,16 +98,17 @@ def ablation_effects(
     nodes; ``model.ablate`` draws others. ``folder``: finished hooks are kept there, and a call that was stopped goes
     on; ValueError where it holds another model's or task's.
     """
-    names = model.hook_names if hooks is None else list(hooks)
+    names = model.hook_names if hooks is None else [hooks] if isinstance(hooks, str) else list(hooks)
     check_hooks(model, names)
     if reference is None and not (kind == "mean" and "hook_means" in model.card):
         reference = (task.ids, task.mask)
     stand_in = substitute(model, kind, reference, list(names), seed)
     tails = [Tail(model, prompts, task.answers) for prompts in pack(task, _PREFIXES)]
+    answer_logits(model, task)  # refuses answers that are no tokens, and logits that are no numbers
     base = torch.empty(len(task), len(task.answers), dtype=model.dtype)
     for tail in tails:
         base[tail.prompts.rows] = tail.logits
-    kept = _Kept(folder, model, task, kind, seed)
+    kept = _Kept(folder, {"model": identity(model), "task": task.digest(), "values": digest(stand_in), "seed": seed})
     report = progress or (lambda what, done: None)
     found, widths = {}, [hook_width(model, name) for name in names]
     for i, name in enumerate(names):
@@ -110,7 +119,7 @@ def ablation_effects(
             kept.store(name, stored)
         found[name] = stored
     report("done", 1.0)
-    return Effects(found, base.numpy(), task.labels.numpy())
+    return Effects(found, base.numpy(), task.labels.numpy(), task.groups.numpy())
 
 
 def _hook(name: str, width: int, tails: list[Tail], stand_in: Substitute, base: Tensor, seed: int) -> np.ndarray:
@@ -134,13 +143,11 @@ def _hook(name: str, width: int, tails: list[Tail], stand_in: Substitute, base: 
 class _Kept:
     """Finished hooks in a folder."""
 
-    def __init__(self, folder: str | Path | None, model: CircuitGPT, task: Task, kind: str, seed: int) -> None:
+    def __init__(self, folder: str | Path | None, key: dict[str, Any]) -> None:
         self.folder = None if folder is None else Path(folder)
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        prompts = [task.ids.tolist(), task.asked.tolist(), list(task.answers)]
-        key = {"model": fingerprint(model), "kind": kind, "seed": seed, "prompts": prompts}
         text, stored = json.dumps(key), self.folder / "effects.json"
         if stored.exists() and stored.read_text() != text:
             raise ValueError(

@@ -29,9 +29,7 @@ def measure(
 
     ``seed``: where values are drawn, the same draws for every circuit.
     """
-    if stand_in.kind == "resample":
-        stand_in = Substitute(stand_in.kind, stand_in.values, torch.Generator().manual_seed(seed))
-    found = fit_of(model, nodes, stand_in, task, removed=removed)
+    found = fit_of(model, nodes, stand_in.again(seed), task, removed=removed)
     return Measured(found.loss, found.accuracy)
 
 

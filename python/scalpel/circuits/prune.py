@@ -15,16 +15,16 @@ from torch import Tensor
 from .._files import replace_text
 from ..models.ablation import KINDS
 from ..models.circuitgpt import CircuitGPT
-from ..models.fingerprint import fingerprint
+from ..models.fingerprint import identity
 from ..tasks.bracket_words import TASK_WORDS
-from .ablations import node_hooks, nodes_at, substitute, training_text
+from .ablations import digest, node_hooks, nodes_at, substitute, training_text
 from .closure import closes_over
 from .fit import refit
 from .graph import circuit_graph
 from .masks import Schedule, learn_masks
 from .measure import measure
 from .pruning import Measured, Pruning, SeedCircuit
-from .task import Task, answer_logits, check_able, task_named
+from .task import Task, answer_logits, check_able, nonsense, task_named
 
 __all__ = ["prune"]
 
@@ -66,7 +66,10 @@ def prune(
     make = task_named(task) if isinstance(task, str) else task
     report = progress or (lambda what, done: None)
     schedule = schedule or Schedule()
-    found_on, judged_on = make(model, prompts, 2 * seed), make(model, prompts, 2 * seed + 1)
+    if not nodes_at(model):
+        raise ValueError("the model has no layer, and so no node to prune")
+    found_on = make(model, prompts, 2 * seed)
+    judged_on = make(model, prompts, 2 * seed + 1).unseen(found_on)
     accuracy = check_able(model, judged_on)
     notes = []
     if reference is None:
@@ -85,7 +88,8 @@ def prune(
         "task": found_on.name,
     }
     search = _Search(model, found_on, judged_on, reference, ablation, target, schedule, seed)
-    kept = _Kept(folder, {"model": fingerprint(model), "options": options | {"seeds": None}})
+    key = {"model": identity(model), "tasks": [found_on.digest(), judged_on.digest()], "stand_ins": search.digest()}
+    kept = _Kept(folder, key | {"options": options | {"seeds": None}})
     circuits = []
     for i in range(seeds):
         report(f"seed {i + 1} of {seeds}", 0.95 * i / seeds)
@@ -107,12 +111,12 @@ def prune(
     if best is not None and found_on.name in TASK_WORDS:
         report("what the circuit closes over", 0.97)
         closure = closes_over(
-            model, best.nodes, search.stand_ins[ablation], found_on, TASK_WORDS[found_on.name], seed=seed
+            model, best.nodes, search.stand_ins[ablation].again(seed), found_on, TASK_WORDS[found_on.name], seed=seed
         )
     report("done", 1.0)
     return Pruning(
         model=str(model.card.get("name", "unnamed")),
-        fingerprint=fingerprint(model),
+        fingerprint=identity(model),
         task=found_on.name,
         ablation=ablation,
         target=target,
@@ -156,11 +160,15 @@ class _Search:
         with torch.no_grad():
             self.model_loss = refit(answer_logits(model, judged_on), judged_on.labels).loss
 
+    def digest(self) -> str:
+        """SHA-256 of what stands in for deleted nodes."""
+        return digest(*self.stand_ins.values())
+
     def run(self, number: int, progress: Callable[[float], None]) -> SeedCircuit:
         begun = time.monotonic()
         rng = np.random.default_rng([self.seed, number])
-        stand_in = self.stand_ins[self.ablation]
         draw = int(rng.integers(2**31))
+        stand_in = self.stand_ins[self.ablation].again(draw)
         taus = learn_masks(self.model, self.found_on, stand_in, self.schedule, draw, lambda done: progress(0.45 * done))
         order = torch.cat(list(taus.values())).argsort(descending=True, stable=True)
         count, loss = self._bisect(order, self.found_on)
@@ -168,13 +176,11 @@ class _Search:
         judged = {kind: self._measure(kept, kind, self.judged_on) for kind in KINDS}
         removed = {kind: self._measure(kept, kind, self.judged_on, removed=True) for kind in KINDS}
         drawn = self._drawn_like(kept, rng)
-        nonsense_task = self.found_on.relabelled(
-            self.found_on.labels[torch.from_numpy(rng.permutation(len(self.found_on)))], "nonsense labels"
-        )
+        learned, judged_nonsense = nonsense(self.found_on, draw), nonsense(self.judged_on, draw)
         other = learn_masks(
-            self.model, nonsense_task, stand_in, self.schedule, draw, lambda done: progress(0.5 + 0.45 * done)
+            self.model, learned, stand_in.again(draw), self.schedule, draw, lambda done: progress(0.5 + 0.45 * done)
         )
-        nonsense = torch.cat(list(other.values())).argsort(descending=True, stable=True)[:count]
+        elsewhere = torch.cat(list(other.values())).argsort(descending=True, stable=True)[:count]
         nodes = tuple(self.names[i] for i in kept.tolist())
         return SeedCircuit(
             seed=number,
@@ -186,7 +192,7 @@ class _Search:
             removed=removed,
             random=self._measure(drawn, self.ablation, self.judged_on),
             random_removed=self._measure(drawn, self.ablation, self.judged_on, removed=True),
-            nonsense=self._measure(nonsense, self.ablation, nonsense_task),
+            nonsense=self._measure(elsewhere, self.ablation, judged_nonsense),
             seconds=time.monotonic() - begun,
         )
 

@@ -28,7 +28,7 @@ class SeedCircuit:
     ``nodes``: names, those that the task needs most first; ``loss``: on the prompts that it was found on; ``reached``:
     whether that is at most the target. ``kept``: only the circuit left, and ``removed``: only the circuit deleted, by
     kind of ablation. ``random``: as many nodes at each hook drawn at random, kept. ``nonsense``: what the same search
-    reaches with as many nodes when the labels are random: ``loss`` on its own prompts.
+    reaches with as many nodes when the labels go by the prompt's beginning and not by the task.
     """
 
     seed: int

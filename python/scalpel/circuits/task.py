@@ -1,7 +1,9 @@
 """Tasks for circuits: prompts, each with one question and the answers that it is between."""
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,7 +13,7 @@ from ..models.circuitgpt import CircuitGPT
 from ..tasks.brackets import closers
 from ..training.corpus import layout
 
-__all__ = ["TASKS", "CannotDoTask", "Task", "answer_logits", "bracket_counting", "check_able", "task_named"]
+__all__ = ["TASKS", "CannotDoTask", "Task", "answer_logits", "bracket_counting", "check_able", "nonsense", "task_named"]
 
 LEAST_ACCURACY = 0.9
 _HEADS = ("x = ", "rows = ", "data = ", "a = ", "names = ", "return ", "foo = ", "self.args = ")
@@ -21,7 +23,8 @@ _LEAVES = ("0", "1", "2", "3", "5", "7", "9", "a", "b", "x", "y", "foo", "data",
 @dataclass(frozen=True)
 class Task:
     """``ids`` int64 and ``mask`` bool (prompts, length), padded on the right; ``asked`` (prompts,): the place of each
-    question's last token; ``answers``: token ids to choose among; ``labels`` (prompts,): the right answer's number.
+    question's last token; ``answers``: token ids to choose among; ``labels`` (prompts,): the right answer's number;
+    ``groups`` (prompts,): prompts of one number were made from one draw, and are resampled together.
     """
 
     name: str
@@ -30,6 +33,7 @@ class Task:
     asked: Tensor
     answers: tuple[int, ...]
     labels: Tensor
+    groups: Tensor
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -44,33 +48,88 @@ class Task:
             self.asked[rows],
             self.answers,
             self.labels[rows],
+            self.groups[rows],
         )
 
     def relabelled(self, labels: Tensor, name: str) -> "Task":
         """The same prompts with other labels."""
-        return Task(name, self.ids, self.mask, self.asked, self.answers, labels)
+        return replace(self, labels=labels, name=name)
+
+    def prompt(self, row: int) -> tuple[int, ...]:
+        """A prompt's token ids, without padding."""
+        return tuple(self.ids[row, : int(self.asked[row]) + 1].tolist())
+
+    def unseen(self, *others: "Task") -> "Task":
+        """Without the groups that have a prompt of another task's, and without repeats."""
+        seen = {other.prompt(row) for other in others for row in range(len(other))}
+        bad: set[int] = set()
+        for row in range(len(self)):
+            prompt, group = self.prompt(row), int(self.groups[row])
+            if prompt in seen:
+                bad.add(group)
+            seen.add(prompt)
+        kept = torch.tensor([row for row in range(len(self)) if int(self.groups[row]) not in bad], dtype=torch.long)
+        if len(kept) == 0:
+            raise ValueError(f"every prompt of {self.name} was seen before; give another seed or more prompts")
+        return self.part(kept)
+
+    def digest(self) -> str:
+        """SHA-256 of prompts, questions, answers and labels."""
+        content = [self.ids.tolist(), self.asked.tolist(), list(self.answers), self.labels.tolist()]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @classmethod
-    def of(cls, name: str, rows: Sequence[Sequence[int]], labels: Sequence[int], answers: Sequence[int]) -> "Task":
-        """From prompts as token ids. ValueError where they don't fit together."""
+    def of(
+        cls,
+        name: str,
+        rows: Sequence[Sequence[int]],
+        labels: Sequence[int],
+        answers: Sequence[int],
+        groups: Sequence[int] | None = None,
+    ) -> "Task":
+        """From prompts as token ids; each a group of its own if not given. ValueError where they don't fit together."""
         if len(rows) != len(labels) or not rows:
             raise ValueError(f"{len(rows)} prompts and {len(labels)} labels; give one label a prompt, and at least one")
         if len(answers) < 2 or not all(0 <= label < len(answers) for label in labels):
             raise ValueError(f"labels must be numbers of the {len(answers)} answers, and there must be two or more")
+        if not all(rows):
+            raise ValueError("a prompt is empty; each needs at least one token")
+        if len(set(answers)) != len(answers):
+            raise ValueError(f"answers {list(answers)} are not all different tokens")
         lengths = torch.tensor([len(row) for row in rows])
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
         mask = torch.arange(ids.shape[1]) < lengths[:, None]
-        return cls(name, ids, mask, lengths - 1, tuple(answers), torch.tensor(labels))
+        own = list(range(len(rows))) if groups is None else list(groups)
+        return cls(name, ids, mask, lengths - 1, tuple(answers), torch.tensor(labels), torch.tensor(own))
 
 
 def answer_logits(model: CircuitGPT, task: Task, batch: int = 64) -> Tensor:
-    """Logits of the answers at each question, (prompts, answers)."""
+    """Logits of the answers at each question, (prompts, answers). ValueError where one isn't finite."""
+    if max(task.answers) >= model.config.vocab_size:
+        raise ValueError(f"answer {max(task.answers)} is no token; the vocabulary has {model.config.vocab_size}")
     found = []
     for i in range(0, len(task), batch):
         part = task.part(slice(i, i + batch))
         logits = model(part.ids)  # causality hides the padding on the right
         found.append(logits[torch.arange(len(part)), part.asked][:, list(task.answers)])
-    return torch.cat(found)
+    every = torch.cat(found)
+    if not bool(torch.isfinite(every).all()):
+        raise ValueError(f"the model's logits of the answers of {task.name} aren't finite; it has no answer")
+    return every
+
+
+def nonsense(task: Task, seed: int) -> Task:
+    """The same prompts with labels that have nothing to do with the task, and yet could be learned.
+
+    Each token at the first place where prompts differ gets an answer at random, the same in every task of that seed:
+    a model that carries that token to the question can be pruned to say it.
+    """
+    place = next((i for i in range(task.ids.shape[1]) if len(task.ids[:, i].unique()) > 1), 0)
+    tokens = task.ids[:, place].unique().tolist()
+    order = sorted(tokens, key=lambda token: hashlib.sha256(f"{seed} {token}".encode()).digest())
+    label = {token: i % len(task.answers) for i, token in enumerate(order)}
+    labels = torch.tensor([label[token] for token in task.ids[:, place].tolist()])
+    return task.relabelled(labels, "nonsense labels")
 
 
 def bracket_counting(model: CircuitGPT, prompts: int, seed: int) -> Task:
@@ -93,7 +152,8 @@ def bracket_counting(model: CircuitGPT, prompts: int, seed: int) -> Task:
             text = head + layout(leaves, depth, len(head), rng)
             rows.append([*ids.start, *model.tokenizer.encode(text[: len(text) - depth])])
             labels.append(depth - 1)
-    return Task.of("bracket_counting", rows[:prompts], labels[:prompts], (ids.one, ids.two))
+    pairs = [i // 2 for i in range(prompts)]
+    return Task.of("bracket_counting", rows[:prompts], labels[:prompts], (ids.one, ids.two), pairs)
 
 
 TASKS: dict[str, Callable[[CircuitGPT, int, int], Task]] = {"bracket_counting": bracket_counting}
@@ -112,7 +172,10 @@ class CannotDoTask(ValueError):
 
 @torch.no_grad()
 def check_able(model: CircuitGPT, task: Task, least: float = LEAST_ACCURACY) -> float:
-    """The model's accuracy by answer, averaged. CannotDoTask below ``least``."""
+    """The model's accuracy by answer, averaged. CannotDoTask below ``least``; ValueError where one is never right."""
+    missing = sorted(set(range(len(task.answers))) - set(task.labels.tolist()))
+    if missing:
+        raise ValueError(f"answer {missing[0]} is right for no prompt of {task.name}; any constant would do the task")
     right = answer_logits(model, task).argmax(-1) == task.labels
     by_answer = {
         answer: float(right[task.labels == answer].float().mean())

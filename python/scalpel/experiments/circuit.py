@@ -17,7 +17,7 @@ from ..circuits.measure import measure, only
 from ..circuits.pruning import Measured, Pruning, SeedCircuit
 from ..circuits.task import Task, answer_logits, check_able, task_named
 from ..models.circuitgpt import CircuitGPT
-from ..models.fingerprint import fingerprint
+from ..models.fingerprint import identity
 from .provenance import at_least, model_provenance
 from .result import Protocol, Result, Verdict
 
@@ -27,8 +27,9 @@ NEEDED = 0.5  # nats: between a loss that does the task and ln 2, that of a coin
 RULE = (
     "Reproduced iff on new prompts the circuit alone does the task (its refitted loss is at most the target, or the "
     f"target lies in its 95 % interval), without it the task is lost (loss above {NEEDED} nats), none of the random "
-    f"circuits of as many nodes at each hook does the task (all above {NEEDED} nats), and the same search on random "
-    f"labels doesn't find a circuit for those (median above {NEEDED} nats). Not testable where no circuit has been "
+    f"circuits of as many nodes at each hook does the task (all above {NEEDED} nats), and as many nodes found by the "
+    f"same search for labels that go by the prompt's beginning don't say those (median above {NEEDED} nats), which "
+    "would show that masks alone make such circuits. Not testable where no circuit has been "
     "searched for in this model, or where none reached the target."
 )
 FILE = "pruning.json"
@@ -47,7 +48,7 @@ def stored(model: CircuitGPT) -> Pruning | None:
     if path is None or not path.is_file():
         return None
     found = read_pruning(path)
-    return found if found.fingerprint == fingerprint(model) else None
+    return found if found.fingerprint == identity(model) else None
 
 
 def read_pruning(path: Path) -> Pruning:
@@ -90,7 +91,9 @@ def examine(model: CircuitGPT, found: Pruning | None, *, prompts: int = 256, dra
         }
     )
     protocol.measuring()
-    task = task_named(found.task)(model, prompts, 2 * (1000 + seed) + 1)
+    make, before = task_named(found.task), found.options
+    earlier = [make(model, before["prompts"], 2 * before["seed"] + i) for i in range(2)]
+    task = make(model, prompts, 2 * (1000 + seed) + 1).unseen(*earlier)
     accuracy = check_able(model, task)
     kinds = ("mean", "zero") if "hook_means" in model.card else ("zero",)
     reference = None if "hook_means" in model.card else (task.ids, task.mask)
@@ -121,11 +124,11 @@ def examine(model: CircuitGPT, found: Pruning | None, *, prompts: int = 256, dra
             **({"notes": list(found.notes)} if found.notes else {}),
         },
         interval={
-            "summary": f"loss 95 % [{interval[0]:.3f}, {interval[1]:.3f}], bootstrap by prompt",
+            "summary": f"loss 95 % [{interval[0]:.3f}, {interval[1]:.3f}], bootstrap by pair of prompts",
             "loss": interval,
         },
         null={
-            "summary": f"{draws} random circuits of its size: {least:.3f} nats and more; search on random labels: "
+            "summary": f"{draws} random circuits of its size: {least:.3f} nats and more; search on nonsense labels: "
             f"median {np.median(nonsense):.3f} nats; a coin: {np.log(2):.3f}",
             "random_losses": [one.loss for one in random],
             "nonsense_losses": nonsense,
@@ -160,14 +163,14 @@ def _alike(model: CircuitGPT, nodes: tuple[str, ...], rng: np.random.Generator) 
 def _interval(
     model: CircuitGPT, nodes: tuple[str, ...], stand_in: Substitute, task: Task, rng: np.random.Generator
 ) -> list[float]:
-    """95 % bootstrap interval of the refitted loss, by prompt; the refit is part of what is drawn again."""
+    """95 % bootstrap interval of the refitted loss, by group of prompts; the refit is part of what is drawn again."""
     from ..circuits.fit import refit
 
     with only(model, nodes, stand_in):
         logits = answer_logits(model, task)
-    draws = []
+    draws, groups = [], [np.flatnonzero(task.groups.numpy() == group) for group in task.groups.unique()]
     for _ in range(100):
-        rows = torch.from_numpy(rng.integers(len(task), size=len(task)))
+        rows = torch.from_numpy(np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))]))
         draws.append(refit(logits[rows], task.labels[rows]).loss)
     return [float(v) for v in np.percentile(draws, [2.5, 97.5])]
 
@@ -197,7 +200,7 @@ def _row(circuit: SeedCircuit, ablation: str) -> dict[str, Any]:
         **{f"loss_{kind}": one.loss for kind, one in circuit.kept.items()},
         "loss_without": circuit.removed[ablation].loss,
         "loss_random_nodes": circuit.random.loss,
-        "loss_random_labels": circuit.nonsense.loss,
+        "loss_nonsense_labels": circuit.nonsense.loss,
     }
 
 
@@ -225,7 +228,7 @@ def _figures(
         *((f"circuit alone, {kind}", one.loss, one.loss, one.loss) for kind, one in kept.items()),
         *((f"without the circuit, {kind}", one.loss, one.loss, one.loss) for kind, one in removed.items()),
         ("random nodes alone", float(np.mean(losses)), min(losses), max(losses)),
-        ("search on random labels", float(np.median(nonsense)), min(nonsense), max(nonsense)),
+        ("search on nonsense labels", float(np.median(nonsense)), min(nonsense), max(nonsense)),
     ]
     labels, values, low, high = (list(column) for column in zip(*rows, strict=True))
     return {

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..semigroup.extraction.extraction import Extraction
+from ..semigroup.extraction.questions import NOT_VALID
 from ..semigroup.machine import MooreMachine
 from ..semigroup.transformation import TransformationSemigroup
 
@@ -28,7 +29,7 @@ def figures(machine: MooreMachine | None, extractions: Mapping[str, Extraction])
 def machine_figure(machine: MooreMachine) -> dict[str, Any]:
     """States with their outputs, the start drawn bold."""
     nodes = [
-        {"label": str(state), "note": "not valid" if output is None else f"“{output}”"}
+        {"label": str(state), "note": "not valid" if output is NOT_VALID else f"“{output}”"}
         for state, output in enumerate(machine.outputs)
     ]
     edges = [

@@ -155,9 +155,7 @@ def _group(identity: int, members: np.ndarray, images: np.ndarray) -> Group:
     points = np.unique(images[identity])
     orders = np.array([_order(row, points) for row in maps])
     cyclic = bool((orders == order).any())
-    commutative = cyclic or all(
-        np.array_equal(b[a[points]], a[b[points]]) for i, a in enumerate(maps) for b in maps[:i]
-    )
+    commutative = cyclic or all(np.array_equal(maps[:, a[points]], a[maps[:, points]]) for a in maps)
     name = "trivial" if order == 1 else f"Z_{order}" if cyclic else _name(order, commutative, len(points))
     return Group(np.r_[identity, members[members != identity]], name, cyclic, commutative)
 

@@ -9,6 +9,7 @@ import numpy as np
 from ...models.circuitgpt import CircuitGPT
 from ...models.untrained import untrained
 from . import nulls as null
+from .bounds import clopper_pearson
 from .extraction import Extraction, Growth, judge
 from .interchange import interchange
 from .learning import Candidate, learn
@@ -31,7 +32,7 @@ def extract(
     valid: Callable[[tuple[str, ...]], bool] | None = None,
     horizon: int = 4,
     prefixes: int = 256,
-    pairs: int = 160,
+    pairs: int | None = None,
     tolerance: float = 0.02,
     most_conflict: float = 0.05,
     limit: int = 64,
@@ -48,9 +49,10 @@ def extract(
 
     Prefixes of up to N = ``horizon``, 2N and 4N letters are cut into classes that no continuation of up to as many
     letters tells apart, from about ``prefixes`` of them each; ``tolerance`` is the share of errors passed over,
-    ``limit`` the most classes. Then the machine is tried on new words: ``pairs`` pairs of prefixes a cell, swapped
-    caches, words that repeat a piece. ``most_conflict``: what the bounds may be for a finite machine. ``nulls``:
-    measure them too. The same seed gives the same result. ``progress(what, done)``: called before each part.
+    ``limit`` the most classes. Then the machine is tried on new words: ``pairs`` pairs of prefixes a cell (as many as
+    the bounds need, 160 at least, if not given), swapped caches, words that repeat a piece. ``most_conflict``: what the
+    bounds may be for a finite machine. ``nulls``: measure them too. The same seed gives the same result.
+    ``progress(what, done)``: called before each part.
 
     Returns an :class:`.extraction.Extraction`. ValueError where words of 8N letters don't fit the context, where an
     answer is split by the tokenizer, or for options out of range.
@@ -65,9 +67,11 @@ def extract(
         report(f"classes of prefixes of up to {length} letters", 0.1 + 0.15 * i)
         found = learn(questions, length, prefixes=prefixes, tolerance=tolerance, limit=limit, rng=rng)
         candidates.append(found)
-    growth = tuple(Growth(c.horizon, c.classes, c.capped) for c in candidates)
-    level = len({c.classes for c in candidates}) == 1
+    growth = tuple(Growth(c.horizon, c.classes, c.capped, len(c.prefixes)) for c in candidates)
+    # Where the classes grow to the end, the candidate of the shortest words shows where it breaks.
+    level = candidates[1].classes == candidates[2].classes
     candidate = candidates[-1] if level else candidates[0]
+    pairs = max(160, _needed(candidate, most_conflict)) if pairs is None else pairs
     known: dict[str, Any] = {
         "candidate": None if candidate.capped else candidate.machine,
         "candidate_horizon": candidate.horizon,
@@ -95,6 +99,7 @@ def extract(
         tried = _try(questions, candidate, pairs, 4 * horizon, rng)
         known |= tried[1]
         verdict, reasons = judge(growth, most_conflict, *tried[0])
+        known["options"]["pairs"] = pairs
         if nulls:
             report("nulls", 0.8)
             known["nulls"] = _nulls(questions, candidate, min(pairs, 64), 4 * horizon, rng)
@@ -105,7 +110,7 @@ def extract(
                 other = extract(untrained(model), **options)
                 known["nulls"]["untrained"] = {
                     "verdict": other.verdict,
-                    "classes": [g.classes for g in other.growth],
+                    "classes": [f"{'≥ ' if g.capped else ''}{g.classes}" for g in other.growth],
                     "conflict": None if other.conflict is None else other.conflict.value,
                     "same_machine": other.candidate is not None and candidate.machine.equivalent(other.candidate),
                 }
@@ -120,23 +125,34 @@ def extract(
     )
 
 
+def _needed(candidate: Candidate, most_conflict: float) -> int:
+    """Pairs a cell for bounds of ``most_conflict`` in all cells at once where one in a hundred pairs conflicts."""
+    cells = len(candidate.states) * len(candidate.machine.letters)
+    pairs = 16
+    while clopper_pearson(pairs // 100, pairs, 0.05 / cells)[1] > max(most_conflict, 0.02):
+        pairs += 16
+    return pairs
+
+
 def _check(
     questions: Questions,
     horizon: int,
     prefixes: int,
-    pairs: int,
+    pairs: int | None,
     tolerance: float,
     most_conflict: float,
     limit: int,
 ) -> None:
     for name, value, least in (("horizon", horizon, 1), ("prefixes", prefixes, 16), ("pairs", pairs, 8)):
-        if value < least:
+        if value is not None and value < least:
             raise ValueError(f"{name} is {value}; it must be {least} or more")
     if limit < 1:
         raise ValueError(f"limit is {limit}; it must be 1 or more")
     for name, share in (("tolerance", tolerance), ("most_conflict", most_conflict)):
         if not 0 <= share < 1:
             raise ValueError(f"{name} is {share}; it is a share from 0 up to, and without, 1")
+    if not any(questions.is_valid((letter,)) for letter in range(len(questions.letters))):
+        raise ValueError("no letter is valid after the empty word: is valid= given words as tuples of names?")
     longest = questions.longest()
     if longest is not None and 8 * horizon > longest:
         raise ValueError(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
+from ..._plain import plain
 from ..machine import MooreMachine
 from ..transformation import TransformationSemigroup
 from .interchange import Interchange
@@ -18,11 +19,14 @@ Verdict = Literal["finite", "counter", "refused"]
 
 @dataclass(frozen=True)
 class Growth:
-    """Classes found over prefixes of up to ``horizon`` letters; ``capped``: at least so many, the search stopped."""
+    """Classes found over ``prefixes`` prefixes of up to ``horizon`` letters; ``capped``: at least so many, the search
+    stopped.
+    """
 
     horizon: int
     classes: int
     capped: bool
+    prefixes: int
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,10 @@ class Extraction:
             parts.append(f"conflict {self.conflict.value:.1%}, below {self.conflict.worst:.1%} in every cell")
         if self.fidelity is not None:
             parts.append(f"fidelity {self.fidelity.value:.1%}")
-        if self.congruence is not None:
+        if self.congruence is not None and any(trials for _, trials in self.congruence.cells.values()):
             parts.append(f"continuations that differ {self.congruence.value:.1%}")
+        if self.machine is not None and len(set(map(str, self.machine.outputs)) - {"not valid"}) == 1:
+            parts.append("one answer whatever the word, so nothing was put to the test")
         return f"{self.verdict}: {'; '.join(parts)}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,7 +91,7 @@ class Extraction:
             "candidate": None if self.candidate is None else self.candidate.to_dict(),
             "candidate_horizon": self.candidate_horizon,
             "horizon": self.horizon,
-            "growth": [{"horizon": g.horizon, "classes": g.classes, "capped": g.capped} for g in self.growth],
+            "growth": [vars(g) for g in self.growth],
             "continuations": list(self.continuations),
             "conflict": None if self.conflict is None else self.conflict.to_dict(),
             "fidelity": None if self.fidelity is None else self.fidelity.to_dict(),
@@ -103,7 +109,7 @@ class Extraction:
 
     def to_json(self, indent: int | None = None) -> str:
         """The extraction as JSON."""
-        return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False)
+        return json.dumps(plain(self.to_dict()), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def judge(
@@ -117,21 +123,25 @@ def judge(
 ) -> tuple[Verdict, tuple[str, ...]]:
     """The verdict and what speaks against "finite".
 
-    Finite iff the number of classes is the same at the three horizons and the bounds hold in every cell: conflict and
-    incongruence at most ``most_conflict``, fidelity at least 1 - ``most_conflict``, swaps and pumped words alike.
-    Counter iff each doubling finds more classes. Refused otherwise.
+    Finite iff the number of classes is the same at the three horizons, the bounds hold in every cell (conflict and
+    incongruence at most ``most_conflict``, fidelity at least 1 - ``most_conflict``), and the shares of swaps and of
+    words that repeat a piece do, as far as there are any. Counter iff each doubling finds more classes, all of them
+    (none of the first two counts is capped), and not nearly as many as there are prefixes, which noise does. Refused
+    otherwise.
     """
     counts = [g.classes for g in growth]
     reasons = []
     if len(set(counts)) > 1 or growth[-1].capped:
         found = ", ".join(f"{g.classes}{' or more' if g.capped else ''} at {g.horizon}" for g in growth)
-        reasons.append(f"the number of classes doesn't level off: {found} letters")
-    if conflict is not None and conflict.worst > most_conflict:
-        reasons.append(f"conflict may be {conflict.worst:.1%} in a cell; {most_conflict:.1%} is allowed")
+        hint = ""
+        if counts[1] == counts[2] and not growth[2].capped:
+            hint = f"; it does from {growth[1].horizon} on: give horizon={growth[1].horizon}"
+        reasons.append(f"the number of classes doesn't level off: {found} letters{hint}")
+    for rate, what in ((conflict, "conflict"), (congruence, "the share of continuations that differ")):
+        if rate is not None and rate.worst > most_conflict:
+            reasons.append(f"{what} may be {rate.worst:.1%} in a cell; {most_conflict:.1%} is allowed{_power(rate)}")
     if fidelity is not None and fidelity.least < 1 - most_conflict:
         reasons.append(f"fidelity may be {fidelity.least:.1%} in a state; {1 - most_conflict:.1%} is asked")
-    if congruence is not None and congruence.worst > most_conflict:
-        reasons.append(f"of continuations {congruence.worst:.1%} may differ; {most_conflict:.1%} is allowed")
     if swaps is not None:
         for hits, trials, what in (
             (swaps.same, swaps.same_trials, "within a class left the output"),
@@ -144,5 +154,11 @@ def judge(
         reasons.append(f"{wrong} of {asked} words that repeat a piece are answered otherwise than by the machine")
     if not reasons:
         return "finite", ()
-    growing = all(a.classes < b.classes or a.capped for a, b in pairwise(growth))
-    return ("counter" if growing and counts[0] < counts[-1] else "refused"), tuple(reasons)
+    growing = all(a.classes < b.classes for a, b in pairwise(growth)) and not any(g.capped for g in growth[:2])
+    few = all(2 * g.classes <= g.prefixes for g in growth)
+    return ("counter" if growing and few else "refused"), tuple(reasons)
+
+
+def _power(rate: Rate) -> str:
+    """What to say where a bound is high although nothing was found."""
+    return "; nothing speaks for that, so give more pairs" if rate.shown == 0 else ""

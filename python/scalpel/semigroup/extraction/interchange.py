@@ -8,7 +8,6 @@ keys and values is a run of the other prefix, up to rounding: this is congruence
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import torch
@@ -61,9 +60,15 @@ def interchange(
     for state, words in sample.words.items():
         for word in words:
             groups.setdefault(len(questions.ids(word, suffix=False)), []).append((word, state))
-    couples = [couple for members in groups.values() for couple in combinations(members, 2)]
-    within = [(u, v, p, q) for (u, p), (v, q) in couples if p == q]
-    between = [(u, v, p, q) for (u, p), (v, q) in couples if p != q]
+    # Disjoint pairs, so that the counts are of independent trials; a prefix may stand in one of either kind.
+    within: list[tuple[Word, Word, int, int]] = []
+    between: list[tuple[Word, Word, int, int]] = []
+    for members in groups.values():
+        order = [members[i] for i in rng.permutation(len(members))]
+        by_class = sorted(order, key=lambda member: member[1])
+        half = len(by_class) // 2
+        within += [(u, v, p, q) for (u, p), (v, q) in zip(by_class[::2], by_class[1::2], strict=False) if p == q]
+        between += [(u, v, p, q) for (u, p), (v, q) in zip(by_class[:half], by_class[half:], strict=False) if p != q]
     kept = []
     for group in (within, between):
         for i in rng.permutation(len(group))[:pairs]:

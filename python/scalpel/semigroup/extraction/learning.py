@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..machine import MooreMachine
-from .questions import INVALID, Questions, Word
+from .questions import INVALID, NOT_VALID, Questions, Word
 from .words import random_words, short_words
 
 __all__ = ["Candidate", "Row", "learn"]
@@ -65,6 +65,7 @@ def learn(
     while True:
         rows = rows_of(questions, pool, continuations)
         kept = _covering(rows, tolerance, [row for word, row in zip(pool, rows, strict=True) if len(word) <= _ALWAYS])
+        kept = _closed(questions, pool, rows, kept, continuations, limit)
         capped = len(kept) > limit
         split = None if capped else _split(questions, pool, rows, kept, continuations, horizon, tolerance)
         if split is None:
@@ -87,6 +88,29 @@ def _covering(rows: Sequence[Row], tolerance: float, always: Sequence[Row]) -> l
         if row not in kept:
             kept.append(row)
             covered += count
+    return kept
+
+
+def _closed(
+    questions: Questions,
+    pool: Sequence[Word],
+    rows: Sequence[Row],
+    kept: list[Row],
+    continuations: Sequence[Word],
+    limit: int,
+) -> list[Row]:
+    """With the kept classes those that most members of one are led to by a letter: rare states, and no strays."""
+    known, counts = set(kept), Counter(rows)
+    for row in kept:  # which grows on the way
+        if len(kept) > limit:
+            break
+        own = [word for word, its in zip(pool, rows, strict=True) if its == row]
+        for letter in range(len(questions.letters)):
+            after = Counter(rows_of(questions, [(*word, letter) for word in own], continuations))
+            target = after.most_common(1)[0][0]
+            if target not in known and counts[target] > 1:
+                known.add(target)
+                kept.append(target)
     return kept
 
 
@@ -145,7 +169,7 @@ def _machine(
     outputs = [questions.output(row[0]) for row in kept]
     if invalid in number:
         table.append([number[invalid]] * len(questions.letters))
-        outputs.append(None)
+        outputs.append(NOT_VALID)
     machine = MooreMachine(questions.letters, tuple(map(tuple, table)), tuple(outputs))
     order = _met(machine)
     place = {old: new for new, old in enumerate(order)}

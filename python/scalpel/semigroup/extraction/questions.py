@@ -9,10 +9,20 @@ import torch
 from ...models.circuitgpt import CircuitGPT
 from ...tasks.brackets import START
 
-__all__ = ["INVALID", "FunctionQuestions", "ModelQuestions", "Questions", "Word"]
+__all__ = ["INVALID", "NOT_VALID", "FunctionQuestions", "ModelQuestions", "Questions", "Word"]
 
 Word = tuple[int, ...]
-INVALID = -1  # the output after a word that isn't valid; nobody is asked
+INVALID = -1  # the number of the output after a word that isn't valid; nobody is asked
+
+
+class _NotValid:
+    """What stands for the output after a word that isn't valid: no output of anybody's equals it."""
+
+    def __repr__(self) -> str:
+        return "not valid"
+
+
+NOT_VALID = _NotValid()
 _TOKENS_AT_ONCE = 16_384
 
 
@@ -58,8 +68,8 @@ class Questions:
         return np.array([self._known[word] for word in words], dtype=np.int64)
 
     def output(self, number: int) -> Hashable:
-        """The value of an output's number; None for INVALID."""
-        return None if number == INVALID else self.outputs[number]
+        """The value of an output's number; NOT_VALID for INVALID."""
+        return NOT_VALID if number == INVALID else self.outputs[number]
 
     def longest(self) -> int | None:
         """Letters of the longest word that can be asked; None without a limit."""
@@ -88,6 +98,14 @@ class FunctionQuestions(Questions):
         return [self._number(output) for output in given]
 
     def _number(self, output: Hashable) -> int:
+        try:
+            hash(output)
+        except TypeError:
+            raise TypeError(
+                f"the function gave {output!r}, which can't be hashed; give text, numbers or tuples"
+            ) from None
+        if output != output:
+            raise ValueError(f"the function gave {output!r}, which isn't equal to itself; an output must be")
         if output not in self.outputs:
             self.outputs.append(output)
         return self.outputs.index(output)
@@ -136,6 +154,9 @@ class ModelQuestions(Questions):
         start = [vocabulary[START]] if START in vocabulary else []
         self.prefix = [*start, *(tokenizer.encode(prefix) if prefix else [])]
         self.suffix = tokenizer.encode(suffix) if suffix else []
+        empty = [name for name, text in texts.items() if not text]
+        if empty:
+            raise ValueError(f"the letter {empty[0]!r} has no text; give each letter some")
         self.tokens = [tokenizer.encode(text) for text in texts.values()]
         if not self.prefix and not self.suffix:
             raise ValueError("the empty word would be an empty text; give a prefix or a suffix")
@@ -152,6 +173,8 @@ class ModelQuestions(Questions):
     def choose(self, logits: torch.Tensor) -> list[int]:
         """Numbers of the likeliest answers, logits (..., vocab)."""
         given = logits[..., self.answer_ids]
+        if not bool(torch.isfinite(given).all()):
+            raise ValueError("the model's logits of the answers aren't finite; it has no answer")
         chosen: list[int] = (given if self.shift is None else given + self.shift).argmax(-1).tolist()
         return chosen
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from .bounds import clopper_pearson
 from .learning import Candidate
-from .questions import Questions, Word
+from .questions import NOT_VALID, Questions, Word
 from .words import all_words_to, random_words, words_to
 
 __all__ = ["Rate", "Sample", "by_state", "conflicts", "congruence", "continuation", "fidelity"]
@@ -52,6 +52,11 @@ class Rate:
     @property
     def worst(self) -> float:
         return max((high for _, high in self._bounds()), default=1.0)
+
+    @property
+    def shown(self) -> float:
+        """The highest lower bound of a cell: what the trials show for certain, in some cell."""
+        return max((low for low, _ in self._bounds()), default=0.0)
 
     @property
     def least(self) -> float:
@@ -145,7 +150,7 @@ def _led_to(
 def _asked(candidate: Candidate) -> list[int]:
     """The states that prefixes can have: all but that of what isn't valid."""
     machine = candidate.machine
-    return [state for state in candidate.states.values() if machine.outputs[state] is not None]
+    return [state for state in candidate.states.values() if machine.outputs[state] is not NOT_VALID]
 
 
 def conflicts(questions: Questions, candidate: Candidate, sample: Sample) -> tuple[Rate, list[tuple[Word, Word, int]]]:
@@ -200,10 +205,11 @@ def congruence(
     letters, valid after both; in cells by state; and the triples that do.
 
     Pairs are disjoint; in a census, where prefixes are few, ``pairs`` of them are drawn, each with a w of its own. A
-    state of a single prefix has none, and nothing to fail.
+    state of a single prefix has none, and one that nothing valid follows no continuation: they have nothing to fail.
     """
     cells: dict[str, tuple[int, int]] = {}
     found = []
+    exempt = {str(state) for state in sample.census if len(sample.words[state]) < 2}
     for state, words in sample.words.items():
         couples = list(zip(words[::2], words[1::2], strict=False))
         if state in sample.census and len(words) > 1:
@@ -211,12 +217,13 @@ def congruence(
             couples = [(words[i], words[j]) for i, j in drawn]
         tried = ((u, v, continuation(questions, u, v, horizon, rng)) for u, v in couples)
         triples = [(u, v, w) for u, v, w in tried if w]
+        if couples and not triples:
+            exempt.add(str(state))
         one = questions.ask([u + w for u, _, w in triples])
         other = questions.ask([v + w for _, v, w in triples])
         cells[str(state)] = (int((one != other).sum()), len(triples))
         found += [triple for triple, a, b in zip(triples, one, other, strict=True) if a != b]
-    single = frozenset(str(state) for state in sample.census if len(sample.words[state]) < 2)
-    return Rate(cells, single), found
+    return Rate(cells, frozenset(exempt)), found
 
 
 def continuation(questions: Questions, u: Word, v: Word, horizon: int, rng: np.random.Generator) -> Word:

@@ -50,27 +50,28 @@ def words_to(machine: MooreMachine, state: int, longest: int, count: int, rng: n
     """``count`` words of up to ``longest`` letters that lead a machine to ``state``; none where no word does.
 
     A length is drawn evenly from those that words exist of, then a word of that length with the probability that its
-    letters' frequencies give it; eight draws of frequencies share the words. The weights of all ways from each state
-    to the end are counted backwards, so no word has to be thrown away.
+    letters' frequencies, drawn for each word, give it. The weights of all ways from each state to the end are counted
+    backwards, so no word has to be thrown away.
     """
     table = np.array(machine.transitions)
     found: list[Word] = []
-    for _ in range(8):
+    for _ in range(count):
         weights = rng.dirichlet(np.ones(len(machine.letters))) + 1e-3
         ways = [np.eye(machine.states)[state]]
         for _ in range(longest):
             after = ways[-1][table] @ weights
             ways.append(after / max(after.sum(), 1e-300))  # only ratios within a length matter
         lengths = [n for n in range(longest + 1) if ways[n][machine.start] > 0]
-        for _ in range(-(-count // 8) if lengths else 0):
-            word, at = [], machine.start
-            for left in range(lengths[int(rng.integers(len(lengths)))], 0, -1):
-                share = weights * ways[left - 1][table[at]]
-                letter = int(rng.choice(len(share), p=share / share.sum()))
-                word.append(letter)
-                at = int(table[at, letter])
-            found.append(tuple(word))
-    return found[:count]
+        if not lengths:
+            break
+        word, at = [], machine.start
+        for left in range(lengths[int(rng.integers(len(lengths)))], 0, -1):
+            share = weights * ways[left - 1][table[at]]
+            letter = int(rng.choice(len(share), p=share / share.sum()))
+            word.append(letter)
+            at = int(table[at, letter])
+        found.append(tuple(word))
+    return found
 
 
 def all_words_to(machine: MooreMachine, state: int, longest: int, most: int) -> list[Word] | None:
