@@ -115,7 +115,8 @@ def examine(model: CircuitGPT, found: Pruning | None, *, prompts: int = 256, dra
     return protocol.conclude(
         measured={
             "summary": f"{len(best.nodes)} nodes, {best.edges} edges: loss {own.loss:.3f} nats, accuracy "
-            f"{own.accuracy:.1%} (whole model {accuracy:.1%}); without them {removed[found.ablation].loss:.3f} nats",
+            f"{own.accuracy:.1%} (whole model {accuracy:.1%}); without them {removed[found.ablation].loss:.3f} nats"
+            + _closing(found.closure),
             "kept": {kind: vars(one) for kind, one in kept.items()},
             "removed": {kind: vars(one) for kind, one in removed.items()},
             "seeds": [_row(circuit, found.ablation) for circuit in found.circuits],
@@ -202,6 +203,16 @@ def _row(circuit: SeedCircuit, ablation: str) -> dict[str, Any]:
         "loss_random_nodes": circuit.random.loss,
         "loss_nonsense_labels": circuit.nonsense.loss,
     }
+
+
+def _closing(closure: dict[str, Any]) -> str:
+    """What the circuit closes over, in words; nothing where that wasn't measured."""
+    if not closure:
+        return ""
+    letters = ", ".join(closure["letters"]) or "no letter"
+    sizes = "" if closure["whole_size"] is None else f" ({closure['size']} of {closure['whole_size']} elements)"
+    known, chance = closure["states_kept"], closure["states_kept_by_nothing"]
+    return f"; it keeps the action of {letters}{sizes} and knows {known:.0%} of the states, no node at all {chance:.0%}"
 
 
 def _of_all(found: Pruning) -> list[str]:
