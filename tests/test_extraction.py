@@ -6,16 +6,13 @@ from itertools import product
 
 import numpy as np
 import pytest
-import torch
 from scipy.stats import binom
 
-from scalpel.models.circuitgpt import CircuitGPT
 from scalpel.semigroup import MooreMachine, ThresholdCounter, extract
 from scalpel.semigroup.extraction.bounds import clopper_pearson
 from scalpel.semigroup.extraction.extraction import Growth, judge
-from scalpel.semigroup.extraction.interchange import after_swap
 from scalpel.semigroup.extraction.learning import learn
-from scalpel.semigroup.extraction.questions import INVALID, NOT_VALID, FunctionQuestions, ModelQuestions
+from scalpel.semigroup.extraction.questions import INVALID, NOT_VALID, FunctionQuestions
 from scalpel.semigroup.extraction.trials import Rate, by_state, conflicts, fidelity
 from scalpel.semigroup.extraction.words import all_words_to, pumped, random_words, short_words, words_to
 
@@ -298,84 +295,10 @@ def test_the_verdict_follows_from_each_figure():
     )
 
 
-# ---- models -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def mod3():
-    return CircuitGPT.from_pretrained("mod3-mini")
-
-
-@pytest.mark.parametrize("name", ["mod3-mini", "flip-flop-mini", "parity-mini"])
-def test_the_shipped_models_are_their_machines(name):
-    model = CircuitGPT.from_pretrained(name)
-    card = model.card["machine"]
-    trained_on = MooreMachine(tuple(card["letters"]), tuple(map(tuple, card["transitions"])), tuple(card["outputs"]))
-    found = extract(model, card["letters"], card["outputs"], prefixes=64, pairs=112, nulls=False)
-    assert found.verdict == "finite", found.reasons
-    assert found.machine.equivalent(trained_on)
-    semigroup = found.semigroup()
-    groups = sorted(group.name for group in semigroup.groups())
-    assert (semigroup.size, groups) == {
-        "Z_3": (3, ["Z_3"]),
-        "Z_2": (2, ["Z_2"]),
-        "flip-flop": (3, ["trivial", "trivial"]),
-    }[card["known_as"]]
-
-
-def test_swapped_caches_are_the_other_prefix(mod3):
-    """A causal model with v's keys and values in u's place answers as after v: the whole state is the cache."""
-    questions = ModelQuestions(mod3, ["a", "b"], ["0", "1", "2"])
-    rng = np.random.default_rng(1)
-    triples = [tuple(tuple(rng.integers(2, size=n).tolist()) for n in (6, 6, 4)) for _ in range(20)]
-    swapped = after_swap(questions, triples)
-    assert swapped == questions.ask([v + w for _, v, w in triples]).tolist()
-    before = questions.ask([u + w for u, _, w in triples]).tolist()
-    assert swapped != before
-
-
-def test_a_model_is_asked_after_prefix_word_and_suffix(mod3):
-    questions = ModelQuestions(mod3, {"one": "a", "two": "aa"}, {"zero": "0", "1": "1", "2": "2"}, prefix="a")
-    words = [(), (0,), (1,), (0, 1, 1), (1, 1, 1, 0)]
-    counts = [1 + sum(1 + letter for letter in word) for word in words]
-    said = [questions.output(number) for number in questions.ask(words)]
-    assert said == [["zero", "1", "2"][count % 3] for count in counts]
-    with torch.no_grad():
-        logits = mod3(torch.tensor([questions.ids((0, 1))]))[0, -1]
-    assert questions.choose(logits) == questions.ask([(0, 1)])[0]
-    along = ModelQuestions(mod3, ["a", "b"], ["0", "1", "2"]).ask([(0, 0, 1), (0,), (0, 0)])
-    apart = [ModelQuestions(mod3, ["a", "b"], ["0", "1", "2"]).ask([w])[0] for w in [(0, 0, 1), (0,), (0, 0)]]
-    assert along.tolist() == apart == [2, 1, 2]
-
-
-def test_what_a_model_can_not_be_asked(mod3):
-    with pytest.raises(ValueError, match="splits the answer 'ab'"):
-        extract(mod3, ["a", "b"], ["0", "ab"])
-    with pytest.raises(ValueError, match="at least two"):
-        extract(mod3, ["a", "b"], ["0"])
-    with pytest.raises(ValueError, match="answers is missing"):
-        extract(mod3, ["a", "b"])
-    with pytest.raises(ValueError, match="a horizon of at most 4"):
-        extract(mod3, ["a", "b"], ["0", "1", "2"], horizon=5)
-    with pytest.raises(ValueError, match="not all different"):
-        extract(mod3, ["a", "b"], {"x": "0", "y": "0"})
-    bare = CircuitGPT(mod3.config)
-    with pytest.raises(ValueError, match="no tokenizer"):
-        extract(bare, ["a"], ["0", "1"])
-
-
 def test_invalid_words_have_no_output():
     questions = FunctionQuestions(counted("a", 2), ["a", "b"], valid=lambda word: word.count("b") < 2)
     assert questions.ask([(1,), (1, 1), (1, 1, 0)]).tolist() == [0, INVALID, INVALID]
     assert questions.output(INVALID) is NOT_VALID
-
-
-def test_a_model_whose_logits_are_no_numbers_has_no_answer(mod3):
-    broken = CircuitGPT.from_pretrained("mod3-mini")
-    with torch.no_grad():
-        broken.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match="aren't finite"):
-        extract(broken, ["a", "b"], ["0", "1", "2"])
 
 
 def test_one_answer_to_everything_is_said_to_be_no_test():
@@ -413,8 +336,3 @@ def test_none_is_an_output_like_any_other():
         extract(lambda words: [float("nan")] * len(words), ["a"])
     with pytest.raises(TypeError, match="can't be hashed"):
         extract(lambda words: [[]] * len(words), ["a"])
-
-
-def test_a_letter_without_text(mod3):
-    with pytest.raises(ValueError, match="letter 'nothing' has no text"):
-        extract(mod3, {"a": "a", "nothing": ""}, ["0", "1"])

@@ -1,6 +1,5 @@
 """What each node's ablation does to the answers: every node of a model, in batched passes that can be resumed."""
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._files import replace_text, replacing
+from .._files import replacing
 from ..models.circuitgpt import CircuitGPT
 from ..models.fingerprint import identity
 from ..models.hooks import check_hooks, hook_width
 from .ablations import Substitute, digest, substitute
+from .kept import keyed_folder
 from .packing import pack
 from .tail import Tail
 from .task import Task, answer_logits
@@ -144,17 +144,7 @@ class _Kept:
     """Finished hooks in a folder."""
 
     def __init__(self, folder: str | Path | None, key: dict[str, Any]) -> None:
-        self.folder = None if folder is None else Path(folder)
-        if self.folder is None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        text, stored = json.dumps(key), self.folder / "effects.json"
-        if stored.exists() and stored.read_text() != text:
-            raise ValueError(
-                f"{self.folder} holds effects of another model, task or kind of ablation; give another folder, or "
-                "remove that one to measure anew"
-            )
-        replace_text(stored, text)
+        self.folder = keyed_folder(folder, "effects.json", key, "effects of another model, task or kind of ablation")
 
     def load(self, name: str) -> np.ndarray | None:
         path = None if self.folder is None else self.folder / f"{name}.npy"

@@ -1,9 +1,11 @@
 """How well a model does a task with only some nodes left, or without them."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
+from numpy.random import Generator
 from torch import Tensor
 
 from ..models.ablation import _in_force, _parse
@@ -13,7 +15,7 @@ from .fit import Fit, refit
 from .pruning import Measured
 from .task import Task, answer_logits
 
-__all__ = ["fit_of", "measure", "only"]
+__all__ = ["fit_of", "measure", "only", "random_nodes_like"]
 
 
 def measure(
@@ -50,3 +52,13 @@ def only(
         kept = named.get(name, torch.zeros(width, dtype=torch.bool))
         masks[name] = ~kept if removed else kept
     return _in_force(model, masked(masks, stand_in))
+
+
+def random_nodes_like(model: CircuitGPT, nodes: Iterable[str], rng: Generator) -> list[str]:
+    """As many nodes at every hook as there are among ``nodes``, at random."""
+    counts = Counter(node.rpartition(":")[0] for node in nodes)
+    return [
+        f"{name}:{channel}"
+        for name, width in nodes_at(model).items()
+        for channel in rng.permutation(width)[: counts[name]]
+    ]

@@ -21,8 +21,9 @@ from .ablations import digest, node_hooks, nodes_at, substitute, training_text
 from .closure import closes_over
 from .fit import refit
 from .graph import circuit_graph
+from .kept import keyed_folder
 from .masks import Schedule, learn_masks
-from .measure import measure
+from .measure import measure, random_nodes_like
 from .pruning import Measured, Pruning, SeedCircuit
 from .task import Task, answer_logits, check_able, nonsense, task_named
 
@@ -175,13 +176,13 @@ class _Search:
         kept = order[:count]
         judged = {kind: self._measure(kept, kind, self.judged_on) for kind in KINDS}
         removed = {kind: self._measure(kept, kind, self.judged_on, removed=True) for kind in KINDS}
-        drawn = self._drawn_like(kept, rng)
+        nodes = tuple(self.names[i] for i in kept.tolist())
+        drawn = random_nodes_like(self.model, nodes, rng)
         learned, judged_nonsense = nonsense(self.found_on, draw), nonsense(self.judged_on, draw)
         other = learn_masks(
             self.model, learned, stand_in.again(draw), self.schedule, draw, lambda done: progress(0.5 + 0.45 * done)
         )
         elsewhere = torch.cat(list(other.values())).argsort(descending=True, stable=True)[:count]
-        nodes = tuple(self.names[i] for i in kept.tolist())
         return SeedCircuit(
             seed=number,
             nodes=nodes,
@@ -190,8 +191,8 @@ class _Search:
             reached=loss <= self.target,
             kept=judged,
             removed=removed,
-            random=self._measure(drawn, self.ablation, self.judged_on),
-            random_removed=self._measure(drawn, self.ablation, self.judged_on, removed=True),
+            random=self._measure_named(drawn),
+            random_removed=self._measure_named(drawn, removed=True),
             nonsense=self._measure(elsewhere, self.ablation, judged_nonsense),
             seconds=time.monotonic() - begun,
         )
@@ -219,38 +220,24 @@ class _Search:
                 low = middle
         return best
 
-    def _drawn_like(self, kept: Tensor, rng: np.random.Generator) -> Tensor:
-        """As many nodes at every hook, at random."""
-        drawn, begin = [], 0
-        for width in self.widths.values():
-            count = int(((kept >= begin) & (kept < begin + width)).sum())
-            drawn.append(torch.from_numpy(begin + rng.permutation(width)[:count]))
-            begin += width
-        return torch.cat(drawn)
-
     @torch.no_grad()
     def _measure(self, nodes: Tensor, kind: str, task: Task, removed: bool = False) -> Measured:
         """Only ``nodes`` kept, or only they deleted."""
         names = [self.names[i] for i in nodes.tolist()]
         return measure(self.model, names, self.stand_ins[kind], task, removed=removed, seed=self.seed)
 
+    def _measure_named(self, names: list[str], removed: bool = False) -> Measured:
+        """The same for nodes by name, judged as the search is."""
+        stand_in = self.stand_ins[self.ablation]
+        return measure(self.model, names, stand_in, self.judged_on, removed=removed, seed=self.seed)
+
 
 class _Kept:
     """Finished seeds in a folder, each written in one move."""
 
     def __init__(self, folder: str | Path | None, key: dict[str, Any]) -> None:
-        self.folder = None if folder is None else Path(folder)
-        if self.folder is None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        stored = self.folder / "search.json"
-        text = json.dumps(key, indent=2, sort_keys=True)
-        if stored.exists() and stored.read_text() != text:
-            raise ValueError(
-                f"{self.folder} holds the seeds of another search (another model or other options); give another "
-                "folder, or remove that one to search anew"
-            )
-        replace_text(stored, text)
+        what = "the seeds of another search (another model, task or other options)"
+        self.folder = keyed_folder(folder, "search.json", key, what)
 
     def load(self, number: int) -> SeedCircuit | None:
         path = None if self.folder is None else self.folder / f"seed-{number}.json"

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..circuits.ablations import Substitute, node_hooks, nodes_at, substitute
+from ..circuits.ablations import Substitute, node_hooks, substitute
+from ..circuits.fit import refit
 from ..circuits.graph import CircuitGraph, circuit_graph
-from ..circuits.measure import measure, only
+from ..circuits.measure import measure, only, random_nodes_like
 from ..circuits.pruning import Measured, Pruning, SeedCircuit
 from ..circuits.task import Task, answer_logits, check_able, task_named
 from ..models.circuitgpt import CircuitGPT
@@ -61,6 +62,7 @@ def read_pruning(path: Path) -> Pruning:
             tuple(data["graph"]["nodes"]),
             tuple((e["src"], e["dst"], e["kind"], e["weight"]) for e in data["graph"]["edges"]),
         )
+        notes = tuple(data["notes"])
         plain_fields = {
             name: data[name]
             for name in (
@@ -70,7 +72,7 @@ def read_pruning(path: Path) -> Pruning:
         }
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no search of circuits ({error!r}); make it anew with scalpel prune") from error
-    return Pruning(circuits=circuits, best=best, graph=graph, notes=tuple(data["notes"]), **plain_fields)
+    return Pruning(circuits=circuits, best=best, graph=graph, notes=notes, **plain_fields)
 
 
 def examine(model: CircuitGPT, found: Pruning | None, *, prompts: int = 256, draws: int = 20, seed: int = 0) -> Result:
@@ -95,6 +97,8 @@ def examine(model: CircuitGPT, found: Pruning | None, *, prompts: int = 256, dra
     earlier = [make(model, before["prompts"], 2 * before["seed"] + i) for i in range(2)]
     task = make(model, prompts, 2 * (1000 + seed) + 1).unseen(*earlier)
     accuracy = check_able(model, task)
+    with torch.no_grad():
+        whole = refit(answer_logits(model, task), task.labels).loss
     kinds = ("mean", "zero") if "hook_means" in model.card else ("zero",)
     reference = None if "hook_means" in model.card else (task.ids, task.mask)
     kinds = kinds if found.ablation in kinds else (*kinds, found.ablation)
@@ -106,7 +110,7 @@ def examine(model: CircuitGPT, found: Pruning | None, *, prompts: int = 256, dra
     kept = {kind: measure(model, best.nodes, one, task) for kind, one in stand_ins.items()}
     removed = {kind: measure(model, best.nodes, one, task, removed=True) for kind, one in stand_ins.items()}
     rng = np.random.default_rng([seed, 5])
-    random = [measure(model, _alike(model, best.nodes, rng), stand_in, task) for _ in range(draws)]
+    random = [measure(model, random_nodes_like(model, best.nodes, rng), stand_in, task) for _ in range(draws)]
     interval = _interval(model, best.nodes, stand_in, task, rng)
     nonsense = [circuit.nonsense.loss for circuit in found.circuits]
     own = kept[found.ablation]
@@ -117,6 +121,7 @@ def examine(model: CircuitGPT, found: Pruning | None, *, prompts: int = 256, dra
             "summary": f"{len(best.nodes)} nodes, {best.edges} edges: loss {own.loss:.3f} nats, accuracy "
             f"{own.accuracy:.1%} (whole model {accuracy:.1%}); without them {removed[found.ablation].loss:.3f} nats"
             + _closing(found.closure),
+            "whole_model_loss": whole,
             "kept": {kind: vars(one) for kind, one in kept.items()},
             "removed": {kind: vars(one) for kind, one in removed.items()},
             "seeds": [_row(circuit, found.ablation) for circuit in found.circuits],
@@ -135,7 +140,7 @@ def examine(model: CircuitGPT, found: Pruning | None, *, prompts: int = 256, dra
             "nonsense_losses": nonsense,
         },
         verdict=verdict,
-        figures=_figures(model, found, kept, removed, random),
+        figures=_figures(model, found, whole, kept, removed, random),
     )
 
 
@@ -151,22 +156,11 @@ def _not_testable(protocol: Protocol, found: Pruning | None) -> Result:
     )
 
 
-def _alike(model: CircuitGPT, nodes: tuple[str, ...], rng: np.random.Generator) -> list[str]:
-    """As many nodes at every hook, at random."""
-    drawn = []
-    for name, width in nodes_at(model).items():
-        count = sum(node.rpartition(":")[0] == name for node in nodes)
-        drawn += [f"{name}:{channel}" for channel in rng.permutation(width)[:count]]
-    return drawn
-
-
 @torch.no_grad()
 def _interval(
     model: CircuitGPT, nodes: tuple[str, ...], stand_in: Substitute, task: Task, rng: np.random.Generator
 ) -> list[float]:
     """95 % bootstrap interval of the refitted loss, by group of prompts; the refit is part of what is drawn again."""
-    from ..circuits.fit import refit
-
     with only(model, nodes, stand_in):
         logits = answer_logits(model, task)
     draws, groups = [], [np.flatnonzero(task.groups.numpy() == group) for group in task.groups.unique()]
@@ -223,6 +217,7 @@ def _of_all(found: Pruning) -> list[str]:
 def _figures(
     model: CircuitGPT,
     found: Pruning,
+    whole: float,
     kept: dict[str, Measured],
     removed: dict[str, Measured],
     random: list[Measured],
@@ -235,7 +230,7 @@ def _figures(
     losses = [one.loss for one in random]
     nonsense = [circuit.nonsense.loss for circuit in found.circuits]
     rows: list[tuple[str, float, float, float]] = [
-        ("whole model", found.model_loss, found.model_loss, found.model_loss),
+        ("whole model", whole, whole, whole),
         *((f"circuit alone, {kind}", one.loss, one.loss, one.loss) for kind, one in kept.items()),
         *((f"without the circuit, {kind}", one.loss, one.loss, one.loss) for kind, one in removed.items()),
         ("random nodes alone", float(np.mean(losses)), min(losses), max(losses)),
@@ -258,7 +253,8 @@ def _figures(
         "losses": {
             "kind": "bars",
             "title": "Task loss on new prompts, scale and shifts refitted",
-            "summary": "Lines across the last two bars: least and most of the draws, or of the seeds.",
+            "summary": "Lines across the last two bars: least and most of the draws, or of the seeds; nonsense labels "
+            "as the search measured them.",
             "ylabel": "nats",
             "labels": labels,
             "values": values,

@@ -99,7 +99,6 @@ def extract(
         tried = _try(questions, candidate, pairs, 4 * horizon, rng)
         known |= tried[1]
         verdict, reasons = judge(growth, most_conflict, *tried[0])
-        known["options"]["pairs"] = pairs
         if nulls:
             report("nulls", 0.8)
             known["nulls"] = _nulls(questions, candidate, min(pairs, 64), 4 * horizon, rng)
@@ -172,7 +171,9 @@ def _try(
     swaps = None
     if isinstance(questions, ModelQuestions):
         swaps = interchange(questions, candidate, own, pairs, horizon, rng)
-    repeated = list(dict.fromkeys(_cut(word, n) for word in pumped(questions, 2 * horizon) for n in _ends(len(word))))
+    # each word that repeats a piece, and half of it
+    long = list(pumped(questions, 2 * horizon))
+    repeated = list(dict.fromkeys(word[:end] for word in long for end in (len(word) // 2, len(word))))
     strange = _disagreeing(questions, candidate, repeated)
     shown = {
         "conflict": conflict,
@@ -191,15 +192,6 @@ def _try(
         ),
     }
     return (conflict, right, differ, swaps, shown["pumped"]), shown
-
-
-def _ends(length: int) -> list[int]:
-    """Lengths at which a word that repeats a piece is looked at: half of it, and all."""
-    return [length // 2, length]
-
-
-def _cut(word: Word, length: int) -> Word:
-    return word[:length]
 
 
 def _disagreeing(questions: Questions, candidate: Candidate, words: Sequence[Word]) -> list[Word]:

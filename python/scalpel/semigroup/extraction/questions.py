@@ -1,5 +1,6 @@
 """Asking: what does a model answer after a word? Each word is asked once."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ NOT_VALID = _NotValid()
 _TOKENS_AT_ONCE = 16_384
 
 
-class Questions:
+class Questions(ABC):
     """Words over ``letters`` in, numbers of ``outputs`` out. Subclasses answer; this remembers.
 
     ``valid`` says of a word, given as names, whether it may be asked at all; a word that goes on from one that isn't
@@ -75,8 +76,9 @@ class Questions:
         """Letters of the longest word that can be asked; None without a limit."""
         return None
 
+    @abstractmethod
     def _answers(self, words: Sequence[Word]) -> list[int]:
-        raise NotImplementedError
+        """Numbers of the outputs after valid words that were not asked before."""
 
 
 class FunctionQuestions(Questions):
