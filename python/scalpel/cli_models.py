@@ -25,12 +25,14 @@ class Control(StrEnum):
 @app.command()
 @guarded("interrupted; the same command goes on from the last saved step")
 def train(
-    name: Annotated[str, typer.Argument(help="What to train: bracket-mini, mod3-mini, flip-flop-mini or parity-mini.")],
+    name: Annotated[
+        str, typer.Argument(help="What to train: bracket-mini, python-small, mod3-mini, flip-flop-mini or parity-mini.")
+    ],
     out: Annotated[
         Path | None,
         typer.Option(help="Folder of the model; by default scalpel-runs/NAME[-CONTROL][-seedN]."),
     ] = None,
-    control: Annotated[Control, typer.Option(help="Leave something out of bracket-mini's recipe.")] = Control.none,
+    control: Annotated[Control, typer.Option(help="Leave something out of the recipe.")] = Control.none,
     seed: Seed = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Stop at another number of steps than the recipe's.")] = None,
     as_json: Json = False,
@@ -38,8 +40,10 @@ def train(
 ) -> None:
     """Train a model to cut open. Stopped, the same command goes on where it was."""
     machines = ("mod3-mini", "flip-flop-mini", "parity-mini")
-    if name not in ("bracket-mini", *machines):
-        raise ValueError(f"there is no recipe named {name!r}; there are bracket-mini, {', '.join(machines)}")
+    if name not in ("bracket-mini", "python-small", *machines):
+        raise ValueError(
+            f"there is no recipe named {name!r}; there are bracket-mini, python-small, {', '.join(machines)}"
+        )
     if name in machines and control is not Control.none:
         raise ValueError(f"--control {control.value} is of bracket-mini's recipe; {name} has none")
     folder = out or Path("scalpel-runs") / _run_name(name, control, seed)
@@ -49,6 +53,10 @@ def train(
             from .training.machines import train_machine
 
             card = train_machine(name, folder, seed=seed, steps=steps, progress=progress.step)
+        elif name == "python-small":
+            from .training.python_small import train_python
+
+            card = train_python(folder, control=control.value, seed=seed, steps=steps, progress=progress.step)
         else:
             from .training.bracket_mini import train_model
 

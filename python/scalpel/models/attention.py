@@ -1,11 +1,29 @@
 """Causal attention with a sink: weights and outputs, and which keys a query may read."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+
+_fused_training = ContextVar("fused_training", default=False)
+
+
+@contextmanager
+def fused_training() -> Iterator[None]:
+    """Within it attention is trained through torch's fused kernel, some three times as fast on a CPU.
+
+    It has a first derivative in reverse mode and no other, and rounds otherwise than the weights written out.
+    """
+    token = _fused_training.set(True)
+    try:
+        yield
+    finally:
+        _fused_training.reset(token)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, n_head: int, allowed: Tensor, sink_logit: Tensor | None) -> Tensor:
@@ -15,6 +33,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, n_head: int, allowed: Tensor, sink_l
     torch's fused kernels are used; they hold no (L, L) weights, and round otherwise.
     """
     if _differentiated():
+        if _fused_training.get():
+            return _attend_with_sink_key(q, k, v, n_head, allowed, sink_logit)
         return _joined(attention_weights(q, k, n_head, allowed, sink_logit) @ _heads(v, n_head))
     bias = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill_(~allowed, float("-inf"))
     # the fused kernels want a batch dimension on the mask
@@ -32,6 +52,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, n_head: int, allowed: Tensor, sink_l
     keys, values = F.pad(keys, (0, 0, 1, 0)), F.pad(values, (0, 0, 1, 0))
     mask = torch.cat([column, bias], dim=-1)
     return _joined(F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask))
+
+
+def _attend_with_sink_key(
+    q: Tensor, k: Tensor, v: Tensor, n_head: int, allowed: Tensor, sink_logit: Tensor | None
+) -> Tensor:
+    """:func:`attend` with the sink as one key more: each query has a 1 behind it, and that key its logit there."""
+    queries, keys, values = _heads(q, n_head), _heads(k, n_head), _heads(v, n_head)
+    scale = 1 / math.sqrt(queries.shape[-1])
+    bias = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill_(~allowed, float("-inf"))
+    bias = bias if bias.dim() == 4 else bias[(None,) * (4 - bias.dim())]
+    if sink_logit is None:
+        return _joined(F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale))
+    logit = sink_logit.to(q.dtype).view(1, -1, 1, 1) / scale
+    sink = F.pad(logit, (queries.shape[-1], 0)).expand(len(queries), -1, -1, -1)
+    queries = torch.cat([queries, queries.new_ones(*queries.shape[:-1], 1)], -1)
+    keys, values = torch.cat([sink, F.pad(keys, (0, 1))], -2), F.pad(values, (0, 1, 1, 0))
+    y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=F.pad(bias, (1, 0)), scale=scale)
+    return _joined(y[..., :-1])
 
 
 def attention_weights(q: Tensor, k: Tensor, n_head: int, allowed: Tensor, sink_logit: Tensor | None) -> Tensor:

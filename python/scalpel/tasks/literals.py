@@ -18,7 +18,8 @@ class Literal:
     """A statement that ends in a list literal.
 
     ``head`` is the statement's text in front of the literal, ``body`` the literal up to its last element (the
-    closing run left out), ``depth`` the number of brackets open there, ``elements`` the number of leaves.
+    closing run left out), ``depth`` the number of brackets open there, ``elements`` the number of leaves; ``source`` is
+    the file's name and ``lines`` the statement's first and last line in it, from 1.
     """
 
     head: str
@@ -27,6 +28,7 @@ class Literal:
     elements: int
     leaves: tuple[str, ...]
     source: str
+    lines: tuple[int, int] = (0, 0)
 
     @property
     def prompt(self) -> str:
@@ -118,7 +120,8 @@ def _read(text: _SourceText, statement: ast.stmt, node: ast.List, name: str) -> 
     leaves = _leaves(text, node)
     if not leaves or "#" in inner:
         return None
-    return Literal(segment[: len(segment) - len(inner)], body, depth, len(leaves), tuple(leaves), name)
+    lines = (statement.lineno, statement.end_lineno or statement.lineno)
+    return Literal(segment[: len(segment) - len(inner)], body, depth, len(leaves), tuple(leaves), name, lines)
 
 
 def _leaves(text: _SourceText, node: ast.List) -> list[str]:

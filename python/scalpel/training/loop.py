@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .._files import replacing
+from ..models.attention import fused_training
 from ..models.circuitgpt import CircuitGPT
 from .recipe import Recipe, clip_rms_, prune_, sparse_matrices
 
@@ -100,7 +101,8 @@ def train(
             for batch in islice(course.batches(step), recipe.steps - step):
                 for group in optimizer.param_groups:
                     group["lr"] = recipe.lr_at(step)
-                loss = course.loss(model, batch)
+                with fused_training():
+                    loss = course.loss(model, batch)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 clip_rms_(parameters, recipe.clip_rms)

@@ -49,11 +49,11 @@ def batches(recipe: Recipe, sources: Sources, tokenizer: Tokenizer, start: int =
         encoded.sort(key=lambda e: len(e[0]))
         for i in rng.permutation(POOL_BATCHES)[skip:]:
             rows = encoded[i * recipe.batch : (i + 1) * recipe.batch]
-            yield _batch(rows, recipe.block_size, np.random.default_rng([recipe.seed, pool, int(i)]))
+            yield batch_of(rows, recipe.block_size, np.random.default_rng([recipe.seed, pool, int(i)]))
         pool, skip = pool + 1, 0
 
 
-def _batch(rows: list[tuple[list[int], int]], block_size: int, rng: np.random.Generator) -> Batch:
+def batch_of(rows: list[tuple[list[int], int]], block_size: int, rng: np.random.Generator) -> Batch:
     length = max(len(ids) for ids, _ in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     mask = torch.zeros(len(rows), length, dtype=torch.bool)

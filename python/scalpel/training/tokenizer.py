@@ -11,15 +11,17 @@ WHOLE = ("],", *CLOSERS)
 
 # Words, numbers of up to two digits, ", ", line breaks with their indent, runs of blanks, single signs: brackets
 # are never merged, so one "[" is one token and evidence can be counted.
-_PIECES = Regex(r", |\n *| +|[A-Za-z_]+|[0-9]{1,2}|[^\sA-Za-z_0-9]|\s")
+_PIECES = r", |\n *| +|[A-Za-z_]+|[0-9]{1,2}|[^\sA-Za-z_0-9]|\s"
+# The same with a blank before a word as part of it, for text that isn't lists all over.
+PROSE_PIECES = r", |\n *| ?[A-Za-z_]+| +|[0-9]{1,2}|[^\sA-Za-z_0-9]|\s"
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, pieces: str = _PIECES) -> Tokenizer:
     """A ``tokenizers.Tokenizer`` of at most ``vocab_size`` tokens learned from ``texts``; any text can be encoded."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(_PIECES, behavior="isolated"),
+            pre_tokenizers.Split(Regex(pieces), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

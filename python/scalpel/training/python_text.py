@@ -1,0 +1,185 @@
+"""The training text of python-small: windows of real Python files, with statements of the tasks put in between.
+
+What a list's depth can be told from is under control and nothing else is: real statements that end in a list literal
+are left out, and others take their place whose depth is drawn independently of all else, see :mod:`.corpus`. Comments,
+preceding statements, unmatched brackets in strings are as people wrote them.
+"""
+
+import ast
+import warnings
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from sysconfig import get_paths
+
+import numpy as np
+from torch import Tensor
+
+from ..models.circuitgpt import CircuitGPT
+from ..models.tokenizer import Tokenizer
+from ..tasks.literals import literals_of, python_files
+from .corpus import Sources, _name, documents
+from .recipe import Recipe
+from .text import Batch, batch_of, closer_weights, loss_of
+from .tokenizer import START
+
+SHORTEST = 64  # tokens of the shortest windows; the longest fill the context
+LIST_SHARE = 0.25  # of the places between statements that get a statement ending in a list
+PAIR_SHARE = 0.5  # of the windows that get a set or a string, made first and added to later
+CHARS_A_TOKEN = 6  # more than the text has, so that a window never runs dry
+MOST_BYTES = 200_000  # longer files are tables
+
+
+@dataclass(frozen=True)
+class Place:
+    """A line in front of which a statement may stand, and the indent that it needs there."""
+
+    line: int
+    indent: int
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file's lines, the places between its statements, and the lines of statements that end in a list literal."""
+
+    lines: tuple[str, ...]
+    places: tuple[Place, ...]
+    lists: frozenset[int]
+
+
+@lru_cache(maxsize=1)
+def training_files(packages: tuple[str, ...] = ("torch",)) -> tuple[SourceFile, ...]:
+    """The interpreter's library and ``packages``, read and parsed: about two minutes."""
+    folders = [Path(get_paths()["stdlib"])]
+    for package in packages:
+        spec = find_spec(package)
+        if spec is None or spec.origin is None:
+            raise RuntimeError(f"the package {package} is not installed; its sources are training text")
+        folders.append(Path(spec.origin).parent)
+    found = (_read(path) for folder in folders for path in python_files(folder))
+    files = tuple(one for one in found if one is not None)
+    if not files:
+        raise RuntimeError("no Python source was found: are the interpreter's .py files installed?")
+    return files
+
+
+def _read(path: Path) -> SourceFile | None:
+    try:
+        source = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError):
+        return None
+    return None if len(source) > MOST_BYTES or not source.isascii() else source_file(source)
+
+
+def source_file(source: str) -> SourceFile | None:
+    """A file's text, ready to be cut into windows; None where it doesn't parse or has no statement."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old sources hold invalid escapes
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError):
+        return None
+    lines = source.split("\n")
+    starts = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.stmt) and not getattr(node, "decorator_list", None):
+            line = lines[node.lineno - 1]
+            if not line[: node.col_offset].strip() and not line.lstrip().startswith("elif"):
+                starts[node.lineno - 1] = node.col_offset
+    if not starts:
+        return None
+    inside = {n for one in literals_of(source) for n in range(one.lines[0] - 1, one.lines[1])}
+    places = tuple(Place(line, indent) for line, indent in sorted(starts.items()) if line not in inside)
+    return SourceFile(tuple(lines), places, frozenset(inside)) if places else None
+
+
+class PythonText:
+    """Windows of training text: ``window(rng, chars)`` gives a text and the elements of its longest list."""
+
+    def __init__(self, files: tuple[SourceFile, ...], sources: Sources) -> None:
+        self.files, self.sources = files, sources
+        sizes = np.array([len(one.places) for one in files], dtype=float)
+        self._ends = np.cumsum(sizes / sizes.sum())
+
+    def window(self, rng: np.random.Generator, chars: int) -> tuple[str, int]:
+        """At least ``chars`` characters where the file has as many, beginning in front of a random statement."""
+        one = self.files[min(int(np.searchsorted(self._ends, rng.random())), len(self.files) - 1)]
+        first = int(rng.integers(len(one.places)))
+        last, size = one.places[first].line, 0
+        while last < len(one.lines) and size < chars:
+            size += 0 if last in one.lists else len(one.lines[last]) + 1
+            last += 1
+        places = one.places[first : bisect_left(one.places, last, key=lambda place: place.line)]
+        inserted, longest = self._statements(places, rng)
+        text = []
+        for line in range(one.places[first].line, last):
+            text.append(inserted.get(line, ""))
+            if line not in one.lists:
+                text.append(one.lines[line] + "\n")
+        return "".join(text), longest
+
+    def _statements(self, places: tuple[Place, ...], rng: np.random.Generator) -> tuple[dict[int, str], int]:
+        """Statements by the line that they stand in front of, and the most elements of a list among them."""
+        found: dict[int, str] = {}
+        longest = 0
+        lists = documents(self.sources, rng)
+        for place in places:
+            if rng.random() < LIST_SHARE:
+                one = next(lists)
+                longest = max(longest, one.elements)
+                found[place.line] = _indented(one.text, place.indent)
+        if rng.random() < PAIR_SHARE:
+            for place, statement in _pair(places, rng):
+                found[place.line] = found.get(place.line, "") + _indented(statement, place.indent)
+        return found, longest
+
+
+def _indented(statement: str, indent: int) -> str:
+    blank = " " * indent
+    return "".join(f"{blank}{line}\n" for line in statement.removesuffix("\n").split("\n"))
+
+
+def _pair(places: tuple[Place, ...], rng: np.random.Generator) -> Iterator[tuple[Place, str]]:
+    """A set or a string that is made at one place and added to at a later one of the same block."""
+    if len(places) < 2:
+        return
+    i = int(rng.integers(len(places) - 1))
+    block = []
+    for later in places[i + 1 : i + 12]:
+        if later.indent < places[i].indent:
+            break
+        block.append(later)
+    if not block:
+        return
+    place = block[int(rng.integers(len(block)))]
+    name, item, is_set = _name(rng), _name(rng), rng.random() < 0.5
+    quote = "'" if rng.random() < 0.5 else '"'
+    yield places[i], f"{name} = set()\n" if is_set else f"{name} = {quote}{quote}\n"
+    yield place, f"{name}.add({item})\n" if is_set else f"{name} += {item}\n"
+
+
+class PythonCourse:
+    """The course of python-small: each step's windows have a length of their own and begin at random positions."""
+
+    def __init__(self, recipe: Recipe, text: PythonText, tokenizer: Tokenizer) -> None:
+        self.recipe, self.text, self.tokenizer = recipe, text, tokenizer
+        self._weights = closer_weights(recipe, tokenizer)
+        self._start = tokenizer.token_to_id(START)
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        step = start
+        while True:
+            rng = np.random.default_rng([self.recipe.seed, step])
+            length = int(rng.integers(SHORTEST, self.recipe.block_size + 1))
+            rows = []
+            for _ in range(self.recipe.batch):
+                text, longest = self.text.window(rng, CHARS_A_TOKEN * length)
+                rows.append(([self._start, *self.tokenizer.encode(text)][:length], longest))
+            yield batch_of(rows, self.recipe.block_size, rng)
+            step += 1
+
+    def loss(self, model: CircuitGPT, batch: Batch) -> Tensor:
+        return loss_of(model, batch, self._weights)
