@@ -19,6 +19,12 @@ _FILES = {
     "agreement": "agreement",
     "machine": "machine",
     "circuit": "circuit",
+    "mapping": "mapping",
+    "alignment": "alignment",
+    "collapse": "collapse",
+    "depth": "depth",
+    "orbits": "orbits",
+    "guard": "guard",
 }
 
 
@@ -51,7 +57,12 @@ def run(name: str, model: "CircuitGPT | str | None" = "bracket-mini", **options:
 
 def _check(name: str, option: str, value: Any, default: Any) -> None:
     """ValueError where an option isn't of its default's kind: options come from the command line too."""
-    if isinstance(default, tuple):
+    if isinstance(default, bool):
+        right, kind = isinstance(value, bool), "true or false"
+    elif isinstance(default, tuple) and default and isinstance(default[0], str):
+        right = isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
+        kind = "a list of names"
+    elif isinstance(default, tuple):
         right = isinstance(value, list | tuple) and all(type(v) is int for v in value)
         kind = "a list of whole numbers"
     elif isinstance(default, int):
