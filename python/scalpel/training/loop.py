@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -72,12 +72,18 @@ def train(
     course: Course,
     state_file: Path,
     progress: Callable[[int, int, float], None] | None = None,
+    snapshot: Callable[[int, CircuitGPT], None] | None = None,
+    snapshot_steps: Collection[int] = (),
 ) -> Trained:
     """Train to the end of the recipe, from ``state_file`` where one is there.
 
     ``progress(step, steps, loss)`` is called after each step. Ctrl-C writes the state and raises
     KeyboardInterrupt; the same call then resumes and ends with the same weights as a run that wasn't stopped.
     ValueError if the state belongs to another recipe.
+
+    ``snapshot(steps done, model)`` is called when the number of steps done is in ``snapshot_steps`` (0: before the
+    first); it must not change the model. A resumed run doesn't call it again for steps that lie behind the state; where
+    a run was killed between a snapshot and its next state, it is called a second time, with the same weights.
     """
     model = CircuitGPT(recipe.config(), seed=recipe.seed)
     if not recipe.positions:
@@ -96,6 +102,8 @@ def train(
     sparse = [p for _, p in sparse_matrices(model, recipe.sparse_embeddings)]
     saved = begun = time.monotonic()
     before = result.seconds
+    if snapshot is not None and step == 0 and 0 in snapshot_steps:
+        snapshot(0, model)
     try:
         with _interrupt_between_steps() as raise_pending:
             for batch in islice(course.batches(step), recipe.steps - step):
@@ -118,6 +126,8 @@ def train(
                 result.longest = max(result.longest, batch.longest)
                 step += 1
                 result.seconds = before + time.monotonic() - begun
+                if snapshot is not None and step in snapshot_steps:  # before the state, which says that it was made
+                    snapshot(step, model)
                 if time.monotonic() - saved > SAVE_EVERY_SECONDS:
                     _store(state_file, step, recipe, optimizer, result)
                     saved = time.monotonic()
