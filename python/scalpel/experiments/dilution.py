@@ -1,7 +1,8 @@
 """Does a longer list dilute the evidence, and does the length at which the answer fails grow as k/θ?
 
-Laws are fitted to the critical lengths of two small amounts of evidence; their predictions for the other amounts
-are stored; only then are those measured, on other prompts.
+Laws are calibrated in three ways: by the critical lengths of two small amounts of evidence, by one of these, and by
+intervention at short contexts only. Their predictions for the other amounts are stored; only then are those measured,
+on other prompts.
 """
 
 from collections.abc import Sequence
@@ -11,13 +12,21 @@ import numpy as np
 
 from ..models.circuitgpt import CircuitGPT
 from . import critical as c
+from . import dilution_laws as d
+from . import head_measures
+from .calibration import BracketLaw, ShortContexts
+from .calibration import calibrate as read_short
 from .controls import LEAST_ACCURACY, Controls, tells_depths
+from .laws import CLASSES
+from .nulls import NULLS, check_nulls
 from .provenance import at_least, caution, longest_asked, model_provenance
 from .result import Protocol, Result, Verdict
 
 QUESTION = "At which context length does the bracket answer fail, and does that length grow as k/θ?"
 SEED_FIGURE = "n* = ⌈k/θ⌉ = 14 for k = 2, θ = 0.15"
 SEED_LENGTH, SEED_K = 14, 2
+# Of the ten, those whose lines a reader can tell apart; the table has all.
+_SHOWN = ("seed", "affine", "constant", "weighted, one length", "weighted, intervention", "sink, one length")
 RULE = (
     "Reproduced iff the seed's law, fitted to the calibration amounts, meets every held-out critical length within "
     "one element (2 tokens) or one standard error of the difference, whichever is larger, and a constant length does "
@@ -38,14 +47,18 @@ def run(
     seed: int = 0,
     least_accuracy: float = LEAST_ACCURACY,
     controls: Controls | None = None,
+    nulls: tuple[str, ...] = NULLS,
 ) -> Result:
     """Critical lengths n₅₀(k) of ``model`` at depth 2 against the seed's law, the sink's, and two rivals.
 
     ``calibrate`` and ``predict``: amounts of evidence; ``prompts``: lists per amount, varying filler, head and first
     position (the last ``offsets`` positions of the context are left free for that); ``least_accuracy``: the balanced
     accuracy over both depths that the model must reach at some length for a verdict; ``controls``: the models to
-    compare with, by default the untrained one and, for a shipped model, those shipped with it.
+    compare with, by default the untrained one and, for a shipped model, those shipped with it. ``nulls``: "untrained"
+    is one of the controls; "rotated" puts random directions in place of the head's own; "shuffled" gives each amount
+    another's prediction.
     """
+    nulls = check_nulls(nulls)
     at_least(2, prompts=prompts)
     at_least(0, seed=seed)
     length = longest_asked(model, offsets, least_accuracy)
@@ -64,17 +77,17 @@ def run(
         return c.ask_long_lists(one, k, depth=depth, prompts=prompts, length=length, seed=1000 * seed + salt)
 
     fitted = {k: c.critical(ask(model, k, salt=1), rng) for k in calibrate}
-    usable = {k: one for k, one in fitted.items() if one.status == "crosses"}
-    laws = c.fit_laws({k: one.value for k, one in usable.items()}) if len(usable) == len(fitted) else {}
-    spread = {name: {k: c.predicted_error(name, k, usable) for k in predict} for name in laws}
+    short, left_out = _short_contexts(model, amounts, seed)
+    laws = d.predictions(fitted, short, amounts, rng)
     protocol.predict(
         {
-            "summary": _words({name: {k: law(k) for k in predict} for name, (law, _) in laws.items()}, predict),
+            "summary": _words(laws, predict),
             "calibration": c.table(fitted),
-            "critical_length": {name: {k: law(k) for k in predict} for name, (law, _) in laws.items()},
-            "standard_error": spread,
-            "parameters": {name: parameters for name, (_, parameters) in laws.items()},
+            "critical_length": {name: law.lengths for name, law in laws.items()},
+            "standard_error": {name: law.errors for name, law in laws.items()},
+            "head": _head_found(short),
             "rule": RULE,
+            "mean_rule": head_measures.MEAN_RULE,
         }
     )
     protocol.measuring()
@@ -82,25 +95,45 @@ def run(
     measured = {k: c.critical(curve, rng) for k, curve in curves.items()}
     flat = ask(model, 1, depth=1)
     able = tells_depths(curves, flat)
-    errors = {
-        name: {k: law(k) - measured[k].value for k in predict if measured[k].status == "crosses"}
-        for name, (law, _) in laws.items()
-    }
-    holds = {
-        name: all(c.within(law(k), measured[k], spread[name][k]) for k in predict) for name, (law, _) in laws.items()
-    }
+    fares = d.compare(laws, measured, predict)
+    holds = {name: bool(one["holds"]) for name, one in fares.items()}
+    found_best = d.best(fares)
+    head = _head_measured(model, short, measured, length, seed)
     # P(correct) over prompts may have a critical length while single prompts waver; a reader must see how much.
     changes = " to ".join(f"{f(one.sign_changes for one in measured.values()):.0f}" for f in (min, max))
-    null = {name: _null(other, ask, amounts, rng) for name, other in controls.models.items()}
+    null: dict[str, Any] = {
+        name: _null(other, ask, amounts, rng)
+        for name, other in controls.models.items()
+        if name != "untrained" or "untrained" in nulls
+    }
+    if "rotated" in nulls and short is not None and "weighted, one length" in laws:
+        errors = d.rotated_errors(model, short, fitted, measured, predict, seed)
+        words = (
+            f"weighted law with random directions off by {min(errors):.0f} to {max(errors):.0f} tokens"
+            if errors
+            else "–"
+        )
+        null["rotated"] = {"words": words, "mean_absolute_errors": errors}
+    if "shuffled" in nulls and found_best is not None:
+        error = d.shuffled_error(laws[found_best], measured, predict)
+        null["shuffled"] = {
+            "words": f"{found_best} law, amounts exchanged, off by {error:.0f} tokens",
+            "mean_absolute_error": error,
+        }
     edges = c.bins(length)
     return protocol.conclude(
         measured={
             "summary": "; ".join(f"k={k}: {one.text()}" for k, one in measured.items())
-            + f". Along one prompt the answer changes {changes} times",
+            + f". Along one prompt the answer changes {changes} times. "
+            + best_words(found_best, fares, laws, measured, predict)
+            + head.pop("words", ""),
             "against_the_seeds_figure": against_seed(measured.get(SEED_K)),
             "critical_length": c.table(measured),
-            "prediction_minus_measured": errors,
+            "laws": fares,
+            "best_law": found_best,
             "law_holds": holds,
+            "head": head,
+            "left_out": left_out,
             "best_balanced_accuracy_at_one_length": able,
             "depth_1_accuracy_at_any_length": float(flat.right.mean()),
             "caution": caution(model),
@@ -125,7 +158,71 @@ def run(
                 "summary": caution(model),
             },
             "laws": _law_figure(measured, laws, calibrate),
+            **({"head": head_measures.statistic_figure(short.head.name, head["along"], short.theta)} if short else {}),
         },
+    )
+
+
+def _short_contexts(model: CircuitGPT, amounts: Sequence[int], seed: int) -> tuple[ShortContexts | None, list[str]]:
+    """What is read at short contexts, or why there is nothing to read."""
+    try:
+        return read_short(model, amounts, seed=seed), []
+    except ValueError as error:
+        return None, [f"laws by what a head measures: {error}"]
+
+
+def _head_found(short: ShortContexts | None) -> dict[str, Any]:
+    if short is None:
+        return {}
+    law = short.law()
+    half = len(short.thetas) // 2
+    return {
+        "head": short.head.name,
+        "share_of_the_depths_difference": short.head.share,
+        "shares": short.head.shares,
+        "theta": short.theta,
+        "theta_by_depth": {2: float(np.nanmedian(short.thetas[:half])), 1: float(np.nanmedian(short.thetas[half:]))},
+        "theta_quartiles": [float(v) for v in np.nanpercentile(short.thetas, [25, 75])],
+        "prompts_without_theta": int(np.isnan(short.thetas).sum()),
+        "weight_by_class": dict(zip(CLASSES, law.weight.tolist(), strict=True)),
+        "u_by_class": dict(zip(CLASSES, law.u.tolist(), strict=True)),
+        "sigma_tokens": float(short.sigma.mean()),
+    }
+
+
+def _head_measured(
+    model: CircuitGPT, short: ShortContexts | None, measured: dict[int, c.Critical], length: int, seed: int
+) -> dict[str, Any]:
+    """What the head measures along long contexts; run after the predictions are stored."""
+    if short is None:
+        return {}
+    along = {k: head_measures.measure(model, short.head, k, length, prompts=16, seed=seed) for k in measured}
+    first = next(iter(along))
+    verdict = head_measures.is_mean(along[first])
+    crossings = {k: head_measures.crossing(of, short.theta) for k, of in along.items()}
+    words = f" Head {short.head.name} carries {short.head.share:.0%} of the depths' difference; it is " + (
+        "a mean" if verdict["mean"] else "no mean (" + ", ".join(verdict.get("fails_by", [])) + ")"
+    )
+    return {"words": words, "is_mean": verdict, "statistic_crosses_theta_at": crossings, "along": along}
+
+
+def best_words(
+    name: str | None,
+    fares: dict[str, dict[str, Any]],
+    laws: dict[str, BracketLaw],
+    measured: dict[int, c.Critical],
+    predict: Sequence[int],
+) -> str:
+    """How the best law fares against what was aimed at: one element or one standard error."""
+    if name is None:
+        return "No law says when these fail."
+    one = fares[name]
+    pairs = ", ".join(
+        f"k={k} {laws[name].lengths[k]:.0f} ({'within' if one['good_enough'][k] else 'off'})" for k in predict
+    )
+    return (
+        f"Best law on held-out amounts: {name}, off by {one['mean_absolute_error']:.0f} tokens in the mean ({pairs}; "
+        f"{'all' if one['holds'] else 'not all'} within one element or one standard error)."
     )
 
 
@@ -164,15 +261,19 @@ def _null(other: CircuitGPT, ask: Any, amounts: Sequence[int], rng: np.random.Ge
     }
 
 
-def _words(predictions: dict[str, dict[int, float]], predict: Sequence[int]) -> str:
-    if not predictions:
+def _words(laws: dict[str, BracketLaw], predict: Sequence[int]) -> str:
+    if not laws:
         return "none: a calibration amount has no critical length in the context"
-    by_law = (f"{name} " + "/".join(f"{of[k]:.0f}" for k in predict) for name, of in predictions.items())
+    by_law = (f"{name} " + "/".join(_tokens(law.lengths[k]) for k in predict) for name, law in laws.items())
     return f"n* at k={'/'.join(map(str, predict))}: " + ", ".join(by_law)
 
 
+def _tokens(n: float) -> str:
+    return "–" if np.isnan(n) else "never" if np.isinf(n) else f"{n:.0f}"
+
+
 def _law_figure(
-    measured: dict[int, c.Critical], laws: dict[str, tuple[c.Law, dict[str, float]]], calibrate: Sequence[int]
+    measured: dict[int, c.Critical], laws: dict[str, BracketLaw], calibrate: Sequence[int]
 ) -> dict[str, Any]:
     seen = {k: one for k, one in measured.items() if one.status == "crosses"}
     amounts = sorted(measured)
@@ -187,14 +288,17 @@ def _law_figure(
         }
         for part in (True, False)
     ]
+    # A law that says "never", or far beyond what was asked, would press the points together at the bottom.
+    most = 2 * max([one.value for one in measured.values() if np.isfinite(one.value)], default=1.0)
     lines = [
         {
             "label": name,
-            "style": "line" if name == "seed" else "dashed",
+            "style": "line" if name in ("seed", "weighted, one length") else "dashed",
             "x": amounts,
-            "y": [law(k) for k in amounts],
+            "y": [n if n is not None and n <= most else None for n in (law.lengths.get(k) for k in amounts)],
         }
-        for name, (law, _) in laws.items()
+        for name, law in laws.items()
+        if name in _SHOWN and any(np.isfinite(n) and n <= most for n in law.lengths.values())
     ]
     return {
         "kind": "curves",
