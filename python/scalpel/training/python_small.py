@@ -25,7 +25,7 @@ from .tokenizer import PROSE_PIECES, train_tokenizer
 NAME = "python-small"
 CONTROLS: dict[str, dict[str, Any]] = {"none": {}, "no-positions": {"positions": False}}
 TOKENIZER_WINDOWS = 3000
-STEPS = 3000
+STEPS = 1800
 
 
 def recipe_of(control: str = "none", seed: int = 0, steps: int = STEPS) -> Recipe:
