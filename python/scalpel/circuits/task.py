@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 from ..models.circuitgpt import CircuitGPT
+from ..models.tokenizer import Tokenizer
 from ..tasks.brackets import closers
+from ..tasks.held_out import Questions
+from ..tasks.quotes import quote_questions
+from ..tasks.set_or_string import set_or_string_questions
 from ..training.corpus import layout
 
 __all__ = ["TASKS", "CannotDoTask", "Task", "answer_logits", "bracket_counting", "check_able", "nonsense", "task_named"]
@@ -156,7 +160,36 @@ def bracket_counting(model: CircuitGPT, prompts: int, seed: int) -> Task:
     return Task.of("bracket_counting", rows[:prompts], labels[:prompts], (ids.one, ids.two), pairs)
 
 
-TASKS: dict[str, Callable[[CircuitGPT, int, int], Task]] = {"bracket_counting": bracket_counting}
+def single_double_quote(model: CircuitGPT, prompts: int, seed: int) -> Task:
+    """Which quote closes the string? Windows of held-out library files, see :mod:`scalpel.tasks.quotes`."""
+    return _held_out("single_double_quote", quote_questions, model, prompts, seed)
+
+
+def set_or_string(model: CircuitGPT, prompts: int, seed: int) -> Task:
+    """Is a set added to, or a string? Windows of held-out library files, see :mod:`scalpel.tasks.set_or_string`."""
+    return _held_out("set_or_string", set_or_string_questions, model, prompts, seed)
+
+
+def _held_out(
+    name: str, make: Callable[[Tokenizer, int, int], Questions], model: CircuitGPT, prompts: int, seed: int
+) -> Task:
+    """A task of real files; a group is a file. ValueError without a tokenizer, or where the context is too short."""
+    if model.tokenizer is None:
+        raise ValueError(f"the model has no tokenizer; {name} is made of text")
+    found = make(model.tokenizer, prompts, seed)
+    longest = max(map(len, found.rows))
+    if longest > model.config.block_size:
+        raise ValueError(
+            f"{name} has prompts of up to {longest} tokens and the model's context holds {model.config.block_size}"
+        )
+    return Task.of(name, found.rows, found.labels, found.answers, found.groups)
+
+
+TASKS: dict[str, Callable[[CircuitGPT, int, int], Task]] = {
+    "bracket_counting": bracket_counting,
+    "single_double_quote": single_double_quote,
+    "set_or_string": set_or_string,
+}
 
 
 def task_named(name: str) -> Callable[[CircuitGPT, int, int], Task]:

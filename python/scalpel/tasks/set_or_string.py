@@ -1,0 +1,175 @@
+"""Was the variable made a set or a string? After its name, ``.add(`` or `` +=``.
+
+Real code has few such places, so where more are asked than numpy and scipy have, the statement that makes the variable
+and the one that adds to it are put between the statements of other real files.
+"""
+
+import ast
+import re
+from functools import cache, lru_cache
+
+import numpy as np
+
+from ..models.tokenizer import Tokenizer
+from ..training.python_text import Place, SourceFile, source_file
+from . import held_out
+from .held_out import Questions, Source
+
+__all__ = ["real_share", "set_or_string_questions"]
+
+ADD, APPEND = ".add(", " += "
+LONGEST = 160  # tokens from the statement that makes the variable to the question, and a little before
+MOST_CHARS = 40_000
+MOST_BETWEEN = 8  # statements between the two that are put in
+_MAKES = re.compile(r"^[ ]*(\w+) = (set\(\)|''|\"\")$", re.MULTILINE)
+_NAMES = ("seen", "found", "out", "names", "result", "done", "parts", "acc", "total", "keys", "buf", "todo", "s", "x")
+
+
+def set_or_string_questions(tokenizer: Tokenizer, prompts: int, seed: int) -> Questions:
+    """``prompts`` windows of held-out files that end with a variable's name, half of them made as a set.
+
+    The variable was set to ``set()``, ``""`` or ``''`` and is here first added to, in the same function or module, by
+    ``.add(`` or `` +=``. Asked are the first tokens of those two. Real ones come first, one a variable; the rest are
+    pairs of prompts that differ in nothing but what the variable was set to, put into windows of real files. Prompts
+    of one file form a group.
+
+    ValueError where the two answers begin with the same token, or too few windows are found.
+    """
+    need = held_out.balanced(prompts, seed=seed)
+    answers = (tokenizer.encode(ADD)[0], tokenizer.encode(APPEND)[0])
+    if answers[0] == answers[1]:
+        raise ValueError(f"this tokenizer begins {ADD!r} and {APPEND!r} with the same token; they can't be told apart")
+    start = held_out.start_of(tokenizer)
+    rng = np.random.default_rng([seed, 45])
+    found: list[list[tuple[list[int], int, bool]]] = [[], []]
+    uses = _uses()
+    for i in rng.permutation(len(uses)):
+        number, made, end, label = uses[i]
+        lines, starts = _page(held_out.sources()[number])
+        row = held_out.window(lines, starts, end, made, tokenizer, LONGEST - len(start))
+        if row and len(found[label]) < need and _asks(tokenizer, row, label, answers):
+            found[label].append(([*start, *row], number, True))
+    for _ in range(3):  # three windows a file at most
+        for number, source in held_out.shuffled_sources(rng, MOST_CHARS):
+            if min(map(len, found)) >= need:
+                break
+            pair = _put(_places(source), tokenizer, LONGEST - len(start), rng)
+            if pair is None or not all(_asks(tokenizer, row, label, answers) for label, row in enumerate(pair)):
+                continue
+            for label, row in enumerate(pair):
+                if len(found[label]) < need:
+                    found[label].append(([*start, *row], number, False))
+    if min(map(len, found)) < need:
+        raise ValueError(
+            f"the held-out files gave {len(found[0])} prompts of a set and {len(found[1])} of a string, and {need} of "
+            "each are asked; ask for fewer, or the tokenizer merges names with what follows them"
+        )
+    return held_out.interleaved(found, answers, prompts)
+
+
+def real_share(questions: Questions) -> dict[str, int]:
+    """How many prompts of each kind are real code as it stands, and into how many the two statements were put."""
+    real = np.array(questions.real)
+    is_set = np.array(questions.labels) == 0
+    return {
+        "real sets": int((real & is_set).sum()),
+        "real strings": int((real & ~is_set).sum()),
+        "put in": int((~real).sum()),
+    }
+
+
+def _asks(tokenizer: Tokenizer, row: list[int], label: int, answers: tuple[int, int]) -> bool:
+    return held_out.goes_on(tokenizer, row, (ADD, APPEND)[label], answers[label])
+
+
+@lru_cache(maxsize=1)
+def _uses() -> tuple[tuple[int, int, tuple[int, int], int], ...]:
+    """Real places: the file's number, the line that makes the variable, where its name ends at its use, the answer."""
+    found: list[tuple[int, int, tuple[int, int], int]] = []
+    for number, source in enumerate(held_out.sources()):
+        made = {match[1] for match in _MAKES.finditer(source.text)}
+        added = any(name + end in source.text for name in made for end in (ADD, APPEND))
+        tree = held_out.parsed(source) if added else None  # parsing is what takes the time
+        if tree is None:
+            continue
+        lines = source.text.split("\n")
+        for scope in ast.walk(tree):
+            if isinstance(scope, ast.FunctionDef | ast.AsyncFunctionDef | ast.Module):
+                found += [(number, *use) for use in _uses_in(scope, lines)]
+    return tuple(found)
+
+
+def _uses_in(
+    scope: ast.FunctionDef | ast.AsyncFunctionDef | ast.Module, lines: list[str]
+) -> list[tuple[int, tuple[int, int], int]]:
+    """Where each variable that one scope makes a set or a string is first added to, unless it was set anew before."""
+    made: dict[str, tuple[int, int]] = {}
+    found = []
+    for name in sorted(_names_in(scope), key=lambda node: (node.lineno, node.col_offset)):
+        end = (name.lineno - 1, name.end_col_offset or 0)
+        after, kind = lines[end[0]][end[1] :], _MAKES.match(lines[end[0]])
+        if isinstance(name.ctx, ast.Store) and kind and kind[1] == name.id:
+            made[name.id] = (name.lineno - 1, 0 if kind[2] == "set()" else 1)
+        elif name.id in made:
+            line, label = made[name.id]
+            adds = after.startswith((ADD, APPEND)[label])
+            if adds:
+                found.append((line, end, label))
+            if adds or isinstance(name.ctx, ast.Store):
+                del made[name.id]
+    return found
+
+
+def _names_in(scope: ast.AST) -> list[ast.Name]:
+    """The names of one scope, without those of functions and classes inside it."""
+    found, stack = [], list(ast.iter_child_nodes(scope))
+    while stack:
+        node = stack.pop()
+        if isinstance(node, ast.Name):
+            found.append(node)
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
+            stack += ast.iter_child_nodes(node)
+    return found
+
+
+@cache
+def _page(source: Source) -> tuple[list[str], tuple[int, ...]]:
+    tree = held_out.parsed(source)
+    return source.text.split("\n"), () if tree is None else held_out.statement_lines(tree)
+
+
+@cache
+def _places(source: Source) -> SourceFile | None:
+    return source_file(source.text)
+
+
+def _put(
+    page: SourceFile | None, tokenizer: Tokenizer, tokens: int, rng: np.random.Generator, tries: int = 4
+) -> tuple[list[int], list[int]] | None:
+    """A window with a set made in it and the same with a string; None where the file has no room for one."""
+    if page is None or len(page.places) < 3:
+        return None
+    for _ in range(tries):
+        i = int(rng.integers(len(page.places) - 1))
+        block: list[Place] = []
+        for later in page.places[i + 1 : i + 1 + MOST_BETWEEN]:
+            if later.indent < page.places[i].indent:
+                break
+            block.append(later)
+        if not block:
+            continue
+        made, used = page.places[i], block[int(rng.integers(len(block)))]
+        begin = page.places[max(0, i - int(rng.integers(4)))].line
+        above = "".join(f"{line}\n" for line in page.lines[begin : made.line])
+        between = "".join(f"{line}\n" for line in page.lines[made.line : used.line])
+        names = [name for name in _NAMES if not re.search(rf"\b{name}\b", above + between)]
+        if not names:
+            continue
+        name, quotes = names[int(rng.integers(len(names)))], ("''", '""')[int(rng.integers(2))]
+        blank, end = " " * made.indent, between + " " * used.indent + name
+        texts = [f"{above}{blank}{name} = {value}\n{end}" for value in ("set()", quotes)]
+        if max(map(len, texts)) <= 12 * tokens:
+            rows = [tokenizer.encode(text) for text in texts]
+            if max(map(len, rows)) <= tokens:
+                return rows[0], rows[1]
+    return None
