@@ -32,7 +32,7 @@ SEED_FIGURE = "the seed proposes a safeguard that warns before the hole, and sta
 FEWEST = 20
 RULE = (
     "Reproduced iff the 95 % interval of the distance's AUROC for failure lies above 0.5 and that of its lead over the "
-    "length alone, paired by prompt, above 0; not reproduced if either lies wholly at or below; indistinguishable "
+    "length alone, paired by prompt, above 0; not reproduced if either lies wholly below; indistinguishable "
     f"between. Judged on the real prompts as they stand where the model fails in {FEWEST} of them or more and answers "
     f"{FEWEST} or more; else on these and the lengthened ones together. Not testable where that isn't enough either, "
     "where the model nowhere tells the depths apart with the accuracy asked, or where no law was given and the "
@@ -170,47 +170,51 @@ def ask(model: CircuitGPT, rows: Sequence[Sequence[int]], answers: tuple[int, in
 
 
 def judged(
-    scores: dict[str, np.ndarray], failed: np.ndarray, part: np.ndarray, units: np.ndarray, rng: np.random.Generator
+    scores: dict[str, np.ndarray],
+    failed: np.ndarray,
+    part: np.ndarray,
+    units: np.ndarray,
+    rng: np.random.Generator,
+    resamples: int = 500,
 ) -> dict[str, Any]:
-    """AUROC of each score over the prompts of ``part``, and the law's lead, with intervals over resampled ``units``."""
-    chosen = {name: score[part] for name, score in scores.items()}
-    wrong, unit = failed[part], np.unique(units[part], return_inverse=True)[1]
-    found: dict[str, Any] = {}
-    if not len(wrong):
-        nothing = {"low": float("nan"), "high": float("nan")}
-        rivals = {f"law_minus_{name}": {"difference": float("nan"), **nothing} for name in ("n", "margin")}
-        return {**{name: {"auroc": float("nan"), **nothing} for name in chosen}, **rivals}
-    members = [np.flatnonzero(unit == i) for i in range(int(unit.max()) + 1)]
-    seed = int(rng.integers(2**32))
+    """AUROC of each score over the prompts of ``part``, and the law's lead over its rivals, paired by draw.
 
-    def interval(of: Any) -> dict[str, float]:
-        # The same draws for every score, so that a difference is paired.
-        def statistic(drawn: np.ndarray) -> float:
-            return float(of(np.concatenate([members[i] for i in drawn])))
+    95 % bootstrap intervals; ``units`` (prompts,): what is resampled together.
+    """
+    chosen, wrong = np.stack([score[part] for score in scores.values()]), failed[part]
 
-        low, high = bootstrap(statistic, len(members), np.random.default_rng(seed), resamples=500)
-        return {"low": low, "high": high}
+    def areas(rows: np.ndarray) -> np.ndarray:
+        return np.array([auroc(score[rows], wrong[rows]) for score in chosen])
 
-    every = np.arange(len(wrong))
-    for name, score in chosen.items():
-
-        def one(rows: np.ndarray, score: np.ndarray = score) -> float:
-            return auroc(score[rows], wrong[rows])
-
-        found[name] = {"auroc": one(every), **interval(one)}
+    members = _members(units[part])
+    draws = np.full((1, len(chosen)), np.nan)
+    if members:
+        drawn = rng.integers(len(members), size=(resamples, len(members)))
+        draws = np.stack([areas(np.concatenate([members[i] for i in draw])) for draw in drawn])
+    every = areas(np.arange(len(wrong)))
+    place = {name: i for i, name in enumerate(scores)}
+    found = {name: {"auroc": float(every[i]), **_between(draws[:, i])} for name, i in place.items()}
     for name in ("n", "margin"):
-
-        def lead(rows: np.ndarray, rival: np.ndarray = chosen[name]) -> float:
-            return auroc(chosen["law"][rows], wrong[rows]) - auroc(rival[rows], wrong[rows])
-
-        found[f"law_minus_{name}"] = {"difference": lead(every), **interval(lead)}
+        value, spread = every[place["law"]] - every[place[name]], draws[:, place["law"]] - draws[:, place[name]]
+        found[f"law_minus_{name}"] = {"difference": float(value), **_between(spread)}
     return found
+
+
+def _members(units: np.ndarray) -> list[np.ndarray]:
+    """The prompts of each unit."""
+    order = np.argsort(units, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(units[order])) + 1) if len(units) else []
+
+
+def _between(draws: np.ndarray) -> dict[str, float]:
+    draws = draws[np.isfinite(draws)]
+    low, high = np.percentile(draws, [2.5, 97.5]) if len(draws) else (np.nan, np.nan)
+    return {"low": float(low), "high": float(high)}
 
 
 def alarms(left: np.ndarray, failed: np.ndarray, units: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
     """Missed alarms among failures and false ones among successes at margin 0, with intervals by prompt."""
-    unit = np.unique(units, return_inverse=True)[1]
-    members = [np.flatnonzero(unit == i) for i in range(int(unit.max()) + 1)] if len(unit) else []
+    members = _members(units)
     found: dict[str, Any] = {}
     for name, of in (("missed", failed), ("false", ~failed)):
         wrong = (left > 0) if name == "missed" else (left <= 0)
@@ -232,7 +236,7 @@ def judge(best: dict[str, Any], testable: bool) -> Verdict:
         return "not testable here"
     if law["low"] > 0.5 and lead["low"] > 0:
         return "reproduced"
-    return "not reproduced" if law["high"] <= 0.5 or lead["high"] <= 0 else "indistinguishable"
+    return "not reproduced" if law["high"] < 0.5 or lead["high"] < 0 else "indistinguishable"
 
 
 def _enough(failed: np.ndarray) -> bool:
