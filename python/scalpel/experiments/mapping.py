@@ -21,8 +21,8 @@ import numpy as np
 from scipy import stats
 
 from ..models.circuitgpt import CircuitGPT
-from .controls import LEAST_ACCURACY, tells_depths
-from .critical import Curve
+from ..tasks.brackets import closers
+from .controls import LEAST_ACCURACY
 from .mapping_decide import Decided, decide, shares
 from .mapping_scan import BAR, CLAIMS, LEVELS, READABLE, RIVALS, HookScan, Setup, reference, scan, untrained_seeds
 from .nulls import NULLS, check_nulls
@@ -68,7 +68,7 @@ def run(
     at_least(1, cap=cap, wrong=wrong, rotations=rotations)
     at_least(19, draws=draws)
     at_least(0, seed=seed)
-    length = _checked_length(model, amounts, length)
+    length = checked_length(model, amounts, length)
     options = {"amounts": amounts, "prompts": prompts, "length": length, "draws": draws, "wrong": wrong, "cap": cap}
     provenance = model_provenance(model, **options, seed=seed, least_accuracy=least_accuracy, nulls=asked_nulls)
     protocol = Protocol("mapping", QUESTION, SEED_FIGURE, provenance)
@@ -83,7 +83,7 @@ def run(
     )
     protocol.measuring()
     setup = Setup.make(model, amounts, prompts, length, draws=draws, wrong=wrong, seed=seed)
-    able = _able(setup)
+    able = setup.able()
     blank = untrained_seeds(model, 2, seed) if "untrained" in asked_nulls else []
     references = [reference(other, setup, -(-draws // 2)) for other in blank]
     shuffled = "shuffled" in asked_nulls
@@ -150,7 +150,13 @@ def verdict(
     return "indistinguishable" if loose[0] and loose[1] >= HALF else "not reproduced"
 
 
-def _checked_length(model: CircuitGPT, amounts: Sequence[int], length: int) -> int:
+def checked_length(model: CircuitGPT, amounts: Sequence[int], length: int) -> int:
+    """``length``, or what the context holds. ValueError where amounts are too few, or too many to fit a list,
+    and for a model without a tokenizer that knows the answers.
+    """
+    if model.tokenizer is None:
+        raise ValueError("the model has no tokenizer; lists of brackets are made of text")
+    closers(model.tokenizer)
     if len(set(amounts)) < 4 or min(amounts) < 1 or len(set(amounts)) < len(amounts):
         raise ValueError(f"option 'amounts' is {list(amounts)}; give four or more different ones, each 1 or more")
     least = 32 + 4 * max(amounts)
@@ -161,14 +167,6 @@ def _checked_length(model: CircuitGPT, amounts: Sequence[int], length: int) -> i
             f"least {least}: give fewer brackets or a longer list"
         )
     return min(length, block)
-
-
-def _able(setup: Setup) -> float:
-    """Best balanced accuracy over both depths at any one length, from the model's answers on these lists."""
-    k, asked = setup.prompts.k, setup.prompts.asked + 1
-    curves = {int(one): Curve(asked[k == one], setup.right[k == one]) for one in np.unique(k)}
-    nested = {one: curve for one, curve in curves.items() if one > 1}
-    return tells_depths(nested, curves[1]) if 1 in curves and nested else float("nan")
 
 
 def _null_row(scans: Mapping[str, HookScan], decided: Decided, mark: str) -> dict[str, Any]:

@@ -6,17 +6,30 @@ random among those that have nothing to do with brackets.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from ..models.circuitgpt import CircuitGPT
 from ..models.untrained import untrained
+from .controls import tells_depths
+from .critical import Curve
 from .mapping_measure import Prompts, Rows, Scores, difference, groups_of, head_rows, question_rows, record, share
 
-__all__ = ["BAR", "CLAIMS", "RIVALS", "HookScan", "Setup", "Top", "reference", "scan", "untrained_seeds"]
+__all__ = [
+    "BAR",
+    "CLAIMS",
+    "RIVALS",
+    "HookScan",
+    "Setup",
+    "Top",
+    "recorded",
+    "reference",
+    "scan",
+    "scores_of",
+    "untrained_seeds",
+]
 
 CLAIMS = ("update", "mean", "threshold")
 BAR = 0.5
@@ -67,6 +80,15 @@ class Setup:
             found[f"mean{tail}"] = ("asked", slice(start, start + 1))
             found[f"threshold{tail}"] = ("asked", slice(start + 1, start + wide))
         return found
+
+    def able(self) -> float:
+        """Best balanced accuracy over both depths at any one length, from the model's answers on these lists; NaN
+        without a depth.
+        """
+        k, x = self.prompts.k, self.prompts.asked + 1
+        curves = {int(one): Curve(x[k == one], self.right[k == one]) for one in np.unique(k)}
+        nested = {one: curve for one, curve in curves.items() if one > 1}
+        return tells_depths(nested, curves[1]) if 1 in curves and nested else float("nan")
 
     @classmethod
     def make(
@@ -211,7 +233,7 @@ def untrained_seeds(model: CircuitGPT, count: int, seed: int) -> list[CircuitGPT
     return found[:count]
 
 
-def _recorded(model: CircuitGPT, setup: Setup) -> Any:
+def recorded(model: CircuitGPT, setup: Setup) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Hook by hook, values at the questions and at single tokens: (hook, (rows, channels), (rows, channels))."""
     at = np.concatenate([setup.asked.at, setup.single.at], 1)
     each = setup.asked.at.shape[1]
@@ -222,7 +244,8 @@ def _recorded(model: CircuitGPT, setup: Setup) -> Any:
             yield hook, one[:, :each].reshape(-1, one.shape[2]), one[:, each:].reshape(-1, one.shape[2])
 
 
-def _scores(setup: Setup, asked: np.ndarray, single: np.ndarray) -> dict[str, Scores]:
+def scores_of(setup: Setup, asked: np.ndarray, single: np.ndarray) -> dict[str, Scores]:
+    """Scores of recorded values by kind of rows, every variable of the setup against every channel."""
     return {
         "asked": Scores.of(setup.asked, setup.at_asked, asked, setup.at_asked.shape[1]),
         "single": Scores.of(setup.single, setup.at_single, single, setup.at_single.shape[1]),
@@ -239,8 +262,8 @@ def reference(model: CircuitGPT, setup: Setup, draws: int) -> dict[str, dict[str
     """
     rng = np.random.default_rng([setup.seed, 13])
     found = {}
-    for hook, asked, single in _recorded(model, setup):
-        scores = _scores(setup, asked, single)
+    for hook, asked, single in recorded(model, setup):
+        scores = scores_of(setup, asked, single)
         weights = {kind: _weights(one.prompts, draws, rng) for kind, one in scores.items()}
         found[hook] = {
             name: np.max(
@@ -271,11 +294,11 @@ def scan(
     """
     rng = np.random.default_rng([setup.seed, 17, rotated])
     found = {}
-    for hook, asked, single in _recorded(model, setup):
+    for hook, asked, single in recorded(model, setup):
         directions = None
         if rotated:
             asked, single, directions = _turned(asked, single, setup, rotated, rng)
-        scores = _scores(setup, asked, single)
+        scores = scores_of(setup, asked, single)
         drawn = _null_maxima(setup, asked) if shuffled else {}
         top = {}
         for name, (kind, columns) in setup.groups.items():
