@@ -133,7 +133,7 @@ def run(
     return protocol.conclude(
         measured={
             "summary": f"{survivors['model'].mean():.1f} of {width} directions survive {depth} layers "
-            f"(effective rank {effective_ranks(spectra['model']).mean():.1f}; {alone:.1f} were there no residual path); "
+            f"(effective rank {effective_ranks(spectra['model']).mean():.1f}; {alone:.1f} without the residual path); "
             f"{ranks}; leading exponent "
             f"{first[:, 0].mean():+.2f} nats a layer, {first[:, 0].mean() - growth:+.2f} less the residual's growth",
             "k": k,
