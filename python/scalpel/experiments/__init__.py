@@ -17,6 +17,7 @@ _FILES = {
     "dilution": "dilution",
     "distractors": "distractors",
     "agreement": "agreement",
+    "causes": "causes",
     "machine": "machine",
     "circuit": "circuit",
     "mapping": "mapping",

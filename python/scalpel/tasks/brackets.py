@@ -19,8 +19,8 @@ from .literals import Literal
 
 START = "<s>"
 ONE, TWO = "]\n", "]]\n"
-_FILLERS = tuple("0123456789") + tuple("abcdefghijklmnopqrstuvwxyz")
-_HEADS = ("x", "y", "rows", "data", "values", "a", "expected", "names", "self.args", "list_", "foo", "types")
+FILLERS = tuple("0123456789") + tuple("abcdefghijklmnopqrstuvwxyz")
+HEADS = ("x", "y", "rows", "data", "values", "a", "expected", "names", "self.args", "list_", "foo", "types")
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ def long_lists(
         raise ValueError(f"length {length} is more than the context holds ({block_size})")
     rng = np.random.default_rng([seed, k, depth])
     start = closers(tokenizer).start
-    fillers = [f for f in _FILLERS if len(tokenizer.encode(f)) == 1]
+    fillers = [f for f in FILLERS if len(tokenizer.encode(f)) == 1]
     rows, asked = [], []
     for _ in range(count):
         # Lists of one repeated element, and lists of many: what stands in a list must not matter.
         pool = rng.choice(fillers, size=1 if rng.random() < 0.5 else 8)
-        head = f"{_HEADS[rng.integers(len(_HEADS))]} = " + "[" * (depth - 1)
+        head = f"{HEADS[rng.integers(len(HEADS))]} = " + "[" * (depth - 1)
         head += "".join(f"[{row}], " for row in rng.choice(pool, size=k - depth)) + "["
         prefix = [*start, *tokenizer.encode(head)]
         body = tokenizer.encode(", ".join(rng.choice(pool, size=length)))

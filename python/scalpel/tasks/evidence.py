@@ -1,0 +1,91 @@
+"""Lists in which evidence and length vary one at a time: brackets that are open, brackets in all, place, tokens."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..models.tokenizer import Tokenizer
+from .brackets import FILLERS, HEADS, closers
+
+__all__ = ["PLACES", "Evidence", "evidence_lists"]
+
+PLACES = ("early", "late")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Prompts of one cell, all of the same length; each ends behind an element, where the question stands.
+
+    ``ids``, ``positions`` (prompts, n); ``filler`` bool (prompts, n): elements and commas, which tell nothing of the
+    depth; ``open`` and ``closed``: brackets of either kind; ``place``: where the last bracket stands.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    filler: Tensor
+    open: int
+    closed: int
+    place: str
+
+    @property
+    def n(self) -> int:
+        """Attended keys at the question."""
+        return self.ids.shape[1]
+
+    @property
+    def depth(self) -> int:
+        return self.open
+
+
+def evidence_lists(
+    tokenizer: Tokenizer, n: int, count: int, *, opened: int, closed: int, place: str, block_size: int, seed: int = 0
+) -> Evidence:
+    """``count`` lists of exactly ``n`` tokens with ``opened`` (1 or 2) brackets open and ``closed`` rows closed.
+
+    At depth 2 the open row comes last; at depth 1 elements stand bare behind the closed rows, as in the training text.
+    ``place``: "early" puts one element into each closed row and the rest behind the last bracket, "late" puts all but
+    three of the elements into the closed rows, so that the same tokens stand in another order. Without a closed row
+    the two are the same. ValueError where n leaves no room.
+    """
+    if opened not in (1, 2) or closed < 0 or place not in PLACES:
+        raise ValueError(f"opened is {opened}, closed {closed}, place {place!r}; 1 or 2, 0 or more, early or late")
+    if n > block_size:
+        raise ValueError(f"n is {n}; the context holds {block_size}")
+    rng = np.random.default_rng([seed, n, opened, closed, PLACES.index(place)])
+    start = list(closers(tokenizer).start)
+    bracket, end, comma = (tokenizer.encode(text) for text in ("[", "], ", ", "))
+    fillers = [tokenizer.encode(one)[0] for one in FILLERS if len(tokenizer.encode(one)) == 1]
+    if not fillers or len(comma) != 1:
+        raise ValueError("this tokenizer doesn't give an element and its comma a token each")
+    rows, masks = [], []
+    for _ in range(count):
+        pool = rng.choice(fillers, size=1 if rng.random() < 0.5 else 8)
+        head = tokenizer.encode(f"{HEADS[rng.integers(len(HEADS))]} = ")
+        # A row of e elements is 2e - 1 tokens; what that leaves over goes into a longer name, so that n is exact.
+        room = n - len(start) - len(head) - len(bracket) * (closed + opened) - closed * len(end)
+        elements = (room + closed + 1) // 2
+        if elements < closed + 1:
+            raise ValueError(f"n = {n} leaves no room for {closed} closed rows and an element behind them")
+        spare = room - (2 * elements - closed - 1)
+        late = place == "late" and closed > 0
+        last = min(3, elements - closed) if late else elements - closed
+        in_rows = [len(part) for part in np.array_split(np.arange(elements - last), closed)] if closed else []
+        pieces = [(start, False), (tokenizer.encode("x")[:1] * spare, False), (head, False), (bracket, False)]
+        for many in in_rows:
+            pieces += [(bracket, False), (_row(pool, many, comma, rng), True), (end, False)]
+        pieces += [(bracket * (opened - 1), False), (_row(pool, last, comma, rng), True)]
+        rows.append([token for tokens, _ in pieces for token in tokens])
+        masks.append([is_filler for tokens, is_filler in pieces for _ in tokens])
+    ids = torch.tensor(rows)
+    offset = torch.from_numpy(rng.integers(block_size - n + 1, size=(count, 1)))
+    return Evidence(ids, offset + torch.arange(ids.shape[1]), torch.tensor(masks), opened, closed, place)
+
+
+def _row(pool: np.ndarray, count: int, comma: list[int], rng: np.random.Generator) -> list[int]:
+    """``count`` elements with a comma between two."""
+    found: list[int] = []
+    for i, one in enumerate(rng.choice(pool, size=count)):
+        found += [*(comma if i else []), int(one)]
+    return found
