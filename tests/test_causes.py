@@ -135,7 +135,7 @@ def test_tokens_left_is_zero_where_the_law_fails():
 
 
 def test_a_mean_is_restored_by_taking_the_filler_away():
-    result = experiments.run("causes", circuit(), prompts=8, offsets=16)
+    result = experiments.run("causes", circuit(0.03), prompts=8, offsets=16)
     assert result.verdict == "reproduced", result.measured["summary"]
     assert result.measured["right"]["as it is"] == 0 and result.measured["right"]["filler not read"] == 1
     shares = result.measured["factors"]["share"]

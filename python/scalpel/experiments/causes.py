@@ -133,7 +133,7 @@ def _failing_length(scout: c.Curve) -> int | None:
 def says_two(
     model: CircuitGPT, cell: Evidence, mask: Tensor | None = None, positions: Tensor | None = None
 ) -> np.ndarray:
-    """logit("]]\\n") - logit("]\\n") behind each prompt (prompts,). ``mask`` (prompts, n): keys that the answer reads."""
+    """logit("]]\\n") - logit("]\\n") behind each prompt (prompts,). ``mask`` (prompts, n): the keys it reads."""
     assert model.tokenizer is not None
     ids = closers(model.tokenizer)
     allowed = None
