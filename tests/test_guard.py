@@ -269,6 +269,11 @@ def test_lengthened_prompts_are_the_real_ones_with_more_of_their_own(lists):
 FAST = {"prompts": 80, "offsets": 16}
 
 
+@cache
+def result_of_the_counter():
+    return experiment.run(circuit(), **FAST)
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "verdict"),
     [
@@ -287,7 +292,8 @@ def test_verdicts(lists, kind, options, verdict):
         "untrained": lambda: untrained(circuit()),
         "never": lambda: circuit(1e-6),
     }[kind]()
-    result = experiment.run(model, **FAST, **options)
+    plain = kind == "mean" and not options
+    result = result_of_the_counter() if plain else experiment.run(model, **FAST, **options)
     assert result.verdict == verdict, result.measured["summary"]
     for name, figure in result.figures.items():
         assert to_svg(figure, name)
@@ -295,7 +301,7 @@ def test_verdicts(lists, kind, options, verdict):
 
 
 def test_the_counters_distance_is_perfect_on_a_counter_and_nothing_else_is(lists):
-    result = experiment.run(circuit(), **FAST)
+    result = result_of_the_counter()
     area = result.measured["auroc"][result.measured["judged_on"]]
     assert area["law"] > 0.99 > 0.97 > area["n"] and area["open"] < 0.97
     rates = result.measured["alarms_at_margin_0"]
@@ -306,6 +312,27 @@ def test_the_counters_distance_is_perfect_on_a_counter_and_nothing_else_is(lists
     assert null["rotated"]["auroc"] < 0.75
     chosen = experiment.run(circuit(), nulls=("shuffled",), **FAST)
     assert "rotated" not in chosen.null and any("'untrained'" in note for note in chosen.measured["left_out"])
+
+
+def test_areas_and_leads_against_sklearn():
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(0)
+    failed, part = rng.random(300) < 0.4, rng.random(300) < 0.8
+    scores = {name: np.round(failed * tilt + rng.normal(size=300), 1) for name, tilt in (("law", 2), ("n", 1))}
+    scores["margin"] = np.where(rng.random(300) < 0.1, -np.inf, rng.normal(size=300))
+    alone = experiment.judged(scores, failed, part, np.arange(300), rng)
+    for name, score in scores.items():
+        finite = np.maximum(score, -99)
+        assert alone[name]["auroc"] == pytest.approx(roc_auc_score(failed[part], finite[part]))
+        assert alone[name]["low"] < alone[name]["auroc"] < alone[name]["high"]
+    lead = alone["law_minus_n"]
+    assert lead["difference"] == pytest.approx(alone["law"]["auroc"] - alone["n"]["auroc"])
+    assert 0 < lead["low"] < lead["difference"] < lead["high"]
+    five = experiment.judged(scores, failed, part, np.arange(300) // 60, rng)
+    assert five["law"]["auroc"] == alone["law"]["auroc"] and five["law"]["low"] != alone["law"]["low"]
+    nothing = experiment.judged(scores, failed, np.zeros(300, dtype=bool), np.arange(300), rng)
+    assert math.isnan(nothing["law"]["auroc"]) and math.isnan(nothing["law_minus_n"]["low"])
 
 
 def test_bad_options_of_the_experiment(lists):

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import rankdata
 
 from ..circuits.task import Task, answer_logits
 from ..guard import FailureLaw, HoleGuard
@@ -184,7 +185,13 @@ def judged(
     chosen, wrong = np.stack([score[part] for score in scores.values()]), failed[part]
 
     def areas(rows: np.ndarray) -> np.ndarray:
-        return np.array([auroc(score[rows], wrong[rows]) for score in chosen])
+        """AUROC of every score, as :func:`auroc` has it, ranked in one call."""
+        bad = wrong[rows]
+        pairs = int(bad.sum()) * int((~bad).sum())
+        if not pairs:
+            return np.full(len(chosen), np.nan)
+        above = rankdata(chosen[:, rows], axis=1)[:, bad].sum(1) - bad.sum() * (bad.sum() + 1) / 2
+        return np.asarray(above / pairs)
 
     members = _members(units[part])
     draws = np.full((1, len(chosen)), np.nan)
