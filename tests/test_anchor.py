@@ -46,6 +46,16 @@ def test_the_anchor_of_a_linear_map_is_its_first_eigenvector(radius):
     assert ratio == pytest.approx(0.8, rel=1e-3)
 
 
+def test_a_radius_for_each_start_is_as_each_by_itself():
+    function = block_map(model_of(afrac=0.5))
+    given = starts(2, 1, 8)
+    both = find_anchors(function, given, radius=[1.0, 5.0], steps=20)
+    for i, radius in enumerate([1.0, 5.0]):
+        alone = find_anchors(function, given[i : i + 1], radius=radius, steps=20)
+        assert both.part(slice(i, i + 1)).turned == pytest.approx(alone.turned, abs=1e-9)
+        assert torch.allclose(both.directions[i], alone.directions[0], atol=1e-9)
+
+
 def test_a_negative_eigenvalue_turns_the_anchor_over():
     function, vectors = linear([-3.0, 1.0, 0.5])
     found = find_anchors(function, starts(4, 3), steps=200)

@@ -89,8 +89,12 @@ def _settle(
     function = block_map(model, None if layer is None else [layer])
     given = given / torch.linalg.vector_norm(given, dim=(1, 2), keepdim=True)
     rows, turned, ends = [], {}, []
-    for radius in radii:
-        anchors = find_anchors(function, given, radius=float(radius), tol=_TOL, steps=iterations)
+    count = len(given)
+    every = [float(radius) for radius in radii for _ in range(count)]
+    # all radii in one batch: a step costs hardly more for it
+    together = find_anchors(function, given.repeat(len(radii), 1, 1), radius=every, tol=_TOL, steps=iterations)
+    for i, radius in enumerate(radii):
+        anchors = together.part(slice(i * count, (i + 1) * count))
         rows.append(_row(function, anchors, radius, unit))
         turned[radius] = anchors.turned
         ends.append(anchors.axis)

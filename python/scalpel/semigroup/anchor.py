@@ -64,6 +64,18 @@ class Anchors:
         """Whether every start reached a fixed direction, and all the same one up to sign."""
         return bool(self.settled.all()) and self.agreement >= 1 - SAME
 
+    def part(self, starts: slice) -> "Anchors":
+        """Of some of the starts only."""
+        return Anchors(
+            self.directions[starts],
+            self.period[starts],
+            self.sign[starts],
+            self.steps[starts],
+            self.turned[:, starts],
+            self.axis[starts],
+            self.concentration[starts],
+        )
+
     @property
     def found(self) -> list[int]:
         """A start for each different direction that was reached, the first of each."""
@@ -104,7 +116,7 @@ def _norms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x.flatten(1), dim=1).reshape(-1, *[1] * (x.dim() - 1))
 
 
-def _normalised(function: Map, radius: float) -> Map:
+def _normalised(function: Map, radius: float | Tensor) -> Map:
     def go(x: Tensor) -> Tensor:
         moved = function(x)
         return moved * (radius / _norms(moved))
@@ -114,26 +126,35 @@ def _normalised(function: Map, radius: float) -> Map:
 
 @torch.no_grad()
 def find_anchors(
-    function: Map, starts: Tensor, *, radius: float = 1.0, tol: float = 1e-8, steps: int = 300, longest: int = 16
+    function: Map,
+    starts: Tensor,
+    *,
+    radius: float | Sequence[float] = 1.0,
+    tol: float = 1e-8,
+    steps: int = 300,
+    longest: int = 16,
 ) -> Anchors:
-    """Iterate x ↦ r Π(x)/‖Π(x)‖ from each of ``starts`` (S, \\*shape), of any norm but zero.
+    """Iterate x ↦ r Π(x)/‖Π(x)‖ from each of ``starts`` (S, \\*shape), of any norm but zero; ``radius``: r, one for all
+    or one a start.
 
     A direction counts as fixed when a step turns it by at most ``tol``; a cycle of up to ``longest`` steps as found
     when it comes back that near. float64 is advised. ValueError for a start that is zero or not finite, for a Π that
     gives zero or what isn't finite, and for a radius that isn't above 0.
     """
-    if not radius > 0 or steps < 1 or longest < 1:
-        raise ValueError(f"radius is {radius}, steps {steps}, longest {longest}; radius > 0 and the others 1 or more")
-    x = starts * (radius / _norms(starts))
-    _check(x, "a start")
-    step = _normalised(function, radius)
     count = len(starts)
+    radii = np.broadcast_to(np.asarray(radius, dtype=float), (count,))
+    if not (radii > 0).all() or steps < 1 or longest < 1:
+        raise ValueError(f"radius is {radius}, steps {steps}, longest {longest}; radius > 0 and the others 1 or more")
+    scale = torch.from_numpy(radii.copy()).to(starts).reshape(-1, *[1] * (starts.dim() - 1))
+    x = starts * (scale / _norms(starts))
+    _check(x, "a start")
+    step = _normalised(function, scale)
     needed = np.full(count, steps)
     open_, turned = np.ones(count, dtype=bool), np.full((steps, count), np.nan)
     for n in range(steps):
         after = step(x)
         _check(after, "what the map gave")
-        size = _apart(after, x)[0] / radius
+        size = _apart(after, x)[0] / radii
         turned[n, open_] = size[open_]
         x = after
         needed[open_ & (size <= tol)] = n + 1
@@ -147,14 +168,14 @@ def find_anchors(
     period, sign = np.where(open_, 0, 1), np.ones(count, dtype=np.int64)
     for p in range(longest, 0, -1):
         size, signs = _apart(tail[p], tail[0])
-        back = (size / radius <= tol) & (open_ | (p == 1))
+        back = (size / radii <= tol) & (open_ | (p == 1))
         period[back & open_] = p
         sign[back] = signs[back]
     points = torch.stack([each.flatten(1) for each in tail], dim=1)
     _, sizes, axes = torch.linalg.svd(points, full_matrices=False)
     share = (sizes[:, 0] ** 2 / (sizes**2).sum(dim=1)).double().cpu().numpy()
     shape = starts.shape[1:]
-    last = tail[-1] / radius
+    last = tail[-1] / scale
     return Anchors(last, period, sign, needed, turned, axes[:, 0].reshape(count, *shape), share)
 
 

@@ -1,0 +1,54 @@
+"""Spectra of a transformers model: ``python examples/spectra.py [MODEL [TEXT]]``.
+
+MODEL is a folder or an id on the hub (GPT-2, GPT-NeoX, Llama, Mistral, Qwen2, Qwen3); without one, a small GPT-2 with
+random weights is made, and nothing is read from anywhere. What a spectrum of a trained model means is seen beside that
+of an untrained one: ``scalpel analyze`` does both, over a whole text.
+"""
+
+import sys
+from itertools import pairwise
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+import scalpel
+
+TEXT = (
+    "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total / len(values)"
+)
+
+
+def main(name: str | None = None, text: str = TEXT) -> None:
+    torch.manual_seed(0)
+    if name is None:
+        sizes = {"vocab_size": 256, "n_positions": 128, "n_embd": 32, "n_layer": 3, "n_head": 4}
+        model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+        ids = torch.tensor([list(text.encode())])[:, :128]
+    else:
+        model = AutoModelForCausalLM.from_pretrained(name)
+        ids = AutoTokenizer.from_pretrained(name)(text, return_tensors="pt")["input_ids"]
+    model = model.eval()
+    hooks = [f"{i}.resid_in" for i in range(model.config.num_hidden_layers)] + ["final_resid"]
+
+    # Covariance: how many directions hold what the residual stream does, and what the loss asks of it.
+    states = scalpel.collect(model, [ids], [*hooks, *(f"{hook}.grad" for hook in hooks)])
+    for hook in hooks:
+        values, gradients = states[hook], states[f"{hook}.grad"]
+        print(
+            f"{hook:>12}: first component {values.explained_variance_ratio(1)[0]:.1%}, effective rank "
+            f"{float(values.effective_rank()):.1f}; gradients {gradients.explained_variance_ratio(1)[0]:.1%}, "
+            f"{float(gradients.effective_rank()):.1f}"
+        )
+
+    # Jacobian: what each layer, and all of them together, do to a direction at the last token.
+    for source, target in [*pairwise(hooks), (hooks[0], hooks[-1])]:
+        J = scalpel.jacobian(model, ids, source, target, positions=-1)
+        print(f"{source:>12} → {target}: σ = {', '.join(f'{s:.2f}' for s in J.spectrum(5))} …")
+
+    # The semigroup of depth: growth in nats a layer, less that of the residual itself.
+    found = scalpel.lyapunov(model, ids[:, :16], 4, cumulative=False)
+    print("exponents less growth:", ", ".join(f"{e:+.3f}" for e in found.exponents_less_growth))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
