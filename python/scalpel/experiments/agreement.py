@@ -1,7 +1,8 @@
 """Does the seed's simulator answer as the model does, over the whole plane of evidence and context length?
 
 θ is fitted to one amount of evidence; the simulator's answers for every other cell are stored; then the model is
-asked there, on other prompts. A constant critical length is the rival: a simulator that knows nothing of k.
+asked there, on other prompts. A constant critical length is the rival: a simulator that knows nothing of k. Beside them
+stand the sink's law and the weighted one, which know what the head attends to.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +13,10 @@ import numpy as np
 from ..models.circuitgpt import CircuitGPT
 from ..semigroup import ThresholdCounter
 from . import critical as c
+from .calibration import ShortContexts
+from .calibration import calibrate as read_short
 from .controls import LEAST_ACCURACY, Controls, tells_depths
+from .nulls import NULLS, check_nulls
 from .provenance import at_least, caution, longest_asked, model_provenance
 from .result import Protocol, Result, Verdict
 
@@ -38,14 +42,17 @@ def run(
     seed: int = 0,
     least_accuracy: float = LEAST_ACCURACY,
     controls: Controls | None = None,
+    nulls: tuple[str, ...] = NULLS,
 ) -> Result:
     """Agreement of simulator and model on held-out cells (k ≠ ``calibrate``; bins of ``width`` tokens).
 
     A cell's answer is the model's majority over prompts. Besides plain agreement its balanced form is given, the
     mean over the cells that the model answers right and those that it answers wrong: where it never fails, a
     simulator that never fails agrees everywhere and shows nothing. A sink of a few tokens is below the resolution of
-    the cells; ``dilution`` is the finer measurement.
+    the cells; ``dilution`` is the finer measurement. ``nulls``: "untrained" is one of the controls; "shuffled" judges
+    each row of the plane by another's simulator; "rotated" has no meaning here.
     """
+    nulls = check_nulls(nulls)
     at_least(2, prompts=prompts)
     at_least(1, width=width)
     at_least(0, seed=seed)
@@ -70,16 +77,30 @@ def run(
     # that the plane can still be shown, and the verdict is "not testable here".
     critical_length = fitted.value if fitted.status == "crosses" else float(length)
     counter = ThresholdCounter(calibrate / critical_length)
+    short, left_out = _short_contexts(model, amounts, seed)
+    if "rotated" in nulls:
+        left_out.append("agreement, the null of random directions: the simulator has no direction")
     middles = (edges[:-1] + edges[1:]) / 2
 
+    def lengths_by(critical_length: float) -> dict[str, dict[int, float]]:
+        """Each law's n*(k), with its one parameter from the calibration amount's critical length."""
+        found = {
+            "simulator": {k: k * critical_length / calibrate for k in amounts},
+            "constant": dict.fromkeys(amounts, critical_length),
+        }
+        if short is not None:
+            found |= {name: short.from_length(calibrate, critical_length)[name] for name in ("sink", "weighted")}
+        return found
+
     def rules(critical_length: float) -> dict[str, dict[int, np.ndarray]]:
-        """What the simulator and its rival say, right or wrong, in each row's bins."""
+        """What each law says, right or wrong, in each row's bins."""
         return {
-            "simulator": {k: middles < k * critical_length / calibrate for k in amounts},
-            "constant": dict.fromkeys(amounts, middles < critical_length),
+            name: {k: middles < n for k, n in lengths.items()} for name, lengths in lengths_by(critical_length).items()
         }
 
-    simulated, constant = rules(critical_length).values()
+    said = rules(critical_length)
+    simulated, constant = said["simulator"], said["constant"]
+    law_lengths = lengths_by(critical_length)
     protocol.predict(
         {
             "summary": f"θ = {float(counter.theta):.4f} from k={calibrate}: n* = "
@@ -87,6 +108,7 @@ def run(
             "theta": float(counter.theta),
             "calibration": c.table({calibrate: fitted}),
             "simulated_right": simulated,
+            "critical_length": law_lengths,
             "rule": RULE,
         }
     )
@@ -98,39 +120,52 @@ def run(
     found = {k: c.critical(curve, rng) for k, curve in curves.items()}
     score = agreement(curves, held, edges, simulated)
     rival = agreement(curves, held, edges, constant)
+    by_law = {name: agreement(curves, held, edges, rule) for name, rule in said.items()}
     lengths = fitted.draws if fitted.status == "crosses" else np.array([critical_length])
     draws = _bootstrap(curves, held, edges, rules, lengths, rng)
     interval = [float(v) for v in np.percentile([d["simulator"]["plain"] for d in draws], [2.5, 97.5])]
     lead = [d["simulator"]["plain"] - d["constant"]["plain"] for d in draws]
     lead_interval = [float(v) for v in np.percentile(lead, [2.5, 97.5])]
+    by_law_interval = {
+        name: [float(v) for v in np.percentile([draw[name]["plain"] for draw in draws], [2.5, 97.5])] for name in said
+    }
     null: dict[str, Any] = {
         "constant": rival,
         "best_constant_chosen_afterwards": max(
             agreement(curves, held, edges, dict.fromkeys(amounts, middles < cut))["plain"] for cut in edges
         ),
         "simulator_minus_constant": lead_interval,
-        "shuffled_evidence": _shuffled(curves, held, edges, simulated),
     }
-    for name, other in controls.models.items():
+    if "shuffled" in nulls:
+        null["shuffled_evidence"] = _shuffled(curves, held, edges, simulated)
+    others = {name: one for name, one in controls.models.items() if name != "untrained" or "untrained" in nulls}
+    for name, other in others.items():
         theirs = {k: ask(other, k, 3) for k in held}
         null[name] = agreement(theirs, held, edges, simulated)
     verdict = _verdict(fitted, score, interval, lead_interval, able >= least_accuracy)
     return protocol.conclude(
         measured={
             "summary": f"agreement {score['plain']:.3f} on {score['cells']} held-out cells "
-            f"(balanced {_number(score['balanced'])})",
+            f"(balanced {_number(score['balanced'])})"
+            + "".join(f"; {name} law {by_law[name]['plain']:.3f}" for name in by_law if name in ("sink", "weighted")),
             "against_the_seeds_figure": f"the seed says “perfect”; here {score['plain']:.3f}",
             "agreement": score,
+            "agreement_by_law": by_law,
+            "left_out": left_out,
             "model_right": shown,
             "critical_length": c.table(found),
             "best_balanced_accuracy_at_one_length": able,
         },
-        interval={"summary": f"[{interval[0]:.3f}, {interval[1]:.3f}]", "agreement": interval},
+        interval={
+            "summary": f"[{interval[0]:.3f}, {interval[1]:.3f}]",
+            "agreement": interval,
+            "by_law": by_law_interval,
+        },
         null={
             "summary": f"constant n*: {rival['plain']:.3f} (simulator − constant in [{lead_interval[0]:.3f}, "
-            f"{lead_interval[1]:.3f}]); best constant afterwards: {null['best_constant_chosen_afterwards']:.3f}; "
-            f"evidence shuffled: {null['shuffled_evidence']:.3f}"
-            + "".join(f"; {name}: {null[name]['plain']:.3f}" for name in controls.models),
+            f"{lead_interval[1]:.3f}]); best constant afterwards: {null['best_constant_chosen_afterwards']:.3f}"
+            + (f"; evidence shuffled: {null['shuffled_evidence']:.3f}" if "shuffled" in nulls else "")
+            + "".join(f"; {name}: {null[name]['plain']:.3f}" for name in others),
             **null,
         },
         verdict=verdict,
@@ -147,6 +182,10 @@ def run(
                 "overlays": [
                     {"label": "simulator", "x": [counter.critical_length(k) for k in amounts], "style": "line"},
                     {"label": "constant", "x": [critical_length for _ in amounts], "style": "dashed"},
+                    *(
+                        {"label": "weighted law", "x": list(law_lengths["weighted"].values()), "style": "dashed"}
+                        for _ in range("weighted" in law_lengths)
+                    ),
                     {
                         "label": "measured n₅₀",
                         "x": [found[k].value if found[k].status == "crosses" else None for k in amounts],
@@ -156,6 +195,14 @@ def run(
             }
         },
     )
+
+
+def _short_contexts(model: CircuitGPT, amounts: Sequence[int], seed: int) -> tuple[ShortContexts | None, list[str]]:
+    """What the head is read to do at short contexts, or why there is nothing to read."""
+    try:
+        return read_short(model, amounts, seed=seed, thetas=False), []
+    except ValueError as error:
+        return None, [f"agreement, laws by what a head measures: {error}"]
 
 
 def agreement(
