@@ -71,7 +71,7 @@ def test_partial_r2_is_that_of_two_regressions():
     rng = np.random.default_rng(0)
     v = rows.pick(share(prompts.evidence))
     values = np.stack([v + 0.02 * rng.standard_normal(len(v)), rng.standard_normal(len(v)), 0 * v], 1)
-    found = Scores.of(rows, rows.design.residuals(v[:, None]), values, 1)
+    found = Scores.of(rows, rows.design.residuals(v[:, None]), values)
     nuisance = rows.design._all  # a basis of what is nuisance, on every row
     for channel in range(2):
         y = values[:, channel]

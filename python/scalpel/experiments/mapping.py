@@ -117,7 +117,8 @@ def run(
         },
         interval={
             "summary": f"share of hooks with a mapped channel {share[0]:.0%} [{share[1]:.0%}, {share[2]:.0%}] (95 % "
-            f"bootstrap over {int(setup.prompts.fits.size // 2)} scored prompts; tests and settings held fixed)",
+            f"bootstrap over {int(setup.prompts.fits.size // 2)} scored prompts, prompts set, and "
+            "random channels; the correction over hooks held fixed)",
             "share_of_hooks": list(share[1:]),
             "null_rate": rate["interval"],
         },

@@ -15,7 +15,7 @@ from .statistics import bootstrap, discoveries
 __all__ = ["Found", "decide", "shares"]
 
 SET_LENGTH = 48  # tokens of the prompts in which channels are set
-SET_PROMPTS = 2  # of each amount
+SET_PROMPTS = 3  # of each amount
 _RESAMPLES = 200
 
 
@@ -26,8 +26,9 @@ class Found:
     ``r2``: partial R², its 95 % interval by prompt ``low`` to ``high``; ``p``: by the maximum over channels and
     variables; ``movement``: what setting it did to the logit difference, in the predicted direction, with its interval;
     ``random_movement``: the 95 % quantile of that of ``random_channels`` channels of the hook, 0 where none was needed;
-    ``outcome``: "mapped", "ambiguous", a better claim's or rival's name, or "does not move the output"; ``draws``:
-    whether each resample passes the bar.
+    ``told``: "mapped", "ambiguous", or a better claim's or rival's name, by R² alone; ``outcome``: that, or "does not
+    move the output"; ``draws``: whether each resample (of scored prompts, of those that it was set in, of the random
+    channels) passes the bar and moves the output.
     """
 
     hook: str
@@ -42,6 +43,7 @@ class Found:
     movement_high: float
     random_movement: float
     random_channels: int
+    told: str
     outcome: str
     draws: np.ndarray = field(repr=False)
 
@@ -131,14 +133,20 @@ def _set(
     movement = moved(slice(len(candidates)))
     intervals = [bootstrap(partial(_mean_of, one), len(chosen), rng, _RESAMPLES) for one in movement]
     # Random channels matter only where a candidate moves the output as predicted at all.
-    needed = len(scan.bystanders) and any(low > 0 for low, _ in intervals)
-    most = float(np.quantile(np.abs(moved(slice(len(candidates), None)).mean(1)), 0.95)) if needed else 0.0
+    needed = len(scan.bystanders) > 0 and any(low > 0 for low, _ in intervals)
+    others = moved(slice(len(candidates), None)) if needed else np.zeros((1, len(chosen)))
+    most = float(np.quantile(np.abs(others.mean(1)), 0.95))
+    again = rng.integers(len(chosen), size=(len(top.draws), len(chosen)))
+    apart = rng.integers(len(others), size=(len(top.draws), len(others)))
+    redrawn = np.take_along_axis(np.abs(others[:, again].mean(2)).T, apart, 1)
+    beyond = movement[:, again].mean(2) > np.quantile(redrawn, 0.95, axis=1)
     found = []
     for i, j in enumerate(candidates):
         low, high = intervals[i]
         moves = low > 0 and movement[i].mean() > most
         name = f"{scan.hook}:{top.channels[j]}" if scan.directions is None else f"{scan.hook}, direction"
         r2_low, r2_high = np.percentile(top.draws[:, j], [2.5, 97.5])
+        told = _tied(setup, top, int(j), group)
         found.append(
             Found(
                 hook=scan.hook,
@@ -153,8 +161,9 @@ def _set(
                 movement_high=high,
                 random_movement=most,
                 random_channels=len(scan.bystanders) if needed else 0,
-                outcome=_tied(setup, top, int(j), group) if moves else "does not move the output",
-                draws=top.draws[:, j] >= BAR,
+                told=told,
+                outcome=told if moves else "does not move the output",
+                draws=(top.draws[:, j] >= BAR) & beyond[i],
             )
         )
     return found
@@ -216,7 +225,8 @@ def _tied(setup: Setup, top: Top, j: int, group: str) -> str:
 def shares(decided: Decided, hooks: list[str]) -> tuple[dict[str, list[str]], tuple[float, float, float]]:
     """Mapped hooks by claim, and the share of hooks mapped to any, with its 95 % interval by prompt."""
     by_claim = {claim: sorted({f.hook for f in decided.found[claim] if f.mapped}, key=hooks.index) for claim in CLAIMS}
-    passed = [f for claim in CLAIMS for f in decided.found[claim] if f.outcome == "mapped"]
+    # What moves the output in some resamples only counts in those, so the interval holds the setting's error too.
+    passed = [f for claim in CLAIMS for f in decided.found[claim] if f.told == "mapped" and f.movement_high > 0]
     count = len({f.hook for f in passed if f.mapped})
     if not passed:
         return by_claim, (0.0, 0.0, 0.0)

@@ -174,14 +174,11 @@ class Scores:
     beta: np.ndarray
     live: np.ndarray
     spread: np.ndarray
-    _sums: tuple[np.ndarray, np.ndarray, np.ndarray]
+    _scored: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
     @classmethod
-    def of(cls, rows: Rows, variables: np.ndarray, values: np.ndarray, by_prompt: int = 0) -> "Scores":
-        """``variables`` (rows, variables), *residuals*; ``values`` (rows, channels) as recorded.
-
-        The first ``by_prompt`` variables can be bootstrapped afterwards.
-        """
+    def of(cls, rows: Rows, variables: np.ndarray, values: np.ndarray) -> "Scores":
+        """``variables`` (rows, variables), *residuals*; ``values`` (rows, channels) as recorded."""
         spread = values[rows.fit].std(0)
         live = (spread > LIVE * max(spread.max(), 1e-30)) & (spread > 1e-6 * np.abs(values[rows.fit]).max())
         left = rows.design.residuals(values)
@@ -194,17 +191,14 @@ class Scores:
         total = np.square(y_score).sum(0)
         known = usable[:, None] & live & (total > 0)
         r2 = np.minimum(np.divide(captured, total, out=np.full(captured.shape, np.nan), where=known), 1.0)
-        # Sums by prompt: the sufficient statistics of a bootstrap by prompt.
+        # A bootstrap by prompt needs no more than sums by prompt; rows of a prompt stand together.
         starts = np.flatnonzero(np.diff(rows.prompt[rows.score], prepend=-1))
-        few = v_score[:, :by_prompt]
-        cross = np.stack([np.add.reduceat(column[:, None] * y_score, starts) for column in few.T]) if by_prompt else 0
-        sums = (np.add.reduceat(y_score**2, starts), np.asarray(cross), np.add.reduceat(few**2, starts))
-        return cls(r2, beta, live, spread, sums)
+        return cls(r2, beta, live, spread, (y_score, v_score, starts, np.add.reduceat(y_score**2, starts)))
 
     @property
     def prompts(self) -> int:
         """Prompts scored on."""
-        return len(self._sums[0])
+        return len(self._scored[2])
 
     def best(self, variables: slice | Sequence[int]) -> np.ndarray:
         """Each channel's largest R² over some variables; -inf for a channel without any."""
@@ -213,11 +207,11 @@ class Scores:
     def bootstrap(self, weights: np.ndarray, variable: int, channels: np.ndarray | None = None) -> np.ndarray:
         """R² with each scored prompt counted ``weights`` (draws, prompts) times: (draws, channels), NaN as in r2."""
         chosen = np.arange(self.r2.shape[1]) if channels is None else channels
-        total, cross, squares = self._sums
-        beta = self.beta[variable, chosen]
-        captured = 2 * beta * (weights @ cross[variable][:, chosen])
-        captured = captured - beta**2 * (weights @ squares[:, variable])[:, None]
-        total = weights @ total[:, chosen]
+        y, v, starts, squares = self._scored
+        beta, column = self.beta[variable, chosen], v[:, variable]
+        cross = weights @ np.add.reduceat(column[:, None] * y[:, chosen], starts)
+        captured = 2 * beta * cross - beta**2 * (weights @ np.add.reduceat(column**2, starts))[:, None]
+        total = weights @ squares[:, chosen]
         known = np.isfinite(self.r2[variable, chosen]) & (total > 0)
         return np.minimum(np.divide(captured, total, out=np.full(captured.shape, np.nan), where=known), 1.0)
 

@@ -247,8 +247,8 @@ def recorded(model: CircuitGPT, setup: Setup) -> Iterator[tuple[str, np.ndarray,
 def scores_of(setup: Setup, asked: np.ndarray, single: np.ndarray) -> dict[str, Scores]:
     """Scores of recorded values by kind of rows, every variable of the setup against every channel."""
     return {
-        "asked": Scores.of(setup.asked, setup.at_asked, asked, setup.at_asked.shape[1]),
-        "single": Scores.of(setup.single, setup.at_single, single, setup.at_single.shape[1]),
+        "asked": Scores.of(setup.asked, setup.at_asked, asked),
+        "single": Scores.of(setup.single, setup.at_single, single),
     }
 
 
