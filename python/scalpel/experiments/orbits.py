@@ -40,7 +40,7 @@ RULE = (
     "one and the same token from every prompt. Indistinguishable where the untrained model does all of this too. Not "
     "reproduced otherwise."
 )
-_APPARENT = 48  # tokens decoded with the whole context
+_APPARENT = 32  # tokens decoded with the whole context
 
 
 def run(
