@@ -30,6 +30,7 @@ from .collapse_training import CONTROLS, FILE, PLAN, Difference, Study, measure_
 from .nulls import NULLS, check_nulls
 from .provenance import at_least, model_provenance
 from .result import Protocol, Result, Verdict
+from .statistics import discoveries
 
 QUESTION = "Does AbsTopK collapse representations onto few principal components of the gradient covariance?"
 SEED_FIGURE = "first component 71.2 %, first three 88.9 %, effective rank 10 of 512"
@@ -127,6 +128,7 @@ def _conclude(protocol: Protocol, study: Study | None, own: Own, left_out: list[
         for arm in ("topk", *CONTROLS)
     }
     scores = {arm: [float(study.course(arm, "area")[:, i].mean()) for i in (0, -1)] for arm in ("topk", *CONTROLS)}
+    score_end = study.at_the_end("dense", "area")
     every = {
         variant: {
             field: {control: vars(study.difference(control, field, variant)) for control in CONTROLS}
@@ -135,21 +137,25 @@ def _conclude(protocol: Protocol, study: Study | None, own: Own, left_out: list[
         }
         for variant in VARIANTS
     }
-    signs = [(of["equal_rank"]["dense"]["high"] < 0, of["equal_rank"]["dense"]["low"] > 0) for of in every.values()]
+    ranked = [study.difference("dense", "equal_rank", variant) for variant in VARIANTS]
+    sure = discoveries(np.array([one.p() for one in ranked]))
+    less, more = (int((sure & (np.sign([one.mean for one in ranked]) == sign)).sum()) for sign in (-1, 1))
     appeared = study.appeared()
     of_model = f". {own.summary[0].upper()}{own.summary[1:]}" if own.summary else ""
     return protocol.conclude(
         measured={
             "summary": f"Over training, effective rank with AbsTopK {_arrow(ends['topk'])}, dense "
             f"{_arrow(ends['dense'])}: difference in differences of ln rank {rank['dense'].words()}; score "
-            f"{_arrow(scores['topk'])} against {_arrow(scores['dense'])}: {onto['dense'].words()}. Of "
-            f"{len(VARIANTS)} variants {sum(s[0] for s in signs)} fall more with AbsTopK and "
-            f"{sum(s[1] for s in signs)} less. Letters act rightly from: {_letters(appeared)}{of_model}",
+            f"{_arrow(scores['topk'])} against {_arrow(scores['dense'])}: {onto['dense'].words()} (the mask alone "
+            f"gives it a score before training; at the end it differs by {score_end.words()}). Of "
+            f"{len(VARIANTS)} variants {less} fall more with AbsTopK and {more} less (Benjamini-Hochberg, q = 0.05). "
+            f"Letters act rightly from: {_letters(appeared)}{of_model}",
             "study": {
                 "rank_at_start_and_end": ends,
                 "score_at_start_and_end": scores,
                 "ln_rank_differences": {name: vars(one) for name, one in rank.items()},
                 "score_differences": {name: vars(one) for name, one in onto.items()},
+                "score_difference_at_the_end": vars(score_end),
                 "every_variant": every,
                 "generators_appear_at": appeared,
                 "generators_by_answer_after_alone": study.appeared("after"),

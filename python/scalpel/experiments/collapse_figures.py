@@ -142,7 +142,7 @@ def study_figures(study: Study) -> dict[str, dict[str, Any]]:
                 {
                     "label": f"{letter} {arm}",
                     "x": x,
-                    **band(study.generators(arm, letter).clip(0, 1)),
+                    **{name: np.clip(y, 0, 1) for name, y in band(study.generators(arm, letter)).items()},
                     "group": letter,
                     "style": "line" if arm == "topk" else "dashed",
                 }

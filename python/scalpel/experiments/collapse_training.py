@@ -52,6 +52,13 @@ class Difference:
         mean = float(known.mean())
         return cls(mean, mean - half, mean + half, by_seed.tolist())
 
+    def p(self) -> float:
+        """Of a t test against no difference, two-sided; 1 where there is nothing to test."""
+        known = np.array([one for one in self.by_seed if np.isfinite(one)])
+        if len(known) < 2 or float(np.ptp(known)) == 0:
+            return 1.0
+        return float(stats.ttest_1samp(known, 0).pvalue)
+
     def words(self) -> str:
         """For a sentence."""
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
@@ -154,6 +161,12 @@ class Study:
             both = (at("topk", last) - at("untrained topk", last)) - (at("dense", last) - at("untrained dense", last))
         else:
             both = (at("topk", last) - at("topk", first)) - (at(control, last) - at(control, first))
+        return Difference.over(np.nanmean(both, axis=1))
+
+    def at_the_end(self, control: str, field: str, variant: str = PRIMARY) -> Difference:
+        """The topk arm's figure less that of ``control`` at the last step, whatever they began with."""
+        last = self.steps[-1]
+        both = self.values("topk", field, variant, last) - self.values(control, field, variant, last)
         return Difference.over(np.nanmean(both, axis=1))
 
     def course(self, condition: str, field: str, variant: str = PRIMARY) -> np.ndarray:
