@@ -10,7 +10,7 @@ import torch
 
 import scalpel
 from scalpel.experiments.critical import ask_long_lists, critical
-from scalpel.guard import HoleGuard, HoleReached
+from scalpel.guard import HoleReached
 from scalpel.semigroup import ThresholdCounter
 
 CLOSERS = ("]\n", "]]\n", "]]]\n")
@@ -18,12 +18,12 @@ CLOSERS = ("]\n", "]]\n", "]]]\n")
 
 def main(prompts: int = 32) -> None:
     model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
-    start, closers = model.tokenizer.token_to_id("<s>"), [model.tokenizer.single(text) for text in CLOSERS]
+    start = model.tokenizer.token_to_id("<s>")
 
     # The law: two "[" in n tokens are enough while 2/n > θ. θ comes from the measured critical length.
     measured = critical(ask_long_lists(model, 2, prompts=prompts, length=448, seed=0), np.random.default_rng(0))
     print(f"two brackets are enough up to {measured.text()} tokens")
-    guard = HoleGuard(model, ThresholdCounter(2 / measured.value), on_failure="stop")
+    guard = scalpel.HoleGuard(model, ThresholdCounter(2 / measured.value), on_failure="stop")
 
     for elements in (4, 36, 60):
         prompt = "x = [[" + ", ".join(str(i % 10) for i in range(elements))
@@ -32,10 +32,8 @@ def main(prompts: int = 32) -> None:
         alone = model.generate(ids, 60, stop=CLOSERS)[0, ids.shape[1] :]
         print(f"   alone:   …{model.tokenizer.decode(alone)!r}")
         try:
-            while int(ids[0, -1]) not in closers:
-                scores = guard(ids, model(ids)[:, -1])  # as transformers calls it, before each token
-                ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], dim=1)
-            print(f"   guarded: …{model.tokenizer.decode(ids[0, -1:])!r}")
+            guarded = model.generate(ids, 60, stop=CLOSERS, processors=[guard])[0, ids.shape[1] :]
+            print(f"   guarded: …{model.tokenizer.decode(guarded)!r}")
         except HoleReached as reached:
             print(f"   guarded: stopped, {reached}")
 

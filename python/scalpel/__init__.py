@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from . import circuits, experiments, reference, semigroup
     from ._info import __version__, show_config
     from .covariance import StreamingCovariance
+    from .guard import HoleGuard
     from .jacobians.entry import jacobian
     from .jacobians.lyapunov import lyapunov
     from .models.circuitgpt import CircuitGPT
@@ -31,6 +32,7 @@ _HOME = {
     "collect": "streams.collecting",
     "CircuitGPT": "models.circuitgpt",
     "CircuitGPTConfig": "models.config",
+    "HoleGuard": "guard",
 }
 _SUBPACKAGES = ("circuits", "experiments", "reference", "semigroup")
 
@@ -38,6 +40,7 @@ __all__ = [
     "AbsTopK",
     "CircuitGPT",
     "CircuitGPTConfig",
+    "HoleGuard",
     "StreamingCovariance",
     "__version__",
     "circuits",

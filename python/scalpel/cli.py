@@ -50,7 +50,12 @@ def run(
         str, typer.Argument(help="A shipped model, a checkpoint's folder, or an id on the hub.")
     ] = "bracket-mini",
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("scalpel-report"),
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the model's card states.")] = False,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh", help="Compute anew what is stored: the card's accuracy, the circuit, the study on collapse."
+        ),
+    ] = False,
     seed: Seed = 0,
     open_: Annotated[bool, typer.Option("--open/--no-open", help="Open the report in a browser.")] = False,
     as_json: Json = False,
@@ -60,7 +65,7 @@ def run(
     from .report import write_report
 
     check_folder(out)  # first: nobody should wait for a report that can't be written
-    from .experiments.suite import left_out, run_suite
+    from .experiments.suite import refusals, run_suite
 
     with show.Steps("loading") as steps:
         suite = run_suite(model, fresh=fresh, seed=seed, progress=steps.stage)
@@ -71,7 +76,7 @@ def run(
     else:
         show.out().print(show.results(suite.results))
         show.out().print(f"{suite.seconds:.0f} s. Report: {page}", soft_wrap=True)
-    for note in left_out(suite.results):
+    for note in refusals(suite):
         show.err().print(f"left out: {note}", soft_wrap=True)
     if open_:
         import webbrowser
@@ -113,6 +118,8 @@ def experiment(
         print_json(result.to_json(indent=2))
     else:
         show.out().print(show.results([result]))
+    for note in result.measured.get("left_out", []):
+        show.err().print(f"left out: {note}", soft_wrap=True)
     if out is not None:
         from .experiments.suite import Suite
 

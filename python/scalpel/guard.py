@@ -107,9 +107,9 @@ class HoleGuard:
     nothing but the end-of-text token, or raises :class:`HoleReached` where there is none; a function is called with
     the :class:`Distance`, once a crossing.
 
-    ``evidence``: which "[" a ThresholdCounter's k counts: "all" attended ones, closed rows' and comments' too, as the
-    seed's law has it; "open": those of the lists that are open. Real nested lists have a "[" a row, so by "all" they
-    never fail; ask the experiment ``guard`` which of the two foretells a model's failures.
+    ``evidence``: which "[" a ThresholdCounter's k counts. "open": those of the lists that are open; "all": closed
+    rows' and comments' too, as the seed's law has it. Real nested lists have a "[" a row, so by "all" they hardly ever
+    fail; the experiment ``guard`` measures which of the two foretells a model's failures.
     ``tokenizer``: a scalpel Tokenizer or a fast one of transformers; a transformers model has none of its own.
     ``eos_token_id``, ``pad_token_id``: by default what the model's configuration says. ``attention_mask`` (B, L) of
     the prompts tells the padding on the left exactly; without it, leading ``pad_token_id`` are padding. With beams,
@@ -129,7 +129,7 @@ class HoleGuard:
         *,
         margin: float = 0,
         on_failure: str | Callable[[Distance], Any] = "warn",
-        evidence: str = "all",
+        evidence: str = "open",
         tokenizer: Any = None,
         eos_token_id: int | None = None,
         pad_token_id: int | None = None,

@@ -70,6 +70,12 @@ def _check(name: str, option: str, value: Any, default: Any) -> None:
         right, kind = type(value) is int, "a whole number"
     elif isinstance(default, float):
         right, kind = type(value) in (int, float), "a number"
+    elif option == "law":
+        from ..guard import FailureLaw
+        from ..semigroup import ThresholdCounter
+
+        right = value is None or isinstance(value, ThresholdCounter | FailureLaw)
+        kind = "a scalpel.semigroup.ThresholdCounter or an object with tokens_left(ids)"
     else:
         from .controls import Controls
 

@@ -81,13 +81,15 @@ class ShortContexts:
         """n*(k) of the weighted, the sink's and the seed's law, from nothing but short contexts."""
         return self._lengths(self.law(), float(self.sigma.mean()))
 
+    def law_failing_at(self, k: int, length: float) -> laws.WeightedLaw:
+        """The weighted law with its θ so chosen that a list of evidence k fails at ``length`` tokens."""
+        composition, law = self.composition(k).copy(), self.law(float("nan"))
+        composition[[laws.ELEMENT, laws.SEPARATOR]] += (length - composition.sum()) / 2
+        return self.law(laws.theta_from_length(law.weight, law.u, law.sink, composition))
+
     def from_length(self, k: int, length: float) -> dict[str, dict[int, float]]:
         """The same with θ so chosen that each law fails at the length measured for k."""
-        composition, law = self.composition(k), self.law()
-        added = (length - composition.sum()) / 2
-        composition = composition.copy()
-        composition[[laws.ELEMENT, laws.SEPARATOR]] += added
-        weighted = self.law(laws.theta_from_length(law.weight, law.u, law.sink, composition))
+        weighted = law = self.law_failing_at(k, length)
         sigma = float(self.sigma.mean())
         found = {"weighted": self._lengths(weighted, sigma)["weighted"]}
         s = {a: float(self._evidence(law, a)) for a in self.amounts}

@@ -19,6 +19,7 @@ from ..circuits.pruning import Measured, Pruning, SeedCircuit
 from ..circuits.task import Task, answer_logits, check_able, task_named
 from ..models.circuitgpt import CircuitGPT
 from ..models.fingerprint import identity
+from .nulls import NULLS, check_nulls
 from .provenance import at_least, model_provenance
 from .result import Protocol, Result, Verdict
 
@@ -36,11 +37,18 @@ RULE = (
 FILE = "pruning.json"
 
 
-def run(model: CircuitGPT, *, prompts: int = 256, draws: int = 20, seed: int = 0) -> Result:
-    """Judge the stored circuit of ``model`` on ``prompts`` new prompts, beside ``draws`` random ones of its size."""
+def run(
+    model: CircuitGPT, *, prompts: int = 256, draws: int = 20, nulls: tuple[str, ...] = NULLS, seed: int = 0
+) -> Result:
+    """Judge the stored circuit of ``model`` on ``prompts`` new prompts, beside ``draws`` random ones of its size.
+
+    ``nulls`` that are shown: "rotated", random circuits of its size; "shuffled", the search on nonsense labels. The
+    verdict needs both and is computed from both. An untrained model has no circuit: it can't do the task.
+    """
+    nulls = check_nulls(nulls)
     at_least(8, prompts=prompts)
     at_least(1, draws=draws)
-    return examine(model, stored(model), prompts=prompts, draws=draws, seed=seed)
+    return examine(model, stored(model), prompts=prompts, draws=draws, nulls=nulls, seed=seed)
 
 
 def stored(model: CircuitGPT) -> Pruning | None:
@@ -75,7 +83,15 @@ def read_pruning(path: Path) -> Pruning:
     return Pruning(circuits=circuits, best=best, graph=graph, notes=notes, **plain_fields)
 
 
-def examine(model: CircuitGPT, found: Pruning | None, *, prompts: int = 256, draws: int = 20, seed: int = 0) -> Result:
+def examine(
+    model: CircuitGPT,
+    found: Pruning | None,
+    *,
+    prompts: int = 256,
+    draws: int = 20,
+    nulls: tuple[str, ...] = NULLS,
+    seed: int = 0,
+) -> Result:
     """The result of a search on new prompts; without one, "not testable here" with what to do."""
     provenance = model_provenance(model, prompts=prompts, draws=draws, seed=seed)
     protocol = Protocol("circuit", QUESTION, SEED_FIGURE, provenance)
@@ -115,7 +131,6 @@ def examine(model: CircuitGPT, found: Pruning | None, *, prompts: int = 256, dra
     nonsense = [circuit.nonsense.loss for circuit in found.circuits]
     own = kept[found.ablation]
     verdict = _verdict(found, own, interval, removed[found.ablation], random, nonsense)
-    least = min(one.loss for one in random)
     return protocol.conclude(
         measured={
             "summary": f"{len(best.nodes)} nodes, {best.edges} edges: loss {own.loss:.3f} nats, accuracy "
@@ -133,15 +148,22 @@ def examine(model: CircuitGPT, found: Pruning | None, *, prompts: int = 256, dra
             "summary": f"loss 95 % [{interval[0]:.3f}, {interval[1]:.3f}], bootstrap by pair of prompts",
             "loss": interval,
         },
-        null={
-            "summary": f"{draws} random circuits of its size: {least:.3f} nats and more; search on nonsense labels: "
-            f"median {np.median(nonsense):.3f} nats; a coin: {np.log(2):.3f}",
-            "random_losses": [one.loss for one in random],
-            "nonsense_losses": nonsense,
-        },
+        null=_null(nulls, [one.loss for one in random], nonsense),
         verdict=verdict,
         figures=_figures(model, found, whole, kept, removed, random),
     )
+
+
+def _null(nulls: tuple[str, ...], random: list[float], nonsense: list[float]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    words = []
+    if "rotated" in nulls:
+        words.append(f"{len(random)} random circuits of its size: {min(random):.3f} nats and more")
+        found["random_losses"] = random
+    if "shuffled" in nulls:
+        words.append(f"search on nonsense labels: median {np.median(nonsense):.3f} nats")
+        found["nonsense_losses"] = nonsense
+    return {"summary": "; ".join([*words, f"a coin: {np.log(2):.3f}"]), **found}
 
 
 def _not_testable(protocol: Protocol, found: Pruning | None) -> Result:

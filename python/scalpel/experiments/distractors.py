@@ -14,10 +14,12 @@ import numpy as np
 import torch
 
 from ..models.circuitgpt import CircuitGPT
+from ..models.untrained import untrained
 from ..semigroup import ThresholdCounter
 from ..tasks.brackets import closers, long_lists
 from . import critical as c
 from .controls import LEAST_ACCURACY, tells_depths
+from .nulls import NULLS, check_nulls
 from .provenance import at_least, longest_asked, model_provenance
 from .result import Protocol, Result, Verdict
 
@@ -72,14 +74,18 @@ def run(
     step: int = 24,
     seed: int = 0,
     least_accuracy: float = LEAST_ACCURACY,
+    nulls: tuple[str, ...] = NULLS,
 ) -> Result:
     """Fewest distractors at which P(correct) falls to one half, by class, against what the law gives for each.
 
     The prompts are depth-2 lists of evidence ``k`` and ``elements`` elements; distractors are tried about every
     ``step`` tokens up to the context, and on a finer grid around the crossing. Unmatched brackets in front of a
-    depth-1 prompt should push the other way; they are measured beside the rest and enter no verdict.
+    depth-1 prompt should push the other way; they are measured beside the rest and enter no verdict. ``nulls``:
+    "shuffled" moves the prompt to later positions with no token added; "untrained" asks an untrained model the same
+    with the longest comments; "rotated" has no meaning here.
     """
     assert model.tokenizer is not None
+    nulls = check_nulls(nulls)
     at_least(2, prompts=prompts, k=k)
     at_least(1, elements=elements, step=step)
     at_least(0, seed=seed)
@@ -136,11 +142,7 @@ def run(
             **({"note": NOVEL} if "text" in model.card else {}),
         },
         interval={"summary": "95 % bootstrap by prompt", **c.bounds(measured)},
-        null={
-            "summary": f"moved without adding a token: {null.text()}, P(correct) at least {least:.2f}",
-            "moved": c.table({k: null}),
-            "moved_least_accuracy": least,
-        },
+        null=_null(nulls, model, short, comments, {"moved": c.table({k: null}), "words": null.text(), "least": least}),
         verdict=_verdict(predicted, measured, calibration, min(untouched["depth 2"], able) >= least_accuracy),
         figures=_figures(
             curves,
@@ -152,6 +154,28 @@ def run(
             NOVEL if "text" in model.card else "",
         ),
     )
+
+
+def _null(
+    nulls: tuple[str, ...],
+    model: CircuitGPT,
+    prompts: Sequence[list[int]],
+    comments: dict[str, Comment],
+    moved: dict[str, Any],
+) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    words = []
+    if "shuffled" in nulls:
+        words.append(f"moved without adding a token: {moved['words']}, P(correct) at least {moved['least']:.2f}")
+        found |= {"moved": moved["moved"], "moved_least_accuracy": moved["least"]}
+    if "untrained" in nulls:
+        other = untrained(model)
+        ends = {name: _pick(comment, np.array([0, len(comment.lines) - 1])) for name, comment in comments.items()}
+        right = {name: _curve(other, prompts, comment, depth=2).right.mean(0) for name, comment in ends.items()}
+        found["untrained"] = {name: {"none": float(r[0]), "longest": float(r[1])} for name, r in right.items()}
+        none, longest = (np.mean([r[i] for r in right.values()]) for i in range(2))
+        words.append(f"untrained: P(correct) {none:.2f} without, {longest:.2f} with the longest comments")
+    return {"summary": "; ".join(words) or "none was asked for", **found}
 
 
 def flips_at(comment: Comment, k: int, n0: int, critical_length: float) -> float:

@@ -4,10 +4,12 @@ The law is calibrated on made-up lists with two brackets (their critical length)
 numpy and scipy are asked, cut before their last brackets, and longer ones made of the same elements. Each prompt's
 distance is stored before the model sees it. AUROC of the distance for failure is compared, prompt by prompt, with that
 of the length alone and of the model's own logit margin; the alarms of :class:`scalpel.HoleGuard` are counted. The
-counter's k is every "[", as the seed has it; beside it, deciding nothing, the same with open brackets only is shown.
+counter's k is every "[", as the seed has it; beside it, deciding nothing, stand the same with open brackets only and
+the weighted law of what the head attends to.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from ..models.untrained import untrained
 from ..semigroup import ThresholdCounter
 from ..tasks.brackets import closers
 from . import critical as c
+from .calibration import calibrate
 from .controls import LEAST_ACCURACY, tells_depths
 from .guard_prompts import Prompts, held_out_prompts
 from .nulls import NULLS, check_nulls
@@ -44,6 +47,7 @@ MARGINS = tuple(range(-96, 97, 16))
 _SCORES = {
     "law": "distance by the law",
     "open": "the same, only open brackets counted",
+    "weighted": "distance by the weighted law",
     "n": "length n alone",
     "margin": "the model's own |logit margin|",
 }
@@ -89,7 +93,7 @@ def run(
         law = ThresholdCounter(CALIBRATED_AT / (fitted.value if known else float(length)))
         said = f"k/n > {float(law.theta):.4f}, from n₅₀ = {fitted.text()} at k = {CALIBRATED_AT} on made-up lists"
     asked = held_out_prompts(model, prompts, rng)
-    guard = HoleGuard(model, law)
+    guard = HoleGuard(model, law, evidence="all")
     distances = [guard.distance(row) for row in asked.rows]
     left = np.array([one.tokens_left for one in distances])
     k, n = (np.array([getattr(one, name) for one in distances], dtype=float) for name in ("k", "n"))
@@ -97,6 +101,11 @@ def run(
     if isinstance(law, ThresholdCounter):
         of_open = HoleGuard(model, law, evidence="open")
         scores["open"] = -np.array([of_open.distance(row).tokens_left for row in asked.rows])
+        weighted, why = _weighted(model, float(CALIBRATED_AT / law.theta), seed)
+        if weighted is not None:
+            of_head = HoleGuard(model, weighted)
+            scores["weighted"] = -np.array([of_head.distance(row).tokens_left for row in asked.rows])
+        asked.left_out.extend(why)
     protocol.predict(
         {
             "summary": f"{said}: failure in {(left <= 0).sum()} of {len(left)} prompts, and the sooner the fewer "
@@ -123,7 +132,7 @@ def run(
     by_file = judged(scores, failed, part, asked.file, rng)
     rates: dict[str, Any] = {
         name: alarms(-scores[name][part], failed[part], asked.prompt[part], rng)
-        for name in ("law", "open")
+        for name in ("law", "open", "weighted")
         if name in scores
     }
     null = _nulls(nulls, model, asked, (left, k, n), failed, part, (ids.one, ids.two), rng)
@@ -134,7 +143,7 @@ def run(
             "summary": f"{failed[part].sum()} of {part.sum()} {shown} fail; AUROC {_named(best, 'law')} by the law's "
             f"distance, {_named(best, 'n')} by the length alone, {_named(best, 'margin')} by the model's own margin. "
             f"At margin 0 the guard {_alarmed(rates['law'])}"
-            + (f". {_by_open(best, rates)}" if "open" in rates else ""),
+            + "".join(f". {_also(name, best, rates)}" for name in ("open", "weighted") if name in rates),
             "judged_on": judged_on,
             "auroc": {name: {s: one[s]["auroc"] for s in scores} for name, one in found.items()},
             "law_minus_n": {name: one["law_minus_n"]["difference"] for name, one in found.items()},
@@ -157,6 +166,17 @@ def run(
         verdict=verdict,
         figures=_figures(best, {name: -scores[name][part] for name in rates}, failed[part], shown),
     )
+
+
+def _weighted(model: CircuitGPT, length: float, seed: int) -> tuple[FailureLaw | None, list[str]]:
+    """The weighted law that fails at ``length`` for two brackets, or why there is none."""
+    assert model.tokenizer is not None
+    try:
+        short = calibrate(model, (2, 3, 4, 5, 6), seed=seed, thetas=False)
+    except ValueError as error:
+        return None, [f"guard, the weighted law: {error}"]
+    law = short.law_failing_at(CALIBRATED_AT, length)
+    return replace(law, tokenizer=model.tokenizer, start=closers(model.tokenizer).start), []
 
 
 @torch.no_grad()
@@ -309,8 +329,9 @@ def _interval(one: dict[str, float]) -> str:
     return "–" if np.isnan(one["low"]) else f"{one['difference']:+.2f} [{one['low']:+.2f}, {one['high']:+.2f}]"
 
 
-def _by_open(best: dict[str, Any], rates: dict[str, Any]) -> str:
-    return f"With open brackets only: AUROC {_named(best, 'open')}, and it {_alarmed(rates['open'])}"
+def _also(name: str, best: dict[str, Any], rates: dict[str, Any]) -> str:
+    what = {"open": "With open brackets only", "weighted": "By the weighted law"}[name]
+    return f"{what}: AUROC {_named(best, name)}, and it {_alarmed(rates[name])}"
 
 
 def _alarmed(rates: dict[str, Any]) -> str:
@@ -325,7 +346,7 @@ def _share(one: dict[str, float]) -> str:
 def _figures(best: dict[str, Any], left: dict[str, np.ndarray], failed: np.ndarray, shown: str) -> dict[str, Any]:
     series = []
     for name, one in left.items():
-        of = {"law": "", "open": ", open brackets only"}[name]
+        of = {"law": "", "open": ", open brackets only", "weighted": ", weighted law"}[name]
         for label, group, alarm in (("failures missed", failed, False), ("false alarms", ~failed, True)):
             y = [float(((one[group] <= m) == alarm).mean()) if group.any() else None for m in MARGINS]
             style = "dashed" if alarm else "line"

@@ -95,7 +95,7 @@ class WeightedLaw:
 
 
 def theta_from_length(weight: np.ndarray, u: np.ndarray, sink: float, counts: np.ndarray) -> float:
-    """The θ with which the weighted law fails exactly at a prompt of ``counts``: its m, Σ n_c w_c u_c / (w_b + Σ n_c w_c).
+    """The θ with which the weighted law fails just at ``counts``: the m there, Σ n_c w_c u_c / (w_b + Σ n_c w_c).
 
     NaN where no key has any weight.
     """

@@ -21,6 +21,7 @@ from ..tasks.bracket_words import BRACKET_WORDS
 from ..tasks.brackets import closers
 from . import critical as c
 from .machine_figures import figures
+from .nulls import NULLS, check_nulls
 from .provenance import at_least, model_provenance
 from .result import Protocol, Result, Verdict
 
@@ -46,20 +47,24 @@ def run(
     prefixes: int = 128,
     pairs: int = 160,
     positive: int = 112,
+    nulls: tuple[str, ...] = NULLS,
     seed: int = 0,
 ) -> Result:
     """Extract a machine from short words and from long ones, beside nulls and positive controls.
 
     ``short``, ``long``: N of the two extractions, which ask words of up to 8N letters. ``prefixes``, ``pairs``: see
     ``semigroup.extract``. ``positive``: pairs a cell for the shipped models of machines; 0 leaves them out.
+    ``nulls``: "untrained" extracts from an untrained model, "rotated" reads the classes off random nodes, "shuffled"
+    shuffles their labels.
     """
+    nulls = check_nulls(nulls)
     at_least(1, short=short, long=long)
     at_least(0, positive=positive, seed=seed)
     options = {"short": short, "long": long, "prefixes": prefixes, "pairs": pairs, "positive": positive, "seed": seed}
     protocol = Protocol("machine", QUESTION, SEED_FIGURE, model_provenance(model, **options))
     if "machine" in model.card:
-        return _of_a_machine(model, protocol, prefixes, pairs, seed)
-    return _of_brackets(model, protocol, (short, long), prefixes, pairs, positive, seed)
+        return _of_a_machine(model, protocol, prefixes, pairs, nulls, seed)
+    return _of_brackets(model, protocol, (short, long), prefixes, pairs, positive, nulls, seed)
 
 
 def _of_brackets(
@@ -69,6 +74,7 @@ def _of_brackets(
     prefixes: int,
     pairs: int,
     positive: int,
+    nulls: tuple[str, ...],
     seed: int,
 ) -> Result:
     questions = _questions(model)
@@ -95,7 +101,8 @@ def _of_brackets(
     )
     protocol.measuring()
     short, long = (
-        _extract(model, horizon, prefixes, pairs, seed, nulls=horizon == horizons[0]) for horizon in horizons
+        _extract(model, horizon, prefixes, pairs, seed, nulls=bool(nulls) and horizon == horizons[0])
+        for horizon in horizons
     )
     failures = _failures(questions, short, long)
     controls = {name: _positive(name, positive, seed) for name in POSITIVE if positive and name in shipped_models()}
@@ -114,13 +121,15 @@ def _of_brackets(
             **({"left_out": left_out} if left_out else {}),
         },
         interval={"summary": "bounds hold in all cells at once with 95 % (Clopper-Pearson, Bonferroni)"},
-        null=_null(short.nulls, controls),
+        null=_null(short.nulls, controls, nulls),
         verdict=_verdict(short, long, finite),
         figures=pictures,
     )
 
 
-def _of_a_machine(model: CircuitGPT, protocol: Protocol, prefixes: int, pairs: int, seed: int) -> Result:
+def _of_a_machine(
+    model: CircuitGPT, protocol: Protocol, prefixes: int, pairs: int, nulls: tuple[str, ...], seed: int
+) -> Result:
     trained_on = machine_of(model)
     protocol.predict(
         {
@@ -130,7 +139,7 @@ def _of_a_machine(model: CircuitGPT, protocol: Protocol, prefixes: int, pairs: i
         }
     )
     protocol.measuring()
-    found = _extract_trained(model, prefixes, pairs, seed, nulls=True)
+    found = _extract_trained(model, prefixes, pairs, seed, nulls=bool(nulls))
     same = found.machine is not None and found.machine.equivalent(trained_on)
     pictures, left_out = figures(found.machine or found.candidate, {"words": found})
     return protocol.conclude(
@@ -140,7 +149,7 @@ def _of_a_machine(model: CircuitGPT, protocol: Protocol, prefixes: int, pairs: i
             **({"left_out": left_out} if left_out else {}),
         },
         interval={"summary": "bounds hold in all cells at once with 95 % (Clopper-Pearson, Bonferroni)"},
-        null=_null(found.nulls, {}),
+        null=_null(found.nulls, {}, nulls),
         verdict="reproduced" if same else "not reproduced",
         figures=pictures,
     )
@@ -292,7 +301,9 @@ def _comment(questions: ModelQuestions, machine: MooreMachine) -> dict[str, Any]
     }
 
 
-def _null(nulls: dict[str, Any], controls: dict[str, Any]) -> dict[str, Any]:
+def _null(found: dict[str, Any], controls: dict[str, Any], asked: tuple[str, ...]) -> dict[str, Any]:
+    names = {"shuffled_labels": "shuffled", "random_nodes": "rotated", "untrained": "untrained"}
+    nulls = {name: value for name, value in found.items() if names.get(name) in asked}
     parts = []
     if "shuffled_labels" in nulls:
         parts.append(f"conflict with shuffled labels {nulls['shuffled_labels']['mean']:.0%}")
@@ -302,8 +313,8 @@ def _null(nulls: dict[str, Any], controls: dict[str, Any]) -> dict[str, Any]:
         other = nulls["untrained"]
         parts.append(f"untrained: {other['verdict']}, {'the same' if other['same_machine'] else 'another'} machine")
     if controls:
-        found = sum(control["that_machine"] for control in controls.values())
-        parts.append(f"{found} of {len(controls)} models of known machines come out as their machine")
+        exact = sum(control["that_machine"] for control in controls.values())
+        parts.append(f"{exact} of {len(controls)} models of known machines come out as their machine")
     return {"summary": "; ".join(parts) or "not measured", **nulls}
 
 

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,19 @@ from .result import Result, plain
 
 # Rough shares of the time, for the progress bar only.
 _SHARES = {
-    "minimal_simulator": 0.02,
-    "dilution": 0.23,
-    "distractors": 0.19,
-    "agreement": 0.22,
-    "machine": 0.26,
-    "circuit": 0.08,
+    "minimal_simulator": 0.01,
+    "dilution": 0.16,
+    "distractors": 0.09,
+    "agreement": 0.11,
+    "causes": 0.09,
+    "guard": 0.09,
+    "machine": 0.12,
+    "circuit": 0.04,
+    "mapping": 0.07,
+    "alignment": 0.04,
+    "collapse": 0.06,
+    "depth": 0.06,
+    "orbits": 0.06,
 }
 # Of a model that was trained on a machine, only these ask something that it could answer.
 _OF_A_MACHINE = ("minimal_simulator", "machine")
@@ -27,15 +34,24 @@ _OF_A_MACHINE = ("minimal_simulator", "machine")
 
 @dataclass(frozen=True)
 class Suite:
-    """Every result, what is known of the model (its card), and the seconds it took."""
+    """Every result, what is known of the model (its card), and the seconds it took.
+
+    ``refused``: experiments that the model can't be put to, by name, with the reason.
+    """
 
     results: list[Result]
     model: dict[str, Any]
     seconds: float
+    refused: dict[str, str] = field(default_factory=dict)
 
     def to_json(self, indent: int | None = None) -> str:
         """The suite as JSON."""
-        content = {"model": self.model, "seconds": self.seconds, "results": [asdict(r) for r in self.results]}
+        content = {
+            "model": self.model,
+            "seconds": self.seconds,
+            "refused": self.refused,
+            "results": [asdict(r) for r in self.results],
+        }
         return json.dumps(plain(content), indent=indent, allow_nan=False)
 
 
@@ -48,8 +64,9 @@ def run_suite(
 ) -> Suite:
     """Run every experiment on ``model``; of a model that was trained on a machine, those that it could answer.
 
-    ``fresh``: measure the accuracy on real library sources, and search for the circuit, anew instead of reading them
-    from the model's folder.
+    What a model can't be put to (no tokenizer, answers that it splits, a context too short) is refused with the
+    reason and the rest goes on. ``fresh``: measure the accuracy on real library sources, search for the circuit and
+    train the small models of the study on collapse anew, instead of reading what is stored.
     ``progress(what, done)`` is called before each part, ``done`` from 0 to 1, and once at the end.
     """
     begun = time.monotonic()
@@ -58,25 +75,45 @@ def run_suite(
     loaded = model if isinstance(model, CircuitGPT) else CircuitGPT.from_pretrained(str(model))
     card = dict(loaded.card)
     if fresh or "accuracy" not in card:
-        from ..training.bracket_mini import accuracy_card
-
         report("asking prompts from real library sources", 0.0)
-        card["accuracy"] = accuracy_card(loaded)
+        card["accuracy"] = _accuracy(loaded)
     controls = Controls.of(loaded)
     chosen = _OF_A_MACHINE if "machine" in card else tuple(names())
-    results, done = [], 0.0
+    results: list[Result] = []
+    refused: dict[str, str] = {}
+    done = 0.0
     for name in chosen:
         report(name, done)
-        if name == "circuit" and fresh:
-            results.append(_fresh_circuit(loaded, seed, report, done))
-            continue
         options: dict[str, Any] = {"seed": seed}
         if name in ("dilution", "agreement"):
             options["controls"] = controls
-        results.append(run(name, loaded, **options))
+        if name == "collapse":
+            options["fresh"] = fresh
+        try:
+            if name == "circuit" and fresh:
+                results.append(_fresh_circuit(loaded, seed, report, done))
+            else:
+                results.append(run(name, loaded, **options))
+        except ValueError as error:
+            refused[name] = str(error)
         done += _SHARES.get(name, 0.0)
     report("done", 1.0)
-    return Suite(results, card, time.monotonic() - begun)
+    return Suite(results, card, time.monotonic() - begun, refused)
+
+
+def _accuracy(model: CircuitGPT) -> dict[str, Any]:
+    """Accuracy on held-out prompts, or why none can be asked."""
+    from ..training.bracket_mini import accuracy_card
+
+    try:
+        return accuracy_card(model)
+    except (ValueError, RuntimeError) as error:
+        return {"not_asked": str(error)}
+
+
+def refusals(suite: Suite) -> list[str]:
+    """What the model couldn't be put to, and what experiments left out, each said once."""
+    return [*(f"{name}: {why}" for name, why in suite.refused.items()), *left_out(suite.results)]
 
 
 def left_out(results: Sequence[Result]) -> list[str]:

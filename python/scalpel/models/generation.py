@@ -1,7 +1,7 @@
 """Continuing a text, token by token."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,15 +22,18 @@ def generate(
     seed: int = 0,
     attention_mask: Tensor | None = None,
     stop: int | str | Collection[int | str] | None = None,
+    processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
 ) -> Tensor:
     """``input_ids`` (B, L) continued to (B, L + n), n at most ``max_new_tokens``.
 
     ``temperature`` 0 takes the most likely token (ties: the lowest id); above 0 the softmax of logits /
     temperature is sampled with ``seed``, among the ``top_k`` likeliest if given. ``stop``: tokens (ids, or
     texts of one token) after which a row is done; a done row is filled with its stop token, and all rows
-    being done ends it. ``attention_mask`` (B, L): 1 at real tokens; padding must stand on the left. Every
-    step runs the whole prefix, there is no cache. ValueError if L + ``max_new_tokens`` exceeds the context
-    (nothing is cut off silently), for padding on the right, and for a negative or infinite temperature.
+    being done ends it. ``processors``: functions of (ids so far, logits (B, vocabulary)) that give the logits to go on
+    with, as transformers' logits processors do; :class:`scalpel.HoleGuard` is one. ``attention_mask`` (B, L): 1 at
+    real tokens; padding must stand on the left. Every step runs the whole prefix, there is no cache. ValueError if
+    L + ``max_new_tokens`` exceeds the context (nothing is cut off silently), for padding on the right, and for a
+    negative or infinite temperature.
     """
     if max_new_tokens < 0 or not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
         raise ValueError(
@@ -56,6 +59,8 @@ def generate(
     done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     for _ in range(max_new_tokens):
         logits = model(input_ids, attention_mask)[:, -1]
+        for process in processors:
+            logits = process(input_ids, logits)
         new = _pick(logits, temperature, top_k, generator).to(input_ids.dtype)
         new = torch.where(done, input_ids[:, -1], new)
         done = done | torch.isin(new, stops)

@@ -65,7 +65,10 @@ def render(suite: Suite) -> str:
         name=str(suite.model.get("name", "") or ""),
         seconds=suite.seconds if math.isfinite(suite.seconds) else None,
         counts=[(v, counts[v]) for v in VERDICTS if counts[v]],
-        left_out=list(dict.fromkeys(note for r in suite.results for note in r.measured.get("left_out", []))),
+        left_out=[
+            *(f"{name.replace('_', ' ')}: {why}" for name, why in getattr(suite, "refused", {}).items()),
+            *dict.fromkeys(note for r in suite.results for note in r.measured.get("left_out", [])),
+        ],
         marks=_MARKS,
         results=[_section(result) for result in suite.results],
     )
