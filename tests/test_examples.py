@@ -25,3 +25,15 @@ def test_cut_open(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert out.count("the loss rises by") == 5 and "seed 0: " in out
     assert "letters whose action" in out or "nodes" in out
+
+
+def test_guard_generation(capsys):
+    runpy.run_path(str(EXAMPLES / "guard_generation.py"))["main"](prompts=8)
+    out = capsys.readouterr().out
+    assert out.count("alone:") == 3 and "guarded: …']]\\n'" in out and out.count("guarded: stopped") == 2
+
+
+def test_spectra(capsys):
+    runpy.run_path(str(EXAMPLES / "spectra.py"))["main"]()
+    out = capsys.readouterr().out
+    assert out.count("first component") == 4 and "exponents less growth" in out

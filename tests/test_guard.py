@@ -1,10 +1,8 @@
 """The guard counts right, acts once and in time, and its experiment comes out as the model's algorithm says."""
 
 import math
-import runpy
 import warnings
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -356,9 +354,3 @@ def test_real_nested_lists_are_found_in_the_held_out_files(monkeypatch):
         assert {one.depth for one in found} >= {1, 2} and {one.source for one in found} <= {one.name for one in few}
     finally:
         held_out.literals.cache_clear()
-
-
-def test_the_example(capsys):
-    runpy.run_path(str(Path(__file__).parents[1] / "examples" / "guard_generation.py"))["main"](prompts=8)
-    out = capsys.readouterr().out
-    assert out.count("alone:") == 3 and "guarded: …']]\\n'" in out and out.count("guarded: stopped") == 2

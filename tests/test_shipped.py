@@ -80,6 +80,12 @@ SHORT = {
     "minimal_simulator": {},
     "machine": {"short": 2, "long": 3, "prefixes": 16, "pairs": 8, "positive": 0},
     "circuit": {"prompts": 64, "draws": 2},
+    "guard": {"prompts": 40},
+    "mapping": {"amounts": (1, 2, 3), "prompts": 4, "length": 64, "draws": 49, "rotations": 4, "cap": 2},
+    "alignment": {"amounts": (1, 2, 3), "prompts": 2, "length": 64, "resamples": 20, "draws": 49},
+    "collapse": {"tokens": 256},
+    "depth": {"prompts": 2, "tokens": 6},
+    "orbits": {"prompts": 4, "window": 8, "steps": 16, "starts": 2, "iterations": 20},
 }
 
 

@@ -10,6 +10,7 @@ import torch
 from bracket_fixtures import small_tokenizer
 from circuitgpt_cases import one_thread
 from scalpel.circuits.task import TASKS, CannotDoTask, check_able, task_named
+from scalpel.experiments import abilities
 from scalpel.models.circuitgpt import CircuitGPT
 from scalpel.models.config import CircuitGPTConfig
 from scalpel.models.tokenizer import Tokenizer
@@ -192,14 +193,14 @@ class Oracle(torch.nn.Module):
 
 def test_accuracies_tell_who_can_do_what(monkeypatch):
     monkeypatch.setattr(held_out, "literals", lambda: ())
-    found = held_out.accuracies(Oracle(), prompts=64)
+    found = abilities.accuracies(Oracle(), prompts=64)
     assert found["single_double_quote"]["accuracy"] == 1.0 == found["single_double_quote"]["interval"][0]
     assert found["single_double_quote"]["prompts"] == {"'": 32, '"': 32}
     assert found["set_or_string"]["accuracy"] == 0.5 and 0 < found["set_or_string"]["real"] < 1
     assert "reason" in found["bracket_counting"]  # no list was found
     nobody = Oracle()
     nobody.tokenizer = None
-    assert all("no tokenizer" in one["reason"] for one in held_out.accuracies(nobody).values())
+    assert all("no tokenizer" in one["reason"] for one in abilities.accuracies(nobody).values())
 
 
 def test_the_interval_is_wider_where_files_agree_with_themselves():
@@ -207,5 +208,5 @@ def test_the_interval_is_wider_where_files_agree_with_themselves():
     alone = np.random.default_rng(0).random(120) < 0.7
     files = np.arange(120) // 2
     together = np.repeat(np.random.default_rng(0).random(12) < 0.7, 10)
-    narrow, wide = held_out.by_file(alone, labels, files), held_out.by_file(together, labels, np.arange(120) // 10)
+    narrow, wide = abilities.by_file(alone, labels, files), held_out.by_file(together, labels, np.arange(120) // 10)
     assert wide[1] - wide[0] > 1.5 * (narrow[1] - narrow[0])

@@ -18,6 +18,7 @@ _FILES = {
     "distractors": "distractors",
     "agreement": "agreement",
     "causes": "causes",
+    "guard": "guard",
     "machine": "machine",
     "circuit": "circuit",
     "mapping": "mapping",
@@ -25,7 +26,6 @@ _FILES = {
     "collapse": "collapse",
     "depth": "depth",
     "orbits": "orbits",
-    "guard": "guard",
 }
 
 

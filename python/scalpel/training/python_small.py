@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .. import __version__
+from ..experiments.abilities import accuracies as task_accuracies
 from ..models.ablation import hook_means
 from ..models.checkpoint import save_pretrained
 from ..models.circuitgpt import CircuitGPT
@@ -93,6 +94,7 @@ def train_python(
         "training_seconds": round(trained.seconds, 1),
         "matrices": density_table(model),
         "accuracy": accuracy_card(model),
+        "tasks": task_accuracies(model),
         "hook_means": _stored_means(model, text),
     }
     save_pretrained(model, out)
