@@ -208,5 +208,5 @@ def test_the_interval_is_wider_where_files_agree_with_themselves():
     alone = np.random.default_rng(0).random(120) < 0.7
     files = np.arange(120) // 2
     together = np.repeat(np.random.default_rng(0).random(12) < 0.7, 10)
-    narrow, wide = abilities.by_file(alone, labels, files), held_out.by_file(together, labels, np.arange(120) // 10)
+    narrow, wide = abilities.by_file(alone, labels, files), abilities.by_file(together, labels, np.arange(120) // 10)
     assert wide[1] - wide[0] > 1.5 * (narrow[1] - narrow[0])

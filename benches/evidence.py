@@ -1,0 +1,149 @@
+"""The seed's claims on several models: one table of verdicts, and how each law fares on each.
+
+`python benches/evidence.py` runs every experiment on the shipped models, some minutes each, and writes
+docs/evidence.json and docs/evidence.md. Folders named as arguments, such as other seeds made by
+`scalpel train bracket-mini --seed 1`, are put to the questions on dilution as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from measure import commit, where_measured
+from scalpel import bench
+from scalpel.experiments import run
+from scalpel.experiments.controls import Controls
+from scalpel.experiments.result import Result, plain
+from scalpel.experiments.suite import run_suite
+from scalpel.models.checkpoint import shipped_models
+from scalpel.models.circuitgpt import CircuitGPT
+from scalpel.models.untrained import untrained
+
+DOCS = Path(__file__).parents[1] / "docs"
+WHOLE = ("bracket-mini", "python-small")
+OF_DILUTION = ("dilution", "agreement", "causes")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folders", nargs="*", help="more models, for the questions on dilution")
+    folders = parser.parse_args().folders
+    found: dict[str, dict[str, Result]] = {}
+    refused: dict[str, dict[str, str]] = {}
+    for name in WHOLE:
+        if name in shipped_models():
+            suite = run_suite(name)
+            found[name] = {result.name: result for result in suite.results}
+            refused[name] = suite.refused
+    twins = [name for name in shipped_models() if name.startswith(tuple(f"{one}-no" for one in WHOLE))]
+    for name in [*twins, *folders]:
+        model = CircuitGPT.from_pretrained(name)
+        card = model.card.get("recipe", {})
+        label = f"{model.card.get('name', name)}, seed {card.get('seed')}" if name in folders else name
+        options = {"controls": Controls({"untrained": untrained(model)})}
+        found[label] = {one: run(one, model, **(options if one != "causes" else {})) for one in OF_DILUTION}
+        refused[label] = {}
+    content = {
+        "where": where_measured(bench.environment(), commit()),
+        "models": {
+            name: {one: row(result) for one, result in results.items()} | {"refused": refused[name]}
+            for name, results in found.items()
+        },
+    }
+    (DOCS / "evidence.json").write_text(json.dumps(plain(content), indent=1, allow_nan=False) + "\n")
+    (DOCS / "evidence.md").write_text(page(plain(content)))
+
+
+def row(result: Result) -> dict[str, Any]:
+    """What the page shows of a result."""
+    found: dict[str, Any] = {
+        part: getattr(result, part).get("summary", "") for part in ("prediction", "measured", "interval", "null")
+    }
+    found |= {"verdict": result.verdict, "question": result.question, "seed_figure": result.seed_figure}
+    if result.name == "dilution":
+        found["laws"] = {name: one["mean_absolute_error"] for name, one in result.measured["laws"].items()}
+        found["critical_length"] = {
+            k: {name: one[name] for name in ("value", "low", "high", "status")}
+            for k, one in result.measured["critical_length"].items()
+        }
+        found["head"] = result.prediction.get("head", {}) | {"is_mean": result.measured["head"].get("is_mean")}
+    if result.name == "agreement":
+        found["by_law"] = {name: one["plain"] for name, one in result.measured["agreement_by_law"].items()}
+        found["by_law_interval"] = result.interval["by_law"]
+    if result.name == "causes":
+        found["right"] = result.measured["right"]
+    return found
+
+
+def page(content: dict[str, Any]) -> str:
+    models = content["models"]
+    lines = [
+        "# What the seed claims, and what these models do",
+        "",
+        f"Made by `python benches/evidence.py`; {content['where']}",
+        "Every verdict is computed by the rule that the report states beside it.",
+        "",
+    ]
+    for name in (one for one in WHOLE if one in models):
+        lines += [f"## {name}", "", "| question | seed | measured | null | verdict |", "|---|---|---|---|---|"]
+        for one, of in models[name].items():
+            if one != "refused":
+                cells = (of["question"], of["seed_figure"], f"{of['measured']}. {of['interval']}", of["null"])
+                lines.append(
+                    "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + f" | **{of['verdict']}** |"
+                )
+        lines += [f"Refused: {one}: {why}" for one, why in models[name]["refused"].items()] + [""]
+    lines += ["## Critical lengths, in tokens", ""]
+    amounts = sorted({k for of in models.values() for k in of.get("dilution", {}).get("critical_length", {})})
+    lines += ["| model | " + " | ".join(f"k = {k}" for k in amounts) + " | verdict on the seed's law |"]
+    lines += ["|---" * (len(amounts) + 2) + "|"]
+    for name, of in models.items():
+        if "dilution" in of:
+            shown = [length(of["dilution"]["critical_length"].get(k)) for k in amounts]
+            lines.append(f"| {name} | " + " | ".join(shown) + f" | {of['dilution']['verdict']} |")
+    lines += ["", "## Laws on held-out amounts", "", "Mean error of the critical length in tokens; and the share of "]
+    lines[-1] += "held-out cells of the (k, n) plane in which a law with one parameter says what the model says."
+    laws = list(dict.fromkeys(law for of in models.values() for law in of.get("dilution", {}).get("laws", {})))
+    cells = list(dict.fromkeys(law for of in models.values() for law in of.get("agreement", {}).get("by_law", {})))
+    header = [*laws, *(f"cells: {law}" for law in cells)]
+    lines += ["", "| model | " + " | ".join(header) + " |", "|---" * (len(header) + 1) + "|"]
+    for name, of in models.items():
+        if "dilution" in of:
+            errors = [number(of["dilution"]["laws"].get(law, "")) for law in laws]
+            shares = [share(of["agreement"], law) for law in cells]
+            lines.append(f"| {name} | " + " | ".join([*errors, *shares]) + " |")
+    lines += ["", "–: the law says nothing, or that it never fails, or no amount has a critical length.", ""]
+    lines += ["## Is it the filler?", "", "P(correct) at depth 2 at the failing length.", ""]
+    kinds = list(dict.fromkeys(kind for of in models.values() for kind in of.get("causes", {}).get("right", {})))
+    lines += ["| model | " + " | ".join(kinds) + " | verdict |", "|---" * (len(kinds) + 2) + "|"]
+    for name, of in models.items():
+        if "causes" in of:
+            right = [number(of["causes"]["right"].get(kind, ""), 2) for kind in kinds]
+            lines.append(f"| {name} | " + " | ".join(right) + f" | {of['causes']['verdict']} |")
+    return "\n".join(lines) + "\n"
+
+
+def length(one: dict[str, Any] | None) -> str:
+    if one is None:
+        return ""
+    if one["status"] == "crosses":
+        return f"{one['value']:.0f} [{one['low']:.0f}, {one['high']:.0f}]"
+    return {"above": f"> {one['value'] or 0:.0f}", "below": f"< {one['value'] or 0:.0f}"}.get(one["status"], "none")
+
+
+def number(value: float | str | None, digits: int = 0) -> str:
+    return "" if value == "" else "–" if value is None else f"{value:.{digits}f}"
+
+
+def share(agreement: dict[str, Any], law: str) -> str:
+    if law not in agreement["by_law"]:
+        return ""
+    low, high = agreement["by_law_interval"][law]
+    return f"{agreement['by_law'][law]:.3f} [{low:.3f}, {high:.3f}]"
+
+
+if __name__ == "__main__":
+    main()
