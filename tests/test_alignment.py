@@ -183,7 +183,7 @@ def test_nulls_that_were_not_asked_for_are_named():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="four or more"):
+    with pytest.raises(ValueError, match="three or more"):
         experiments.run("alignment", averager(), amounts=(1, 2))
     with pytest.raises(ValueError, match="no null"):
         experiments.run("alignment", averager(), nulls=("sorted",))

@@ -151,6 +151,54 @@ def test_a_model_that_goes_by_length_is_not_restored_by_count():
     assert result.verdict == "not testable here"
 
 
+def test_a_law_whose_filler_helps_has_no_critical_length():
+    counts = np.array([1.0, 3, 2, 0, 0, 10, 10])
+
+    def law(element, theta=0.5):
+        u = np.array([0, 0, 1, 1, 0, element, element], dtype=float)
+        return laws.WeightedLaw(np.ones(7), u, 1.0, theta, small_tokenizer())
+
+    assert law(0.0).critical_length(counts) < counts.sum()  # fails already, by so many tokens
+    assert np.isinf(law(0.9).critical_length(counts))  # filler says "two" itself
+    helped = laws.WeightedLaw(np.ones(7), np.array([0, -9.0, 1, 1, 0, 0.6, 0.6]), 1.0, 0.5, small_tokenizer())
+    assert helped.surplus(counts) < 0 < helped.per_token()
+    assert np.isnan(helped.critical_length(counts)) and helped.tokens_left(small_tokenizer().encode("x = [[a")) <= 0
+    assert np.isnan(law(0.0, float("nan")).critical_length(counts))
+
+
+def test_the_sink_says_nothing_where_the_evidence_says_one():
+    found = calibration.calibrate(circuit(), (2, 3), prompts=4)
+    assert np.isfinite(list(found.from_length(2, 40)["sink"].values())).all()
+    turned = calibration.calibrate(circuit(), (2, 3), prompts=4, head=found.head, u=-found.head.u, thetas=False)
+    assert np.isnan(list(turned.from_length(2, 40)["sink"].values())).all()
+
+
+def test_short_contexts_are_not_the_beginnings_of_those_measured():
+    model = circuit()
+    short = h.short_lists(model, 2, 2, 8, seed=0).ids
+    for salt in (0, 1, 2, 3, 4, 5, 6, 8, 9, 71):
+        lists = long_lists(model.tokenizer, 2, 128, 8, block_size=192, seed=salt).ids[:, : short.shape[1]]
+        assert not (short[:1] == lists[:1]).all()
+
+
+def test_a_list_without_room_for_its_rows_names_both():
+    with pytest.raises(ValueError, match=r"k = 20: .* tokens, and lists of 48"):
+        long_lists(small_tokenizer(), 20, 48, 2, block_size=192)
+
+
+@pytest.mark.parametrize("name", ["dilution", "agreement", "causes", "distractors"])
+def test_without_a_tokenizer_it_says_what_is_missing(name):
+    model = circuit()
+    model.tokenizer = None
+    with pytest.raises(ValueError, match="no tokenizer"):
+        experiments.run(name, model)
+
+
+def test_amounts_that_repeat_are_refused():
+    with pytest.raises(ValueError, match="all distinct"):
+        experiments.run("dilution", circuit(), predict=(4, 4))
+
+
 def test_an_unknown_null_is_refused():
     with pytest.raises(ValueError, match="there is no null 'permuted'"):
         experiments.run("causes", circuit(), nulls=("permuted",))

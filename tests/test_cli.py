@@ -242,7 +242,10 @@ def test_train_knows_the_machines(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     refused = invoke("train", "mod3-mini", "--control", "no-topk", "--out", tmp_path)
     assert refused.exit_code == 2 and "mod3-mini has none" in refused.stderr
     unknown = invoke("train", "mod4-mini", "--out", tmp_path)
-    assert unknown.exit_code == 2 and "bracket-mini, mod3-mini, flip-flop-mini, parity-mini" in unknown.stderr
+    assert (
+        unknown.exit_code == 2
+        and "bracket-mini, python-small, mod3-mini, flip-flop-mini, parity-mini" in unknown.stderr
+    )
 
 
 # ---- prune --------------------------------------------------------------------------------------

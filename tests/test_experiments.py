@@ -158,7 +158,9 @@ def test_the_sink_is_told_from_the_plain_mean():
     result = result_of("dilution", "sink")
     holds = result.measured["law_holds"]
     assert holds["sink"] and not holds["seed"]
-    assert result.prediction["parameters"]["sink"]["sigma"] == pytest.approx(24, abs=6)
+    # n* = k/θ - σ with the θ = 0.04 and σ = 24 that were built in
+    said = result.prediction["critical_length"]["sink"]
+    assert said == pytest.approx({k: k / 0.04 - 24 for k in (4, 5, 6)}, abs=6)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +277,7 @@ def test_unknown_names_and_options_say_what_there_is():
         ("dilution", {"least_accuracy": float("nan")}, "from 0 to 1"),
         ("dilution", {"controls": 3}, "Controls"),
         ("agreement", {"amounts": [2, 3, 3]}, "distinct"),
-        ("agreement", {"width": 0}, "1 or more"),
+        ("agreement", {"width": 0}, "of 1 to 64"),
         ("distractors", {"step": 0}, "1 or more"),
         ("distractors", {"elements": 60}, "give fewer"),
         ("minimal_simulator", {"k_max": 0}, "2 or more"),

@@ -120,7 +120,8 @@ class Backwards:
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        ({"law": 0.15}, TypeError, "law is float"),
+        ({"law": 0.15}, TypeError, "law is 0.15"),
+        ({"law": ThresholdCounter}, TypeError, "law is <class"),
         ({"on_failure": "ignore"}, ValueError, "'warn', 'stop'"),
         ({"margin": float("nan")}, ValueError, "finite number"),
         ({"evidence": "most"}, ValueError, "'all', 'open'"),
@@ -132,6 +133,8 @@ def test_bad_options(options, error, says):
 
 
 def test_bad_prompts_and_a_model_without_text():
+    with pytest.raises(TypeError, match="must be integers"):
+        guard().distance([1.5, 2.0])
     with pytest.raises(ValueError, match="empty"):
         guard().distance([])
     with pytest.raises(ValueError, match="one row"):
@@ -163,6 +166,22 @@ def test_it_tells_once_a_crossing_and_again_in_the_next_generation(margin, left)
         warnings.simplefilter("always")
         grow(guard(margin=margin))
     assert len(seen) == 1 and "k = 2" in str(seen[0].message)
+
+
+def test_rows_that_change_places_are_not_told_twice():
+    told = []
+    watched = guard(on_failure=told.append)
+    rows = torch.cat([grown(12), grown(3).new_zeros(0, grown(12).shape[1]), grown(12)])
+    rows[1, -2:] = torch.tensor(ids("b, ")[1:3])
+    watched(rows, torch.zeros(2, 8))
+    seen = len(told)
+    assert seen == 2
+    comma = small_tokenizer().encode(", ")[0]
+    longer = torch.cat([rows.flip(0), torch.full((2, 1), comma)], 1)
+    watched(longer, torch.zeros(2, 8))
+    assert len(told) == seen
+    watched(longer[:, :-3], torch.zeros(2, 8))  # another generation
+    assert len(told) > seen
 
 
 def test_stop_ends_the_row_that_fails_and_leaves_the_others():

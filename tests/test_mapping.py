@@ -167,7 +167,7 @@ ALL = {"update": ["a"], "mean": ["b"], "threshold": ["c"]}
     ("by_claim", "share_", "null", "loose", "able", "expected"),
     [
         (ALL, (0.6, 0.5, 0.7), 0.0, (True, 0.6), True, "reproduced"),
-        (ALL, (0.4, 0.3, 0.52), 0.0, (True, 0.4), True, "reproduced"),
+        (ALL, (0.4, 0.3, 0.52), 0.0, (True, 0.4), True, "indistinguishable"),
         (ALL, (0.4, 0.3, 0.45), 0.0, (True, 0.4), True, "not reproduced"),
         (ALL, (0.4, 0.3, 0.45), 0.0, (True, 0.6), True, "indistinguishable"),
         (ALL | {"threshold": []}, (0.6, 0.5, 0.7), 0.0, (False, 0.6), True, "not reproduced"),
@@ -183,7 +183,11 @@ def test_the_verdict_follows_the_rule(by_claim, share_, null, loose, able, expec
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"amounts": (1, 2, 3)}, "four or more"),
+        ({"amounts": (1, 2, 3)}, "three or more"),
+        ({"amounts": (2, 3, 4, 5)}, "depth 1"),
+        ({"least_accuracy": 95.0}, "from 0 to 1"),
+        ({"prompts": 4.5}, "whole number"),
+        ({"nulls": "untrained"}, "list of names"),
         ({"length": 40}, "at least"),
         ({"nulls": ("permuted",)}, "no null"),
         ({"draws": 5}, "draws"),

@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -109,15 +110,15 @@ class HoleGuard:
 
     ``evidence``: which "[" a ThresholdCounter's k counts. "open": those of the lists that are open; "all": closed
     rows' and comments' too, as the seed's law has it. Real nested lists have a "[" a row, so by "all" they hardly ever
-    fail; the experiment ``guard`` measures which of the two foretells a model's failures.
+    fail; the experiment ``guard`` measures which of the two foretells a model's failures. Where two lists are open, as
+    nearly always, "open" goes by the length alone.
     ``tokenizer``: a scalpel Tokenizer or a fast one of transformers; a transformers model has none of its own.
     ``eos_token_id``, ``pad_token_id``: by default what the model's configuration says. ``attention_mask`` (B, L) of
-    the prompts tells the padding on the left exactly; without it, leading ``pad_token_id`` are padding. With beams,
-    rows change places, and "warn" may then warn again.
+    the prompts tells the padding on the left exactly; without it, leading ``pad_token_id`` are padding.
 
     Only a nested list can fail, so a prompt in which fewer than two "[" are open has distance infinity.
     ValueError for an unknown ``on_failure`` or ``evidence``, a margin that isn't a number, or no tokenizer; TypeError
-    for a law that is none.
+    for a law that is none, or token ids that aren't integers.
     """
 
     supports_continuous_batching = False  # rows keep a state from one call to the next
@@ -135,8 +136,8 @@ class HoleGuard:
         pad_token_id: int | None = None,
         attention_mask: Tensor | None = None,
     ) -> None:
-        if not isinstance(law, ThresholdCounter | FailureLaw):
-            raise TypeError(f"law is {type(law).__name__}; give a ThresholdCounter or an object with tokens_left(ids)")
+        if isinstance(law, type) or not isinstance(law, ThresholdCounter | FailureLaw):
+            raise TypeError(f"law is {law!r}; give a ThresholdCounter or an object with tokens_left(ids)")
         if not callable(on_failure) and on_failure not in ("warn", "stop"):
             raise ValueError(f"on_failure is {on_failure!r}; allowed: 'warn', 'stop', or a function of the distance")
         if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
@@ -150,8 +151,7 @@ class HoleGuard:
         self.attention_mask = attention_mask
         self.distances: list[Distance | None] = []
         """Each row's distance at the last call; None for a row that is done, or has no token yet."""
-        self._inside: list[bool] = []
-        self._length = 0
+        self._inside: dict[tuple[int, ...], bool] = {}
         self._evidence: dict[int, int] = {}
 
     def distance(self, prompt: str | Sequence[int] | Tensor) -> Distance:
@@ -179,11 +179,11 @@ class HoleGuard:
                 f"input_ids has shape {tuple(input_ids.shape)} and scores {tuple(scores.shape)}; they must be (B, L) "
                 "and (B, vocabulary)"
             )
-        if len(self._inside) != len(input_ids) or input_ids.shape[1] != self._length + 1:
-            self._inside = [False] * len(input_ids)  # another generation
-        self._length = input_ids.shape[1]
         starts = self._starts(input_ids)
         rows = [row[start:] for row, start in zip(input_ids.tolist(), starts, strict=True)]
+        # A row goes on from the one that it extends, whichever place that had: beams change places.
+        before = [self._inside.get(tuple(row[:-1]), False) for row in rows]
+        self._inside = {}
         self.distances = [self.distance(row) if row and not self._done(row) else None for row in rows]
         stopped = []
         for row, found in enumerate(self.distances):
@@ -191,9 +191,9 @@ class HoleGuard:
             if found is not None and inside:
                 if self.on_failure == "stop":
                     stopped.append(row)
-                elif not self._inside[row]:
+                elif not before[row]:
                     self._tell(row, found)
-            self._inside[row] = inside
+            self._inside[tuple(rows[row])] = inside
         if not stopped:
             return scores
         if not self.eos:
@@ -219,7 +219,10 @@ class HoleGuard:
             return [*start, *self.tokenizer.encode(prompt)]
         if isinstance(prompt, Tensor) and prompt.dim() != 1:
             raise ValueError(f"the prompt has shape {tuple(prompt.shape)}; give one row at a time")
-        ids = [int(token) for token in prompt]
+        try:
+            ids = [index(token) for token in (prompt.tolist() if isinstance(prompt, Tensor) else prompt)]
+        except TypeError as error:
+            raise TypeError(f"token ids must be integers: {error}") from error
         if not ids:
             raise ValueError("the prompt is empty; give at least one token")
         return ids

@@ -21,8 +21,8 @@ from .controls import LEAST_ACCURACY
 from .mapping import checked_length
 from .mapping_measure import Prompts
 from .mapping_scan import BAR, CLAIMS, Setup, untrained_seeds
-from .nulls import NULLS, check_nulls
-from .provenance import at_least, caution, model_provenance
+from .nulls import NULLS, check_nulls, only_beside
+from .provenance import at_least, caution, check_share, model_provenance
 from .result import Protocol, Result, Verdict
 from .statistics import discoveries
 
@@ -30,14 +30,17 @@ QUESTION = "Does each generator lie along its component of the gradient: update 
 SEED_FIGURE = "|cos| of g_update with v1 0.94, g_mean with v2 0.87, g_thr with v3 0.79"
 SEED = {"update": 0.94, "mean": 0.87, "threshold": 0.79}
 GAP, STEADY = 0.1, 0.9
+FEWEST = 19  # live channels with which p = 1/(1 + live) can be 0.05
 RULE = (
     "Reproduced iff each of the three pairs is significant (p by the rank of |cos| among all live channels' directions "
     "and among random ones, corrected over the three), its 95 % interval by prompt lies above the 95 % quantile of "
     "every null asked for (of untrained models and of exchanged pairs: above the largest), and its component is "
     f"resolved: an eigengap of {GAP:.0%} of the eigenvalue to both neighbours, and a median |cos| with itself of "
     f"{STEADY} over resamples of the prompts. Indistinguishable where only untrained models or exchanged pairs reach "
-    "that interval. A generator that no channel tells (partial R² below one half) can't be aligned: not testable, "
-    "unless another pair fails. Nor testable where the model nowhere tells the depths apart with the accuracy asked."
+    "that interval. A generator that no channel tells (partial R² below one half), or one at a hook of fewer than "
+    f"{FEWEST} live channels, where no rank is significant, can't be aligned: not testable, unless another pair fails. "
+    "Nor testable where the model nowhere tells the depths apart with the accuracy asked; and nothing is reproduced "
+    "unless all three nulls are asked for."
 )
 
 
@@ -67,6 +70,7 @@ def run(
     at_least(20, resamples=resamples)
     at_least(99, draws=draws)
     at_least(0, seed=seed)
+    check_share(least_accuracy=least_accuracy)
     length = checked_length(model, amounts, length)
     options = {"amounts": amounts, "prompts": prompts, "length": length, "center": center, "resamples": resamples}
     provenance = model_provenance(
@@ -122,19 +126,23 @@ def run(
             ),
             **{claim: pair["null"] for claim, pair in pairs.items()},
         },
-        verdict=verdict(pairs, able >= least_accuracy),
+        verdict=only_beside(NULLS, asked_nulls, verdict(pairs, able >= least_accuracy)),
         figures=_figures(pairs, spectra),
     )
 
 
 def verdict(pairs: Mapping[str, Mapping[str, Any]], able: bool) -> Verdict:
-    """The verdict by RULE from each pair's ``told``, ``significant``, ``resolved``, ``above`` and ``above_random``."""
+    """The verdict by RULE from each pair's ``told``, ``significant``, ``resolved``, ``above``, ``above_random`` and
+    ``enough_channels``.
+    """
     if not able:
         return "not testable here"
     told = [pair for pair in pairs.values() if pair["told"]]
-    if any(not (pair["significant"] and pair["resolved"] and pair["above_random"]) for pair in told):
-        return "not reproduced"
-    if len(told) < len(CLAIMS):
+    for pair in told:
+        beyond_chance = pair["significant"] or not pair["enough_channels"]
+        if not (beyond_chance and pair["resolved"] and pair["above_random"]):
+            return "not reproduced"
+    if len(told) < len(CLAIMS) or not all(pair["enough_channels"] for pair in told):
         return "not testable here"
     return "reproduced" if all(pair["above"] for pair in told) else "indistinguishable"
 
@@ -175,6 +183,7 @@ def _pairs(
             "channel": f"{one.hook}:{one.channel}",
             "partial_r2": one.r2,
             "told": one.r2 >= BAR,
+            "enough_channels": len(channels) >= FEWEST,
             "cos": float(every[i]),
             "cos_with_each": every.tolist(),
             "interval": [float(v) for v in np.percentile(drawn[:, i], [2.5, 97.5])],

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from scipy.special import logsumexp
 from torch import Tensor
 
 from ..models.circuitgpt import CircuitGPT
@@ -18,6 +19,7 @@ from . import laws
 
 __all__ = ["BracketLaw", "ShortContexts", "calibrate"]
 
+_MOST_LOG = 300.0
 _EVIDENCE = (laws.OPEN, laws.CLOSED, laws.CLOSER)
 
 
@@ -93,7 +95,7 @@ class ShortContexts:
         sigma = float(self.sigma.mean())
         found = {"weighted": self._lengths(weighted, sigma)["weighted"]}
         s = {a: float(self._evidence(law, a)) for a in self.amounts}
-        found["sink"] = {a: s[a] / s[k] * (length + sigma) - sigma if s[k] else float("nan") for a in self.amounts}
+        found["sink"] = {a: s[a] / s[k] * (length + sigma) - sigma if s[k] > 0 else float("nan") for a in self.amounts}
         found["seed"] = {a: a / k * length for a in self.amounts}
         return found
 
@@ -147,8 +149,11 @@ def calibrate(
         ends = lists.asked.numpy()
         # A "[" is open at one question and so at all of them: the classes don't change along these lists.
         classes = np.stack([_classes(row, end, model, start) for row, end in zip(rows, ends[:, -1], strict=True)])
-        weight = np.exp(reading.logits - (sink or 0.0))
         seen = np.isfinite(reading.logits)
+        # Relative to the sink or, without one, to a query's mean: then only ratios within a query mean anything.
+        total = logsumexp(reading.logits, axis=-1, keepdims=True) - np.log(seen.sum(-1, keepdims=True))
+        relative = reading.logits - (total if sink is None else sink)
+        weight = np.exp(np.minimum(relative, _MOST_LOG))  # a sink so far below all keys is as good as none
         one_hot = classes[:, None, :, None] == np.arange(len(laws.CLASSES))
         sums.append(
             [

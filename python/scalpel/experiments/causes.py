@@ -24,16 +24,16 @@ from .provenance import at_least, longest_asked, model_provenance
 from .result import Protocol, Result, Verdict
 from .statistics import bootstrap
 
+SHORT = 32  # tokens of the lists that should be answered right
 QUESTION = "Does the answer fail in long lists because filler dilutes the evidence?"
 SEED_FIGURE = "n* = ⌈k/θ⌉: every added token counts, wherever it stands, and evidence counts however it is nested"
 RULE = (
     "Reproduced iff, at the failing length, forbidding the answer to read the filler's keys brings P(correct) above "
     "one half with its whole 95 % interval and above what forbidding as many other keys brings, while exchanging the "
     "filler's positions in a short list, where the answer is right, leaves P(correct) above one half. Not reproduced "
-    "otherwise. Not testable where the model nowhere tells the depths apart with the accuracy asked, or where it fails "
-    "at no length that the context holds."
+    "otherwise. Not testable where the model nowhere tells the depths apart with the accuracy asked, where it fails at "
+    f"no length that the context holds, or where a short list, of {SHORT} tokens, isn't answered right either."
 )
-SHORT = 32  # tokens of the lists that are answered right
 LEVELS = (24, 48, 96, 192, 384)  # tokens of the factorial design, those that the context holds
 FACTORS = ("open", "closed", "log n", "late")
 
@@ -50,8 +50,8 @@ def run(
     """P(correct) at depth 2 with keys taken away, positions exchanged and evidence moved, and a factorial design.
 
     ``prompts`` a cell. The failing length is the longest at which at most a quarter are right, looked for on prompts
-    of its own. ``nulls``: "untrained" repeats the interventions on an untrained model; "shuffled" takes away as many
-    keys drawn from all of the list's, evidence included; "rotated" has no meaning here.
+    of its own. ``nulls``: "untrained" repeats the interventions on an untrained model; "shuffled" shows what
+    taking away as many keys of any kind does, which the rule asks for in any case; "rotated" has no meaning here.
     """
     nulls = check_nulls(nulls)
     at_least(2, prompts=prompts)
@@ -77,16 +77,16 @@ def run(
     protocol.measuring()
     flat = c.ask_long_lists(model, 1, depth=1, prompts=prompts, length=length, seed=1000 * seed + 71)
     able = tells_depths({2: scout}, flat)
-    table = _interventions(model, failing or length, prompts, seed, "shuffled" in nulls)
+    table = _interventions(model, failing or length, prompts, seed)
     right, interval = _shares(table, rng)
     cells, outcome = _factorial(model, length, prompts, seed)
     effects = factor_effects(cells, outcome, rng)
     null: dict[str, Any] = {"summary": "none asked for"}
     if "untrained" in nulls:
-        theirs, _ = _shares(_interventions(untrained(model), failing or length, prompts, seed, False), rng, 0)
+        theirs, _ = _shares(_interventions(untrained(model), failing or length, prompts, seed), rng, 0)
         null = {"summary": "untrained: " + _words(theirs), "untrained": theirs}
     if "shuffled" in nulls:
-        null["as_many_keys_of_any_kind"] = right.get("as many keys of any kind")
+        null["as_many_keys_of_any_kind"] = right["as many keys of any kind"]
         null["summary"] += f"; as many keys of any kind taken away: {right['as many keys of any kind']:.2f}"
     left_out = ["the null of random directions: nothing here has a direction"] if "rotated" in nulls else []
     if not bool(model.transformer.wpe.weight.any()):
@@ -126,7 +126,7 @@ def _failing_length(scout: c.Curve) -> int | None:
     edges = c.bins(int(scout.x.max()))
     p = scout.binned(edges)
     under = np.flatnonzero(p <= 0.25)
-    return int(edges[under[-1]]) + 8 if len(under) else None
+    return min(int(edges[under[-1]]) + 8, int(scout.x.max())) if len(under) else None
 
 
 @torch.no_grad()
@@ -152,7 +152,7 @@ def says_two(
     return torch.cat(found).double().numpy()
 
 
-def _interventions(model: CircuitGPT, failing: int, prompts: int, seed: int, shuffled: bool) -> dict[str, np.ndarray]:
+def _interventions(model: CircuitGPT, failing: int, prompts: int, seed: int) -> dict[str, np.ndarray]:
     """Which answers are right (prompts,) under each intervention."""
     assert model.tokenizer is not None
     generator = torch.Generator().manual_seed(seed)
@@ -172,16 +172,15 @@ def _interventions(model: CircuitGPT, failing: int, prompts: int, seed: int, shu
     flat_filler[:, -3:] = False
     brackets = ~short.filler
     brackets[:, 0] = False
+    drawn = torch.rand(filler.shape, generator=generator)
+    drawn[:, -3:] = -1
+    anything = drawn >= torch.sort(drawn, descending=True).values.gather(1, filler.sum(1, keepdim=True) - 1)
     table = {
         "as it is": says_two(model, long) > 0,
         "filler not read": says_two(model, long, ~filler) > 0,
         "half of it not read": says_two(model, long, ~half) > 0,
+        "as many keys of any kind": says_two(model, long, ~anything) > 0,
     }
-    if shuffled:
-        drawn = torch.rand(filler.shape, generator=generator)
-        drawn[:, -3:] = -1
-        anything = drawn >= torch.sort(drawn, descending=True).values.gather(1, filler.sum(1, keepdim=True) - 1)
-        table["as many keys of any kind"] = says_two(model, long, ~anything) > 0
     table["depth 1, filler not read"] = says_two(model, flat, ~flat_filler) < 0
     table["short"] = says_two(model, short) > 0
     table["short, head and brackets not read"] = says_two(model, short, ~brackets) > 0
@@ -297,10 +296,10 @@ def verdict(
     right: dict[str, float], interval: dict[str, tuple[float, float]], failing: int | None, able: bool
 ) -> Verdict:
     """The verdict by RULE."""
-    if not able or failing is None:
+    if not able or failing is None or right["short"] <= 0.5:
         return "not testable here"
     restored = interval["filler not read"][0] > 0.5
-    specific = right["filler not read"] > right.get("as many keys of any kind", 0.0)
+    specific = right["filler not read"] > right["as many keys of any kind"]
     stays = right.get("short, positions exchanged", 1.0) > 0.5
     return "reproduced" if restored and specific and stays else "not reproduced"
 

@@ -41,8 +41,8 @@ RULE = (
     "(difference in differences of the score's area, interval above 0), and (c) the rank falls more than in the dense "
     "models with the mask put on afterwards, and more than under the supports of other tokens (intervals below 0). Not "
     "reproduced where (a) or (b) fails; indistinguishable where both hold and (c) fails: masks alone do as much. Not "
-    f"testable here without a stored study. All by {PRIMARY}, on equally many live channels; the other variants are "
-    "shown and don't decide."
+    f"testable here without a stored study. All by {PRIMARY}; ranks on equally many live channels in all arms at a "
+    "step, scores on each arm's own. The other variants, and ranks on own channels, are shown and don't decide."
 )
 
 
@@ -128,6 +128,7 @@ def _conclude(protocol: Protocol, study: Study | None, own: Own, left_out: list[
         for arm in ("topk", *CONTROLS)
     }
     scores = {arm: [float(study.course(arm, "area")[:, i].mean()) for i in (0, -1)] for arm in ("topk", *CONTROLS)}
+    own_rank = study.difference("dense", "effective_rank")
     score_end = study.at_the_end("dense", "area")
     every = {
         variant: {
@@ -145,7 +146,8 @@ def _conclude(protocol: Protocol, study: Study | None, own: Own, left_out: list[
     return protocol.conclude(
         measured={
             "summary": f"Over training, effective rank with AbsTopK {_arrow(ends['topk'])}, dense "
-            f"{_arrow(ends['dense'])}: difference in differences of ln rank {rank['dense'].words()}; score "
+            f"{_arrow(ends['dense'])}: difference in differences of ln rank {rank['dense'].words()} on equally many "
+            f"live channels, {own_rank.words()} on each arm's own; score "
             f"{_arrow(scores['topk'])} against {_arrow(scores['dense'])}: {onto['dense'].words()} (the mask alone "
             f"gives it a score before training; at the end it differs by {score_end.words()}). Of "
             f"{len(VARIANTS)} variants {less} fall more with AbsTopK and {more} less (Benjamini-Hochberg, q = 0.05). "

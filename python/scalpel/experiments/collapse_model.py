@@ -99,7 +99,7 @@ class Own:
         if rotations:
             others.append(f"rotated: score {np.mean(curves['model']['rotated_area']):.2f}")
         mine = f"model: effective rank {own['equal_rank']:.1f}, score {own['area']:.2f}"
-        self.null_summary = "; ".join([f"the model given on equally many live channels, {mine}", *others])
+        self.null_summary = "; ".join([f"the model given (ranks on equally many live channels), {mine}", *others])
         self.figures = {
             **{f"by_hook_{i}": one for i, one in enumerate(hook_figures(found))},
             "score_by_r": score_figure(curves),
@@ -108,7 +108,7 @@ class Own:
 
 def _sample(model: CircuitGPT, tokens: int, seed: int, left_out: list[str]) -> tuple[list[Texts], str]:
     """About ``tokens`` tokens of bracket prompts with their answers, or of random ids where there are none."""
-    prompts = max(2, -(-tokens // _PROMPT_TOKENS))
+    prompts = max(GROUPS, -(-tokens // _PROMPT_TOKENS))
     length = model.config.block_size
     try:
         task = bracket_counting(model, prompts, seed)

@@ -30,9 +30,10 @@ class Controls:
 def tells_depths(curves: Mapping[int, Curve], flat: Curve, width: int = 16) -> float:
     """The best balanced accuracy over both depths at any one context length, in bins of ``width`` tokens.
 
-    A model that goes by length alone says the same at both depths and gets about one half everywhere; one that
-    compares k/n with a threshold is wrong at depth 1 where the context is short and at depth 2 where it is long, and
-    right between.
+    A model that says the same at both depths gets one half; one that compares k/n with a threshold is wrong at depth
+    1 where the context is short and at depth 2 where it is long, and right between. Prompts of both depths that fall
+    into one bin don't have quite the same n, so a model that goes by length alone can get more than one half, though
+    never all.
     """
     longest = max(int(curve.x.max()) for curve in [*curves.values(), flat])
     edges = np.arange(0, longest + width, width)

@@ -35,7 +35,7 @@ from .cascade import (
     sweep_exponents,
     without_topk,
 )
-from .nulls import NULLS, check_nulls
+from .nulls import NULLS, check_nulls, only_beside
 from .provenance import at_least, model_provenance
 from .result import Protocol, Result, Verdict
 from .statistics import bootstrap
@@ -47,7 +47,8 @@ RULE = (
     f"A direction survives where its singular value in the whole product, residual path included, last token to last, "
     f"is above {TOLERANCE} of the largest. Reproduced iff at most k survive (upper end of the 95 % interval over "
     "prompts of the mean; k: the fewest channels that a TopK leaves of what a block adds, or of the residual) and the "
-    "untrained and the rotated null, where asked for, keep more (95 % interval of the paired difference above 0). Not "
+    "untrained and, with more than one layer, the rotated null keep more (95 % interval of the paired difference above "
+    "0); without these nulls it isn't testable. Not "
     "reproduced where more than k survive. Indistinguishable where at most k survive but one of these nulls keeps no "
     "more: then the loss is the architecture's, or that of layers that meet at random. The shuffled null is shown and "
     "doesn't decide, since the claim says nothing of the order. Not testable where no TopK stands where a block writes."
@@ -94,12 +95,12 @@ def run(
     of_controls = {name: cascades(other, texts, ranks=False) for name, other in controls.items()}
     for name, found in of_controls.items():
         spectra[name] = np.stack([one.values for one in found])
-    if "rotated" in nulls:
+    if "rotated" in nulls and depth > 1:
         spectra["rotated"] = np.stack([rotated(one, draws, rng) for one in own])
     if "shuffled" in nulls and depth > 1:
         spectra["shuffled"] = np.stack([product_values(reordered(one.layers, rng)) for one in own])
-    elif "shuffled" in nulls:
-        left_out.append("The shuffled null puts the layers in another order; this model has one layer.")
+    if depth == 1:
+        left_out.append("The model has one layer: there is no order to shuffle, and turning it changes no rank.")
     if k is None:
         left_out.append("No TopK stands where a block writes, so there is no k that could bound what survives.")
     survivors = {name: survive(values, TOLERANCE) for name, values in spectra.items()}
@@ -118,13 +119,14 @@ def run(
     few = texts[:_FEW]
     swept_null = sweep_exponents(controls["untrained"], few, directions, seed) if "untrained" in controls else None
     layers = _layers_table(model, own)
-    verdict = _verdict(k, interval, beyond)
+    deciding = ("untrained", "rotated") if depth > 1 else ("untrained",)
+    verdict = only_beside(deciding, nulls, _verdict(k, interval, beyond))
     figures = _figures(spectra, depth, swept, swept_null, layers, k, width)
     volume = np.array([one.log_volume for one in own]) / depth
     left_out.append(
         "Ranks and whole spectra are from the last token to the last; matrices from all tokens to all are never made."
     )
-    if "rotated" in nulls:
+    if "rotated" in spectra:
         left_out.append("The rotated null has the model's own log-volume by construction; it isn't compared there.")
     ranks = f"layers' ranks {_span(layers, 'rank')} of {width} with the residual path, {_span(layers, 'rank_added')} "
     ranks += "without it" + (f" (bound {layers[0]['bound_added']})" if layers[0]["bound_added"] else "")

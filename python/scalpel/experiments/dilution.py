@@ -63,7 +63,7 @@ def run(
     at_least(0, seed=seed)
     length = longest_asked(model, offsets, least_accuracy)
     amounts = (*calibrate, *predict)
-    if len(set(calibrate)) < 2 or len(predict) < 2 or set(calibrate) & set(predict):
+    if len(calibrate) < 2 or len(predict) < 2 or len(set(amounts)) < len(amounts):
         raise ValueError(
             f"calibrate {tuple(calibrate)} and predict {tuple(predict)} must be two amounts each, all distinct"
         )
@@ -109,7 +109,8 @@ def run(
     if "rotated" in nulls and short is not None and "weighted, one length" in laws:
         errors = d.rotated_errors(model, short, fitted, measured, predict, seed)
         words = (
-            f"weighted law with random directions off by {min(errors):.0f} to {max(errors):.0f} tokens"
+            f"weighted law with random directions off by {np.median(errors):.0f} tokens in the median of "
+            f"{len(errors)}, {min(errors):.0f} at the least"
             if errors
             else "–"
         )

@@ -1,6 +1,7 @@
 """Every law's predictions of the critical lengths, by each way to calibrate it, and how they fare."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,12 @@ import torch
 from ..models.circuitgpt import CircuitGPT
 from . import critical as c
 from .calibration import BracketLaw, ShortContexts, calibrate, with_errors
+from .laws import ELEMENT, OPEN
 
 __all__ = ["compare", "predictions", "rotated_errors", "shuffled_error"]
 
 RESAMPLES = 100
-ROTATIONS = 5
+ROTATIONS = 20
 
 
 def predictions(
@@ -87,7 +89,12 @@ def rotated_errors(
     held: Sequence[int],
     seed: int,
 ) -> list[float]:
-    """Mean error of the weighted law by one length, when a random direction stands for the head's own u."""
+    """Mean errors of the weighted law by one length when random directions stand for the head's own u.
+
+    A direction and its opposite say the same thing of opposite sign; the one along which open brackets stand above
+    elements is taken, as they do along u. Infinite where the law then says that one of the amounts never fails, or
+    nothing.
+    """
     first = next(iter(fitted))
     crossing = [k for k in held if measured[k].status == "crosses"]
     if fitted[first].status != "crosses" or not crossing:
@@ -97,8 +104,12 @@ def rotated_errors(
     for _ in range(ROTATIONS):
         u = torch.nn.functional.normalize(torch.randn(len(short.head.u), generator=generator), dim=0)
         turned = calibrate(model, short.amounts, seed=seed, head=short.head, u=u.to(short.head.u), thetas=False)
+        found = turned.law().u
+        if found[OPEN] < found[ELEMENT]:
+            turned = replace(turned, values=-turned.values)
         said = turned.from_length(first, fitted[first].value)["weighted"]
-        errors.append(float(np.mean([abs(said[k] - measured[k].value) for k in crossing])))
+        error = float(np.mean([abs(said[k] - measured[k].value) for k in crossing]))
+        errors.append(float("inf") if np.isnan(error) else error)
     return errors
 
 

@@ -84,12 +84,12 @@ def run(
     "shuffled" moves the prompt to later positions with no token added; "untrained" asks an untrained model the same
     with the longest comments; "rotated" has no meaning here.
     """
-    assert model.tokenizer is not None
     nulls = check_nulls(nulls)
     at_least(2, prompts=prompts, k=k)
     at_least(1, elements=elements, step=step)
     at_least(0, seed=seed)
     length = longest_asked(model, offsets, least_accuracy)
+    assert model.tokenizer is not None  # or there would be no longest list
     rng = np.random.default_rng([seed, 3])
     options = {"k": k, "elements": elements, "prompts": prompts, "offsets": offsets, "step": step, "seed": seed}
     provenance = model_provenance(model, least_accuracy=least_accuracy, **options)

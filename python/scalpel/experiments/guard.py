@@ -5,7 +5,8 @@ numpy and scipy are asked, cut before their last brackets, and longer ones made 
 distance is stored before the model sees it. AUROC of the distance for failure is compared, prompt by prompt, with that
 of the length alone and of the model's own logit margin; the alarms of :class:`scalpel.HoleGuard` are counted. The
 counter's k is every "[", as the seed has it; beside it, deciding nothing, stand the same with open brackets only and
-the weighted law of what the head attends to.
+the weighted law of what the head attends to. Where every prompt has two open brackets, the distance by these alone is
+a constant less the length: it ranks prompts as the length does, and only its alarms tell something.
 """
 
 from collections.abc import Sequence
@@ -176,6 +177,8 @@ def _weighted(model: CircuitGPT, length: float, seed: int) -> tuple[FailureLaw |
     except ValueError as error:
         return None, [f"guard, the weighted law: {error}"]
     law = short.law_failing_at(CALIBRATED_AT, length)
+    if not np.isfinite(law.theta):
+        return None, ["guard, the weighted law: no key that the head reads has any weight, so it has no θ"]
     return replace(law, tokenizer=model.tokenizer, start=closers(model.tokenizer).start), []
 
 
@@ -330,7 +333,7 @@ def _interval(one: dict[str, float]) -> str:
 
 
 def _also(name: str, best: dict[str, Any], rates: dict[str, Any]) -> str:
-    what = {"open": "With open brackets only", "weighted": "By the weighted law"}[name]
+    what = {"open": "With open brackets only, which rank as the length does", "weighted": "By the weighted law"}[name]
     return f"{what}: AUROC {_named(best, name)}, and it {_alarmed(rates[name])}"
 
 

@@ -20,6 +20,7 @@ from ..tasks.brackets import LongLists, closers, long_lists
 __all__ = ["Head", "Reading", "find_head", "read", "threshold"]
 
 SHORT_TOKENS = 48
+_SALT = 10  # no other lists are drawn from this stream
 _CANDIDATES = 8  # heads whose effect is measured by an exchange; the gradient picks them
 
 
@@ -63,7 +64,8 @@ def short_lists(model: CircuitGPT, k: int, depth: int, prompts: int, seed: int) 
     """Lists as the experiments ask them, but of the first few elements only."""
     assert model.tokenizer is not None
     length = min(SHORT_TOKENS, model.config.block_size)
-    return long_lists(model.tokenizer, k, length, prompts, block_size=model.config.block_size, depth=depth, seed=seed)
+    block = model.config.block_size
+    return long_lists(model.tokenizer, k, length, prompts, block_size=block, depth=depth, seed=1000 * seed + _SALT)
 
 
 def _difference(model: CircuitGPT, logits: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ __all__ = ["MEAN_RULE", "is_mean", "measure", "statistic_figure"]
 QUESTIONS = 10
 LEAST_UNIFORMITY, MOST_DECAY, MOST_DRIFT = 0.9, 0.1, 0.2
 MEAN_RULE = (
-    f"A head measures a mean iff its uniformity A² / (n Σ a²) is at least {LEAST_UNIFORMITY}, |decay| · n at most "
-    f"{MOST_DECAY}, and its sink term σ at the longest contexts is within {MOST_DRIFT:.0%} of that at the shortest."
+    f"A head measures a mean iff its uniformity A² / (n Σ a²) is at least {LEAST_UNIFORMITY}, |mean decay| · n at most "
+    f"{MOST_DECAY}, and its sink term σ at the longest contexts is within {MOST_DRIFT:.0%} of that at the second "
+    "shortest (of half a token, where that is more)."
 )
 
 
@@ -27,7 +28,8 @@ def measure(model: CircuitGPT, head: h.Head, k: int, length: int, *, prompts: in
     ``m_spread`` the standard deviation of m over prompts.
     """
     assert model.tokenizer is not None
-    lists = long_lists(model.tokenizer, k, length, prompts, block_size=model.config.block_size, depth=2, seed=seed)
+    block = model.config.block_size
+    lists = long_lists(model.tokenizer, k, length, prompts, block_size=block, depth=2, seed=1000 * seed + 8)
     asked = np.unique(np.linspace(0, lists.asked.shape[1] - 1, QUESTIONS).round().astype(int))
     reading = h.read(model, head, lists, torch.from_numpy(asked))
     names = ("n", "m", "attended", "sigma", "uniformity", "decay")

@@ -76,21 +76,27 @@ class WeightedLaw:
         return float((terms[ELEMENT] + terms[SEPARATOR]) / 2)
 
     def critical_length(self, counts: np.ndarray) -> float:
-        """The n at which the surplus is 0 when filler is added to a prompt of ``counts`` (classes,); infinite where
-        filler never brings it there.
+        """The n at which the answer begins to fail when filler is added to a prompt of ``counts`` (classes,).
+
+        Infinite for a right answer that filler never turns; NaN where the law has no such n, since its surplus is
+        none to begin with and filler doesn't take from it.
         """
         surplus, each = float(self.surplus(counts)), self.per_token()
-        return float(counts.sum()) + (surplus / -each if each < 0 else float("inf") if surplus > 0 else 0.0)
+        if each < 0:
+            return float(counts.sum()) + surplus / -each
+        return float("inf") if surplus > 0 and each >= 0 else float("nan")
 
     def tokens_left(self, ids: Sequence[int]) -> float:
         """Filler tokens that a prompt bears before the answer is predicted to fail; 0 or less where it fails already.
 
-        ValueError for a law that was made without a tokenizer.
+        NaN for a law without a θ. ValueError for one that was made without a tokenizer.
         """
         if self.tokenizer is None:
             raise ValueError("this law was made without a tokenizer, so it can't read token ids; give it one")
         classes = token_classes(ids, self.tokenizer, self.start)
         counts = np.bincount(classes, minlength=len(CLASSES)).astype(float)
+        if self.surplus(counts) <= 0 <= self.per_token():
+            return 0.0
         return self.critical_length(counts) - float(len(ids))
 
 

@@ -11,7 +11,9 @@ channels do.
 Nulls. "untrained": untrained models, whose largest score over channels and variables each channel must beat (token
 identity is readable in any embedding), and one of which goes through the whole analysis. "shuffled": wrong variables,
 shares of random classes of tokens; shuffled labels would be too weak, since an averaging head carries the share of
-anything. "rotated": random directions of each hook instead of its channels.
+anything. A mean or threshold must beat what the best channel tells of hundreds of such classes, so for these two the
+rate at which wrong variables are mapped checks the correction; for the update it counts detectors of other tokens.
+"rotated": random directions of each hook instead of its channels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,8 +27,8 @@ from ..tasks.brackets import closers
 from .controls import LEAST_ACCURACY
 from .mapping_decide import Decided, decide, shares
 from .mapping_scan import BAR, CLAIMS, LEVELS, READABLE, RIVALS, HookScan, Setup, reference, scan, untrained_seeds
-from .nulls import NULLS, check_nulls
-from .provenance import at_least, caution, model_provenance
+from .nulls import NULLS, check_nulls, only_beside
+from .provenance import at_least, caution, check_share, model_provenance
 from .result import Protocol, Result, Verdict
 
 QUESTION = "Are there channels that detect “[”, that average it, and that compare the average with a threshold?"
@@ -34,10 +36,11 @@ SEED_FIGURE = "3 generators explain 81 activation patterns; 41/81 mapped"
 HALF, FALSE = 0.5, 0.01
 RULE = (
     "Reproduced iff each of the three claims is mapped to a channel of some hook, the share of hooks with a mapped "
-    "channel reaches one half (the upper end of its 95 % interval by prompt is 0.5 or more), and at most 1 % of the "
-    "nulls' tests (hook by claim, untrained and wrong variables) are mapped. Indistinguishable where that holds only "
-    "if channels count that another claim or a rival variable explains as well. Not testable where the model nowhere "
-    "tells the depths apart with the accuracy asked, or where neither null is asked for."
+    "channel is one half or more (with its whole 95 % interval by prompt), and at most 1 % of each null's tests (hook "
+    "by claim, untrained and wrong variables) are mapped. Indistinguishable where the interval holds one half, or "
+    "where that holds only if channels count that another claim or a rival variable explains as well. Not testable "
+    "where the model nowhere tells the depths apart with the accuracy asked, or without the untrained null, against "
+    "which alone the update is held; nor is anything reproduced without the wrong variables."
 )
 
 
@@ -68,6 +71,7 @@ def run(
     at_least(1, cap=cap, wrong=wrong, rotations=rotations)
     at_least(19, draws=draws)
     at_least(0, seed=seed)
+    check_share(least_accuracy=least_accuracy)
     length = checked_length(model, amounts, length)
     options = {"amounts": amounts, "prompts": prompts, "length": length, "draws": draws, "wrong": wrong, "cap": cap}
     provenance = model_provenance(model, **options, seed=seed, least_accuracy=least_accuracy, nulls=asked_nulls)
@@ -85,7 +89,7 @@ def run(
     setup = Setup.make(model, amounts, prompts, length, draws=draws, wrong=wrong, seed=seed)
     able = setup.able()
     blank = untrained_seeds(model, 2, seed) if "untrained" in asked_nulls else []
-    references = [reference(other, setup, -(-draws // 2)) for other in blank]
+    references = [reference(other, setup, draws) for other in blank]
     shuffled = "shuffled" in asked_nulls
     scans = scan(model, setup, references, shuffled=shuffled, wrong=shuffled)
     decided = decide(model, setup, scans, cap=cap, seed=seed)
@@ -100,7 +104,7 @@ def run(
     if "rotated" in asked_nulls:
         turned = scan(model, setup, references, shuffled=shuffled, rotated=rotations)
         null["rotated"] = _null_row(turned, decide(model, setup, turned, cap=cap, seed=seed), "")
-    rate = _pooled([null[name] for name in ("untrained", "shuffled") if name in null])
+    rate = _worst({name: null[name] for name in ("untrained", "shuffled") if name in null} if blank else {})
     loose = _with_ambiguous(decided, list(scans))
     counts = _counts(scans, decided, by_claim, share)
     return protocol.conclude(
@@ -113,7 +117,7 @@ def run(
             "thetas": dict(zip((*(f"quantile {q}" for q in LEVELS), "the model's own"), setup.thetas, strict=True)),
             "rivals": f"a mean or a threshold must not be explained as well by {', '.join(RIVALS)}",
             "caution": caution(model),
-            "left_out": _left_out(asked_nulls, decided),
+            "left_out": _left_out(asked_nulls, decided, draws, len(scans)),
         },
         interval={
             "summary": f"share of hooks with a mapped channel {share[0]:.0%} [{share[1]:.0%}, {share[2]:.0%}] (95 % "
@@ -127,7 +131,9 @@ def run(
             **null,
             "rate": rate,
         },
-        verdict=verdict(by_claim, share, rate["rate"], loose, able >= least_accuracy),
+        verdict=only_beside(
+            ("shuffled",), asked_nulls, verdict(by_claim, share, rate["rate"], loose, able >= least_accuracy)
+        ),
         figures=_figures(scans, by_claim, null, references),
     )
 
@@ -140,14 +146,14 @@ def verdict(
     able: bool,
 ) -> Verdict:
     """The verdict by RULE. ``share``: of hooks, with its interval; ``loose``: whether each claim is mapped, and the
-    share of hooks, if ambiguous channels count; ``null_rate``: NaN where no null was asked for.
+    share of hooks, if ambiguous channels count; ``null_rate``: NaN where the untrained null wasn't asked for.
     """
     if not able or np.isnan(null_rate):
         return "not testable here"
     if null_rate > FALSE:
         return "not reproduced"
     if all(by_claim[claim] for claim in CLAIMS) and share[2] >= HALF:
-        return "reproduced"
+        return "reproduced" if share[1] >= HALF else "indistinguishable"
     return "indistinguishable" if loose[0] and loose[1] >= HALF else "not reproduced"
 
 
@@ -156,10 +162,12 @@ def checked_length(model: CircuitGPT, amounts: Sequence[int], length: int) -> in
     and for a model without a tokenizer that knows the answers.
     """
     if model.tokenizer is None:
-        raise ValueError("the model has no tokenizer; lists of brackets are made of text")
+        raise ValueError("the model has no tokenizer; lists of brackets are text. Set model.tokenizer")
     closers(model.tokenizer)
-    if len(set(amounts)) < 4 or min(amounts) < 1 or len(set(amounts)) < len(amounts):
-        raise ValueError(f"option 'amounts' is {list(amounts)}; give four or more different ones, each 1 or more")
+    if len(set(amounts)) < 4 or min(amounts) != 1 or len(set(amounts)) < len(amounts):
+        raise ValueError(
+            f"option 'amounts' is {list(amounts)}; give 1, which is depth 1, and three or more different ones above it"
+        )
     least = 32 + 4 * max(amounts)
     block = model.config.block_size
     if length < least or block < least:
@@ -203,13 +211,16 @@ def _null_row(scans: Mapping[str, HookScan], decided: Decided, mark: str) -> dic
     return row
 
 
-def _pooled(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mapped share of the nulls' tests, hook by claim, with its Clopper-Pearson interval; NaN without a null."""
-    mapped, tests = sum(row["mapped"] for row in rows), sum(row["tests"] for row in rows)
-    if not tests:
-        return {"rate": float("nan"), "interval": [float("nan")] * 2, "tests": 0}
+def _worst(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Mapped share of tests, hook by claim, of the null that maps most, with its Clopper-Pearson interval; NaN without
+    a null.
+    """
+    if not rows:
+        return {"null": None, "rate": float("nan"), "interval": [float("nan")] * 2, "tests": 0}
+    name = max(rows, key=lambda name: rows[name]["mapped"] / rows[name]["tests"])
+    mapped, tests = rows[name]["mapped"], rows[name]["tests"]
     found = stats.binomtest(mapped, tests).proportion_ci(method="exact")
-    return {"rate": mapped / tests, "interval": [float(found.low), float(found.high)], "tests": tests}
+    return {"null": name, "rate": mapped / tests, "interval": [float(found.low), float(found.high)], "tests": tests}
 
 
 def _with_ambiguous(decided: Decided, hooks: list[str]) -> tuple[bool, float]:
@@ -269,13 +280,19 @@ def _words(counts: Mapping[str, Any], able: float, least: float) -> str:
     return said if able >= least else f"{said}. The model doesn't do the task: best balanced accuracy {able:.2f}"
 
 
-def _left_out(asked: Sequence[str], decided: Decided) -> list[str]:
+def _left_out(asked: Sequence[str], decided: Decided, draws: int, hooks: int) -> list[str]:
     notes = [
         "Token classes other than “[” are only reported as readable: the law makes no prediction of what setting them "
         "does.",
         "Labels shuffled between rows are not used as a null: they are too weak, an untrained model beats them.",
     ]
     notes += [f"The null “{name}” was not asked for." for name in NULLS if name not in asked]
+    fewest = -(-20 * hooks // (draws + 1))  # hooks that must pass together at a false discovery rate of 1 in 20
+    if fewest > 1:
+        notes.append(
+            f"p can't be below 1/{draws + 1}, so a claim must hold in {fewest} hooks or more to be found: raise "
+            "the option 'draws'."
+        )
     if decided.untested:
         notes.append(
             f"{decided.untested} channels above the bar were not set, by the option 'cap'; more may be mapped."

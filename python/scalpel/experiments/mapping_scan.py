@@ -102,7 +102,10 @@ class Setup:
         own = _own_threshold(m[asked.fit], asked.pick(preferred)[asked.fit] > 0)
         level = float((m[asked.fit] <= own).mean())
         rng = np.random.default_rng([seed, 11])
-        classes = _random_classes(prompts, model.config.vocab_size, draws + wrong, rng)
+        # Two draws, so that which classes are asked about doesn't depend on how many they are compared with.
+        vocabulary = model.config.vocab_size
+        tried = _random_classes(prompts, vocabulary, wrong, np.random.default_rng([seed, 12]))
+        classes = np.concatenate([tried, _random_classes(prompts, vocabulary, draws, rng)])
         membership = np.concatenate([_evidence(prompts, model)[None], classes[:wrong]])
         k = prompts.k[asked.prompt]
         closers = asked.pick(share(_kinds(prompts)[0]))

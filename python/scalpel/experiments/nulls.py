@@ -8,7 +8,9 @@ one of them has no meaning names it among what it left out.
 
 from collections.abc import Sequence
 
-__all__ = ["NULLS", "check_nulls"]
+from .result import Verdict
+
+__all__ = ["NULLS", "check_nulls", "only_beside"]
 
 NULLS = ("untrained", "rotated", "shuffled")
 
@@ -19,3 +21,8 @@ def check_nulls(nulls: Sequence[str]) -> tuple[str, ...]:
     if unknown:
         raise ValueError(f"there is no null {unknown[0]!r}; there are {', '.join(NULLS)}")
     return tuple(name for name in NULLS if name in nulls)
+
+
+def only_beside(deciding: Sequence[str], asked: Sequence[str], verdict: Verdict) -> Verdict:
+    """``verdict``, but "not testable here" for a claim said to be reproduced without a null that its rule needs."""
+    return "not testable here" if verdict == "reproduced" and set(deciding) - set(asked) else verdict

@@ -1,5 +1,6 @@
 """What a figure was computed from."""
 
+from numbers import Integral
 from typing import Any
 
 from ..models.circuitgpt import CircuitGPT
@@ -18,22 +19,35 @@ def model_provenance(model: CircuitGPT, **options: Any) -> dict[str, Any]:
     }
 
 
-def at_least(least: int, **options: int) -> None:
-    """ValueError for an option below ``least``, naming it."""
+def at_least(least: int, **options: Any) -> None:
+    """ValueError for an option below ``least`` or that is no whole number, naming it."""
     for name, value in options.items():
+        if not isinstance(value, Integral):
+            raise ValueError(f"option {name!r} is {value!r}; it must be a whole number, {least} or more")
         if value < least:
             raise ValueError(f"option {name!r} is {value}; it must be {least} or more")
 
 
+def check_share(**options: float) -> None:
+    """ValueError for an option that isn't a share from 0 to 1, naming it."""
+    for name, value in options.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"option {name!r} is {value}; it is a share from 0 to 1")
+
+
 def longest_asked(model: CircuitGPT, offsets: int, least_accuracy: float) -> int:
-    """Tokens of the longest lists asked: what ``offsets`` leaves of the context. ValueError for what can't be."""
+    """Tokens of the longest lists asked: what ``offsets`` leaves of the context.
+
+    ValueError for what can't be, and for a model without a tokenizer: lists are text.
+    """
+    if model.tokenizer is None:
+        raise ValueError("the model has no tokenizer; lists of brackets are text. Set model.tokenizer")
     most = model.config.block_size - 64
     if not 0 <= offsets <= most:
         raise ValueError(
             f"option 'offsets' is {offsets}; it must be from 0 to {most}, so that 64 tokens are left to ask"
         )
-    if not 0 <= least_accuracy <= 1:
-        raise ValueError(f"option 'least_accuracy' is {least_accuracy}; it is a share from 0 to 1")
+    check_share(least_accuracy=least_accuracy)
     return model.config.block_size - offsets
 
 

@@ -8,6 +8,7 @@ __all__ = ["facts", "number"]
 _NAMES = {
     "name": "Model",
     "accuracy": "Accuracy on real prompts",
+    "tasks": "Accuracy by task, on held-out files",
     "nonzeros": "Non-zero weights",
     "density": "Density",
     "longest_list_trained_on_elements": "Longest list trained on",
@@ -49,6 +50,8 @@ def _fact(key: str, value: Any) -> str | None:
     if isinstance(value, dict):
         if "summary" in value:
             return str(value["summary"])
+        if key == "tasks" and value and all(isinstance(one, dict) for one in value.values()):
+            return "; ".join(_task(name, one) for name, one in value.items())
         return _accuracy(value) if key == "accuracy" and value.get("all") is not None else None
     if isinstance(value, list):
         plain = 0 < len(value) < 9 and not any(isinstance(v, dict | list) for v in value)
@@ -62,6 +65,12 @@ def _fact(key: str, value: Any) -> str | None:
     if key.startswith("longest_list"):
         return f"{number(value)} elements"
     return number(value)
+
+
+def _task(name: str, one: dict[str, Any]) -> str:
+    """A task's accuracy, or that it wasn't asked; why is in the table of the rest."""
+    share = one.get("accuracy")
+    return f"{name.replace('_', ' ')} {'not asked' if share is None else percent(share)}"
 
 
 def _accuracy(value: dict[str, Any]) -> str:

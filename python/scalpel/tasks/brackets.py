@@ -85,6 +85,11 @@ def long_lists(
         head = f"{HEADS[rng.integers(len(HEADS))]} = " + "[" * (depth - 1)
         head += "".join(f"[{row}], " for row in rng.choice(pool, size=k - depth)) + "["
         prefix = [*start, *tokenizer.encode(head)]
+        if len(prefix) >= length:
+            raise ValueError(
+                f"k = {k}: the rows in front of the question take {len(prefix)} tokens, and lists of "
+                f"{length} are asked; ask fewer, or longer lists"
+            )
         body = tokenizer.encode(", ".join(rng.choice(pool, size=length)))
         row = [*prefix, *body][:length]
         if len(row) < length or tokenizer.encode(", ".join(pool[:1].repeat(3)))[1::2] != body[1:5:2]:

@@ -28,6 +28,7 @@ __all__ = ["Questions", "Source", "literals", "sources", "statement_lines", "ver
 
 PACKAGES = ("numpy", "scipy")
 MOST_CHARS = 200_000  # longer files are tables
+_COPIES = ("_pep440.py",)  # copied from a package that the training text has too
 SHORTEST, LONGEST = 48, 96  # tokens of a window, drawn between
 SHORT_LIST = 48  # tokens of the lists whose accuracy is shown: longer ones may be diluted
 
@@ -68,7 +69,7 @@ def sources() -> tuple[Source, ...]:
                 text = path.read_text(encoding="utf-8")
             except (UnicodeDecodeError, OSError):
                 continue
-            if text.isascii() and len(text) <= MOST_CHARS:
+            if text.isascii() and len(text) <= MOST_CHARS and path.name not in _COPIES:
                 found.append(Source(path.relative_to(folder.parent).as_posix(), text))
     return tuple(found)
 
