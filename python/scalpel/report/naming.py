@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.spatial.distance import cdist
 
 from .layout import LINE, Frame
 from .style import PAPER, SMALL, text_width
@@ -15,6 +16,7 @@ WRAP = 24  # characters of a name on one line
 CLEAR: dict[str, Any] = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.0}  # clears what lies under a name
 
 _SHORT = 12  # characters up to which a name may interrupt its own curve
+_STEP = 0.02  # inches along a curve between two places that a name could have
 _CLOSE = 0.1  # inches between two ends from which on their names would touch
 
 
@@ -59,13 +61,14 @@ class _Scale:
         self.x, self.y = self.width / (right - self.left), self.height / (high - self.low)
 
     def path(self, s: dict[str, Any]) -> np.ndarray:
-        """A series' finite points in inches (points, 2), closely spaced where a line joins them."""
+        """A series' finite points in inches (points, 2), about _STEP apart where a line joins them."""
         known = np.isfinite(s["y"]) & np.isfinite(s["x"])
         points = np.stack([(s["x"][known] - self.left) * self.x, (s["y"][known] - self.low) * self.y], 1)
         if s["style"] == "points" or len(points) < 2:
             return points
-        steps = np.linspace(0, len(points) - 1, 40 * len(points))
-        return np.stack([np.interp(steps, np.arange(len(points)), points[:, i]) for i in (0, 1)], 1)
+        along = np.append(0.0, np.hypot(*np.diff(points, axis=0).T).cumsum())
+        steps = np.linspace(0, along[-1], max(2, round(along[-1] / _STEP)))
+        return np.stack([np.interp(steps, along, points[:, i]) for i in (0, 1)], 1)
 
     def back(self, place: np.ndarray) -> tuple[float, float]:
         return self.left + place[0] / self.x, self.low + place[1] / self.y
@@ -78,8 +81,7 @@ def _clearest(paths: list[np.ndarray], i: int, half: float, taken: list[np.ndarr
     if not len(inner) or not others:
         return None
     room = np.array([half + 0.06, 0.16])
-    apart = np.abs(inner[:, None] - np.concatenate(others)[None]) / room
-    score = apart.max(-1).min(-1)
+    score = cdist(inner / room, np.concatenate(others) / room, "chebyshev").min(1)
     best = int(score.argmax())
     return inner[best] if score[best] > 1 else None
 
