@@ -180,6 +180,15 @@ def test_the_page_stands_alone(result: Result) -> None:
     assert "script" not in read.tags
 
 
+def test_a_cell_of_the_table_ends_at_a_clause():
+    assert page.brief("short", 10) == "short"
+    text = "k=2: 120 [110, 130]; k=3: 153 [137, 172]. Best law: none, off by far"
+    assert page.brief(text, 25) == "k=2: 120 [110, 130] …"
+    assert page.brief(text, 45) == "k=2: 120 [110, 130]; k=3: 153 [137, 172] …"
+    assert page.brief("a" * 50, 20) == "a" * 50  # nowhere to cut
+    assert page.brief("one two three four", 5) == "one two …"
+
+
 def test_the_page_shows_what_a_reader_needs_to_disagree(result: Result) -> None:
     text = Page(page.render(Suite([result]))).text
     for part in (result.prediction, result.measured, result.null, result.interval):

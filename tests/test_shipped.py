@@ -98,7 +98,7 @@ SHORT = {
     "machine": {"short": 2, "long": 3, "prefixes": 16, "pairs": 8, "positive": 0},
     "circuit": {"prompts": 64, "draws": 2},
     "guard": {"prompts": 40},
-    "mapping": {"amounts": (1, 2, 3, 4), "prompts": 4, "length": 64, "draws": 49, "rotations": 4, "cap": 2},
+    "mapping": {"amounts": (1, 2, 3, 4), "prompts": 4, "length": 64, "draws": 49, "wrong": 2, "rotations": 4, "cap": 2},
     "alignment": {"amounts": (1, 2, 3, 4), "prompts": 4, "length": 64, "resamples": 20, "draws": 99},
     "collapse": {"tokens": 256},
     "depth": {"prompts": 2, "tokens": 6},

@@ -122,6 +122,7 @@ def run(
             "mean_absolute_error": error,
         }
     edges = c.bins(length)
+    crossing = any(one.status == "crosses" for one in measured.values())
     return protocol.conclude(
         measured={
             "summary": "; ".join(f"k={k}: {one.text()}" for k, one in measured.items())
@@ -158,7 +159,7 @@ def run(
                 "hlines": [{"y": 0.5, "label": "one half"}],
                 "summary": caution(model),
             },
-            "laws": _law_figure(measured, laws, calibrate),
+            **({"laws": _law_figure(measured, laws, calibrate)} if crossing else {}),
             **({"head": head_measures.statistic_figure(short.head.name, head["along"], short.theta)} if short else {}),
         },
     )

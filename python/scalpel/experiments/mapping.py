@@ -51,7 +51,7 @@ def run(
     prompts: int = 16,
     length: int = 128,
     draws: int = 499,
-    wrong: int = 5,
+    wrong: int = 20,
     rotations: int = 64,
     cap: int = 24,
     seed: int = 0,

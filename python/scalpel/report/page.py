@@ -56,6 +56,7 @@ def render(suite: Suite) -> str:
     """The page as text. The same suite gives the same text."""
     environment, style = environment_and_style()
     environment.filters["shape"] = shape
+    environment.filters["brief"] = brief
     known, more = facts(plain(suite.model))
     counts = Counter(result.verdict for result in suite.results)
     return environment.get_template("index.html").render(
@@ -107,6 +108,22 @@ def _rule(result: dict[str, Any]) -> str:
         return ""
     function = getattr(file, "verdict", None)
     return inspect.getdoc(function) or "" if function is not None else ""
+
+
+def brief(text: str, most: int) -> str:
+    """The first clauses of ``text``, of ``most`` characters or a word more, for a table whose sections have it whole."""
+    if len(text) <= most:
+        return text
+    depth, strong, weak = 0, 0, 0
+    for i, (here, after) in enumerate(zip(text, text[1:], strict=False)):
+        if i > most:
+            break
+        depth += (here in "([") - (here in ")]")
+        if depth == 0 and after == " ":
+            strong = i if here in ";." else strong
+            weak = i if here == "," else weak
+    end = strong if strong > most // 3 else max(strong, weak) or text.find(" ", most)
+    return f"{text[:end]} …" if end > 0 else text
 
 
 def shape(value: Any) -> str:
