@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -111,11 +112,11 @@ def _rule(result: dict[str, Any]) -> str:
 
 
 def brief(text: str, most: int) -> str:
-    """The first clauses of ``text``, of ``most`` characters or a word more, for a table whose sections have it whole."""
+    """The first clauses of ``text``, ``most`` characters or a word more: for a table whose sections have it whole."""
     if len(text) <= most:
         return text
     depth, strong, weak = 0, 0, 0
-    for i, (here, after) in enumerate(zip(text, text[1:], strict=False)):
+    for i, (here, after) in enumerate(pairwise(text)):
         if i > most:
             break
         depth += (here in "([") - (here in ")]")
