@@ -31,30 +31,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folders", nargs="*", help="more models, for the questions on dilution")
     folders = parser.parse_args().folders
-    found: dict[str, dict[str, Result]] = {}
-    refused: dict[str, dict[str, str]] = {}
+    models: dict[str, Any] = {}
+
+    def keep(label: str, results: dict[str, Result], refused: dict[str, str]) -> None:
+        """Written after every model, so that a run that is stopped has told something."""
+        models[label] = {one: row(result) for one, result in results.items()} | {"refused": refused}
+        content = plain({"where": where_measured(bench.environment(), commit()), "models": models})
+        (DOCS / "evidence.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        (DOCS / "evidence.md").write_text(page(content))
+        print(label, flush=True)
+
     for name in WHOLE:
-        if name in shipped_models():
-            suite = run_suite(name)
-            found[name] = {result.name: result for result in suite.results}
-            refused[name] = suite.refused
+        suite = run_suite(name)
+        keep(name, {result.name: result for result in suite.results}, suite.refused)
     twins = [name for name in shipped_models() if name.startswith(tuple(f"{one}-no" for one in WHOLE))]
     for name in [*twins, *folders]:
         model = CircuitGPT.from_pretrained(name)
-        card = model.card.get("recipe", {})
-        label = f"{model.card.get('name', name)}, seed {card.get('seed')}" if name in folders else name
+        label = f"{model.card['name']}, seed {model.card['recipe']['seed']}" if name in folders else name
         options = {"controls": Controls({"untrained": untrained(model)})}
-        found[label] = {one: run(one, model, **(options if one != "causes" else {})) for one in OF_DILUTION}
-        refused[label] = {}
-    content = {
-        "where": where_measured(bench.environment(), commit()),
-        "models": {
-            name: {one: row(result) for one, result in results.items()} | {"refused": refused[name]}
-            for name, results in found.items()
-        },
-    }
-    (DOCS / "evidence.json").write_text(json.dumps(plain(content), indent=1, allow_nan=False) + "\n")
-    (DOCS / "evidence.md").write_text(page(plain(content)))
+        keep(label, {one: run(one, model, **(options if one != "causes" else {})) for one in OF_DILUTION}, {})
 
 
 def row(result: Result) -> dict[str, Any]:

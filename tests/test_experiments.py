@@ -9,6 +9,7 @@ import pytest
 from bracket_fixtures import small_tokenizer
 from scalpel import experiments
 from scalpel.experiments import critical as c
+from scalpel.experiments import dilution
 from scalpel.experiments.constructed import threshold_circuit
 from scalpel.experiments.controls import Controls, untrained
 from scalpel.experiments.distractors import CLASSES, comment_lines
@@ -146,6 +147,16 @@ def result_of(name, kind):
 def test_dilution_verdicts(kind, verdict):
     result = result_of("dilution", kind)
     assert result.verdict == verdict, result.measured["summary"]
+
+
+def test_without_a_calibrated_law_dilution_is_not_testable():
+    """Laws by intervention are there even where a calibration amount never crosses, as in the model without TopK."""
+    x = np.tile(np.arange(10.0, 90, 4), (8, 1))
+    crossing = c.critical(c.Curve(x, x < 50), np.random.default_rng(0))
+    assert crossing.status == "crosses"
+    measured = {k: crossing for k in (4, 5, 6)}
+    assert dilution.verdict(measured, (4, 5, 6), {"weighted, intervention": False}, True) == "not testable here"
+    assert dilution.verdict(measured, (4, 5, 6), {"seed": False}, True) == "not reproduced"
 
 
 def test_dilution_of_the_mean_is_k_over_theta():

@@ -32,8 +32,8 @@ RULE = (
     "one element (2 tokens) or one standard error of the difference, whichever is larger, and a constant length does "
     "not; indistinguishable where the constant meets them too. The affine rival contains the seed's law (intercept "
     "0), so it meets whatever that meets and tells something only where the law fails. Not testable where the model "
-    "nowhere tells the depths apart with the accuracy asked, or where fewer than two held-out amounts have a critical "
-    "length inside the context: a curve that hovers at one half or comes back has none."
+    "nowhere tells the depths apart with the accuracy asked, or where a calibration amount or all but one of the "
+    "held-out ones have no critical length inside the context: a curve that hovers at one half or comes back has none."
 )
 
 
@@ -239,7 +239,7 @@ def against_seed(measured: c.Critical | None) -> str:
 
 def verdict(measured: dict[int, c.Critical], predict: Sequence[int], holds: dict[str, bool], able: bool) -> Verdict:
     """The verdict by RULE."""
-    if not able or not holds or sum(measured[k].status == "crosses" for k in predict) < 2:
+    if not able or "seed" not in holds or sum(measured[k].status == "crosses" for k in predict) < 2:
         return "not testable here"
     if not holds["seed"]:
         return "not reproduced"
