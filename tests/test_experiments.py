@@ -154,7 +154,7 @@ def test_without_a_calibrated_law_dilution_is_not_testable():
     x = np.tile(np.arange(10.0, 90, 4), (8, 1))
     crossing = c.critical(c.Curve(x, x < 50), np.random.default_rng(0))
     assert crossing.status == "crosses"
-    measured = {k: crossing for k in (4, 5, 6)}
+    measured = dict.fromkeys((4, 5, 6), crossing)
     assert dilution.verdict(measured, (4, 5, 6), {"weighted, intervention": False}, True) == "not testable here"
     assert dilution.verdict(measured, (4, 5, 6), {"seed": False}, True) == "not reproduced"
 
@@ -171,7 +171,7 @@ def test_the_sink_is_told_from_the_plain_mean():
     assert holds["sink"] and not holds["seed"]
     # n* = k/θ - σ with the θ = 0.04 and σ = 24 that were built in
     said = result.prediction["critical_length"]["sink"]
-    assert said == pytest.approx({k: k / 0.04 - 24 for k in (4, 5, 6)}, abs=6)
+    assert said == pytest.approx({str(k): k / 0.04 - 24 for k in (4, 5, 6)}, abs=6)
 
 
 @pytest.mark.parametrize(

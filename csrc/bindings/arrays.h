@@ -21,5 +21,6 @@ void init_core(pybind11::module_& m);
 void init_topk(pybind11::module_& m);
 void init_covariance(pybind11::module_& m);
 void init_jvp(pybind11::module_& m);
+void init_covariance_cuda(pybind11::module_& m);
 
 }  // namespace scalpel::bindings
