@@ -142,12 +142,10 @@ void init_jvp(py::module_& m) {
   m.def("lanes_to_rows", &turned<ops::lanes_to_rows>, arg("lanes"), arg("rows"), place(),
         "Lanes to tangents as rows.");
   m.def("norm_jvp", &norm_forward, arg("normed"), arg("rate"), arg("gain"), arg("centred"), arg("over"),
-        arg("x"), arg("out"), arg("out_index"), place(),
-        "Tangents of RMSNorm or (centred) LayerNorm.");
+        arg("x"), arg("out"), arg("out_index"), place(), "Tangents of RMSNorm or (centred) LayerNorm.");
   m.def("norm_vjp", &norm_backward, arg("normed"), arg("rate"), arg("gain"), arg("centred"), arg("over"),
         arg("x"), arg("x_index"), arg("out"), place(), "Its cotangents, added to out.");
-  m.def("gather_lanes", &gather, arg("x"), arg("out"), arg("index"), place(),
-        "Copy the listed channels.");
+  m.def("gather_lanes", &gather, arg("x"), arg("out"), arg("index"), place(), "Copy the listed channels.");
   m.def("scatter_lanes", &scatter, arg("x"), arg("index"), arg("out"), place(),
         "Add entries to the channels that they are.");
   const auto def = [&m](const char* name, auto* f, const char* doc) {

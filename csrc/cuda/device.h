@@ -1,0 +1,122 @@
+// What kernels for GPUs are written in: CUDA where nvcc compiles them, and where a C++ compiler does, the
+// stand-in of tests/native/host_cuda, which runs the threads of a block one after the other on the CPU.
+//
+// Kernels keep to what both have: barriers, shuffles, votes, atomics, shared memory, and `launch` in place of
+// the three brackets. Nothing here waits for the device; memory is the caller's.
+#pragma once
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+
+// Shared memory whose size is given at the launch, aligned to 16 bytes; once in a kernel.
+#define SCALPEL_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+
+namespace scalpel::device {
+
+template <class... Parameters, class... Arguments>
+void start(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared, cudaStream_t stream,
+           Arguments... arguments) {
+  kernel<<<grid, block, shared, stream>>>(arguments...);
+}
+
+// d += a b with a (16, 16) and b (16, 8) of bfloat16, d (16, 8) float32, spread over a warp as PTX
+// ISA 9.7.14.5 (mma.m16n8k16) has it: with g = lane / 4 and t = lane % 4, a[0] holds (row g, columns 2t, 2t +
+// 1), a[1] the same of row g + 8, a[2] and a[3] those of columns 2t + 8; b[0] (rows 2t, 2t + 1, column g),
+// b[1] rows 2t + 8; d[0], d[1] (row g, columns 2t, 2t + 1), d[2], d[3] row g + 8.
+__device__ __forceinline__ void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Two numbers rounded to bfloat16, in the halves of a word; ties to even.
+__device__ __forceinline__ unsigned pack_bf16(float low, float high) {
+  unsigned both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+
+__device__ __forceinline__ float float_of_half(unsigned short bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
+}
+
+}  // namespace scalpel::device
+#else
+#include "host_cuda.h"
+#endif
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace scalpel {
+
+// Where to run: a device and a stream of it (0: the default stream).
+struct CudaQueue {
+  int device = 0;
+  cudaStream_t stream = nullptr;
+};
+
+namespace device {
+
+inline void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+// Makes the queue's device the current one, and puts the former back.
+class OnDevice {
+ public:
+  explicit OnDevice(const CudaQueue& queue) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    if (before_ == queue.device) return;
+    check(cudaSetDevice(queue.device), "cudaSetDevice");
+    changed_ = true;
+  }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+// The dynamic shared memory that a block may have on the current device once a kernel has asked for it.
+inline std::size_t most_shared() {
+  int device = 0, most = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "cudaDeviceGetAttribute");
+  return static_cast<std::size_t>(most);
+}
+
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  return count;
+}
+
+// Starts a kernel and reports what is wrong with the launch; what goes wrong in it shows at a later call.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared, const CudaQueue& queue,
+            Arguments... arguments) {
+  if (shared > 48 * 1024) {
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+          "cudaFuncSetAttribute");
+  }
+  start(kernel, grid, block, shared, queue.stream, static_cast<Parameters>(arguments)...);
+  check(cudaGetLastError(), "a kernel's launch");
+}
+
+}  // namespace device
+}  // namespace scalpel
