@@ -69,7 +69,7 @@ def test_show_config() -> None:
     config = scalpel.show_config()
     assert config["version"] == scalpel.__version__ == _core.version() == version("semigroup-scalpel")
     assert config["target"] in config["targets_supported"] == SUPPORTED
-    assert config["cuda"] == "not built"
+    assert config["cuda"].startswith(("not built", "built; no GPU can be used: ")) or config["cuda"].endswith("devices")
     text = str(config).splitlines()
     assert len(text) == len(config)
     assert text[0].split() == ["version:", scalpel.__version__]

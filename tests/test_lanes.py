@@ -62,18 +62,24 @@ LINEAR = [  # tokens, rows, cols, density, entries in, entries out
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", LINEAR, ids=str)
 def test_linear(shape: tuple[Any, ...], dtype: torch.dtype, target: str) -> None:
+    before = _core.kernel_calls()["jvp"][target][1]
+    entries = check_linear(shape, dtype)
+    ran = _core.kernel_calls()["jvp"][target][1] > before
+    assert ran == (entries > 0)
+
+
+def check_linear(shape: tuple[Any, ...], dtype: torch.dtype) -> int:
+    """Against the twin; how many entries the product has."""
     tokens, rows, cols, density, inside, outside = shape
     weight = sparse_matrix(rows, cols, density, dtype)
     x = random_lanes(tokens, cols, inside, dtype)
     index = None if outside is None else index_of(tokens, rows, outside)
-    before = _core.kernel_calls()["jvp"][target][1]
     found = SparseWeight.from_dense(weight).apply(x, index)
     expected = reference_lanes.lanes_of([reference_lanes.linear(weight)(t) for t in tangents(x)], index)
     close(found.values, expected)
     scale = torch.randn(expected.shape[:2], dtype=dtype)
     close(SparseWeight.from_dense(weight).apply(x, index, scale).values, expected * scale[..., None])
-    ran = _core.kernel_calls()["jvp"][target][1] > before
-    assert ran == (expected.numel() > 0)
+    return expected.numel()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -82,15 +88,19 @@ def test_linear(shape: tuple[Any, ...], dtype: torch.dtype, target: str) -> None
 def test_a_layer_with_tokens_in_the_lanes(tokens: int, threads: int, dtype: torch.dtype, target: str) -> None:
     before = torch.get_num_threads()
     for rows, cols in ((30, 50), (1, 1), (16, 33), (300, 700), (3, 0)):
-        weight, bias = sparse_matrix(rows, cols, 0.1, dtype), torch.randn(rows, dtype=dtype)
-        x = torch.randn(tokens, cols, dtype=dtype)
-        expected = reference_lanes.linear(weight)(x)
         calls = _core.kernel_calls()["jvp"][target][1]
         torch.set_num_threads(threads)
-        close(SparseWeight.from_dense(weight).forward(x), expected)
-        close(SparseWeight.from_dense(weight).forward(x.T.contiguous().T, bias), expected + bias)
+        check_layer(tokens, rows, cols, dtype)
         torch.set_num_threads(before)
         assert (_core.kernel_calls()["jvp"][target][1] > calls) == (tokens > 0)
+
+
+def check_layer(tokens: int, rows: int, cols: int, dtype: torch.dtype) -> None:
+    weight, bias = sparse_matrix(rows, cols, 0.1, dtype), torch.randn(rows, dtype=dtype)
+    x = torch.randn(tokens, cols, dtype=dtype)
+    expected = reference_lanes.linear(weight)(x)
+    close(SparseWeight.from_dense(weight).forward(x), expected)
+    close(SparseWeight.from_dense(weight).forward(x.T.contiguous().T, bias), expected + bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

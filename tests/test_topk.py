@@ -364,12 +364,19 @@ def test_errors(call, kind: type[Exception], message: str) -> None:
         call()
 
 
-def test_a_tensor_elsewhere_is_refused_by_name() -> None:
+def test_a_tensor_elsewhere_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> None:
+        raise ImportError("as in a build without nvcc")
+
+    monkeypatch.setattr("scalpel._memory.cuda_core", absent)
+
     class OnCuda(torch.Tensor):
         device = torch.device("cuda", 0)  # as a tensor on a GPU would say
 
     with pytest.raises(ValueError, match=r"x is on cuda:0.*CPU only.*x\.cpu\(\)"):
         scalpel.keep_topk(torch.randn(3, 8).as_subclass(OnCuda), 2)
+    with pytest.raises(ValueError, match=r"x is on cuda:0.*x\.cpu\(\)"):
+        scalpel.StreamingCovariance(8).update(torch.randn(3, 8).as_subclass(OnCuda))
 
 
 def test_meta_tensors_have_shapes() -> None:

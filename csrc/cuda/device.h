@@ -45,8 +45,10 @@ __device__ __forceinline__ float float_of_half(unsigned short bits) {
 }
 
 }  // namespace scalpel::device
+#elif __has_include("host_cuda.h")
+#include "host_cuda.h"  // on the include path of the tests alone
 #else
-#include "host_cuda.h"
+#include <cuda_runtime.h>  // for who only calls the ops
 #endif
 
 #include <cstddef>
@@ -105,6 +107,7 @@ inline int multiprocessors() {
   return count;
 }
 
+#if defined(__CUDACC__) || __has_include("host_cuda.h")
 // Starts a kernel and reports what is wrong with the launch; what goes wrong in it shows at a later call.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared, const CudaQueue& queue,
@@ -117,6 +120,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t sh
   start(kernel, grid, block, shared, queue.stream, static_cast<Parameters>(arguments)...);
   check(cudaGetLastError(), "a kernel's launch");
 }
+#endif
 
 }  // namespace device
 }  // namespace scalpel

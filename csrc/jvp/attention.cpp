@@ -1,6 +1,7 @@
 // Attention on lanes: checks, and one task for each head of each row of the batch.
 #include <vector>
 
+#include "jvp/attention_checks.h"
 #include "jvp/jvp.h"
 #include "jvp/task.h"
 
@@ -8,41 +9,7 @@ namespace scalpel {
 namespace jvp {
 namespace {
 
-struct Sizes {
-  std::int64_t batch, length, d, width, kv_width;
-  DType dtype;
-};
-
-Sizes check_primal(const Attention& at) {
-  const DType dtype = real_of(at.q, "q");
-  if (at.q.ndim != 3) {
-    refuse("q has shape " + text_of(at.q.shape, at.q.ndim) + "; it must be (batch, length, heads * d)");
-  }
-  const std::int64_t batch = at.q.shape[0];
-  const std::int64_t length = at.q.shape[1];
-  const std::int64_t width = at.q.shape[2];
-  if (at.heads < 1 || at.kv_heads < 1 || at.heads % at.kv_heads != 0 || width % at.heads != 0) {
-    refuse("a width of " + std::to_string(width) + " does not divide into " + std::to_string(at.heads) +
-           " heads that share " + std::to_string(at.kv_heads) + " heads of k and v");
-  }
-  const std::int64_t d = width / at.heads;
-  const std::int64_t kv_width = d * at.kv_heads;
-  if (d > 65535) refuse("a head of " + std::to_string(d) + " channels; at most 65535 are allowed");
-  expect(at.q, "q", dtype, {batch, length, width});
-  expect(at.k, "k", dtype, {batch, length, kv_width});
-  expect(at.v, "v", dtype, {batch, length, kv_width});
-  expect(at.y, "y", dtype, {batch, length, width});
-  const std::int64_t masks = at.allowed.ndim == 3 && at.allowed.shape[0] == 1 ? 1 : batch;
-  expect(at.allowed, "allowed", DType::kBool, {masks, length, length});
-  if (!absent(at.sink)) expect(at.sink, "sink", dtype, {at.heads});
-  return {batch, length, d, width, kv_width, dtype};
-}
-
-void check_lanes(const LanesOf& of, const char* name, const Sizes& sizes, std::int64_t channels) {
-  if (absent(of.lanes)) return;
-  expect_tokens(expect_lanes(of.lanes, of.index, name, sizes.dtype, channels), sizes.batch * sizes.length,
-                name);
-}
+using Sizes = AttentionSizes;
 
 // Where each head's entries are, (tokens, heads). An index must ascend within a token.
 template <class Real>
@@ -100,13 +67,8 @@ void clear(const LanesOf& of) {
 // forward: the jvp. Heads of q that share k and v are one piece of work backward, because they add up there.
 void run(const Attention& at, const LanesOf& q, const LanesOf& k, const LanesOf& v, const TensorView& y,
          int threads, bool forward) {
-  const Sizes sizes = check_primal(at);
-  const std::int64_t tokens = sizes.batch * sizes.length;
-  check_lanes(q, "q's lanes", sizes, sizes.width);
-  check_lanes(k, "k's lanes", sizes, sizes.kv_width);
-  check_lanes(v, "v's lanes", sizes, sizes.kv_width);
-  expect_tokens(expect_lanes(y, TensorView{.ndim = 0}, "y's lanes", sizes.dtype, sizes.width), tokens,
-                "y's lanes");
+  const Sizes sizes = check_attention(at, q, k, v, y, Contents::kChecked);
+  const std::int64_t tokens = sizes.tokens();
   if (tokens == 0) return;
   const std::int64_t group = at.heads / at.kv_heads;
   for_dtype(sizes.dtype, [&](auto real) {

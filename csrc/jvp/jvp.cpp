@@ -24,24 +24,6 @@ const JvpKernels* kernels_of(Target target) {
 
 namespace {
 
-// Tokens of a dense lanes array of `width` channels and of one with an index.
-std::int64_t check_pair(const TensorView& dense, const char* dense_name, std::int64_t width,
-                        const TensorView& lanes, const TensorView& index, const char* name, DType dtype) {
-  const std::int64_t tokens = expect_lanes(dense, TensorView{.ndim = 0}, dense_name, dtype, width);
-  expect_tokens(expect_lanes(lanes, index, name, dtype, width), tokens, name);
-  return tokens;
-}
-
-void check_norm(const Norm& norm, DType dtype, std::int64_t tokens, std::int64_t width) {
-  expect(norm.normed, "normed", dtype, {tokens, width});
-  expect(norm.rate, "rate", dtype, {tokens});
-  expect(norm.gain, "gain", dtype, {width});
-  if (norm.over < 1 || norm.over > width) {
-    refuse("the mean is over " + std::to_string(norm.over) + " channels; allowed: 1 to " +
-           std::to_string(width));
-  }
-}
-
 template <class Real>
 NormTask<Real> norm_task(const Norm& norm, const TensorView& in, const TensorView& in_index,
                          const TensorView& out, const TensorView& out_index) {
@@ -74,13 +56,10 @@ using namespace jvp;
 
 void linear_lanes(const SparseMatrix& weight, const TensorView& in, const TensorView& in_index,
                   const TensorView& scale, const TensorView& out, const TensorView& out_index, int threads) {
-  const DType dtype = real_of(out, "out");
-  check_matrix(weight, dtype);
+  const DType dtype = check_linear_lanes(weight, in, in_index, scale, out, out_index, Contents::kChecked);
   const std::int64_t rows = weight.rows();
-  const std::int64_t tokens = expect_lanes(out, out_index, "out", dtype, rows);
-  expect_tokens(expect_lanes(in, in_index, "in", dtype, weight.cols), tokens, "in");
+  const std::int64_t tokens = out.shape[0];
   const std::int64_t entries = out.shape[1];
-  if (!absent(scale)) expect(scale, "scale", dtype, {tokens, entries});
   if (tokens == 0 || entries == 0) return;
   const std::int64_t steps = entries * (1 + weight.columns.shape[0] / rows);
   threads = threads_of(tokens, steps, threads);
@@ -110,49 +89,39 @@ void linear_lanes(const SparseMatrix& weight, const TensorView& in, const Tensor
 
 void norm_jvp(const Norm& norm, const TensorView& in, const TensorView& out, const TensorView& out_index,
               int threads) {
-  const DType dtype = real_of(out, "out");
-  const std::int64_t width = norm.gain.ndim == 1 ? norm.gain.shape[0] : -1;
-  const std::int64_t tokens = check_pair(in, "in", width, out, out_index, "out", dtype);
-  check_norm(norm, dtype, tokens, width);
+  const DType dtype = check_norm_jvp(norm, in, out, out_index, Contents::kChecked);
   for_dtype(dtype, [&](auto real) {
     using Real = decltype(real);
-    run(norm_task<Real>(norm, in, TensorView{.ndim = 0}, out, out_index), kernels<Real>().norm_jvp, tokens,
-        width, threads);
+    run(norm_task<Real>(norm, in, TensorView{.ndim = 0}, out, out_index), kernels<Real>().norm_jvp,
+        out.shape[0], norm.gain.shape[0], threads);
   });
 }
 
 void norm_vjp(const Norm& norm, const TensorView& in, const TensorView& in_index, const TensorView& out,
               int threads) {
-  const DType dtype = real_of(out, "out");
-  const std::int64_t width = norm.gain.ndim == 1 ? norm.gain.shape[0] : -1;
-  const std::int64_t tokens = check_pair(out, "out", width, in, in_index, "in", dtype);
-  check_norm(norm, dtype, tokens, width);
+  const DType dtype = check_norm_vjp(norm, in, in_index, out, Contents::kChecked);
   for_dtype(dtype, [&](auto real) {
     using Real = decltype(real);
-    run(norm_task<Real>(norm, in, in_index, out, TensorView{.ndim = 0}), kernels<Real>().norm_vjp, tokens,
-        width, threads);
+    run(norm_task<Real>(norm, in, in_index, out, TensorView{.ndim = 0}), kernels<Real>().norm_vjp,
+        out.shape[0], norm.gain.shape[0], threads);
   });
 }
 
 void gather_lanes(const TensorView& in, const TensorView& out, const TensorView& index, int threads) {
-  const DType dtype = real_of(out, "out");
-  const std::int64_t tokens = check_pair(in, "in", in.ndim == 3 ? in.shape[1] : -1, out, index, "out", dtype);
-  if (absent(index)) refuse("gather_lanes needs an index");
+  const DType dtype = check_gather(in, out, index, Contents::kChecked);
   for_dtype(dtype, [&](auto real) {
     using Real = decltype(real);
     run(CopyTask<Real>{rows_of<const Real>(in, TensorView{.ndim = 0}), rows_of<Real>(out, index), 0, 0},
-        kernels<Real>().gather, tokens, out.shape[1], threads);
+        kernels<Real>().gather, out.shape[0], out.shape[1], threads);
   });
 }
 
 void scatter_lanes(const TensorView& in, const TensorView& index, const TensorView& out, int threads) {
-  const DType dtype = real_of(out, "out");
-  const std::int64_t tokens =
-      check_pair(out, "out", out.ndim == 3 ? out.shape[1] : -1, in, index, "in", dtype);
+  const DType dtype = check_scatter(in, index, out, Contents::kChecked);
   for_dtype(dtype, [&](auto real) {
     using Real = decltype(real);
     run(CopyTask<Real>{rows_of<const Real>(in, index), rows_of<Real>(out, TensorView{.ndim = 0}), 0, 0},
-        kernels<Real>().scatter, tokens, in.shape[1], threads);
+        kernels<Real>().scatter, out.shape[0], in.shape[1], threads);
   });
 }
 

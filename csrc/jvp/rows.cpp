@@ -17,15 +17,6 @@ TurnTask<Real> turn_task(const TensorView& rows, const TensorView& lanes) {
   return task;
 }
 
-void check_turn(const TensorView& rows, const TensorView& lanes) {
-  const DType dtype = real_of(rows, "rows");
-  if (rows.ndim != 3 || rows.shape[0] > kTangentLanes) {
-    refuse("rows have shape " + text_of(rows.shape, rows.ndim) + "; it must be (T <= 16, tokens, channels)");
-  }
-  expect(rows, "rows", dtype, {rows.shape[0], rows.shape[1], rows.shape[2]});
-  expect(lanes, "lanes", dtype, {rows.shape[1], rows.shape[2], kTangentLanes});
-}
-
 void turn(const TensorView& rows, const TensorView& lanes, int threads, bool in) {
   check_turn(rows, lanes);
   const std::int64_t tokens = rows.shape[1];
@@ -49,13 +40,9 @@ using namespace jvp;
 
 void linear_rows(const SparseMatrix& weight, const TensorView& x, const TensorView& bias,
                  const TensorView& out, int threads) {
-  const DType dtype = real_of(out, "out");
-  check_matrix(weight, dtype);
+  const DType dtype = check_linear_rows(weight, x, bias, out, Contents::kChecked);
   const std::int64_t rows = weight.rows();
-  const std::int64_t tokens = out.ndim == 2 ? out.shape[0] : -1;
-  expect(out, "out", dtype, {tokens, rows});
-  expect(x, "x", dtype, {tokens, weight.cols});
-  if (!absent(bias)) expect(bias, "bias", dtype, {rows});
+  const std::int64_t tokens = out.shape[0];
   if (tokens == 0 || rows == 0) return;
   const std::int64_t blocks = (tokens + kTangentLanes - 1) / kTangentLanes;
   threads = threads_for(blocks * (weight.columns.shape[0] + rows) * kTangentLanes, threads);

@@ -59,9 +59,12 @@ void expect_range(const Int* numbers, std::int64_t n, std::int64_t limit, const 
          std::to_string(limit - 1));
 }
 
+// Whether a check looks at what an index or a matrix holds: not where that lies in a GPU's memory.
+enum class Contents { kChecked, kTrusted };
+
 // A lanes array and its index; gives the number of tokens.
 inline std::int64_t expect_lanes(const TensorView& lanes, const TensorView& index, const char* name,
-                                 DType dtype, std::int64_t channels) {
+                                 DType dtype, std::int64_t channels, Contents contents = Contents::kChecked) {
   if (lanes.ndim != 3) {
     refuse(std::string(name) + " has shape " + text_of(lanes.shape, lanes.ndim) +
            "; it must be (tokens, entries, 16)");
@@ -72,6 +75,7 @@ inline std::int64_t expect_lanes(const TensorView& lanes, const TensorView& inde
   if (index.ndim == 0) return tokens;
   const std::string of = std::string("the index of ") + name;
   expect(index, of.c_str(), DType::kInt64, {tokens, entries});
+  if (contents == Contents::kTrusted) return tokens;
   expect_range(static_cast<const std::int64_t*>(index.data), tokens * entries, channels, of + " holds ",
                "channels");
   return tokens;
@@ -97,13 +101,14 @@ T* data(const TensorView& view) {
 }
 
 // Rows that ascend, columns within the matrix.
-inline void check_matrix(const SparseMatrix& weight, DType dtype) {
+inline void check_matrix(const SparseMatrix& weight, DType dtype, Contents contents) {
   const std::int64_t rows = weight.rows();
   const std::int64_t nonzeros = weight.columns.ndim == 1 ? weight.columns.shape[0] : -1;
   if (rows < 0) refuse("the matrix's starts are empty; they must be (rows + 1,)");
   expect(weight.starts, "the matrix's starts", DType::kInt64, {rows + 1});
   expect(weight.columns, "the matrix's columns", DType::kInt32, {nonzeros});
   expect(weight.weights, "the matrix's weights", dtype, {nonzeros});
+  if (contents == Contents::kTrusted) return;
   const auto* const starts = data<const std::int64_t>(weight.starts);
   if (starts[0] != 0 || starts[rows] != nonzeros || !std::is_sorted(starts, starts + rows + 1)) {
     refuse("the matrix's starts must ascend from 0 to the number of non-zeros, " + std::to_string(nonzeros));
@@ -113,6 +118,93 @@ inline void check_matrix(const SparseMatrix& weight, DType dtype) {
 }
 
 inline bool absent(const TensorView& view) { return view.ndim == 0; }
+
+// What the ops of jvp.h ask of their views; each gives the dtype.
+
+inline DType check_linear_lanes(const SparseMatrix& weight, const TensorView& in, const TensorView& in_index,
+                                const TensorView& scale, const TensorView& out, const TensorView& out_index,
+                                Contents contents) {
+  const DType dtype = real_of(out, "out");
+  check_matrix(weight, dtype, contents);
+  const std::int64_t tokens = expect_lanes(out, out_index, "out", dtype, weight.rows(), contents);
+  expect_tokens(expect_lanes(in, in_index, "in", dtype, weight.cols, contents), tokens, "in");
+  if (!absent(scale)) expect(scale, "scale", dtype, {tokens, out.shape[1]});
+  return dtype;
+}
+
+inline DType check_linear_rows(const SparseMatrix& weight, const TensorView& x, const TensorView& bias,
+                               const TensorView& out, Contents contents) {
+  const DType dtype = real_of(out, "out");
+  check_matrix(weight, dtype, contents);
+  const std::int64_t rows = weight.rows();
+  const std::int64_t tokens = out.ndim == 2 ? out.shape[0] : -1;
+  expect(out, "out", dtype, {tokens, rows});
+  expect(x, "x", dtype, {tokens, weight.cols});
+  if (!absent(bias)) expect(bias, "bias", dtype, {rows});
+  return dtype;
+}
+
+inline DType check_turn(const TensorView& rows, const TensorView& lanes) {
+  const DType dtype = real_of(rows, "rows");
+  if (rows.ndim != 3 || rows.shape[0] > kTangentLanes) {
+    refuse("rows have shape " + text_of(rows.shape, rows.ndim) + "; it must be (T <= 16, tokens, channels)");
+  }
+  expect(rows, "rows", dtype, {rows.shape[0], rows.shape[1], rows.shape[2]});
+  expect(lanes, "lanes", dtype, {rows.shape[1], rows.shape[2], kTangentLanes});
+  return dtype;
+}
+
+// Tokens of a dense lanes array of `width` channels and of one with an index.
+inline std::int64_t check_pair(const TensorView& dense, const char* dense_name, std::int64_t width,
+                               const TensorView& lanes, const TensorView& index, const char* name,
+                               DType dtype, Contents contents) {
+  const std::int64_t tokens = expect_lanes(dense, TensorView{.ndim = 0}, dense_name, dtype, width);
+  expect_tokens(expect_lanes(lanes, index, name, dtype, width, contents), tokens, name);
+  return tokens;
+}
+
+inline void check_norm(const Norm& norm, DType dtype, std::int64_t tokens, std::int64_t width) {
+  expect(norm.normed, "normed", dtype, {tokens, width});
+  expect(norm.rate, "rate", dtype, {tokens});
+  expect(norm.gain, "gain", dtype, {width});
+  if (norm.over < 1 || norm.over > width) {
+    refuse("the mean is over " + std::to_string(norm.over) + " channels; allowed: 1 to " +
+           std::to_string(width));
+  }
+}
+
+inline std::int64_t width_of(const Norm& norm) { return norm.gain.ndim == 1 ? norm.gain.shape[0] : -1; }
+
+inline DType check_norm_jvp(const Norm& norm, const TensorView& in, const TensorView& out,
+                            const TensorView& out_index, Contents contents) {
+  const DType dtype = real_of(out, "out");
+  const std::int64_t width = width_of(norm);
+  check_norm(norm, dtype, check_pair(in, "in", width, out, out_index, "out", dtype, contents), width);
+  return dtype;
+}
+
+inline DType check_norm_vjp(const Norm& norm, const TensorView& in, const TensorView& in_index,
+                            const TensorView& out, Contents contents) {
+  const DType dtype = real_of(out, "out");
+  const std::int64_t width = width_of(norm);
+  check_norm(norm, dtype, check_pair(out, "out", width, in, in_index, "in", dtype, contents), width);
+  return dtype;
+}
+
+inline DType check_gather(const TensorView& in, const TensorView& out, const TensorView& index,
+                          Contents contents) {
+  const DType dtype = real_of(out, "out");
+  check_pair(in, "in", in.ndim == 3 ? in.shape[1] : -1, out, index, "out", dtype, contents);
+  if (absent(index)) refuse("gather_lanes needs an index");
+  return dtype;
+}
+
+inline DType check_scatter(const TensorView& in, const TensorView& index, const TensorView& out,
+                           Contents contents) {
+  const DType dtype = real_of(out, "out");
+  check_pair(out, "out", out.ndim == 3 ? out.shape[1] : -1, in, index, "in", dtype, contents);
+  return dtype;
+}
 
 template <class Real>
 LaneRows<Real> rows_of(const TensorView& lanes, const TensorView& index) {

@@ -22,6 +22,17 @@ def _text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
+def _cuda() -> str:
+    from ._memory import cuda_core
+
+    try:
+        return f"{cuda_core().device_count()} devices"
+    except ImportError:
+        return "not built"
+    except RuntimeError as error:
+        return f"built; {error}"
+
+
 def show_config() -> Config:
     """What this build is and uses here; ``print(scalpel.show_config())`` shows it.
 
@@ -47,5 +58,5 @@ def show_config() -> Config:
         target=_core.active_target(),
         threads=torch.get_num_threads(),
         parallel=_core.parallel_backend(),
-        cuda="not built",
+        cuda=_cuda(),
     )

@@ -1,6 +1,10 @@
-"""Tensors and arrays as the native core takes them, and fresh memory for its results."""
+"""Tensors and arrays as the native core takes them, fresh memory for its results, and the core of a device."""
 
 from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,10 +35,54 @@ def memory_of_array(x: np.ndarray) -> Memory:
     return x.__array_interface__["data"][0], str(x.dtype), x.shape, strides
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Fresh CPU memory, on huge pages if it is large and the system gives them: page faults would cost more
-    than what is written there."""
-    fresh = torch.empty(shape, dtype=dtype, device="cpu")
-    if fresh.numel() >= 1 << 19:
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Fresh memory. That of the CPU is on huge pages if it is large and the system gives them: page faults would cost
+    more than what is written there."""
+    fresh = torch.empty(shape, dtype=dtype, device=device)
+    if fresh.device.type == "cpu" and fresh.numel() >= 1 << 19:
         _core.prefer_huge_pages(fresh.data_ptr(), fresh.nbytes)
     return fresh
+
+
+# ---- where an op runs --------------------------------------------------------------------------
+
+
+def core_of(x: torch.Tensor) -> tuple[Any, Any]:
+    """The module with the ops for x's device, and what its ops take last: how many threads, or (device, stream).
+
+    ValueError where there is none.
+    """
+    if x.device.type == "cpu":
+        return _core, torch.get_num_threads()
+    check_device(x, "a tensor")
+    return cuda_core(), (x.device.index, torch.cuda.current_stream(x.device).cuda_stream)
+
+
+@cache
+def _found(name: str) -> Any:
+    return import_module(name)
+
+
+def cuda_core() -> Any:
+    """The module with the ops for GPUs. ImportError where it wasn't built."""
+    return _found("scalpel._cuda")
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether there are ops for that device."""
+    if device.type == "cuda":
+        try:
+            cuda_core()
+        except ImportError:
+            return False
+    return device.type in ("cpu", "cuda")
+
+
+def check_device(x: torch.Tensor, name: str) -> None:
+    """ValueError where no op runs on x's device."""
+    if x.device.type == "meta" or runs_on(x.device):
+        return
+    why = "there are kernels for the CPU and for CUDA only"
+    if x.device.type == "cuda":
+        why = "this build runs on the CPU only: nvcc wasn't found when it was installed"
+    raise ValueError(f"{name} is on {x.device}, but {why}; move it with {name}.cpu()")

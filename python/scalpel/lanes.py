@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import _core
-from ._memory import empty, memory_of
+from ._memory import Memory, core_of, empty, memory_of
 from .ops import untraced
 
 __all__ = ["LANES", "Attention", "Lanes", "Linear", "Norm", "SparseWeight", "apply_linear"]
@@ -27,6 +27,8 @@ LANES: int = _core.tangent_lanes()
 # its GEMM (2048 x 2048 to 8192 x 2048). Tangents: non-zeros times wanted outputs, as a fraction of all products;
 # even at 0.38 for all outputs, and 0.6 of the dense time at 0.25 when a quarter of the outputs is wanted.
 SPARSE_BELOW = 0.35
+# On a GPU, whose dense products are so much faster. No GPU has been asked: this one is a guess.
+SPARSE_BELOW_CUDA = 0.03
 # The layer itself: density; even at 0.2 to 0.35. With fewer tokens than lanes, most lanes are idle.
 FORWARD_BELOW, FORWARD_BELOW_FEW = 0.3, 0.15
 
@@ -43,19 +45,20 @@ class Lanes:
     def from_rows(cls, rows: Tensor) -> Lanes:
         """(T <= 16, N, channels) → all channels; the lanes beyond T are zero."""
         rows = rows.contiguous()
-        values = empty((*rows.shape[1:], LANES), rows.dtype)
-        _core.rows_to_lanes(_memory(rows), _memory(values), _threads())
+        values = empty((*rows.shape[1:], LANES), rows.dtype, rows.device)
+        core, place = core_of(rows)
+        core.rows_to_lanes(memory_of(rows), memory_of(values), place)
         return cls(values, None, rows.shape[2])
 
     @classmethod
     def empty(cls, like: Tensor, index: Tensor | None, channels: int) -> Lanes:
         """Not yet written; ``like`` (N, ...) gives tokens and dtype."""
         entries = channels if index is None else index.shape[1]
-        return cls(empty((like.shape[0], entries, LANES), like.dtype), index, channels)
+        return cls(empty((like.shape[0], entries, LANES), like.dtype, like.device), index, channels)
 
     @classmethod
     def zeros(cls, like: Tensor, channels: int) -> Lanes:
-        return cls(empty((like.shape[0], channels, LANES), like.dtype).zero_(), None, channels)
+        return cls(empty((like.shape[0], channels, LANES), like.dtype, like.device).zero_(), None, channels)
 
     def rows(self, count: int, tokens: Tensor | None = None) -> Tensor:
         """The first ``count`` tangents as (count, N, channels), at ``tokens`` only if given."""
@@ -64,15 +67,17 @@ class Lanes:
             values = values[tokens]
             index = None if index is None else index[tokens]
         values = values.contiguous() if index is None else spread(values, index, self.channels)
-        rows = empty((count, values.shape[0], self.channels), values.dtype)
-        _core.lanes_to_rows(_memory(values), _memory(rows), _threads())
+        rows = empty((count, values.shape[0], self.channels), values.dtype, values.device)
+        core, place = core_of(rows)
+        core.lanes_to_rows(memory_of(values), memory_of(rows), place)
         return rows
 
     def at(self, index: Tensor) -> Lanes:
         """Those of the channels in ``index``; all channels are there."""
         assert self.index is None
         out = Lanes.empty(self.values, index, self.channels)
-        _core.gather_lanes(_memory(self.values), _memory(out.values), _memory(index), _threads())
+        core, place = core_of(index)
+        core.gather_lanes(memory_of(self.values), memory_of(out.values), memory_of(index), place)
         return out
 
     def add(self, part: Lanes) -> None:
@@ -81,7 +86,8 @@ class Lanes:
         if part.index is None and part.channels < self.channels:
             self.values[:, : part.channels] += part.values
             return
-        _core.scatter_lanes(_memory(part.values), _maybe(part.index), _memory(self.values), _threads())
+        core, place = core_of(self.values)
+        core.scatter_lanes(memory_of(part.values), _maybe(part.index), memory_of(self.values), place)
 
     def restricted(self, index: Tensor | None) -> Lanes:
         """Only the channels in ``index``; these or all are there."""
@@ -126,7 +132,7 @@ class SparseWeight:
         rows, cols = weight.shape
         where = weight.detach().nonzero()
         counts = torch.bincount(where[:, 0], minlength=rows)
-        starts = torch.zeros(rows + 1, dtype=torch.int64)
+        starts = torch.zeros(rows + 1, dtype=torch.int64, device=weight.device)
         torch.cumsum(counts, 0, out=starts[1:])
         return cls(starts, where[:, 1].to(torch.int32), weight.detach()[where[:, 0], where[:, 1]].contiguous(), cols)
 
@@ -141,34 +147,35 @@ class SparseWeight:
     def apply(self, x: Lanes, index: Tensor | None, scale: Tensor | None = None) -> Lanes:
         """The product, at ``index`` (N, entries) of its rows or at all, times ``scale`` (N, entries)."""
         out = Lanes.empty(x.values, index, self.rows)
-        _core.linear_lanes(
-            _memory(self.starts),
-            _memory(self.columns),
-            _memory(self.weights),
-            self.cols,
-            _memory(x.values),
+        core, place = core_of(out.values)
+        core.linear_lanes(
+            *self._matrix(),
+            memory_of(x.values),
             _maybe(x.index),
             _maybe(scale),
-            _memory(out.values),
+            memory_of(out.values),
             _maybe(index),
-            _threads(),
+            place,
         )
         return out
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (N, cols) times the transposed matrix, plus bias (rows,): (N, rows), with sixteen tokens in the lanes."""
-        x, out = x.contiguous(), empty((x.shape[0], self.rows), x.dtype)
-        matrix = _memory(self.starts), _memory(self.columns), _memory(self.weights), self.cols
-        _core.linear_rows(*matrix, _memory(x), _maybe(bias), _memory(out), _threads())
+        x, out = x.contiguous(), empty((x.shape[0], self.rows), x.dtype, x.device)
+        core, place = core_of(x)
+        core.linear_rows(*self._matrix(), memory_of(x), _maybe(bias), memory_of(out), place)
         return out
+
+    def _matrix(self) -> tuple[Memory, Memory, Memory, int]:
+        return memory_of(self.starts), memory_of(self.columns), memory_of(self.weights), self.cols
 
 
 def apply_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """``layer(x)``; where nothing is differentiated, by the layer's non-zeros if these are few."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return layer(x)
     plain = type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
-    plain = plain and x.numel() > 0 and "forward" not in vars(layer)
+    plain = plain and x.numel() > 0 and "forward" not in vars(layer) and x.device.type == "cpu"
     if not plain or torch.is_grad_enabled() or x.dtype not in (torch.float32, torch.float64) or not untraced(x):
         return layer(x)
     linear = Linear(layer)
@@ -197,7 +204,7 @@ class Linear:
         """The product with x at ``index`` (N, entries) of its outputs or at all, times ``scale``."""
         outputs, _ = self.shape
         wanted = 1.0 if index is None else index.shape[1] / outputs
-        if self.density() * wanted < SPARSE_BELOW:
+        if self.density() * wanted < (SPARSE_BELOW_CUDA if x.values.is_cuda else SPARSE_BELOW):
             return self.sparse().apply(x, index, scale)
         dense = self.dense() @ x.full().values.permute(1, 0, 2).reshape(x.channels, -1)
         values = dense.view(outputs, -1, LANES).permute(1, 0, 2).contiguous()
@@ -227,9 +234,10 @@ class Linear:
     def _kept(self, what: str, make: Any) -> Any:
         weight = self.layer.weight.detach()
         version = 0 if weight.is_inference() else weight._version
-        mark = (version, weight.data_ptr(), weight.dtype, tuple(weight.shape))
+        mark = (version, weight.data_ptr(), weight.device, weight.dtype, tuple(weight.shape))
         # A change through .data leaves no trace but the numbers themselves; some of them are looked at.
-        sample = weight.flatten()[:: max(1, weight.numel() // 256)]
+        # On a GPU that would be waiting for it.
+        sample = weight.flatten()[:: max(1, weight.numel() // 256)][: 0 if weight.is_cuda else None]
         kept = _copies.get(self.layer)
         if kept is None or kept["mark"] != mark or not torch.equal(kept["sample"], sample):
             kept = {"mark": mark, "sample": sample.clone()}
@@ -276,15 +284,17 @@ class Norm:
 
     def jvp(self, x: Lanes, index: Tensor | None) -> Lanes:
         out = Lanes.empty(x.values, index, self.gain.shape[0])
-        _core.norm_jvp(*self._primal(), _memory(x.values), _memory(out.values), _maybe(index), _threads())
+        core, place = core_of(out.values)
+        core.norm_jvp(*self._primal(), memory_of(x.values), memory_of(out.values), _maybe(index), place)
         return out
 
     def add_vjp(self, u: Lanes, out: Lanes) -> None:
         """The cotangent of the norm's input, added to ``out``."""
-        _core.norm_vjp(*self._primal(), _memory(u.values), _maybe(u.index), _memory(out.values), _threads())
+        core, place = core_of(out.values)
+        core.norm_vjp(*self._primal(), memory_of(u.values), _maybe(u.index), memory_of(out.values), place)
 
     def _primal(self) -> tuple[Any, Any, Any, bool, int]:
-        return _memory(self.normed), _memory(self.rate), _memory(self.gain), self.centred, self.over
+        return memory_of(self.normed), memory_of(self.rate), memory_of(self.gain), self.centred, self.over
 
 
 # ---- attention ---------------------------------------------------------------------------------
@@ -308,7 +318,7 @@ class Attention:
         """Tangents of y at all channels; None is zero."""
         width = self.q.shape[-1]
         out = Lanes.empty(self.q.reshape(-1, width), None, width)
-        self._call(_core.attention_jvp, q, k, v, out)
+        self._call("attention_jvp", q, k, v, out)
         return out
 
     def vjp(self, u: Lanes, q_index: Tensor | None, k_index: Tensor | None, v_index: Tensor | None) -> list[Lanes]:
@@ -318,25 +328,18 @@ class Attention:
             Lanes.empty(tokens, index, primal.shape[-1])
             for primal, index in ((self.q, q_index), (self.k, k_index), (self.v, v_index))
         ]
-        self._call(_core.attention_vjp, found[0], found[1], found[2], u)
+        self._call("attention_vjp", found[0], found[1], found[2], u)
         return found
 
-    def _call(self, op: Any, q: Lanes | None, k: Lanes | None, v: Lanes | None, y: Lanes) -> None:
+    def _call(self, op: str, q: Lanes | None, k: Lanes | None, v: Lanes | None, y: Lanes) -> None:
         lanes: list[Any] = []
         for part in (q, k, v):
-            lanes += [None, None] if part is None else [_memory(part.values), _maybe(part.index)]
-        primal = [_memory(each) for each in (self.q, self.k, self.v, self.y, self.allowed)]
+            lanes += [None, None] if part is None else [memory_of(part.values), _maybe(part.index)]
+        primal = [memory_of(each) for each in (self.q, self.k, self.v, self.y, self.allowed)]
         shape = (self.heads, self.kv_heads, self.scale)
-        op(*primal, _maybe(self.sink), *shape, *lanes, _memory(y.values), _threads())
+        core, place = core_of(y.values)
+        getattr(core, op)(*primal, _maybe(self.sink), *shape, *lanes, memory_of(y.values), place)
 
 
-def _memory(x: Tensor) -> Any:
-    return memory_of(x)
-
-
-def _maybe(x: Tensor | None) -> Any:
+def _maybe(x: Tensor | None) -> Memory | None:
     return None if x is None else memory_of(x)
-
-
-def _threads() -> int:
-    return torch.get_num_threads()

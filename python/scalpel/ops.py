@@ -19,7 +19,7 @@ import torch
 from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 
 from . import _core
-from ._memory import DTYPE_NAMES, empty, memory_of, memory_of_array
+from ._memory import DTYPE_NAMES, check_device, core_of, empty, memory_of, memory_of_array
 
 __all__ = ["AbsTopK", "keep_topk", "topk_indices", "topk_mask"]
 
@@ -33,8 +33,8 @@ _FLOATS = "float16, bfloat16, float32, float64"
 def topk_mask(x: Array, k: int, by: By = "magnitude", out: Array | None = None) -> Array:
     """Where the k largest entries along the last dimension are.
 
-    x: (..., width), float16, bfloat16, float32 or float64, any strides; a CPU tensor, a numpy array, or
-        another library's array that speaks DLPack.
+    x: (..., width), float16, bfloat16, float32 or float64, any strides; a tensor of the CPU or of a GPU, a numpy
+        array, or another library's array that speaks DLPack.
     k: 0 <= k <= width.
     by: "magnitude" ranks |x|, "value" ranks x.
     out: a bool tensor (array) of x's shape to write to, any strides.
@@ -209,10 +209,7 @@ def _check_tensor(x: torch.Tensor, name: str, floating: bool = False) -> None:
         raise TypeError(f"{name} is a nested tensor; allowed: rows of one width (pad them)")
     if x.layout != torch.strided:
         raise TypeError(f"{name} has layout {x.layout}; allowed: torch.strided (call .to_dense())")
-    if x.device.type not in ("cpu", "meta"):
-        raise ValueError(
-            f"{name} is on {x.device}, but this build runs on the CPU only; move it there with {name}.cpu()"
-        )
+    check_device(x, name)
 
 
 # ---- the core ----------------------------------------------------------------------------------
@@ -226,8 +223,9 @@ def _into(op: str, x: torch.Tensor, k: int, by: str, out: torch.Tensor) -> None:
         x = x.contiguous()
     to = out
     if out.is_neg() or (out.dim() > 0 and out.stride(-1) != 1 and out.size(-1) > 1):
-        to = torch.empty(out.shape, dtype=out.dtype, device="cpu")
-    getattr(_core, op)(memory_of(x), k, by == "value", memory_of(to), torch.get_num_threads())
+        to = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+    core, place = core_of(x)
+    getattr(core, op)(memory_of(x), k, by == "value", memory_of(to), place)
     if to is not out:
         out.copy_(to)
 
@@ -279,7 +277,7 @@ def _result_like(op: str, x: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def _run(op: str, x: torch.Tensor, k: int, by: str) -> torch.Tensor:
-    out = empty(_result_shape(op, x, k), _result_dtype(op, x))
+    out = empty(_result_shape(op, x, k), _result_dtype(op, x), x.device)
     _into(op, x, k, by, out)
     return out
 
@@ -339,7 +337,7 @@ def untraced(x: torch.Tensor) -> bool:
     """The same, but a profile may watch."""
     return (
         type(x) in (torch.Tensor, torch.nn.Parameter)
-        and x.device.type == "cpu"
+        and x.device.type in ("cpu", "cuda")
         and not _transformed(x)
         and torch._C._len_torch_dispatch_stack() == 0
         and _len_torch_dispatch_stack_pre_dispatch() == 0

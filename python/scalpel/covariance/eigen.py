@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,16 +57,14 @@ def complete(vectors: Tensor, k: int) -> Tensor:
     if more <= 0:
         return vectors
     drawn = torch.randn(more, vectors.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    Q = torch.linalg.qr(torch.cat([vectors, drawn]).T).Q.T
+    Q = torch.linalg.qr(torch.cat([vectors, drawn.to(vectors.device)]).T).Q.T
     return torch.cat([vectors, Q[len(vectors) :]])
 
 
 def fix_signs(vectors: Tensor) -> Tensor:
     """Each row times ±1 so that its entry of largest magnitude (the first among equals) is positive."""
-    fixed = vectors.numpy().copy()
-    peaks = np.abs(fixed).argmax(axis=1)
-    fixed[fixed[np.arange(len(fixed)), peaks] < 0] *= -1
-    return torch.from_numpy(fixed)
+    peaks = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True))
+    return torch.where(peaks < 0, -vectors, vectors).contiguous()
 
 
 class Leading:
@@ -97,7 +94,7 @@ class Leading:
         """``C`` (dim, dim): the covariance in float32. ``product(R)``: R C in float64 for rows R. None where it did not
         converge.
         """
-        V = self._first_block(len(C), k)
+        V = self._first_block(len(C), k, C.device)
         goal, before = _MARGIN, math.inf
         for left in reversed(range(_ROUNDS)):
             V, residual, depth, reachable = _ritz(C, V, k, goal, self._depth)
@@ -114,10 +111,10 @@ class Leading:
             goal /= 2
         return None
 
-    def _first_block(self, dim: int, k: int) -> Tensor:
+    def _first_block(self, dim: int, k: int, device: torch.device) -> Tensor:
         self._calls += 1
         generator = torch.Generator().manual_seed(self._calls)
-        block = torch.randn(dim, k + _EXTRA + _FRESH, generator=generator, dtype=torch.float32)
+        block = torch.randn(dim, k + _EXTRA + _FRESH, generator=generator, dtype=torch.float32).to(device)
         if self._vectors is not None:
             known = self._vectors[: k + _EXTRA].T.float()
             block[:, : known.shape[1]] = known
@@ -145,7 +142,7 @@ def _ritz(C: Tensor, V: Tensor, k: int, goal: float, look_from: int) -> _Ritz:
     dim, width = V.shape
     deepest = max(0, min(_DEPTH, dim // width - 1))
     S, CS = V.new_empty(dim, width * (deepest + 1)), V.new_empty(dim, width * (deepest + 1))
-    H = torch.zeros(S.shape[1], S.shape[1], dtype=torch.float64)
+    H = V.new_zeros(S.shape[1], S.shape[1], dtype=torch.float64)
     fresh = V
     for depth in range(deepest + 1):
         start, stop = depth * width, (depth + 1) * width
@@ -176,7 +173,8 @@ def _orthogonal(images: Tensor, S: Tensor) -> Tensor:
     spent = torch.linalg.vector_norm(fresh, dim=0) <= _SPENT * torch.linalg.vector_norm(images, dim=0)
     if bool(spent.any()):
         generator = torch.Generator().manual_seed(S.shape[1])
-        fresh[:, spent] = torch.randn(len(fresh), int(spent.sum()), generator=generator, dtype=fresh.dtype)
+        drawn = torch.randn(len(fresh), int(spent.sum()), generator=generator, dtype=fresh.dtype)
+        fresh[:, spent] = drawn.to(fresh.device)
     fresh = torch.linalg.qr(fresh).Q
     return torch.linalg.qr(fresh - S @ (S.T @ fresh)).Q  # once is not enough in float32
 

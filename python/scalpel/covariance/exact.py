@@ -15,7 +15,7 @@ from .state import State, Total
 
 BLOCK_ROWS: int = _core.block_rows()
 _ROWS = 256
-_TINY, _HUGE = 1e-20, 1e30  # variances whose products float32 holds
+FLOAT32_VARIANCES = 1e-20, 1e30  # whose products float32 holds
 
 
 class Exact(State):
@@ -111,15 +111,7 @@ class Exact(State):
         else:
             self.fold()
             lower = self._scatter
-        diagonal = lower.diagonal()
-        total = float(diagonal.sum())
-        if total <= 0:
-            return Total(0.0, 0.0)
-        # of shares of the total, a few rows at a time: no copy of the matrix, and nothing beyond float64's range
-        squares = -float((diagonal / total).square().sum())
-        for i in range(0, len(lower), _ROWS):
-            squares += 2 * float((lower[i : i + _ROWS].tril(i) / total).square().sum())
-        return Total(total / self.count, squares)
+        return total_of(lower, self.count)
 
     # ---- eigenvectors --------------------------------------------------------------------------
 
@@ -135,7 +127,7 @@ class Exact(State):
 
     def _spectrum(self, k: int | None) -> Spectrum:
         largest = float(self._scatter.diagonal().max()) / self.count  # no entry is larger
-        if k is not None and worth_iterating(self.dim, k) and _TINY < largest < _HUGE:
+        if k is not None and worth_iterating(self.dim, k) and FLOAT32_VARIANCES[0] < largest < FLOAT32_VARIANCES[1]:
             found = self._leading.find(self._full(torch.float32), self._product, k)
             if found is not None:
                 return found
@@ -154,8 +146,7 @@ class Exact(State):
             values = torch.cat([values, values.new_zeros(self.dim - len(values))])
         else:
             values = torch.linalg.eigvalsh(self.covariance()).flip(0)
-        noise = self.dim * torch.finfo(torch.float64).eps * float(values[0])
-        return torch.where(values > noise, values, 0.0)
+        return above_noise(values)
 
     def _few_rows(self) -> bool:
         """All rows are still here, and fewer than there are columns: their Gram matrix is the smaller one."""
@@ -170,7 +161,7 @@ class Exact(State):
     def tensors(self) -> dict[str, Tensor]:
         self.fold()
         packed = torch.zeros(self.dim * (self.dim + 1) // 2 if self.count else 0, dtype=torch.float64)
-        for row, part in self._triangle(packed):
+        for row, part in triangle(self._scatter, packed):
             part[:] = row
         return {"count": self._counts[:1].clone(), "mean": self._mean, "scatter": packed}
 
@@ -180,14 +171,8 @@ class Exact(State):
         self._mean.copy_(tensors["mean"])
         if count:
             self._need_scatter()
-            for row, part in self._triangle(tensors["scatter"]):
+            for row, part in triangle(self._scatter, tensors["scatter"]):
                 row[:] = part
-
-    def _triangle(self, packed: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each row of the scatter, up to the diagonal, and its place in ``packed``."""
-        for i in range(self.dim if self.count else 0):
-            begin = i * (i + 1) // 2
-            yield self._scatter[i, : i + 1], packed[begin : begin + i + 1]
 
     # ---- inside --------------------------------------------------------------------------------
 
@@ -212,3 +197,29 @@ class Exact(State):
             wider = empty((min(limit, max(rows, 2 * len(self._waiting))), self.dim), dtype)
             wider[:waiting] = self._waiting[:waiting]
             self._waiting = wider
+
+
+def triangle(scatter: Tensor, packed: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each row of the scatter, up to the diagonal, and its place in ``packed``, which is empty without rows."""
+    for i in range(len(scatter) if len(packed) else 0):
+        begin = i * (i + 1) // 2
+        yield scatter[i, : i + 1], packed[begin : begin + i + 1]
+
+
+def total_of(lower: Tensor, count: int) -> Total:
+    """Of a scatter's lower triangle."""
+    diagonal = lower.diagonal()
+    total = float(diagonal.sum())
+    if total <= 0:
+        return Total(0.0, 0.0)
+    # of shares of the total, a few rows at a time: no copy of the matrix, and nothing beyond float64's range
+    squares = -float((diagonal / total).square().sum())
+    for i in range(0, len(lower), _ROWS):
+        squares += 2 * float((lower[i : i + _ROWS].tril(i) / total).square().sum())
+    return Total(total / count, squares)
+
+
+def above_noise(values: Tensor) -> Tensor:
+    """Eigenvalues, descending; those that are rounding become 0."""
+    noise = len(values) * torch.finfo(torch.float64).eps * float(values[0])
+    return torch.where(values > noise, values, 0.0)

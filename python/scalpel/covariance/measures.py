@@ -81,7 +81,8 @@ def contrast(A: Tensor, B: Tensor, k: int, ridge: float) -> tuple[Tensor, Tensor
     level = float(B.trace()) / len(B)
     if level <= 0:
         raise ValueError("nothing varies in other, so nothing can be weighed against it")
-    lower, failed = torch.linalg.cholesky_ex(B + ridge * level * torch.eye(len(B), dtype=B.dtype))  # B = L Lᵀ
+    kept_finite = ridge * level * torch.eye(len(B), dtype=B.dtype, device=B.device)
+    lower, failed = torch.linalg.cholesky_ex(B + kept_finite)  # B = L Lᵀ
     if int(failed) or not math.isfinite(ridge):
         raise ValueError(f"ridge is {ridge}, with which other's covariance can't be divided by; give 1e-12 to 1")
     half = torch.linalg.solve_triangular(lower, A, upper=False)

@@ -7,15 +7,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from .._memory import check_device
 from ..ops import _integer
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def rows_of(x: Any, dim: int) -> torch.Tensor:
+def rows_of(x: Any, dim: int, cuda: bool = False) -> torch.Tensor:
     """x (..., dim), a tensor or an array, as (rows, dim) with last stride 1; copied only where it must be.
 
-    TypeError for another kind, layout or dtype, ValueError for another width or device.
+    cuda: whether it may be on a CUDA device. TypeError for another kind, layout or dtype, ValueError for another width
+    or device.
     """
     if isinstance(x, np.ndarray):
         if x.dtype.type not in (np.float16, np.float32, np.float64):
@@ -27,8 +29,12 @@ def rows_of(x: Any, dim: int) -> torch.Tensor:
         raise TypeError(f"x has layout {x.layout}; allowed: torch.strided (call .to_dense())")
     if x.dtype not in _FLOATS:
         raise TypeError(f"x is {str(x.dtype).removeprefix('torch.')}; allowed: float16, bfloat16, float32, float64")
-    if x.device.type != "cpu":
-        raise ValueError(f"x is on {x.device}, but this build runs on the CPU only; move it with x.cpu()")
+    if x.device.type != "cpu" and not (cuda and x.device.type == "cuda"):
+        raise ValueError(
+            f"x is on {x.device}, but rows are read on the CPU only, those of exact covariances on CUDA devices too; "
+            "move it with x.cpu()"
+        )
+    check_device(x, "x")
     if x.dim() < 1 or x.shape[-1] != dim:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be (..., {dim}), as dim is {dim}")
     x = x.detach().resolve_neg().reshape(-1, dim)

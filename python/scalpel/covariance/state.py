@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple, Self
 
+import torch
 from torch import Tensor
 
 from .eigen import Spectrum
@@ -33,6 +34,11 @@ class State(ABC):
     def kind(self) -> tuple[Any, ...]:
         """What two states must share to be merged."""
         return self.method, self.dim, self.center
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are read, and where results are."""
+        return torch.device("cpu")
 
     @property
     @abstractmethod

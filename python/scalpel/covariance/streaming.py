@@ -14,8 +14,8 @@ import torch
 from . import file, measures
 from .distributed import all_reduce
 from .eigen import fix_signs
-from .exact import Exact
 from .frequent_directions import FrequentDirections
+from .on_device import exact_on, moved
 from .rows import integer, integer_named, rows_of
 from .scikit_names import ScikitNames
 from .sketch import Sketch
@@ -58,6 +58,11 @@ class StreamingCovariance(Summaries, ScikitNames):
     to rounding (1e-12 relative for float64 rows with means up to a thousand deviations). Merging is associative to
     rounding, too. A sketch's bits depend on how rows were cut into updates.
 
+    On a GPU. An exact state is where its first rows are: of rows on a CUDA device it stays there, and so does what it
+    returns; a numpy array is on the CPU. Nothing waits there, each update is a block, so bits depend on how rows were
+    cut into updates. Products of narrower rows are then of three bfloat16 parts, in float32, on tensor cores, with no
+    larger an error than above.
+
     Calls from several threads at once are safe, one after the other.
     """
 
@@ -79,7 +84,7 @@ class StreamingCovariance(Summaries, ScikitNames):
         self._dtype = dtype
         self._state: State
         if rank is None:
-            self._state = Exact(dim, bool(center))
+            self._state = exact_on(torch.device("cpu"), dim, bool(center))
         else:
             rank = integer_named("rank", rank)
             if not 1 <= rank <= dim:
@@ -90,15 +95,17 @@ class StreamingCovariance(Summaries, ScikitNames):
     # ---- rows in and out -----------------------------------------------------------------------
 
     def update(self, x: torch.Tensor | np.ndarray) -> StreamingCovariance:
-        """Adds rows. x: (..., dim), float16, bfloat16, float32 or float64; a CPU tensor or a numpy array.
+        """Adds rows. x: (..., dim), float16, bfloat16, float32 or float64; a tensor or a numpy array. Rows are on the
+        CPU; those of an exact state may be on one CUDA device instead.
 
         Returns self. An interrupt (Ctrl-C) leaves a state with all of the rows or none; count says which. Raises
-        ValueError for another width, and for a row with a NaN, an infinity or a value
-        beyond 1e150 (its index among the flattened rows is named); TypeError for another dtype. The state is
-        unchanged then.
+        ValueError for another width, for rows on another device than those before, and for a row with a NaN, an
+        infinity or a value beyond 1e150 (its index among the flattened rows is named); TypeError for another dtype.
+        The state is unchanged then.
         """
-        rows = rows_of(x, self.dim)
+        rows = rows_of(x, self.dim, cuda=self.rank is None)
         with self._lock:
+            self._be_on(rows.device)
             bad = self._state.update(rows)
             if bad >= 0:
                 column = int((~(rows[bad].double().abs() <= 1e150)).nonzero()[0])
@@ -109,12 +116,15 @@ class StreamingCovariance(Summaries, ScikitNames):
         return self
 
     def merge(self, other: StreamingCovariance) -> StreamingCovariance:
-        """Adds the rows behind `other`, in place; returns self.
+        """Adds the rows behind `other`, in place; returns self. States may be on two devices: this one stays where it
+        is, unless it has no rows.
 
         Raises ValueError for another dim, centering or kind of state.
         """
         with self._both(other, "merge"):
-            self._state.merge(other._state)
+            if other.count and not self.count:
+                self._be_on(other._state.device)
+            self._state.merge(moved(other._state, self._state.device))
         return self
 
     def subtract(self, other: StreamingCovariance) -> StreamingCovariance:
@@ -131,7 +141,7 @@ class StreamingCovariance(Summaries, ScikitNames):
                     f"other holds {other.count} rows, this state only {self.count}; only rows that were added can be "
                     "taken out"
                 )
-            self._state.subtract(other._state)
+            self._state.subtract(moved(other._state, self._state.device))
         return self
 
     # ---- moments -------------------------------------------------------------------------------
@@ -216,7 +226,8 @@ class StreamingCovariance(Summaries, ScikitNames):
         self._check_other(other, "compare with", same_kind=False)
         k = self._directions(k)
         with self._reading() as mine, other._reading() as theirs:
-            return measures.principal_angles(mine.spectrum(k).vectors, theirs.spectrum(k).vectors).to(self._dtype)
+            found = theirs.spectrum(k).vectors.to(mine.device)
+            return measures.principal_angles(mine.spectrum(k).vectors, found).to(self._dtype)
 
     def contrast(self, other: StreamingCovariance, k: int, ridge: float = 1e-6) -> Eigen:
         """The k directions in which this state varies most against `other`: A v = λ (B + ε·I) v, with A and B the two
@@ -235,7 +246,8 @@ class StreamingCovariance(Summaries, ScikitNames):
             raise ValueError(f"ridge is {ridge}; it must be above 0")
         k = self._directions(k)
         with self._reading() as mine, other._reading() as theirs:
-            values, vectors = measures.contrast(mine.covariance(), theirs.covariance(), k, ridge)
+            against = theirs.covariance().to(mine.device)
+            values, vectors = measures.contrast(mine.covariance(), against, k, ridge)
         return Eigen(values.to(self._dtype), fix_signs(vectors.to(self._dtype)))
 
     # ---- files and other processes -------------------------------------------------------------
@@ -261,7 +273,8 @@ class StreamingCovariance(Summaries, ScikitNames):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StreamingCovariance:
-        """Reads what `save` wrote, to the bit.
+        """Reads what `save` wrote, to the bit. The state is on the CPU, wherever it was before; to go on with rows of a
+        GPU, merge it into a state that has such rows.
 
         Raises ValueError when the file is truncated, damaged or foreign.
         """
@@ -302,10 +315,12 @@ class StreamingCovariance(Summaries, ScikitNames):
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:
             self._state.fold()
-            return {"like": self._like(), "tensors": {k: v.clone() for k, v in self._state.tensors().items()}}
+            tensors = {k: v.clone() for k, v in self._state.tensors().items()}
+            return {"like": self._like(), "tensors": tensors, "device": self._state.device}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(self._of(*state["like"]).__dict__)
+        self._be_on(state.get("device", self._state.device))
         self._state.restore(state["tensors"])
 
     def _like(self) -> tuple[int, int | None, Any, bool, torch.dtype]:
@@ -314,6 +329,17 @@ class StreamingCovariance(Summaries, ScikitNames):
     @staticmethod
     def _of(dim: int, rank: int | None, method: Any, center: bool, dtype: torch.dtype) -> StreamingCovariance:
         return StreamingCovariance(dim, rank, method, center, dtype)
+
+    def _be_on(self, device: torch.device) -> None:
+        """Where a state without rows goes, and others have to be."""
+        if self._state.device == device:
+            return
+        if self._state.count:
+            raise ValueError(
+                f"x is on {device}, and the rows so far were on {self._state.device}: one state takes rows of one "
+                "device; move x there, or keep a state for each device and merge them"
+            )
+        self._state = exact_on(device, self.dim, self.center)
 
     def _check_other(self, other: StreamingCovariance, verb: str, same_kind: bool = True) -> None:
         if not isinstance(other, StreamingCovariance):

@@ -9,6 +9,7 @@ import torch
 
 from . import measures
 from .exact import Exact
+from .on_device import OnDevice
 from .state import State
 
 
@@ -86,8 +87,8 @@ class Summaries:
             self._warn_if_few(state)
             return measures.stable_rank(float(state.spectrum(1).values[0]), state.total().values)
 
-    def _exact(self, name: str, instead: str) -> Exact:
-        if not isinstance(self._state, Exact):
+    def _exact(self, name: str, instead: str) -> Exact | OnDevice:
+        if not isinstance(self._state, Exact | OnDevice):
             raise ValueError(f"{name} needs the whole spectrum, and a sketch has {self.rank} of it: {instead} is known")
         return self._state
 

@@ -271,7 +271,7 @@ class CircuitProducts:
         """Lanes of all tokens as (count, B, chosen tokens, width)."""
         tokens = None
         if selected is not None:
-            numbers = torch.arange(self.batch * self.length).view(self.batch, self.length)
+            numbers = torch.arange(self.batch * self.length, device=lanes.values.device).view(self.batch, self.length)
             tokens = numbers[:, list(selected)].flatten()
         if _of_residual(name):
             lanes = lanes.resized(self.config.d_model)

@@ -43,7 +43,7 @@ class DecoderPass(Pass):
         mask, positions = self.inputs.get("attention_mask"), self.inputs.get("position_ids")
         self.real: Tensor | None = None if mask is None else mask.bool()
         if positions is None:
-            positions = torch.arange(ids.shape[1])[None]
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
         self.positions: Tensor = positions if positions.dim() == 2 else positions[None]
         self.hooks = [*hooks_of(decoder.config), LOGITS]
         weight = decoder.final()[1].weight
@@ -71,7 +71,7 @@ class DecoderPass(Pass):
     @property
     def allowed(self) -> Tensor:
         """(L, L), or (B, 1, L, L) with padding: the keys that a query may read."""
-        causal = torch.ones(self.length, self.length, dtype=torch.bool).tril()
+        causal = torch.ones(self.length, self.length, dtype=torch.bool, device=self.ids.device).tril()
         return causal if self.real is None else (causal & self.real[:, None, :])[:, None]
 
 
@@ -108,7 +108,7 @@ def _difference(model: nn.Module, decoder: Decoder, inputs: dict[str, Tensor]) -
     if _compared.get(model) == marks:
         return None
     ids = inputs["input_ids"]
-    positions = inputs.get("position_ids", torch.arange(ids.shape[1])[None])
+    positions = inputs.get("position_ids", torch.arange(ids.shape[1], device=ids.device)[None])
     mask = inputs.get("attention_mask")
     keywords: dict[str, Any] = dict(inputs)
     if "use_cache" in inspect.signature(model.forward).parameters:

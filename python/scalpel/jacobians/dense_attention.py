@@ -26,10 +26,10 @@ class Mask:
     real: Tensor | None  # (B, L) bool
     window: int | None
 
-    def at(self, b: int, queries: slice, keys: slice) -> Tensor:
+    def at(self, b: int, queries: slice, keys: slice, device: torch.device) -> Tensor:
         """(queries, keys) bool."""
-        i = torch.arange(queries.start, queries.stop)[:, None]
-        j = torch.arange(keys.start, keys.stop)
+        i = torch.arange(queries.start, queries.stop, device=device)[:, None]
+        j = torch.arange(keys.start, keys.stop, device=device)
         allowed = j <= i
         if self.window is not None:
             allowed = allowed & (i - j < self.window)
@@ -152,7 +152,7 @@ class DenseAttention:
         """(queries, heads of the group, keys), -inf where a key may not be read."""
         q = self.q[tile.b, tile.queries, tile.heads]
         scores = (q.reshape(-1, q.shape[-1]) @ self.k[tile.b, tile.keys, tile.kv_head].T).mul_(self.scale)
-        allowed = self.mask.at(tile.b, tile.queries, tile.keys)
+        allowed = self.mask.at(tile.b, tile.queries, tile.keys, self.q.device)
         return scores.view(*q.shape[:2], -1).masked_fill_(~allowed[:, None], -torch.inf)
 
     def _weights(self, tile: _Tile) -> tuple[Tensor, Tensor]:

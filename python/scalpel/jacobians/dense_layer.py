@@ -23,11 +23,11 @@ class Buffers:
     def __init__(self) -> None:
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
 
-    def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         size = int(torch.Size(shape).numel())
         kept = self._kept.get((name, dtype))
-        if kept is None or kept.numel() < size:
-            kept = self._kept[name, dtype] = torch.empty(size, dtype=dtype)
+        if kept is None or kept.numel() < size or kept.device != device:
+            kept = self._kept[name, dtype] = torch.empty(size, dtype=dtype, device=device)
         return kept[:size].view(shape)
 
 
@@ -79,7 +79,7 @@ class DenseLayer:
         return self._joined(after, layer.down, neurons, f"{at}mlp.resid_delta", hook, watched)
 
     def _normed(self, norm: DenseNorm, x: Tensor) -> Tensor:
-        out = self.buffers("read", tuple(x.shape), x.dtype)
+        out = self.buffers("read", tuple(x.shape), x.dtype, x.device)
         return norm.rows(self.part).jvp(x, out)
 
     def _attended(self, read: Tensor | None, hook: Hook) -> Tensor | None:
@@ -96,7 +96,7 @@ class DenseLayer:
         q = self._turned(q, self.primal.q_norm, 1)
         k = self._turned(k, self.primal.k_norm, 1)
         shape = (*given.shape[:3], self.config.heads, self.config.head_dim)
-        y = self.buffers("y", shape, given.dtype)
+        y = self.buffers("y", shape, given.dtype, given.device)
         return self.primal.attention.jvp(q, k, v, y, self.part.start).flatten(-2)
 
     def _turned(self, x: Tensor | None, norm: DenseNorm | None, way: int) -> Tensor | None:
@@ -174,9 +174,9 @@ class DenseLayer:
     def _product(self, dense: Dense, t: Tensor, name: str) -> Tensor:
         """W t, in a buffer of that name."""
         kind = dense.weight.dtype
-        out = self.buffers(name, (*t.shape[:-1], dense.weight.shape[0]), kind)
+        out = self.buffers(name, (*t.shape[:-1], dense.weight.shape[0]), kind, t.device)
         torch.mm(self._rows(t, kind), dense.weight.T, out=out.view(-1, out.shape[-1]))
-        return out if kind == t.dtype else self.buffers(name, tuple(out.shape), t.dtype).copy_(out)
+        return out if kind == t.dtype else self.buffers(name, tuple(out.shape), t.dtype, t.device).copy_(out)
 
     def _add_product(self, x: Tensor, dense: Dense, t: Tensor) -> Tensor:
         """x + W t, written over x."""
@@ -188,7 +188,7 @@ class DenseLayer:
 
     def _rows(self, t: Tensor, kind: torch.dtype) -> Tensor:
         rows = t.reshape(-1, t.shape[-1])
-        return rows if rows.dtype == kind else self.buffers("rows", tuple(rows.shape), kind).copy_(rows)
+        return rows if rows.dtype == kind else self.buffers("rows", tuple(rows.shape), kind, rows.device).copy_(rows)
 
     def _back(self, parts: list[tuple[Dense, Tensor | None]]) -> Tensor | None:
         """The sum of transposed products; None where there is nothing to add."""

@@ -109,7 +109,7 @@ def _plain() -> Iterator[None]:
 
 def _layers(decoder: Decoder, inputs: dict[str, Tensor]) -> Iterator[StreamedLayer]:
     ids = inputs["input_ids"]
-    positions = inputs.get("position_ids", torch.arange(ids.shape[1])[None])
+    positions = inputs.get("position_ids", torch.arange(ids.shape[1], device=ids.device)[None])
     everything, buffers = slice(0, ids.shape[1]), Buffers()
     with _plain():
         x = decoder.embed(ids, positions)

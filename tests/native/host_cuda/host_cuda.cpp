@@ -1,5 +1,6 @@
 #include "host_cuda.h"
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -23,10 +24,15 @@ struct Barrier {
 struct Warp {
   std::map<unsigned, Barrier> barriers;  // by mask
   std::uint64_t slots[32];
+  unsigned words[32][6];  // by lane: a and b of mma_bf16
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // to begin with; from then on `at`, which asks nothing of the system
+  jmp_buf at;
+  bool begun = false;
+  const Barrier* waits = nullptr;  // and for what it must have passed
+  std::uint64_t passed = 0;
   Place place;
   unsigned index = 0;
   bool done = false;
@@ -38,7 +44,7 @@ struct Block {
   Barrier barrier;
   unsigned live = 0;
   std::uint64_t progress = 0;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   Fiber* current = nullptr;
   const std::function<void()>* kernel = nullptr;
 };
@@ -48,7 +54,24 @@ std::vector<unsigned char> shared_memory;
 std::vector<std::vector<unsigned char>> stacks;
 std::mt19937 order(20240229);
 
-void yield() { swapcontext(&block->current->context, &block->scheduler); }
+void yield() {
+  if (_setjmp(block->current->at) == 0) _longjmp(block->scheduler, 1);
+}
+
+void wait(const Barrier& barrier, std::uint64_t passed) {
+  block->current->waits = &barrier;
+  block->current->passed = passed;
+  yield();
+  block->current->waits = nullptr;
+}
+
+void resume(Fiber& fiber) {
+  block->current = &fiber;
+  if (_setjmp(block->scheduler) != 0) return;
+  if (fiber.begun) _longjmp(fiber.at, 1);
+  fiber.begun = true;
+  setcontext(&fiber.context);
+}
 
 void enter() {
   (*block->kernel)();
@@ -86,9 +109,15 @@ void run_block(const std::function<void()>& kernel, const Place& at) {
     const std::uint64_t before = here.progress;
     std::shuffle(turn.begin(), turn.end(), order);
     for (unsigned i : turn) {
-      if (here.fibers[i].done) continue;
-      here.current = &here.fibers[i];
-      swapcontext(&here.scheduler, &here.fibers[i].context);
+      Fiber& fiber = here.fibers[i];
+      if (fiber.done) continue;
+      if (fiber.waits == &here.barrier && here.barrier.arrived >= here.live) {
+        here.barrier.arrived = 0;
+        ++here.barrier.passed;
+        ++here.progress;
+      }
+      if (fiber.waits != nullptr && fiber.waits->passed == fiber.passed) continue;
+      resume(fiber);
     }
     if (here.live > 0 && here.progress == before) {
       std::fprintf(stderr, "host_cuda: %u threads wait for a barrier that the others don't reach\n",
@@ -114,15 +143,7 @@ void block_barrier() {
   const std::uint64_t mine = at.passed;
   ++at.arrived;
   ++block->progress;
-  while (at.passed == mine) {
-    if (at.arrived >= block->live) {
-      at.arrived = 0;
-      ++at.passed;
-      ++block->progress;
-      return;
-    }
-    yield();
-  }
+  wait(at, mine);
 }
 
 void warp_barrier(unsigned mask) {
@@ -144,7 +165,7 @@ void warp_barrier(unsigned mask) {
     return;
   }
   ++block->progress;
-  while (at.passed == mine) yield();
+  wait(at, mine);
 }
 
 void run(const std::function<void()>& kernel, dim3 grid, dim3 block_size, std::size_t shared) {
@@ -177,28 +198,22 @@ void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
   const auto number = [](unsigned pair, int high) {
     return __uint_as_float(high ? pair & 0xFFFF0000u : pair << 16);
   };
-  unsigned all_a[4][32], all_b[2][32];
-  for (int i = 0; i < 4; ++i) {
-    host_cuda::exchange<unsigned>(0xFFFFFFFFu, a[i], [&](auto* s) {
-      for (unsigned l = 0; l < 32; ++l) all_a[i][l] = host_cuda::slot<unsigned>(s, l);
-      return 0u;
-    });
-  }
-  for (int i = 0; i < 2; ++i) {
-    host_cuda::exchange<unsigned>(0xFFFFFFFFu, b[i], [&](auto* s) {
-      for (unsigned l = 0; l < 32; ++l) all_b[i][l] = host_cuda::slot<unsigned>(s, l);
-      return 0u;
-    });
-  }
+  // One exchange for all six words: barriers are what takes the time here.
+  using host_cuda::block;
+  auto& words = block->warps[block->current->index / 32].words;
+  std::memcpy(words[host_cuda::lane()], a, sizeof(a));
+  std::memcpy(words[host_cuda::lane()] + 4, b, sizeof(b));
+  host_cuda::warp_barrier(0xFFFFFFFFu);
   const unsigned g = host_cuda::lane() / 4, t = host_cuda::lane() % 4;
   for (int e = 0; e < 4; ++e) {
     const unsigned row = g + (e >= 2 ? 8 : 0), column = 2 * t + e % 2;
     for (unsigned k = 0; k < 16; ++k) {
       const unsigned part_a = (row >= 8 ? 1 : 0) + (k >= 8 ? 2 : 0), lane_a = row % 8 * 4 + k % 8 / 2;
       const unsigned lane_b = column * 4 + k % 8 / 2;
-      d[e] += number(all_a[part_a][lane_a], k % 2) * number(all_b[k >= 8][lane_b], k % 2);
+      d[e] += number(words[lane_a][part_a], k % 2) * number(words[lane_b][4 + (k >= 8)], k % 2);
     }
   }
+  host_cuda::warp_barrier(0xFFFFFFFFu);
 }
 
 }  // namespace scalpel::device

@@ -121,6 +121,15 @@ T slot(const std::uint64_t* slots, unsigned from) {
 inline void __syncthreads() { host_cuda::block_barrier(); }
 inline void __syncwarp(unsigned mask = 0xFFFFFFFFu) { host_cuda::warp_barrier(mask); }
 inline void __threadfence() {}
+inline int __syncthreads_or(int predicate) {
+  static int any;
+  __syncthreads();
+  any = 0;
+  __syncthreads();
+  if (predicate != 0) any = 1;
+  __syncthreads();
+  return any;
+}
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int from, int width = 32) {
@@ -251,5 +260,19 @@ void start(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t sha
 }
 
 void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]);
+
+inline unsigned pack_bf16(float low, float high) {
+  const auto rounded = [](float x) {
+    const unsigned bits = __float_as_uint(x);
+    return (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;  // of a finite x
+  };
+  return rounded(low) | rounded(high) << 16;
+}
+
+inline float float_of_half(unsigned short bits) {
+  _Float16 x;
+  std::memcpy(&x, &bits, 2);
+  return static_cast<float>(x);
+}
 
 }  // namespace scalpel::device

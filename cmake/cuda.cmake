@@ -1,0 +1,33 @@
+# scalpel._cuda: kernels in a static library with the CUDA runtime inside, and a module of Python around them. Nothing
+# links to the driver or to torch, so that the module loads where there is no GPU.
+set(CMAKE_CUDA_COMPILER ${SCALPEL_NVCC})
+if(NOT CMAKE_CUDA_ARCHITECTURES)
+  set(CMAKE_CUDA_ARCHITECTURES 80-real 90)  # and, for what comes after, PTX of the last
+endif()
+enable_language(CUDA)
+
+file(GLOB _kernels CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/csrc/*/*_cuda.cu)
+add_library(scalpel_cuda STATIC ${_kernels})
+target_compile_features(scalpel_cuda PUBLIC cuda_std_20)
+target_include_directories(scalpel_cuda PUBLIC ${CMAKE_CURRENT_SOURCE_DIR}/csrc)
+# What spills its registers would be slow without anybody noticing.
+target_compile_options(scalpel_cuda PRIVATE -Xptxas=-warn-spills -Werror=all-warnings -Xfatbin=-compress-all)
+set_target_properties(scalpel_cuda PROPERTIES
+  CUDA_RUNTIME_LIBRARY Static
+  CUDA_EXTENSIONS OFF
+  CUDA_VISIBILITY_PRESET hidden
+  POSITION_INDEPENDENT_CODE ON)
+target_link_libraries(scalpel_cuda PRIVATE scalpel_core)
+
+pybind11_add_module(_cuda MODULE NO_EXTRAS
+  csrc/bindings/cuda_module.cpp
+  csrc/bindings/arrays.cpp
+  csrc/bindings/init_covariance_cuda.cpp
+  csrc/bindings/init_jvp.cpp
+  csrc/bindings/init_topk.cpp)
+target_compile_definitions(_cuda PRIVATE SCALPEL_BINDS_CUDA=1)
+target_include_directories(_cuda PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+target_link_libraries(_cuda PRIVATE scalpel_cuda scalpel_core)
+target_link_options(_cuda PRIVATE LINKER:--exclude-libs,ALL)
+set_target_properties(_cuda PROPERTIES CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)
+install(TARGETS _cuda LIBRARY DESTINATION scalpel COMPONENT python)

@@ -1,0 +1,107 @@
+"""The GPU kernels where there is no GPU: compiled by a C++ compiler against tests/native/host_cuda, which runs their
+threads on the CPU. Fixtures that take these, or a GPU where there is one.
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import scalpel.covariance.on_device
+import scalpel.lanes
+import scalpel.ops
+from scalpel._memory import runs_on
+
+ROOT = Path(__file__).parent.parent
+COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-DSCALPEL_BINDS_CUDA", "-DSCALPEL_CUDA_MODULE=stand_in"]
+NO_GPU = "needs a GPU, and a build with nvcc"
+# Who asks which core a tensor needs.
+_ASKED = (scalpel.ops, scalpel.lanes, scalpel.covariance.on_device)
+
+
+def sources() -> list[Path]:
+    bindings = [f"csrc/bindings/{name}.cpp" for name in ("arrays", "cuda_module", "init_covariance_cuda", "init_jvp")]
+    return [
+        *sorted(ROOT.glob("csrc/*/*_cuda*.cu")),
+        *(ROOT / name for name in (*bindings, "csrc/bindings/init_topk.cpp", "tests/native/host_cuda/host_cuda.cpp")),
+    ]
+
+
+def build(folder: Path) -> ModuleType:
+    """The stand-in's module, built in ``folder``."""
+    import pybind11
+
+    includes = [ROOT / "csrc", ROOT / "tests/native/host_cuda", sysconfig.get_path("include"), pybind11.get_include()]
+    flags = [*FLAGS, *(f"-I{path}" for path in includes)]
+
+    def compile_(source: Path) -> Path:
+        out = folder / f"{source.name}.o"
+        _run(COMPILER, *flags, *(["-x", "c++"] if source.suffix == ".cu" else []), "-c", source, "-o", out)
+        return out
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_, sources()))
+    library = folder / f"stand_in{sysconfig.get_config_var('EXT_SUFFIX')}"
+    _run(COMPILER, "-shared", *objects, "-o", library)
+    spec = importlib.util.spec_from_file_location("stand_in", library)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _run(*command: Any) -> None:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stderr}"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Where tensors for the GPU's kernels go; ``real``: whether it is one."""
+
+    device: str
+    real: bool
+
+
+@pytest.fixture(scope="session")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    if COMPILER is None or not (ROOT / "csrc").exists():
+        pytest.skip("needs a C++ compiler and the source tree")
+    return build(tmp_path_factory.mktemp("stand_in"))
+
+
+@pytest.fixture(params=["stand-in", "cuda"])
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+    """The GPU's kernels, on the CPU by the stand-in, and on a GPU where there is one."""
+    if request.param == "cuda":
+        if not (torch.cuda.is_available() and runs_on(torch.device("cuda"))):
+            pytest.skip(NO_GPU)
+        yield Gpu("cuda", True)
+        return
+    module = request.getfixturevalue("stand_in")
+    for asked in _ASKED:
+        monkeypatch.setattr(asked, "core_of", _stands_in(module), raising=False)
+    yield Gpu("cpu", False)
+
+
+def _stands_in(module: ModuleType) -> Callable[[torch.Tensor], tuple[ModuleType, tuple[int, int]]]:
+    return lambda x: (module, (0, 0))
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """A GPU, or the test is skipped."""
+    if not (torch.cuda.is_available() and runs_on(torch.device("cuda"))):
+        pytest.skip(NO_GPU)
+    return torch.device("cuda")

@@ -1,0 +1,392 @@
+"""The exact state of a GPU: by the stand-in, on CPU tensors, and on a GPU where there is one."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from covariance_states import correlated
+from cuda_stand_in import Gpu, cuda, gpu, stand_in
+from scalpel import StreamingCovariance, reference
+from scalpel._memory import memory_of
+from scalpel.covariance import on_device
+from scalpel.covariance.exact import Exact
+from scalpel.covariance.on_device import OnDevice
+
+__all__ = ["cuda", "gpu", "stand_in"]
+
+CPU = torch.device("cpu")
+NARROW = [torch.float16, torch.bfloat16, torch.float32]
+DTYPES = [*NARROW, torch.float64]
+where = CPU  # the device of the test that runs
+
+
+@pytest.fixture(autouse=True)
+def _kernels(gpu: Gpu) -> None:
+    global where
+    where = torch.empty(0, device=gpu.device).device
+
+
+@pytest.fixture
+def everywhere(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], StreamingCovariance]:
+    """States that take the stand-in's tensors for those of a GPU."""
+    if not gpu.real:
+        monkeypatch.setattr(on_device, "takes", lambda device: True)
+    return StreamingCovariance
+
+
+def on(x: Tensor, splits: list[int] | None = None, center: bool = True) -> OnDevice:
+    state = OnDevice(x.shape[-1], center, where)
+    for part in x.to(where).tensor_split(splits or []):
+        assert state.update(part) == -1
+    return state
+
+
+def error(found: Tensor, expected: Tensor | np.ndarray) -> float:
+    """Relative, in the Frobenius norm."""
+    wanted = torch.as_tensor(expected).double().cpu()
+    return float((found.double().cpu() - wanted).norm() / wanted.norm().clamp_min(1e-300))
+
+
+def in_float32(x: Tensor, center: bool) -> Tensor:
+    """torch's product of the deviations in float32."""
+    apart = (x.double() - x.double().mean(dim=0)).float() if center else x.float()
+    return (apart.T @ apart).double() / len(x)
+
+
+# ---- errors ------------------------------------------------------------------------------------
+
+
+def heavy(rows: int, dim: int) -> Tensor:
+    normal = correlated(rows, dim)
+    return normal * torch.empty(rows, 1, dtype=torch.float64).exponential_().clamp_min(0.01) ** -1.2
+
+
+ROWS = {
+    "random": lambda: correlated(1500, 20),
+    "wide": lambda: correlated(70, 130, shift=0.5),
+    "three tiles": lambda: correlated(33, 257),
+    "means": lambda: correlated(1500, 20, shift=1000.0),
+    "heavy": lambda: heavy(1500, 20),
+    "two flushes": lambda: correlated(4200, 3, shift=1.0),
+}
+
+
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ROWS)
+def test_error_against_float64(name: str, dtype: torch.dtype, center: bool) -> None:
+    x = ROWS[name]().to(dtype)
+    expected = reference.moments(x, center)
+    state, exact = on(x, None, center), Exact(x.shape[1], center)
+    exact.update(x)
+    found = error(state.covariance(), expected.covariance)
+    if dtype == torch.float64:
+        assert found < 1e-13
+    else:
+        few_digits = name == "means" and dtype != torch.float32  # steps of 0.5, and of 4: float32 may sum them exactly
+        assert found <= (3e-7 if few_digits else 1e-7)
+        if not few_digits or center:
+            assert found <= error(in_float32(x, center), expected.covariance)
+    assert state.count == len(x)
+    assert error(state.mean, expected.mean) < 1e-13
+    assert error(state.covariance(), exact.covariance()) < (1e-13 if dtype == torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_bfloat16_products_are_exact(center: bool) -> None:
+    """Few rows of few digits: nothing is rounded, in float32 neither."""
+    x = torch.randint(-8, 9, (200, 30)).bfloat16()
+    x[0] = -x[1:].float().sum(dim=0)  # the mean is 0
+    x = x[1:] if not center else x
+    assert torch.equal(on(x, None, center).covariance().cpu(), (x.double().T @ x.double()) / len(x))
+
+
+def test_the_fast_precision_rounds_once() -> None:
+    x = correlated(300, 20, shift=3.0).float()
+    state = OnDevice(20, True, where, "fast")
+    state.update(x.to(where))
+    apart = x - x.double().mean(dim=0).float()
+    assert error(state.covariance(), reference.moments(apart.bfloat16(), center=False).covariance) < 1e-6
+    assert 1e-4 < error(state.covariance(), reference.moments(x).covariance) < 4e-3
+
+
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-13, 1e17, 1e37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_float32_can_hold_and_not_square(scale: float, dtype: torch.dtype, center: bool) -> None:
+    x = (correlated(300, 5) * scale).to(dtype)
+    assert error(on(x, [7, 100], center).covariance(), reference.moments(x, center).covariance) < 1e-7
+
+
+def test_constant_columns_have_exactly_no_variance() -> None:
+    for dtype in DTYPES:
+        x = correlated(90, 6).to(dtype)
+        x[:, 2], x[:, 4] = 0.1, -1234.567
+        state = on(x, [1, 7, 30])
+        assert not state.covariance()[[2, 4]].any()
+        assert torch.equal(state.mean[[2, 4]].cpu(), x[0, [2, 4]].double())
+
+
+# ---- how rows arrive ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("splits", [[1], [1, 2, 3], [130], [0, 0, 200], list(range(10, 200, 10))])
+def test_any_split_into_batches(splits: list[int], center: bool) -> None:
+    x = correlated(200, 21, shift=3.0)
+    whole = on(x, None, center)
+    for dtype, limit in ((torch.float64, 1e-13), (torch.float32, 2e-7)):
+        found = on(x.to(dtype), splits, center)
+        assert found.count == 200
+        assert error(found.covariance(), whole.covariance()) < limit
+        assert error(found.mean, whole.mean) < limit
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layouts(dtype: torch.dtype, everywhere: Callable[[int], StreamingCovariance]) -> None:
+    x = torch.randn(3, 20, 24).to(where, dtype)
+    for view in (x.transpose(0, 1), x[::2], x[..., 1:14], x[..., 1:], x[..., ::2], x[:1].expand(4, -1, -1)):
+        expected = reference.moments(view.cpu().reshape(-1, view.shape[-1])).covariance
+        found = everywhere(view.shape[-1]).update(view)
+        assert error(found.covariance(), expected) < 1e-7
+
+
+def test_nothing_is_shared_with_the_rows_or_the_caller() -> None:
+    x = correlated(50, 4).to(where)
+    state = on(x)
+    before = state.covariance()
+    x.zero_()
+    state.mean.zero_()
+    state.covariance().zero_()
+    state.spectrum(2).vectors.zero_()
+    assert torch.equal(state.covariance(), before) and state.mean.any() and state.spectrum(2).vectors.any()
+    copied = copy.deepcopy(state)
+    copied.update(x)
+    copied.merge(state)
+    assert torch.equal(state.covariance(), before)
+
+
+# ---- what is refused ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 2e150])
+@pytest.mark.parametrize("row", [0, 3, 9])
+def test_rows_that_are_not_finite(row: int, value: float, dtype: torch.dtype) -> None:
+    state, x = on(correlated(30, 5).to(dtype)), correlated(10, 5).to(dtype)
+    before = state._moments
+    x[row:, 2] = torch.tensor(value, dtype=torch.float64).to(dtype)  # 2e150: an infinity unless float64
+    assert state.update(x.to(where)) == row
+    assert state._moments is before
+    exact = Exact(5, True)
+    assert exact.update(x) == row
+
+
+def test_the_words_of_refusal(everywhere: Callable[[int], StreamingCovariance]) -> None:
+    x = correlated(10, 5)
+    x[4, 3] = float("nan")
+    state = everywhere(5).update(correlated(30, 5).to(where))
+    with pytest.raises(ValueError, match="row 4 of x has nan in column 3"):
+        state.update(x.to(where))
+    assert state.count == 30
+
+
+def test_rows_of_two_devices() -> None:
+    state = StreamingCovariance(5)
+    elsewhere = OnDevice(5, True, torch.device("meta"))
+    elsewhere._moments = elsewhere._moments._replace(rows=3)
+    state._state = elsewhere
+    with pytest.raises(ValueError, match="x is on cpu, and the rows so far were on meta"):
+        state.update(correlated(30, 5))
+    elsewhere._moments = elsewhere._moments._replace(rows=0)
+    assert state.update(correlated(30, 5)).covariance().device == CPU
+
+
+# ---- two states --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_merge_and_subtract(center: bool) -> None:
+    parts = correlated(120, 17, shift=2.0), correlated(80, 17, shift=-1.0)
+    both, a, b = on(torch.cat(parts), None, center), on(parts[0], None, center), on(parts[1], None, center)
+    merged = a.empty()
+    merged.merge(a)
+    merged.merge(b)
+    assert error(merged.covariance(), both.covariance()) < 1e-13 and error(merged.mean, both.mean) < 1e-13
+    merged.subtract(b)
+    assert error(merged.covariance(), a.covariance()) < 1e-12 and merged.count == a.count
+    merged.merge(merged)
+    assert error(merged.covariance(), a.covariance()) < 1e-12 and merged.count == 2 * a.count
+    merged.subtract(merged)
+    assert merged.count == 0 and not merged.mean.any()
+    merged.update(parts[0].to(where))
+    assert torch.equal(merged.covariance(), a.covariance())
+
+
+def test_a_state_of_the_cpu_joins(everywhere: Callable[[int], StreamingCovariance]) -> None:
+    """What `moved` does between devices; by the stand-in, with the CPU as both."""
+    x = correlated(300, 9, shift=1.0)
+    theirs = Exact(9, True)
+    theirs.update(x[100:])
+    ours, copied = everywhere(9).update(x[:100].to(where)), OnDevice(9, True, where)
+    copied.restore(theirs.tensors())
+    ours._state.merge(copied)
+    assert ours.count == 300 and error(ours.covariance(), reference.moments(x).covariance) < 1e-13
+
+
+# ---- spectra, summaries, files -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [40, 2000])
+def test_everything_a_state_says(rows: int, everywhere: Callable[[int], StreamingCovariance]) -> None:
+    x = correlated(rows, 60, shift=5.0)
+    expected = StreamingCovariance(60)
+    expected._state = Exact(60, True)
+    expected.update(x).covariance()
+    state = everywhere(60).update(x.to(where))
+    assert isinstance(state._state, OnDevice)
+    assert state.covariance().device == where and state.mean.device == where
+    assert error(state.covariance(), expected.covariance()) < 1e-12
+    values = expected.eigenvalues()
+    torch.testing.assert_close(state.eigenvalues().cpu(), values, rtol=1e-9, atol=1e-12 * float(values[0]))
+    for k in (3, None):
+        found, wanted = state.eigh(k), expected.eigh(k)
+        torch.testing.assert_close(found.values.cpu(), wanted.values, rtol=1e-9, atol=1e-12 * float(values[0]))
+        torch.testing.assert_close(found.vectors[:3].cpu(), wanted.vectors[:3], rtol=0, atol=1e-7)
+    with pytest.warns(RuntimeWarning) if rows < 60 else nullcontext():
+        for name in ("effective_rank", "participation_ratio", "stable_rank"):
+            assert getattr(state, name)() == pytest.approx(getattr(expected, name)(), rel=1e-9)
+        torch.testing.assert_close(state.explained_variance_ratio(5).cpu(), expected.explained_variance_ratio(5))
+    assert float(state.principal_angles(expected, 3).max()) < 1e-6
+    A, B = state.contrast(expected, 3), expected.contrast(expected, 3)
+    torch.testing.assert_close(A.values.cpu(), B.values, rtol=1e-6, atol=0)
+
+
+def test_leading_eigenvectors_are_iterated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the last answer on, and found again after new rows; LAPACK isn't asked."""
+    monkeypatch.setattr(on_device, "by_lapack", None)
+    scale = torch.arange(1, 301).double() ** -0.7
+    state = OnDevice(300, True, where)
+    for step in range(3):
+        state.update((torch.randn(900, 300, dtype=torch.float64) * scale.roll(step)).to(where))
+        values, vectors = state.spectrum(6)
+        expected = torch.linalg.eigvalsh(state.covariance()).flip(0)[:6]
+        torch.testing.assert_close(values, expected, rtol=1e-4, atol=0)
+        residual = vectors @ state.covariance() - values[:, None] * vectors
+        assert float(residual.norm(dim=1).max()) <= 1e-5 * float(values[0])
+    assert torch.equal(state.spectrum(6).vectors, vectors) and torch.equal(state.spectrum(4).vectors, vectors[:4])
+
+
+def test_files_and_copies(tmp_path: Path, everywhere: Callable[[int], StreamingCovariance]) -> None:
+    x = correlated(200, 11, shift=1.0).float().to(where)
+    state = everywhere(11).update(x)
+    state.save(tmp_path / "state")
+    for each in (copy.deepcopy(state), pickle.loads(pickle.dumps(state)), StreamingCovariance.load(tmp_path / "state")):
+        assert each.count == 200
+        assert torch.equal(each.covariance().cpu(), state.covariance().cpu())
+        assert torch.equal(each.mean.cpu(), state.mean.cpu())
+        each.update(x.to(each.mean.device))
+        assert state.count == 200
+    empty = everywhere(3)
+    empty.save(tmp_path / "empty")
+    assert StreamingCovariance.load(tmp_path / "empty").count == 0
+
+
+def test_a_file_is_the_cpus(tmp_path: Path) -> None:
+    x = correlated(200, 11)
+    state = StreamingCovariance(11)
+    state._state = on(x)
+    state.save(tmp_path / "state")
+    loaded = StreamingCovariance.load(tmp_path / "state")
+    assert isinstance(loaded._state, Exact)
+    assert torch.equal(loaded.covariance(), state.covariance().cpu())
+    assert loaded._state.kind() == state._state.kind()  # processes with and without a GPU merge
+
+
+# ---- the kernel --------------------------------------------------------------------------------
+
+
+def gram_lower(x: Tensor, shift: Tensor | None, scatter: Tensor, splits: int) -> None:
+    core, place = on_device.core_of(x)
+    core.gram_lower(memory_of(x), None if shift is None else memory_of(shift), memory_of(scatter), splits, place)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("dtype", NARROW)
+def test_gram_lower(splits: int, dtype: torch.dtype) -> None:
+    """Shapes around the tiles and the slabs, every alignment, with a shift and without; the upper triangle stays."""
+    for rows, dim, left in [(1, 1, 0), (2, 7, 1), (31, 63, 1), (32, 64, 0), (33, 65, 0), (5, 300, 3), (0, 4, 0)]:
+        x = torch.randn(rows, dim + 4).to(where, dtype)[:, left : left + dim]
+        for shift in (None, torch.randn(dim).to(where)):
+            upper = torch.ones(dim, dim, dtype=torch.bool, device=where).triu(1)
+            start = torch.randn(dim, dim, dtype=torch.float64).to(where)
+            scatter = start.masked_fill(upper, float("nan"))
+            gram_lower(x, shift, scatter, splits)
+            assert scatter[upper].isnan().all()
+            apart = x.float() if shift is None else x.float() - shift
+            apart = (apart.bfloat16() if splits == 1 else apart).double()
+            expected = (apart.T @ apart).tril()
+            assert error((scatter - start).tril().masked_fill(upper, 0.0), expected) < 1e-7 or not rows
+
+
+def test_what_gram_lower_refuses() -> None:
+    x, shift = torch.ones(4, 6).to(where), torch.ones(6).to(where)
+    scatter = torch.zeros(6, 6, dtype=torch.float64, device=where)
+    for arguments, kind, words in (
+        ((x.double(), shift, scatter, 3), TypeError, "x is float64"),
+        ((x[:, ::2], None, scatter[:3, :3].contiguous(), 3), ValueError, "stride 1"),
+        ((x, shift[:5], scatter, 3), ValueError, "shift must be"),
+        ((x, shift.double(), scatter, 3), ValueError, "shift must be"),
+        ((x, shift, scatter.float(), 3), ValueError, "scatter must be"),
+        ((x, shift, scatter[:5], 3), ValueError, "scatter must be"),
+        ((x, shift, scatter, 2), ValueError, "splits is 2"),
+    ):
+        with pytest.raises(kind, match=words):
+            gram_lower(*arguments)
+
+
+# ---- a GPU itself ------------------------------------------------------------------------------
+
+
+def test_a_state_follows_its_first_rows(gpu: Gpu, cuda: torch.device) -> None:
+    x = correlated(600, 30, shift=1.0)
+    state = StreamingCovariance(30).update(x.to(cuda))
+    assert state.mean.is_cuda and state.covariance().is_cuda and state.eigh(3).vectors.is_cuda
+    with pytest.raises(ValueError, match="x is on cpu, and the rows so far were on cuda:"):
+        state.update(x)
+    with pytest.raises(ValueError, match="x is on cuda:.*, and the rows so far were on cpu"):
+        StreamingCovariance(30).update(x).update(x.to(cuda))
+    with pytest.raises(ValueError, match="x is on cuda:.*, but rows are read on the CPU only"):
+        StreamingCovariance(30, rank=4).update(x.to(cuda))
+    both = reference.moments(torch.cat([x, 2 * x])).covariance
+    for ours, theirs in ((x.to(cuda), 2 * x), (x, 2 * x.to(cuda))):
+        merged = StreamingCovariance(30).update(ours).merge(StreamingCovariance(30).update(theirs))
+        assert merged.mean.device == ours.device and error(merged.covariance(), both) < 1e-13
+        assert StreamingCovariance(30).merge(merged).mean.device == ours.device
+        assert error(merged.subtract(StreamingCovariance(30).update(theirs)).mean, x.mean(dim=0)) < 1e-11
+
+
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize(("rows", "dim"), [(20000, 768), (9001, 2049), (3000, 4097)])
+def test_large_states(rows: int, dim: int, dtype: torch.dtype, center: bool, gpu: Gpu, cuda: torch.device) -> None:
+    if not gpu.real:
+        pytest.skip("too large for the stand-in")
+    x = (torch.randn(rows, dim, device=cuda, dtype=torch.float64) + torch.randn(dim, device=cuda)).to(dtype)
+    apart = x.double() - x.double().mean(dim=0) if center else x.double()
+    expected = apart.T @ apart / rows
+    first, again = on(x, None, center), on(x, None, center)
+    assert torch.equal(first.covariance(), again.covariance())
+    found = error(first.covariance(), expected)
+    assert found <= 1e-7
+    assert found <= error((apart.float().T @ apart.float()).double() / rows, expected)
+    values, vectors = first.spectrum(8)
+    residual = vectors @ first.covariance() - values[:, None] * vectors
+    assert float(residual.norm(dim=1).max()) <= 1e-5 * float(values[0])

@@ -1,0 +1,37 @@
+"""The module for GPUs: built where nvcc is, loaded where no driver is, and with the names of the CPU's."""
+
+import shutil
+
+import pytest
+import torch
+
+import scalpel
+from scalpel import _core
+from scalpel._memory import cuda_core, runs_on
+
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+BUILT = runs_on(torch.device("cuda"))
+KINDS = ("topk", "mask", "indices", "lanes", "rows", "jvp", "vjp")
+OTHERS = {"block_rows", "center_rows"}  # of the covariance, which a GPU does in another way
+SHARED = {name for name in dir(_core) if name.rpartition("_")[2] in KINDS} - OTHERS
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc isn't installed")
+def test_where_nvcc_is_the_module_is_built() -> None:
+    assert BUILT
+
+
+@pytest.mark.skipif(not BUILT, reason="scalpel was built without nvcc")
+def test_it_has_the_cpus_ops() -> None:
+    assert {"keep_topk", "linear_lanes", "attention_vjp", "norm_jvp"} <= SHARED
+    assert not {name for name in SHARED if not hasattr(cuda_core(), name)}
+    assert hasattr(cuda_core(), "gram_lower")
+
+
+@pytest.mark.skipif(not BUILT or torch.cuda.is_available(), reason="needs a build with nvcc and no GPU")
+def test_without_a_gpu_it_says_why() -> None:
+    with pytest.raises(RuntimeError, match="no GPU can be used: "):
+        cuda_core().device_count()
+    with pytest.raises(RuntimeError, match="cudaGetDevice: "):
+        cuda_core().keep_topk((0, "float32", (1, 4), (4, 1)), 1, False, (0, "float32", (1, 4), (4, 1)), (0, 0))
+    assert scalpel.show_config()["cuda"].startswith("built; ")
