@@ -34,7 +34,8 @@ def sources() -> list[Path]:
     bindings = [f"csrc/bindings/{name}.cpp" for name in ("arrays", "cuda_module", "init_covariance_cuda", "init_jvp")]
     return [
         *sorted(ROOT.glob("csrc/*/*_cuda*.cu")),
-        *(ROOT / name for name in (*bindings, "csrc/bindings/init_topk.cpp", "tests/native/host_cuda/host_cuda.cpp")),
+        *(ROOT / name for name in (*bindings, "csrc/bindings/init_topk.cpp", "csrc/topk/check.cpp")),
+        ROOT / "tests/native/host_cuda/host_cuda.cpp",
     ]
 
 

@@ -99,7 +99,7 @@ def test_what_is_said_and_what_is_refused(circuit: Path, longer: Path, tmp_path:
             analyze(circuit, longer, tmp_path / "out", **SMALL, **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [4])
 def test_torchrun_shares_the_work(circuit: Path, longer: Path, tmp_path: Path, world: int) -> None:
     out, alone = tmp_path / "out", tmp_path / "alone"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]

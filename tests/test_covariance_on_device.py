@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from covariance_states import correlated
-from cuda_stand_in import Gpu, cuda, gpu, stand_in
+from cuda_stand_in import Gpu
 from scalpel import StreamingCovariance, reference
 from scalpel._memory import memory_of
 from scalpel.covariance import on_device
 from scalpel.covariance.exact import Exact
 from scalpel.covariance.on_device import OnDevice
-
-__all__ = ["cuda", "gpu", "stand_in"]
 
 CPU = torch.device("cpu")
 NARROW = [torch.float16, torch.bfloat16, torch.float32]

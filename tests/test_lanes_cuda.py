@@ -9,10 +9,8 @@ import torch
 import scalpel
 import test_lanes as lanes
 from circuitgpt_cases import build, tokens, torch_func
-from cuda_stand_in import Gpu, gpu, stand_in
+from cuda_stand_in import Gpu
 from scalpel._memory import memory_of
-
-__all__ = ["gpu", "stand_in"]
 
 
 @pytest.mark.parametrize("dtype", lanes.DTYPES, ids=str)

@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-namespace scalpel {
+#include "topk/check.h"
 
-enum class TopKOutput : std::uint8_t { kMask, kKept, kIndex };
+namespace scalpel {
 
 // A block of rows, each `*_stride` elements after the one before.
 struct TopKBlock {

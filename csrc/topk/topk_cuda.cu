@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "../cuda/rows.h"
+#include "check.h"
 #include "topk_cuda.h"
 #include "topk_row_cuda.h"
 
@@ -148,17 +149,15 @@ void pick_vector(const Job& job, const CudaQueue& queue) {
 template <Result kResult>
 void run(const TensorView& x, std::int64_t k, RankBy by, const TensorView& out, const CudaQueue& queue) {
   const std::int64_t width = x.width();
-  if (x.ndim == 0)
-    throw std::invalid_argument("x has no dimension; TopK needs at least one, of which the last is ranked");
-  if (k < 0 || k > width) {
-    throw std::invalid_argument("k is " + std::to_string(k) + ", but the last dimension of x has width " +
-                                std::to_string(width) + "; allowed: 0 <= k <= width");
-  }
+  check_topk(x, k, out,
+             kResult == Result::kMask   ? TopKOutput::kMask
+             : kResult == Result::kKept ? TopKOutput::kKept
+                                        : TopKOutput::kIndex);
   if (width >= std::int64_t{1} << 30) {
     throw std::invalid_argument("x has rows of " + std::to_string(width) +
                                 " entries; on a GPU fewer than 2^30 are allowed");
   }
-  if (x.rows() == 0 || width == 0 || (kResult == Result::kIndex && k == 0)) return;
+  if (topk_empty(x) || topk_empty(out)) return;
   const device::OnDevice on(queue);
   const auto with = [&](auto bits, std::uint64_t infinity) {
     using Bits = decltype(bits);
@@ -185,11 +184,8 @@ void run(const TensorView& x, std::int64_t k, RankBy by, const TensorView& out, 
       return with(std::uint16_t{}, 0x7F80);
     case DType::kFloat32:
       return with(std::uint32_t{}, 0x7F800000);
-    case DType::kFloat64:
-      return with(std::uint64_t{}, 0x7FF0000000000000);
     default:
-      throw DTypeError(std::string("x is ") + name_of(x.dtype) +
-                       "; allowed: float16, bfloat16, float32, float64");
+      return with(std::uint64_t{}, 0x7FF0000000000000);
   }
 }
 
