@@ -7,7 +7,7 @@ import torch
 
 import scalpel
 from scalpel import _core
-from scalpel._memory import cuda_core, runs_on
+from scalpel._memory import cuda_core, memory_of, runs_on
 
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 BUILT = runs_on(torch.device("cuda"))
@@ -33,5 +33,5 @@ def test_without_a_gpu_it_says_why() -> None:
     with pytest.raises(RuntimeError, match="no GPU can be used: "):
         cuda_core().device_count()
     with pytest.raises(RuntimeError, match="cudaGetDevice: "):
-        cuda_core().keep_topk((0, "float32", (1, 4), (4, 1)), 1, False, (0, "float32", (1, 4), (4, 1)), (0, 0))
+        cuda_core().keep_topk(memory_of(torch.ones(1, 4)), 1, False, memory_of(torch.ones(1, 4)), (0, 0))
     assert scalpel.show_config()["cuda"].startswith("built; ")
