@@ -96,8 +96,8 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     yield Gpu("cpu", False)
 
 
-def _stands_in(module: ModuleType) -> Callable[[torch.Tensor], tuple[ModuleType, tuple[int, int]]]:
-    return lambda x: (module, (0, 0))
+def _stands_in(module: ModuleType) -> Callable[..., tuple[ModuleType, tuple[int, int]]]:
+    return lambda x, *others: (module, (0, 0))
 
 
 @pytest.fixture

@@ -53,8 +53,11 @@ __device__ __forceinline__ float float_of_half(unsigned short bits) {
 
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace scalpel {
 
@@ -68,6 +71,7 @@ namespace device {
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // or the next launch would be blamed for it
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
@@ -108,15 +112,27 @@ inline int multiprocessors() {
 }
 
 #if defined(__CUDACC__) || __has_include("host_cuda.h")
+// Lets a kernel ask for all the shared memory that there is; once for each kernel and device, and never for
+// less, since another thread may be about to launch it with more.
+inline void allow_shared(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> done;
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (!done.insert({kernel, device}).second) return;
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(most_shared() - attributes.sharedSizeBytes)),
+        "cudaFuncSetAttribute");
+}
+
 // Starts a kernel and reports what is wrong with the launch; what goes wrong in it shows at a later call.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared, const CudaQueue& queue,
             Arguments... arguments) {
-  if (shared > 48 * 1024) {
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                               cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
-          "cudaFuncSetAttribute");
-  }
+  if (shared > 48 * 1024) allow_shared(reinterpret_cast<const void*>(kernel));
   start(kernel, grid, block, shared, queue.stream, static_cast<Parameters>(arguments)...);
   check(cudaGetLastError(), "a kernel's launch");
 }

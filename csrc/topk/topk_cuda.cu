@@ -105,8 +105,7 @@ void start(const Job& job, const CudaQueue& queue) {
                    many(job.rows, WarpGroup::kPerBlock), dim3(128), 0, queue, job, vectors, 0);
     return;
   }
-  // Half as many entries a thread as a warp's row has, so that two blocks of 1024 threads fit a
-  // multiprocessor.
+  // Half as many entries a thread as a warp's row has: of 1024 threads each may have 64 registers.
   constexpr int kBlockHeld = kHeld / 2 > 0 ? kHeld / 2 : 1;
   int threads = 64;
   while (threads < 1024 && job.width > threads * kBlockHeld * kVector) threads *= 2;

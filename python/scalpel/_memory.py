@@ -47,11 +47,14 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
 # ---- where an op runs --------------------------------------------------------------------------
 
 
-def core_of(x: torch.Tensor) -> tuple[Any, Any]:
+def core_of(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[Any, Any]:
     """The module with the ops for x's device, and what its ops take last: how many threads, or (device, stream).
 
-    ValueError where there is none.
+    ValueError where there is none, or where one of ``others`` is on another device: an op is given addresses alone.
     """
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise ValueError(f"one tensor is on {x.device}, another on {other.device}; move them to one device")
     if x.device.type == "cpu":
         return _core, torch.get_num_threads()
     check_device(x, "a tensor")

@@ -76,7 +76,7 @@ class Lanes:
         """Those of the channels in ``index``; all channels are there."""
         assert self.index is None
         out = Lanes.empty(self.values, index, self.channels)
-        core, place = core_of(index)
+        core, place = core_of(index, self.values)
         core.gather_lanes(memory_of(self.values), memory_of(out.values), memory_of(index), place)
         return out
 
@@ -86,7 +86,7 @@ class Lanes:
         if part.index is None and part.channels < self.channels:
             self.values[:, : part.channels] += part.values
             return
-        core, place = core_of(self.values)
+        core, place = core_of(self.values, part.values, part.index)
         core.scatter_lanes(memory_of(part.values), _maybe(part.index), memory_of(self.values), place)
 
     def restricted(self, index: Tensor | None) -> Lanes:
@@ -147,7 +147,7 @@ class SparseWeight:
     def apply(self, x: Lanes, index: Tensor | None, scale: Tensor | None = None) -> Lanes:
         """The product, at ``index`` (N, entries) of its rows or at all, times ``scale`` (N, entries)."""
         out = Lanes.empty(x.values, index, self.rows)
-        core, place = core_of(out.values)
+        core, place = core_of(out.values, self.weights, x.values, x.index, scale, index)
         core.linear_lanes(
             *self._matrix(),
             memory_of(x.values),
@@ -162,7 +162,7 @@ class SparseWeight:
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (N, cols) times the transposed matrix, plus bias (rows,): (N, rows), with sixteen tokens in the lanes."""
         x, out = x.contiguous(), empty((x.shape[0], self.rows), x.dtype, x.device)
-        core, place = core_of(x)
+        core, place = core_of(x, self.weights, bias)
         core.linear_rows(*self._matrix(), memory_of(x), _maybe(bias), memory_of(out), place)
         return out
 
@@ -236,16 +236,20 @@ class Linear:
         version = 0 if weight.is_inference() else weight._version
         mark = (version, weight.data_ptr(), weight.device, weight.dtype, tuple(weight.shape))
         # A change through .data leaves no trace but the numbers themselves; some of them are looked at.
-        # On a GPU that would be waiting for it.
+        # On a GPU that would be waiting for it; there the weight is held, so that its address stays its own, and what
+        # has no count of changes is never kept.
         sample = weight.flatten()[:: max(1, weight.numel() // 256)][: 0 if weight.is_cuda else None]
         kept = _copies.get(self.layer)
-        if kept is None or kept["mark"] != mark or not torch.equal(kept["sample"], sample):
-            kept = {"mark": mark, "sample": sample.clone()}
+        uncounted = weight.is_cuda and weight.is_inference()
+        if kept is None or kept["mark"] != mark or uncounted or not torch.equal(kept["sample"], sample):
+            kept = {"mark": mark, "sample": sample.clone(), "weight": weight if weight.is_cuda else None}
             _copies[self.layer] = kept
         rows = None if self.rows is None else (self.rows.start, self.rows.stop)
         key = (what, rows, self.transposed)
         if key not in kept:
             kept[key] = make()
+            if weight.is_cuda:  # made on this stream, to be read on any
+                torch.cuda.current_stream(weight.device).synchronize()
         return kept[key]
 
 
@@ -284,13 +288,13 @@ class Norm:
 
     def jvp(self, x: Lanes, index: Tensor | None) -> Lanes:
         out = Lanes.empty(x.values, index, self.gain.shape[0])
-        core, place = core_of(out.values)
+        core, place = core_of(out.values, self.normed, x.values, index)
         core.norm_jvp(*self._primal(), memory_of(x.values), memory_of(out.values), _maybe(index), place)
         return out
 
     def add_vjp(self, u: Lanes, out: Lanes) -> None:
         """The cotangent of the norm's input, added to ``out``."""
-        core, place = core_of(out.values)
+        core, place = core_of(out.values, self.normed, u.values, u.index)
         core.norm_vjp(*self._primal(), memory_of(u.values), _maybe(u.index), memory_of(out.values), place)
 
     def _primal(self) -> tuple[Any, Any, Any, bool, int]:
@@ -337,7 +341,8 @@ class Attention:
             lanes += [None, None] if part is None else [memory_of(part.values), _maybe(part.index)]
         primal = [memory_of(each) for each in (self.q, self.k, self.v, self.y, self.allowed)]
         shape = (self.heads, self.kv_heads, self.scale)
-        core, place = core_of(y.values)
+        indices = [part.index for part in (q, k, v) if part is not None]
+        core, place = core_of(y.values, self.q, self.k, self.v, self.allowed, self.sink, *indices)
         getattr(core, op)(*primal, _maybe(self.sink), *shape, *lanes, memory_of(y.values), place)
 
 

@@ -23,6 +23,7 @@ from .dense import DenseProducts
 from .hooks import CircuitPass, ModulePass, Pass
 from .operator import End, Jacobian, check_floating, finished
 from .positions import Selected, add_at, check_path, describe, read_at, select, split_pair
+from .precision import no_autocast
 from .trace import has_products
 
 Target = str | Callable[[Tensor], Tensor] | tuple[str, Callable[[Tensor], Tensor]]
@@ -98,7 +99,7 @@ def jacobian(
                 return _by_rules(circuit, CircuitProducts, at, function)
             run = circuit
         elif isinstance(model, nn.Module):
-            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            with torch.no_grad(), no_autocast():
                 decoder = decoder_pass(model, input_ids, beside, source, hook, precision)
             if isinstance(decoder, DecoderPass):
                 return _by_rules(decoder, DenseProducts, _checked_ends(decoder, wanted), function)
@@ -126,7 +127,7 @@ def _by_rules(
     run: Pass, rules: Callable[..., Any], at: tuple[Selected, Selected], function: Callable[[Tensor], Tensor] | None
 ) -> Jacobian:
     """Through the rules of the model's own sublayers."""
-    with torch.no_grad(), torch.autocast("cpu", enabled=False), explained(run):
+    with torch.no_grad(), no_autocast(), explained(run):
         products = rules(run, at, function)
     for name, value in ((run.source, products.source), (run.target, products.primal)):
         _check_numbers(value, name)
@@ -134,7 +135,7 @@ def _by_rules(
     def checked(product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def go(tangents: Tensor) -> Tensor:
             run.check_weights()
-            with _plain_tensors(), torch.no_grad(), torch.autocast("cpu", enabled=False), explained(run):
+            with _plain_tensors(), torch.no_grad(), no_autocast(), explained(run):
                 return product(tangents)
 
         return go

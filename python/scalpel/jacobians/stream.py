@@ -16,6 +16,7 @@ from ..models.folder import decoder_in, streamed_layers
 from .decoder_pass import plain_inputs
 from .dense_layer import Buffers, DenseLayer
 from .dense_primal import DensePrimal, places_of, through_layer
+from .precision import no_autocast
 
 _CHUNK_BYTES = 1 << 28  # about what the widest value of a chunk of tangents may take
 _WIDEST = 4  # over the residual stream's own width
@@ -103,7 +104,7 @@ def stream_layers(
 @contextmanager
 def _plain() -> Iterator[None]:
     """Nothing is differentiated, cast or made for inference only."""
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with torch.inference_mode(False), torch.no_grad(), no_autocast():
         yield
 
 

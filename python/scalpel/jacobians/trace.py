@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .._memory import runs_on
 from ..lanes import Attention, Norm, apply_linear
 from ..models.attention import attend
 from ..ops import keep_topk, topk_indices
@@ -26,8 +27,10 @@ Function = Callable[[Tensor], Tensor]
 
 
 def has_products(model: CircuitGPT) -> bool:
-    """Whether the rules here are the model's: float32 or float64 on the CPU, its own modules, none hooked."""
-    if model.device.type != "cpu" or model.dtype not in (torch.float32, torch.float64):
+    """Whether the rules here are the model's: float32 or float64, on a device that has kernels, its own modules, none
+    hooked.
+    """
+    if not runs_on(model.device) or model.dtype not in (torch.float32, torch.float64):
         return False
     known = {nn.Linear, nn.Embedding, nn.RMSNorm, nn.ModuleDict, nn.ModuleList}
     for module in model.modules():
