@@ -80,6 +80,13 @@ def test_refused(name: str, stand_in: ModuleType) -> None:
         stand_in.linear_lanes(**memory, queue=(0, 0))
 
 
+def test_tensors_of_two_devices_are_refused() -> None:
+    weight = lanes.SparseWeight.from_dense(torch.eye(4))
+    x = lanes.Lanes(torch.empty(3, 4, 16, device="meta"), None, 4)
+    with pytest.raises(ValueError, match="one tensor is on meta, another on cpu"):
+        weight.apply(x, None)
+
+
 @pytest.mark.parametrize("case", ["like_csp_yolo2", "positions_concatenated_rms", "plain"])
 def test_the_jacobian_of_a_model(case: str, gpu: Gpu) -> None:
     """The whole engine on the GPU's kernels, against torch.func."""
@@ -93,3 +100,58 @@ def test_the_jacobian_of_a_model(case: str, gpu: Gpu) -> None:
     found = scalpel.jacobian(model, ids)
     lanes.close(found.jvp(V).cpu(), right)
     lanes.close(found.vjp(U).cpu(), back)
+
+
+# ---- what only a GPU can tell --------------------------------------------------------------------
+
+
+def test_the_rules_captured_in_a_graph(cuda: torch.device) -> None:
+    """Each op is captured, and replayed on other tangents."""
+    with torch.device("cuda"):
+        weight = lanes.SparseWeight.from_dense(lanes.sparse_matrix(48, 64, 0.2, torch.float32))
+        norm = lanes.Norm.of(torch.nn.RMSNorm(48), torch.randn(20, 48))
+        q, k, v = (torch.randn(1, 20, 48) for _ in range(3))
+        allowed = torch.ones(1, 20, 20, dtype=torch.bool).tril()
+        twin = lanes.reference_lanes.attend(4, 4, allowed, None, 0.3)
+        at = lanes.Attention(q, k, v, twin(q, k, v).contiguous(), allowed, None, 4, 4, 0.3)
+        rows = torch.randn(16, 20, 64)
+
+    def through() -> torch.Tensor:
+        moved = norm.jvp(weight.apply(lanes.Lanes.from_rows(rows), None), None)
+        back = at.vjp(at.jvp(moved, moved, moved), None, None, None)
+        return sum((part.values for part in back), torch.zeros_like(back[0].values))
+
+    through()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = through()
+    for _ in range(3):
+        rows.copy_(torch.randn_like(rows))
+        graph.replay()
+        lanes.close(found, through())
+
+
+def test_a_jacobian_made_on_one_stream_and_used_on_others(cuda: torch.device) -> None:
+    model = build("like_csp_yolo2").to(cuda)
+    J = scalpel.jacobian(model, tokens(model).to(cuda))
+    V = torch.randn(5, *J.source_shape, dtype=torch.float64, device=cuda)
+    expected = J.jvp(V)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    found = []
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            found.append(J.jvp(V))
+    torch.cuda.synchronize()
+    for each in found:
+        lanes.close(each, expected)
+
+
+def test_no_autocast_of_the_gpu(cuda: torch.device) -> None:
+    model = build("plain", torch.float32).to(cuda)
+    ids = tokens(model).to(cuda)
+    V = torch.randn(2, 2, 7, model.config.d_model, device=cuda)
+    expected = scalpel.jacobian(model, ids).jvp(V)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        lanes.close(scalpel.jacobian(model, ids).jvp(V), expected)

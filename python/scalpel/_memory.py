@@ -39,7 +39,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
     """Fresh memory. That of the CPU is on huge pages if it is large and the system gives them: page faults would cost
     more than what is written there."""
     fresh = torch.empty(shape, dtype=dtype, device=device)
-    if fresh.device.type == "cpu" and fresh.numel() >= 1 << 19:
+    if fresh.numel() >= 1 << 19 and fresh.is_cpu:
         _core.prefer_huge_pages(fresh.data_ptr(), fresh.nbytes)
     return fresh
 
@@ -55,7 +55,7 @@ def core_of(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[Any, Any]:
     for other in others:
         if other is not None and other.device != x.device:
             raise ValueError(f"one tensor is on {x.device}, another on {other.device}; move them to one device")
-    if x.device.type == "cpu":
+    if x.is_cpu:
         return _core, torch.get_num_threads()
     check_device(x, "a tensor")
     return cuda_core(), (x.device.index, torch.cuda.current_stream(x.device).cuda_stream)
@@ -83,9 +83,10 @@ def runs_on(device: torch.device) -> bool:
 
 def check_device(x: torch.Tensor, name: str) -> None:
     """ValueError where no op runs on x's device."""
-    if x.device.type == "meta" or runs_on(x.device):
+    kind = x.device.type
+    if kind == "cpu" or kind == "meta" or runs_on(x.device):
         return
     why = "there are kernels for the CPU and for CUDA only"
-    if x.device.type == "cuda":
+    if kind == "cuda":
         why = "this build runs on the CPU only: nvcc wasn't found when it was installed"
     raise ValueError(f"{name} is on {x.device}, but {why}; move it with {name}.cpu()")

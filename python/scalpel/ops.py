@@ -337,7 +337,7 @@ def untraced(x: torch.Tensor) -> bool:
     """The same, but a profile may watch."""
     return (
         type(x) in (torch.Tensor, torch.nn.Parameter)
-        and x.device.type in ("cpu", "cuda")
+        and (x.is_cpu or x.is_cuda)
         and not _transformed(x)
         and torch._C._len_torch_dispatch_stack() == 0
         and _len_torch_dispatch_stack_pre_dispatch() == 0
