@@ -46,12 +46,8 @@ def asked(monkeypatch: pytest.MonkeyPatch, found: result.Result) -> list[dict[st
     def train_model(out: Path, **options: Any) -> dict[str, Any]:
         options["progress"](1, 2, 3.5)
         calls.append({"out": out, **options})
-        return {
-            "name": "bracket-mini",
-            "loss_nats": float("nan"),
-            "recipe": {"seed": 0},
-            "accuracy": {"summary": "97 %"},
-        }
+        summary = {"summary": "97 %"}
+        return {"name": "bracket-mini", "loss_nats": float("nan"), "recipe": {"seed": 0}, "accuracy": summary}
 
     monkeypatch.setattr(suite, "run_suite", run_suite)
     monkeypatch.setattr(scalpel.experiments, "run", run)
