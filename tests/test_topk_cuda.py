@@ -82,9 +82,33 @@ def test_rows_beyond_the_registers(width: int, dtype: torch.dtype, gpu: Gpu) -> 
     check(x, width // 5, "magnitude", gpu.device)
 
 
+def wide_rows(width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows whose keys are spread out, in a tail, in few values, in one, and the largest and least of all."""
+    normal = torch.randn(width)
+    tail = torch.where(torch.rand(width) < 1e-3, normal * 1e4, normal)
+    rows = [normal, tail, torch.randint(-9, 9, (width,)).float(), torch.ones(width), torch.zeros(width)]
+    special = normal.clone()
+    special[:: width // 7], special[3 :: width // 5] = torch.nan, -torch.inf
+    return torch.stack([*rows, special]).to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype"), [(21001, torch.float32), (40000, torch.bfloat16), (8200, torch.float64)], ids=str
+)
+def test_rows_beyond_a_little_shared_memory(
+    width: int, dtype: torch.dtype, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if gpu.real:
+        pytest.skip("a GPU's shared memory isn't chosen; test_rows_beyond_shared_memory has wider rows")
+    monkeypatch.setenv("HOST_CUDA_SHARED", str(51 * 1024))
+    x = wide_rows(width, dtype)
+    for k, by in ((1, "value"), (width // 5, "magnitude"), (width - 1, "value")):
+        check(x, k, by, gpu.device)
+
+
 @pytest.mark.parametrize(("width", "dtype"), ONLY_ON_A_GPU, ids=str)
 def test_rows_beyond_shared_memory(width: int, dtype: torch.dtype, cuda: torch.device) -> None:
-    x = torch.stack([torch.randn(width), torch.randint(-9, 9, (width,)).float(), torch.ones(width)]).to(dtype)
+    x = wide_rows(width, dtype)
     for k in (1, width // 5, width - 1):
         check(x, k, "magnitude", "cuda")
         check(x, k, "value", "cuda")

@@ -1,11 +1,12 @@
-// TopK on a GPU: a warp a row up to 1024 entries, a block a row above.
+// TopK on a GPU: a warp a row while a lane can hold its share, a block a row above.
 //
-// A row is read once: its first entries stay in registers, the next in shared memory; only what neither holds
-// (of float32 beyond 70,000 entries, say) is read again in every step. The k-th largest key is searched by
-// bisection between the row's least and largest key: a step counts the keys from a candidate on. It ends as
-// soon as exactly k are counted, which rows without ties do after some fifteen steps; rows of equal keys
-// begin with least = largest. A row with ties at the k-th key goes through its entries in order once more, to
-// keep the first of them. All of it is integer arithmetic on counts, so that the bits are the CPU's.
+// A row is read once: its first entries stay in registers, the next in shared memory. The k-th largest key is
+// searched by counting the keys from a guess on, some ten times; the search ends as soon as exactly k are
+// counted, and rows of equal keys end it at once. Only of a row that neither holds (of float32 beyond 65,536
+// entries or so) is the rest read again: by each step of a search in which one tells 1024 ranges of keys
+// apart, so that three do, and when it is written. A row with ties at the k-th key goes through its entries
+// in order once more, to keep the first of them. All of it is integer arithmetic on counts (floats guess, and
+// no guess decides), so that the bits are the CPU's.
 #include <algorithm>
 #include <cstdint>
 
@@ -19,48 +20,54 @@ namespace {
 
 using namespace topk;
 
+// Dynamic shared memory begins with the group's words; from `bins_at` and `row_at` on, in bytes, are a wide
+// row's bins and the part of a row that is there.
 template <class Bits, Order kOrder, class Group, int kHeld, int kVector, Result kResult, int kThreads>
-__global__ void __launch_bounds__(kThreads, 1) rank_rows(Job job, int vectors, int shared_vectors) {
+__global__ void __launch_bounds__(kThreads, 1)
+    rank_rows(Job job, int vectors, int shared_vectors, int bins_at, int row_at) {
   using R = Row<Bits, kOrder, Group, kHeld, kVector>;
+  using Key = typename R::Key;
   SCALPEL_DYNAMIC_SHARED(memory);
   Group group(reinterpret_cast<unsigned*>(memory));
-  auto* shared =
-      reinterpret_cast<typename R::Vec*>(memory + (Group::kWords * sizeof(unsigned) + 15) / 16 * 16);
 
   for (std::int64_t row = group.first_row(); row < job.rows; row += group.row_step()) {
     const auto* x = static_cast<const Bits*>(job.x) + job.x_rows.offset(row);
     const std::int64_t to = job.out_rows.offset(row);
     R r{group,
-        {static_cast<typename R::Key>(job.infinity), job.by_value},
+        {static_cast<Key>(job.infinity), job.by_value},
         x,
-        shared,
+        reinterpret_cast<typename R::Vec*>(memory + row_at),
         shared_vectors,
         vectors,
         job.width,
         {}};
     r.load();
-    typename R::Key threshold = 0;
-    unsigned equal = 0;
-    if (job.k > 0) r.search(static_cast<unsigned>(job.k), threshold, equal);
+    Cut<Key> cut{r.keys.beyond(), kAllEqual};
+    if constexpr (Group::kWide) {
+      if (job.k > 0 && r.wide())
+        cut = r.search_wide(static_cast<unsigned>(job.k), reinterpret_cast<unsigned*>(memory + bins_at));
+    }
+    if (job.k > 0 && !(Group::kWide && r.wide())) cut = r.search(static_cast<unsigned>(job.k));
+    const bool ordered = cut.equal != kAllEqual;  // the same for the whole group
+    const Key from = ordered ? r.keys.after(cut.threshold) : cut.threshold;
     // Which of a vector's entries are kept, as bits; `seen` and `put` run over the vectors before.
     unsigned seen = 0, put = 0;
-    const bool ordered = equal != 0xFFFFFFFFu && job.k > 0;  // the same for the whole group
     r.each([&](int at, const typename R::Vec& vec) {
-      unsigned kept = 0, ties = 0;
+      const bool there = at < job.width;
+      unsigned kept = 0;
 #pragma unroll
-      for (int e = 0; e < kVector; ++e) {
-        const auto key = r.keys.of(vec.entry[e]);
-        if (at + e >= job.width || job.k == 0) continue;
-        kept |= (ordered ? key > threshold : key >= threshold) ? 1u << e : 0u;
-        ties |= ordered && key == threshold ? 1u << e : 0u;
-      }
+      for (int e = 0; e < kVector; ++e) kept |= there && r.keys.reaches(vec.entry[e], from) ? 1u << e : 0u;
       if (ordered) {
-        unsigned total;
+        unsigned ties = 0, total;
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) {
+          ties |= there && r.keys.of(vec.entry[e]) == cut.threshold ? 1u << e : 0u;
+        }
         unsigned rank = seen + group.before(static_cast<unsigned>(__popc(ties)), total);
         seen += total;
 #pragma unroll
         for (int e = 0; e < kVector; ++e) {
-          if ((ties >> e & 1u) != 0 && rank++ < equal) kept |= 1u << e;
+          if ((ties >> e & 1u) != 0 && rank++ < cut.equal) kept |= 1u << e;
         }
       }
       if constexpr (kResult == Result::kIndex) {
@@ -72,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, 1) rank_rows(Job job, int vectors, i
         for (int e = 0; e < kVector; ++e) {
           if (kept >> e & 1u) out[rank++] = at + e;
         }
-      } else if (at < job.width) {
+      } else if (there) {
         using Out = std::conditional_t<kResult == Result::kMask, std::uint8_t, Bits>;
         Vector<Out, kVector> out;
 #pragma unroll
@@ -91,37 +98,47 @@ __global__ void __launch_bounds__(kThreads, 1) rank_rows(Job job, int vectors, i
 
 template <class Bits, Order kOrder, int kVector, Result kResult>
 void start(const Job& job, const CudaQueue& queue) {
-  // Entries in a thread's registers: those of 128 bytes; single ones, whose addresses take room too, half as
-  // many.
-  constexpr int kEntries = (sizeof(Bits) == 8 ? 16 : 32) / (kVector == 1 ? 2 : 1);
+  // Entries in a thread's registers: 32, or 8 of float64; single ones, whose addresses take room too, half
+  // as many.
+  constexpr int kEntries = (sizeof(Bits) == 8 ? 8 : 32) / (kVector == 1 ? 2 : 1);
   constexpr int kHeld = kEntries / kVector;
   const auto many = [&](std::int64_t groups, int per_block) {
     return dim3(
         static_cast<unsigned>(std::min<std::int64_t>((groups + per_block - 1) / per_block, 0x7FFFFFFF)));
   };
   if (job.width <= 32 * kEntries) {
-    const int vectors = kHeld;
     device::launch(rank_rows<Bits, kOrder, WarpGroup, kHeld, kVector, kResult, 128>,
-                   many(job.rows, WarpGroup::kPerBlock), dim3(128), 0, queue, job, vectors, 0);
+                   many(job.rows, WarpGroup::kPerBlock), dim3(128), 0, queue, job, kHeld, 0, 0, 0);
     return;
   }
   // Half as many entries a thread as a warp's row has: of 1024 threads each may have 64 registers.
   constexpr int kBlockHeld = kHeld / 2 > 0 ? kHeld / 2 : 1;
+  using R = Row<Bits, kOrder, BlockGroup, kBlockHeld, kVector>;
+  constexpr std::size_t kWords = (BlockGroup::kWords * sizeof(unsigned) + 15) / 16 * 16;
+  const auto vectors_of = [&](int threads) {
+    return std::max(kBlockHeld, (job.width + threads * kVector - 1) / (threads * kVector));
+  };
+  const auto slot = [](int threads) { return sizeof(Bits) * kVector * static_cast<std::size_t>(threads); };
+  const auto needed = [&](int threads) {
+    return kWords + static_cast<std::size_t>(vectors_of(threads) - kBlockHeld) * slot(threads);
+  };
   int threads = 64;
-  while (threads < 1024 && job.width > threads * kBlockHeld * kVector) threads *= 2;
-  const int vectors = std::max(kBlockHeld, (job.width + threads * kVector - 1) / (threads * kVector));
-  const std::size_t words = (BlockGroup::kWords * sizeof(unsigned) + 15) / 16 * 16;
-  const std::size_t slot = sizeof(Bits) * kVector * threads;
-  int shared_vectors = 0;
-  if (vectors > kBlockHeld) {
-    const std::size_t room = (device::most_shared() - words) / slot;
-    shared_vectors =
-        static_cast<int>(std::min<std::size_t>(static_cast<std::size_t>(vectors - kBlockHeld), room));
+  while (threads < 512 && vectors_of(threads) > kBlockHeld) threads *= 2;
+  // Two blocks on a multiprocessor, so that one reads or writes while the other counts, or one with all its
+  // threads.
+  const std::size_t room = device::most_shared();
+  if (needed(threads) > room / 2 - 1024) threads = 1024;
+  int shared_vectors = vectors_of(threads) - kBlockHeld;
+  std::size_t bins = 0;
+  if (needed(threads) > room) {
+    bins = sizeof(unsigned) * R::kBins * R::kCopies;
+    shared_vectors = static_cast<int>((room - kWords - bins) / slot(threads));
   }
   device::launch(rank_rows<Bits, kOrder, BlockGroup, kBlockHeld, kVector, kResult, 1024>, many(job.rows, 1),
                  dim3(static_cast<unsigned>(threads)),
-                 words + static_cast<std::size_t>(shared_vectors) * slot, queue, job, vectors,
-                 shared_vectors);
+                 kWords + bins + static_cast<std::size_t>(shared_vectors) * slot(threads), queue, job,
+                 vectors_of(threads), shared_vectors, static_cast<int>(kWords),
+                 static_cast<int>(kWords + bins));
 }
 
 bool aligned(const void* data, const Rows& rows, std::int64_t bytes, std::int64_t item) {

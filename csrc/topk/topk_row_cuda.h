@@ -31,6 +31,20 @@ struct Keys {
     if (!value()) return magnitude;
     return (bits & kSign) != 0 && size <= infinity ? kSign - magnitude : kSign + magnitude;
   }
+  // Whether an entry's rank is at least `from`, a rank or beyond(). Magnitudes spare the look for NaNs:
+  // `from` is at most the first of them.
+  __device__ bool reaches(Bits bits, Key from) const {
+    return value() ? of(bits) >= from : static_cast<Key>(bits & (kSign - 1)) >= from;
+  }
+  // Which no entry reaches.
+  __device__ Key beyond() const { return value() ? most() + 1 : kSign; }
+  // The next rank, or beyond().
+  __device__ Key after(Key key) const { return key == most() ? beyond() : key + 1; }
+  // The largest rank.
+  __device__ Key most() const { return value() ? kSign + infinity + 1 : infinity + 1; }
+  // In the order of ranks but for NaNs, which only settled() makes the same.
+  __device__ Key rough(Bits bits) const { return value() ? of(bits) : static_cast<Key>(bits & (kSign - 1)); }
+  __device__ Key settled(Key rough) const { return rough > most() ? most() : rough; }
   // Ranks no higher than any entry; what stands where a row has none.
   __device__ Bits least() const { return value() ? static_cast<Bits>(kSign | infinity) : Bits{0}; }
 };
@@ -51,6 +65,7 @@ constexpr unsigned kAll = 0xFFFFFFFFu;
 // The threads that share a row: a warp.
 struct WarpGroup {
   static constexpr int kPerBlock = 4;
+  static constexpr bool kWide = false;  // holds every row it is given
   static constexpr std::size_t kWords = 0;
   __device__ explicit WarpGroup(unsigned*) {}
   static __device__ int size() { return 32; }
@@ -85,6 +100,7 @@ struct WarpGroup {
 // A whole block. `words`: shared, for three rounds, so that one barrier a round is enough: what a round
 // clears was last read before the barrier of the round before.
 struct BlockGroup {
+  static constexpr bool kWide = true;
   static constexpr std::size_t kWords = 3 * 33;
   unsigned* words;
   int round = 0;
@@ -101,9 +117,12 @@ struct BlockGroup {
     return at;
   }
   __device__ unsigned sum(unsigned n) {
-    unsigned total;
-    before(n, total);
-    return total;
+    n = __reduce_add_sync(kAll, n);
+    unsigned* at = next();
+    if (rank() % 32 == 0) at[rank() / 32] = n;
+    __syncthreads();
+    const int lane = rank() % 32;
+    return __reduce_add_sync(kAll, lane < size() / 32 ? at[lane] : 0u);
   }
   template <class Key>
   __device__ Key largest(Key key) {
@@ -144,12 +163,30 @@ struct alignas(sizeof(Bits) * kVector) Vector {
   Bits entry[kVector];
 };
 
+// What is kept: keys above the threshold, and the first `equal` of those equal to it; kAllEqual: all of them.
+template <class Key>
+struct Cut {
+  Key threshold;
+  unsigned equal;
+};
+constexpr unsigned kAllEqual = 0xFFFFFFFFu;
+
+// The square root of a count, about.
+__device__ inline float root(unsigned n) {
+  const auto x = static_cast<float>(n);
+  return x * rsqrtf(n == 0 ? 1.0f : x);
+}
+__device__ inline int bit_width(std::uint32_t x) { return 32 - __clz(static_cast<int>(x)); }
+__device__ inline int bit_width(std::uint64_t x) { return 64 - __clzll(static_cast<long long>(x)); }
+
 // A row as its group holds it: vector v of thread t stands at (v * size + t) * kVector. The first kHeld
-// vectors of a thread are in registers, `shared` more in shared memory, the rest in memory.
+// vectors of a thread are in registers, `shared` more in shared memory, the rest in memory. Vectors of more
+// than one entry end where the row does.
 template <class Bits, Order kOrder, class Group, int kHeld, int kVector>
 struct Row {
   using Key = typename Keys<Bits, kOrder>::Key;
   using Vec = Vector<Bits, kVector>;
+  static constexpr bool kPairs = sizeof(Bits) == 2 && kVector > 1;
 
   Group& group;
   Keys<Bits, kOrder> keys;
@@ -170,6 +207,7 @@ struct Row {
     }
     return found;
   }
+  __device__ bool wide() const { return vectors > kHeld + shared_vectors; }
   __device__ void load() {
 #pragma unroll
     for (int v = 0; v < kHeld; ++v) held[v] = read(v);
@@ -185,41 +223,110 @@ struct Row {
     for (int v = kHeld + shared_vectors; v < vectors; ++v) f(place(v), read(v));
   }
   // How many keys are at least `from`, which is above the key of what isn't there.
-  __device__ unsigned count(Key from) {
+  __device__ unsigned count(Key from) const {
     unsigned n = 0;
-    each([&](int, const Vec& vec) {
+    if (kPairs && !keys.value()) {
+      // Two magnitudes a word: with the sign's bit set, taking `from` off each borrows nothing from the
+      // other, and the bit stays where a magnitude reaches it. No thread holds 2^16 of either half.
+      const unsigned both = static_cast<unsigned>(from) * 0x10001u;
+      each([&](int, const Vec& vec) {
+        const auto* words = reinterpret_cast<const unsigned*>(&vec);
 #pragma unroll
-      for (int e = 0; e < kVector; ++e) n += keys.of(vec.entry[e]) >= from ? 1u : 0u;
-    });
+        for (int w = 0; w < kVector / 2; ++w) n += ((words[w] | 0x80008000u) - both) >> 15 & 0x00010001u;
+      });
+      n = (n & 0xFFFFu) + (n >> 16);
+    } else {
+      each([&](int, const Vec& vec) {
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) n += keys.reaches(vec.entry[e], from) ? 1u : 0u;
+      });
+    }
     return group.sum(n);
   }
 
-  // The least key that is kept, and how many of those equal to it are.
-  __device__ void search(unsigned k, Key& threshold, unsigned& equal) {
-    Key most = 0, least = 0;  // least: the largest of the complements
+  // Of a row that is held whole: narrows [low, high], in which the least kept key is, by counting from a
+  // guess on. The guess takes the counts' square roots for straight between low and high: counts of a
+  // distribution's tail fall faster than on a line, those of its middle don't. A third of the guesses halve
+  // if the last three left more than a quarter, whatever the keys are.
+  __device__ Cut<Key> search(unsigned k) {
+    Key most = 0, rest = 0;  // rest: the largest of the complements
     each([&](int at, const Vec& vec) {
+      if (at >= width) return;
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {
-        const Key key = keys.of(vec.entry[e]);
+        const Key key = keys.rough(vec.entry[e]);
         most = key > most ? key : most;
-        if (at + e<width&& static_cast<Key>(~key)> least) least = static_cast<Key>(~key);
+        rest = static_cast<Key>(~key) > rest ? static_cast<Key>(~key) : rest;
       }
     });
-    Key high = group.largest(most), low = static_cast<Key>(~group.largest(least));
+    Key high = keys.settled(group.largest(most));
+    Key low = keys.settled(static_cast<Key>(~group.largest(rest)));
     unsigned from_low = static_cast<unsigned>(width), above = 0;
-    while (low < high && from_low != k) {
-      const Key middle = low + (high - low) / 2 + 1;
-      const unsigned n = count(middle);
+    float low_root = root(from_low), above_root = 0.0f;
+    const float wanted = 0.5f * (root(k) + root(k - 1));
+    Key third = high - low;
+    for (int step = 1; low < high && from_low != k; ++step) {
+      const Key size = high - low;
+      float part = __fdividef(low_root - wanted, low_root - above_root);
+      if (step % 3 == 0) {
+        if (size > third / 4) part = 0.5f;
+        third = size;
+      }
+      const Key guess = low + 1 + static_cast<Key>(part * static_cast<float>(size));
+      const Key from = guess > high || guess <= low ? high : guess;
+      const unsigned n = count(from);
       if (n >= k) {
-        low = middle;
+        low = from;
         from_low = n;
+        low_root = root(n);
       } else {
-        high = middle - 1;
+        high = from - 1;
         above = n;
+        above_root = root(n);
       }
     }
-    threshold = low;
-    equal = from_low == k ? 0xFFFFFFFFu : k - above;  // all of them, or so many
+    return {low, from_low == k ? kAllEqual : k - above};
+  }
+
+  // Of a row that isn't: every step reads the rest again, so it tells 1024 ranges of keys apart, not two.
+  // Needs 1024 threads, and kBins * kCopies words of shared memory: a count has copies, for lanes that meet
+  // in one.
+  static constexpr int kBins = 1024, kCopies = 8;
+  __device__ Cut<Key> search_wide(unsigned k, unsigned* bins) {
+    Key low = 0, high = keys.most();
+    unsigned from_low = static_cast<unsigned>(width), above = 0;
+    while (low < high && from_low != k) {
+      const Key size = high - low;
+      const int shift = max(0, bit_width(size) - 10);
+      for (int i = group.rank(); i < kBins * kCopies; i += group.size()) bins[i] = 0;
+      __syncthreads();
+      each([&](int at, const Vec& vec) {
+        if (at >= width) return;
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) {
+          const Key apart = keys.of(vec.entry[e]) - low;  // below low it wraps, beyond size
+          if (apart <= size) atomicAdd(&bins[(apart >> shift) * kCopies + group.rank() % kCopies], 1u);
+        }
+      });
+      __syncthreads();
+      const int bin = kBins - 1 - group.rank();
+      unsigned n = 0, all;
+      for (int copy = 0; copy < kCopies; ++copy) n += bins[bin * kCopies + copy];
+      const unsigned higher = above + group.before(n, all);
+      unsigned* found = group.next();
+      if (higher < k && k <= higher + n) {
+        found[0] = static_cast<unsigned>(bin);
+        found[1] = higher;
+        found[2] = higher + n;
+      }
+      __syncthreads();
+      low += static_cast<Key>(found[0]) << shift;
+      const Key last = low + ((Key{1} << shift) - 1);
+      high = last < high ? last : high;
+      above = found[1];
+      from_low = found[2];
+    }
+    return {low, from_low == k ? kAllEqual : k - above};
   }
 };
 

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 
@@ -72,8 +73,12 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* found, const void*)
   return found->sharedSizeBytes = 0, cudaSuccess;
 }
 inline cudaError_t cudaFuncSetAttribute(const void*, int, int) { return cudaSuccess; }
+// As an H100 has it, or what the environment says.
 inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 4 : 227 * 1024;
+  const char* shared = std::getenv("HOST_CUDA_SHARED");
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 4
+           : shared != nullptr                         ? std::atoi(shared)
+                                                       : 227 * 1024;
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, std::size_t bytes, cudaStream_t) {
@@ -209,6 +214,7 @@ inline float __uint_as_float(unsigned bits) {
   float x;
   return std::memcpy(&x, &bits, 4), x;
 }
+inline float __fdividef(float a, float b) { return a / b; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
 template <class T>
