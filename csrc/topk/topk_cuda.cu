@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (job.k > 0 && r.wide())
         cut = r.search_wide(static_cast<unsigned>(job.k), reinterpret_cast<unsigned*>(memory + bins_at));
     }
-    if (job.k > 0 && !(Group::kWide && r.wide())) cut = r.search(static_cast<unsigned>(job.k));
+    if (job.k > 0 && !r.wide()) cut = r.search(static_cast<unsigned>(job.k));
     const bool ordered = cut.equal != kAllEqual;  // the same for the whole group
     const Key from = ordered ? r.keys.after(cut.threshold) : cut.threshold;
     // Which of a vector's entries are kept, as bits; `seen` and `put` run over the vectors before.
@@ -98,9 +98,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <class Bits, Order kOrder, int kVector, Result kResult>
 void start(const Job& job, const CudaQueue& queue) {
-  // Entries in a thread's registers: 32, or 8 of float64; single ones, whose addresses take room too, half
-  // as many.
-  constexpr int kEntries = (sizeof(Bits) == 8 ? 8 : 32) / (kVector == 1 ? 2 : 1);
+  // Entries in a thread's registers: 32, or 8 of float64; of single ones, whose addresses take room too, a
+  // quarter.
+  constexpr int kEntries = (sizeof(Bits) == 8 ? 8 : 32) / (kVector == 1 ? 4 : 1);
   constexpr int kHeld = kEntries / kVector;
   const auto many = [&](std::int64_t groups, int per_block) {
     return dim3(

@@ -36,6 +36,12 @@ struct Keys {
   __device__ bool reaches(Bits bits, Key from) const {
     return value() ? of(bits) >= from : static_cast<Key>(bits & (kSign - 1)) >= from;
   }
+  // 1 where an entry reaches `from`, a rank: of a magnitude by the sign of a difference, two instructions of
+  // which one adds it up, where a comparison takes three.
+  __device__ unsigned reached(Bits bits, Key from) const {
+    if (value()) return of(bits) >= from ? 1u : 0u;
+    return static_cast<unsigned>((from - 1 - static_cast<Key>(bits & (kSign - 1))) >> (8 * sizeof(Key) - 1));
+  }
   // Which no entry reaches.
   __device__ Key beyond() const { return value() ? most() + 1 : kSign; }
   // The next rank, or beyond().
@@ -65,7 +71,7 @@ constexpr unsigned kAll = 0xFFFFFFFFu;
 // The threads that share a row: a warp.
 struct WarpGroup {
   static constexpr int kPerBlock = 4;
-  static constexpr bool kWide = false;  // holds every row it is given
+  static constexpr bool kWide = false;  // its registers hold every row that it is given
   static constexpr std::size_t kWords = 0;
   __device__ explicit WarpGroup(unsigned*) {}
   static __device__ int size() { return 32; }
@@ -207,20 +213,24 @@ struct Row {
     }
     return found;
   }
-  __device__ bool wide() const { return vectors > kHeld + shared_vectors; }
+  __device__ bool wide() const { return Group::kWide && vectors > kHeld + shared_vectors; }
   __device__ void load() {
 #pragma unroll
     for (int v = 0; v < kHeld; ++v) held[v] = read(v);
-    for (int v = 0; v < shared_vectors; ++v) shared[v * group.size() + group.rank()] = read(kHeld + v);
+    if constexpr (Group::kWide) {
+      for (int v = 0; v < shared_vectors; ++v) shared[v * group.size() + group.rank()] = read(kHeld + v);
+    }
   }
   // f(vector's place, vector) for every vector of this thread, in ascending order.
   template <class F>
   __device__ void each(F f) const {
 #pragma unroll
     for (int v = 0; v < kHeld; ++v) f(place(v), held[v]);
-    for (int v = kHeld; v < kHeld + shared_vectors; ++v)
-      f(place(v), shared[(v - kHeld) * group.size() + group.rank()]);
-    for (int v = kHeld + shared_vectors; v < vectors; ++v) f(place(v), read(v));
+    if constexpr (Group::kWide) {
+      for (int v = kHeld; v < kHeld + shared_vectors; ++v)
+        f(place(v), shared[(v - kHeld) * group.size() + group.rank()]);
+      for (int v = kHeld + shared_vectors; v < vectors; ++v) f(place(v), read(v));
+    }
   }
   // How many keys are at least `from`, which is above the key of what isn't there.
   __device__ unsigned count(Key from) const {
@@ -238,7 +248,7 @@ struct Row {
     } else {
       each([&](int, const Vec& vec) {
 #pragma unroll
-        for (int e = 0; e < kVector; ++e) n += keys.reaches(vec.entry[e], from) ? 1u : 0u;
+        for (int e = 0; e < kVector; ++e) n += keys.reached(vec.entry[e], from);
       });
     }
     return group.sum(n);
