@@ -87,22 +87,22 @@ def test_tensors_of_two_devices_are_refused() -> None:
         weight.apply(x, None)
 
 
+# ---- what only a GPU can tell --------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("case", ["like_csp_yolo2", "positions_concatenated_rms", "plain"])
-def test_the_jacobian_of_a_model(case: str, gpu: Gpu) -> None:
-    """The whole engine on the GPU's kernels, against torch.func."""
+def test_the_jacobian_of_a_model(case: str, cuda: torch.device) -> None:
+    """The whole engine, against torch.func; test_elsewhere.py walks it without a GPU."""
     model = build(case)
     ids = tokens(model)
     with torch_func(model):
         expected = scalpel.jacobian(model, ids)
         V, U = (torch.randn(3, *shape, dtype=torch.float64) for shape in (expected.source_shape, expected.target_shape))
         right, back = expected.jvp(V), expected.vjp(U)
-    model, ids, V, U = (part.to(gpu.device) for part in (model, ids, V, U))
+    model, ids, V, U = (part.to(cuda) for part in (model, ids, V, U))
     found = scalpel.jacobian(model, ids)
     lanes.close(found.jvp(V).cpu(), right)
     lanes.close(found.vjp(U).cpu(), back)
-
-
-# ---- what only a GPU can tell --------------------------------------------------------------------
 
 
 def test_the_rules_captured_in_a_graph(cuda: torch.device) -> None:

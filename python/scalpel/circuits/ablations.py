@@ -56,9 +56,9 @@ class Substitute:
         """
         given = self.values[name]
         if self.kind != "resample":
-            return given
+            return given.to(value.device)
         draw = torch.randint(len(given), value.shape[:-1], generator=self.generator)
-        return given[draw]
+        return given[draw].to(value.device)
 
 
 def substitute(model: CircuitGPT, kind: str, reference: Any, hooks: list[str], seed: int = 0) -> Substitute:
@@ -72,11 +72,11 @@ def substitute(model: CircuitGPT, kind: str, reference: Any, hooks: list[str], s
         return Substitute(kind, {name: torch.zeros(hook_width(model, name)) for name in hooks})
     if kind == "mean":
         means = _stored_means(model, hooks) if reference is None else hook_means(model, reference, hooks)
-        return Substitute(kind, {name: mean.to(model.dtype) for name, mean in means.items()})
+        return Substitute(kind, {name: mean.to(model.dtype).cpu() for name, mean in means.items()})
     parts: dict[str, list[Tensor]] = {name: [] for name in hooks}
     for values, real in _activations(model, reference, hooks):
         for name, value in values.items():
-            parts[name].append(value[real])
+            parts[name].append(value[real].cpu())
     generator = torch.Generator().manual_seed(seed)
     return Substitute(kind, {name: torch.cat(rows) for name, rows in parts.items()}, generator)
 
@@ -111,7 +111,7 @@ def masked(masks: dict[str, Tensor], stand_in: Substitute) -> Tap:
     def tap(name: str, value: Tensor) -> Tensor:
         if name not in masks:
             return value
-        mask = masks[name].to(value.dtype)
+        mask = masks[name].to(value)
         other = stand_in.at(name, value)
         return other + mask * (value - other)
 

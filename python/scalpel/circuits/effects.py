@@ -107,7 +107,7 @@ def ablation_effects(
     answer_logits(model, task)  # refuses answers that are no tokens, and logits that are no numbers
     base = torch.empty(len(task), len(task.answers), dtype=model.dtype)
     for tail in tails:
-        base[tail.prompts.rows] = tail.logits
+        base[tail.prompts.rows] = tail.logits.cpu()
     kept = _Kept(folder, {"model": identity(model), "task": task.digest(), "values": digest(stand_in), "seed": seed})
     report = progress or (lambda what, done: None)
     found, widths = {}, [hook_width(model, name) for name in names]
@@ -136,7 +136,8 @@ def _hook(name: str, width: int, tails: list[Tail], stand_in: Substitute, base: 
         step = max(1, _ELEMENTS // (len(value) * widest))
         for i in range(0, len(live), step):
             channels = live[i : i + step]
-            out[channels[:, None], tail.prompts.rows] = tail.replaced(name, channels, change[channels])
+            replaced = tail.replaced(name, channels, change[channels])
+            out[channels[:, None].cpu(), tail.prompts.rows] = replaced.cpu()
     return out.numpy()
 
 

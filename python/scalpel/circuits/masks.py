@@ -79,7 +79,7 @@ def learn_masks(
             part = task.part(rows)
             masks = {name: _Step.apply(tau, schedule.temperature) for name, tau in taus.items()}
             logits = model(part.ids, tap=masked(masks, stand_in))
-            chosen = logits[torch.arange(len(part)), part.asked][:, list(task.answers)]
+            chosen = logits[torch.arange(len(part)), part.asked][:, list(task.answers)].cpu()
             loss = F.cross_entropy(chosen * scale.exp() + shift, part.labels)
             kept = torch.stack([mask.sum() for mask in masks.values()]).sum()
             cost = schedule.cost * min(1.0, 2 * (step + 1) / schedule.steps)

@@ -4,7 +4,9 @@ A causal model gives equal prefixes equal values, so what is done to each token 
 that begin alike; attention then reads a token's ancestors.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +31,11 @@ class Packed:
     ancestors: Tensor
     depth: Tensor
     asked: Tensor
+
+    def on(self, device: torch.device) -> Packed:
+        """The same where the model is; ``rows`` stay on the CPU, where the task is."""
+        moved = {name: getattr(self, name).to(device) for name in ("ids", "first", "ancestors", "depth", "asked")}
+        return replace(self, **moved)
 
 
 def pack(task: Task, most: int) -> list[Packed]:

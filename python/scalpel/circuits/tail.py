@@ -32,7 +32,7 @@ class Tail:
     """
 
     def __init__(self, model: CircuitGPT, prompts: Packed, answers: tuple[int, ...]) -> None:
-        self.model, self.prompts, self.answers = model, prompts, list(answers)
+        self.model, self.prompts, self.answers = model, prompts.on(model.device), list(answers)
         _, values = model.run_with_cache(prompts.ids)
         self.values = {name: value.flatten(0, 1)[prompts.first] for name, value in values.items()}
         self._before: dict[str, Tensor] = {}

@@ -108,14 +108,14 @@ class Task:
 
 
 def answer_logits(model: CircuitGPT, task: Task, batch: int = 64) -> Tensor:
-    """Logits of the answers at each question, (prompts, answers). ValueError where one isn't finite."""
+    """Logits of the answers at each question, (prompts, answers), on the CPU. ValueError where one isn't finite."""
     if max(task.answers) >= model.config.vocab_size:
         raise ValueError(f"answer {max(task.answers)} is no token; the vocabulary has {model.config.vocab_size}")
     found = []
     for i in range(0, len(task), batch):
         part = task.part(slice(i, i + batch))
         logits = model(part.ids)  # causality hides the padding on the right
-        found.append(logits[torch.arange(len(part)), part.asked][:, list(task.answers)])
+        found.append(logits[torch.arange(len(part)), part.asked][:, list(task.answers)].cpu())
     every = torch.cat(found)
     if not bool(torch.isfinite(every).all()):
         raise ValueError(f"the model's logits of the answers of {task.name} aren't finite; it has no answer")

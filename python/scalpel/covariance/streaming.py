@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
+from .._memory import check_device
 from . import file, measures
 from .distributed import all_reduce
 from .eigen import fix_signs
@@ -273,8 +274,7 @@ class StreamingCovariance(Summaries, ScikitNames):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StreamingCovariance:
-        """Reads what `save` wrote, to the bit. The state is on the CPU, wherever it was before; to go on with rows of a
-        GPU, merge it into a state that has such rows.
+        """Reads what `save` wrote, to the bit. The state is on the CPU, wherever it was before; `to` moves it.
 
         Raises ValueError when the file is truncated, damaged or foreign.
         """
@@ -305,6 +305,22 @@ class StreamingCovariance(Summaries, ScikitNames):
         with self._lock:
             self._state = all_reduce(self._state, group)
         return self
+
+    def to(self, device: torch.device | str) -> StreamingCovariance:
+        """A copy of an exact state on another device, to go on with rows of that; the state itself where it is there.
+
+        The same bits; waiting rows join. Raises ValueError for a sketch, and where no op runs on that device.
+        """
+        place = torch.empty(0, device=device)
+        with self._lock:
+            if place.device == self._state.device:
+                return self
+            if self.rank is not None:
+                raise ValueError(f"a sketch is on the CPU only; only exact states (rank=None) can be on {device}")
+            check_device(place, "the state")
+            copy = self._of(*self._like())
+            copy._state = moved(self._state, place.device)
+        return copy
 
     # ---- inside --------------------------------------------------------------------------------
 

@@ -37,7 +37,8 @@ def names() -> list[str]:
 def run(name: str, model: "CircuitGPT | str | None" = "bracket-mini", **options: Any) -> "Result":
     """Run one experiment on a model (a CircuitGPT, or what from_pretrained takes) and return its Result.
 
-    ``options`` are the keyword arguments of that experiment's ``run``; ValueError for an unknown name or option.
+    ``options`` are the keyword arguments of that experiment's ``run``. ValueError for an unknown name or option, and
+    for a model that isn't on the CPU.
     """
     if name not in _FILES:
         raise ValueError(f"unknown experiment {name!r}; there are {', '.join(names())}")
@@ -52,6 +53,9 @@ def run(name: str, model: "CircuitGPT | str | None" = "bracket-mini", **options:
         from ..models.circuitgpt import CircuitGPT
 
         model = CircuitGPT.from_pretrained(model)
+    where = getattr(model, "device", None)
+    if needs_model and where is not None and where.type != "cpu":
+        raise ValueError(f"the model is on {where}; experiments take models on the CPU: model.cpu()")
     result: Result = file.run(model, **options)
     return result
 

@@ -96,13 +96,6 @@ class CircuitPass(Pass):
         self.hooks = [*hooks, LOGITS]
         known_hook(source, self.hooks[:-1], "source", "a CircuitGPT")
         known_hook(target, self.hooks, "target", "a CircuitGPT")
-        for name, given in (
-            ("input_ids", input_ids),
-            ("attention_mask", attention_mask),
-            ("position_ids", position_ids),
-        ):
-            if isinstance(given, Tensor) and given.device != model.device:
-                raise ValueError(f"{name} is on {given.device} and the model on {model.device}: move one of them")
         self.inputs = kept((model._checked_ids(input_ids), attention_mask, position_ids))
         self.interventions = list(model._interventions)
         # a shallow copy shares every weight and keeps the ablations of this moment, whatever is left later

@@ -100,7 +100,7 @@ def allowed_keys(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
             f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {(batch, length)} "
             f"or {(batch, length, length)}"
         )
-    mask = attention_mask.bool()
+    mask = attention_mask.to(input_ids.device).bool()
     allowed = causal & (mask[:, None, :] if mask.dim() == 2 else mask)
     return (allowed | (~allowed.any(-1, keepdim=True) & itself))[:, None]
 

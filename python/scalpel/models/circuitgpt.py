@@ -224,6 +224,7 @@ class CircuitGPT(nn.Module):
         ``attention_mask``: (B, L) with 1 at real tokens, or (B, L, L) with 1 where a query may read a key;
         causality always holds. No masked key enters any head, so batches of unequal length are exact on
         either side of padding. ``position_ids`` (B, L) or (L,): by default each real token's rank in its row.
+        All of them may be on another device than the model; the logits are on the model's.
         Raises ValueError for an empty text, one longer than ``block_size``, or an id outside the vocabulary.
         """
         input_ids = self._checked_ids(input_ids)
@@ -273,7 +274,7 @@ class CircuitGPT(nn.Module):
                 f"{self.config.vocab_size - 1}: "
                 "was the text encoded with this model's tokenizer?"
             )
-        return input_ids
+        return input_ids.to(self.device)
 
     def _positions(self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
         length, block_size = input_ids.shape[1], self.config.block_size
@@ -281,6 +282,7 @@ class CircuitGPT(nn.Module):
             if mask is None or mask.dim() == 3:
                 return self.transformer.wpe.weight[:length]
             position_ids = (mask.bool().long().cumsum(-1) - 1).clamp(min=0)
+        position_ids = position_ids.to(input_ids.device)
         rows = ((length,), (1, length), tuple(input_ids.shape))
         low, high = int(position_ids.min()), int(position_ids.max())
         if position_ids.shape not in rows or low < 0 or high >= block_size:

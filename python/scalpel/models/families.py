@@ -69,7 +69,7 @@ def supported() -> list[str]:
 
 
 def decoder_of(model: nn.Module) -> Decoder | None:
-    """``model`` as a decoder on the CPU; None where a rule could differ from what the model computes."""
+    """``model`` as a decoder; None where a rule could differ from what the model computes."""
     found = decoder_or_reason(model)
     return found if isinstance(found, Decoder) else None
 
@@ -79,8 +79,9 @@ def decoder_or_reason(model: nn.Module) -> Decoder | str:
     family = family_of_model(model)
     if family is None:
         return f"{type(model).__name__} is none of {', '.join(supported())}"
-    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
-        return "the model is not on the CPU"
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1 or not {device.type for device in devices} <= {"cpu", "cuda"}:
+        return f"the weights are on {', '.join(sorted(map(str, devices)))}: allowed are the CPU, or one GPU"
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if len(dtypes) != 1 or not dtypes <= {torch.float64, torch.float32, torch.bfloat16}:
         return "the weights are not all float64, all float32 or all bfloat16"

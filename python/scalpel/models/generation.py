@@ -54,8 +54,9 @@ def generate(
             )
         if not bool(attention_mask[:, -1].bool().all()):
             raise ValueError("a row ends in padding; pad on the left: tokenizer.batch(texts, side='left')")
+        attention_mask = attention_mask.to(input_ids.device)
     stops = torch.tensor(sorted(_stop_ids(model, stop)), dtype=input_ids.dtype, device=input_ids.device)
-    generator = torch.Generator(device=input_ids.device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     for _ in range(max_new_tokens):
         logits = model(input_ids, attention_mask)[:, -1]
@@ -79,10 +80,14 @@ def _pick(logits: Tensor, temperature: float, top_k: int | None, generator: torc
         ids = torch.arange(logits.shape[-1], device=logits.device)
         return torch.where(logits == logits.amax(-1, keepdim=True), ids, logits.shape[-1]).amin(-1)
     if top_k is None or top_k >= logits.shape[-1]:
-        return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+        return _drawn((logits / temperature).softmax(-1), generator)[:, 0]
     values, ids = logits.topk(top_k, dim=-1)
-    drawn = torch.multinomial((values / temperature).softmax(-1), 1, generator=generator)
-    return ids.gather(-1, drawn)[:, 0]
+    return ids.gather(-1, _drawn((values / temperature).softmax(-1), generator))[:, 0]
+
+
+def _drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """An index a row (B, 1), on the CPU, so that a seed draws the same wherever the model is."""
+    return torch.multinomial(probabilities.cpu(), 1, generator=generator).to(probabilities.device)
 
 
 def _stop_ids(model: "CircuitGPT", stop: int | str | Collection[int | str] | None) -> set[int]:

@@ -51,7 +51,8 @@ class Capture:
             values, output = self._run(self._with_positions(inputs), hooks, bool(gradients))
             found = {name: values[name] for name in streams if not name.endswith(GRADIENT)}
             found |= self._gradients(gradients, values, output, batch)
-        return {name: torch.cat([rows_at(each.detach(), inputs) for each in found[name]]) for name in streams}
+        rows = {name: [rows_at(each.detach(), inputs) for each in found[name]] for name in streams}
+        return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in rows.items()}
 
     def _gradients(
         self, names: list[str], values: dict[str, list[Tensor]], output: Tensor, batch: Any
@@ -187,7 +188,7 @@ def rows_at(value: Tensor, inputs: dict[str, Any]) -> Tensor:
             value = value[mask.bool()]
         elif value.dim() == 2 and len(value) == ids.numel():  # tokens in a row, as experts are given them
             value = value[mask.bool().flatten()]
-    return value.reshape(-1, value.shape[-1] if value.dim() else 1).cpu()
+    return value.reshape(-1, value.shape[-1] if value.dim() else 1)
 
 
 def next_token_loss(logits: Tensor, batch: Any) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
+from .._memory import runs_on
 from ..covariance import StreamingCovariance
 from ..covariance.rows import integer_named
 from ..covariance.streaming import Method
@@ -50,6 +51,7 @@ def collect(
     in groups, and the corpus is read once a group: ``batches`` must then be something that can be read again, such as a
     list. What comes back is then a mapping that reads a state from disk when it is asked for.
     ``rank`` (at most a stream's width), ``method``, ``center``: as :class:`scalpel.StreamingCovariance` takes them.
+    Of a model on a GPU, exact states are filled there, and ``memory`` is that of the GPU; sketches are on the CPU.
     ``loss(logits, batch)``: by default the cross-entropy of each next token, in nats, summed over tokens.
     ``folder``: states are saved there every ``save_every`` batches, and a second call goes on from the last save.
     Killed at any moment, it ends with the same bits as had it not been. ``fresh``: not what the folder holds.
@@ -183,6 +185,12 @@ class _Filling:
                     f"{name} is {rows.shape[1]} wide in batch {number}, and was {states[name].dim}: choose hooks whose "
                     "width doesn't depend on the batch"
                 )
+            if states[name].rank is not None or not runs_on(rows.device):
+                rows = rows.cpu()
+            elif states[name].count:
+                states[name] = states[name].to(rows.device)  # from the disk it came to the CPU
+            else:
+                states[name]._be_on(rows.device)
             bad = states[name]._state.update(rows) if rows.dtype.is_floating_point else -1
             if bad >= 0 or not rows.dtype.is_floating_point:
                 reason = f"row {bad} is not finite, or beyond 1e150" if bad >= 0 else f"the values are {rows.dtype}"

@@ -116,7 +116,7 @@ def preference(model: CircuitGPT, lists: LongLists, batch: int = 8) -> Tensor:
     for i in range(0, len(lists.ids), batch):
         part = slice(i, i + batch)
         logits = model(lists.ids[part], position_ids=lists.positions[part])
-        difference = logits[..., ids.two] - logits[..., ids.one]
+        difference = (logits[..., ids.two] - logits[..., ids.one]).cpu()
         out.append(difference.gather(1, lists.asked[part]))
     return torch.cat(out).float()
 
@@ -164,7 +164,7 @@ def _ask(model: CircuitGPT, rows: list[list[int]], ids: Closers) -> np.ndarray:
         padded[i, : len(row)] = torch.tensor(row)
         mask[i, : len(row)] = True
     logits = model(padded, attention_mask=mask)[torch.arange(len(rows)), mask.sum(1) - 1]
-    return (logits[:, ids.two] - logits[:, ids.one]).double().numpy()
+    return (logits[:, ids.two] - logits[:, ids.one]).double().cpu().numpy()
 
 
 def questions_from(literals: Sequence[Literal]) -> list[tuple[str, int]]:

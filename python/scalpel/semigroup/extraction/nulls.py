@@ -93,5 +93,5 @@ def _values(
         ends = {name: value[at, last] for name, value in cache.items()}
         for values, nodes in zip(found, draws, strict=True):
             for column, (name, channel) in enumerate(nodes):
-                values[batch, column] = ends[name][:, channel].numpy()
+                values[batch, column] = ends[name][:, channel].cpu().numpy()
     return found

@@ -174,7 +174,7 @@ class ModelQuestions(Questions):
 
     def choose(self, logits: torch.Tensor) -> list[int]:
         """Numbers of the likeliest answers, logits (..., vocab)."""
-        given = logits[..., self.answer_ids]
+        given = logits[..., self.answer_ids].cpu()
         if not bool(torch.isfinite(given).all()):
             raise ValueError("the model's logits of the answers aren't finite; it has no answer")
         chosen: list[int] = (given if self.shift is None else given + self.shift).argmax(-1).tolist()

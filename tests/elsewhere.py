@@ -1,0 +1,119 @@
+"""A device that isn't there: tensors that say they are on cuda:0 and compute on the CPU.
+
+PyTorch's own rules are kept: an operation on tensors of both devices is an error, and so is reading memory as the
+CPU's, unless `.cpu()` brought it there. With the stand-in for the kernels (cuda_stand_in.py) the package's whole way on
+a GPU can be walked where there is none. Not shown: what happens at once on a stream, which memory is reused, and time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+DEVICE = torch.device("cuda", 0)
+_T = torch.Tensor
+# What gives numbers to Python, from wherever they are.
+TOLD = {_T.tolist, _T.item, _T.__bool__, _T.__int__, _T.__float__, _T.__index__, _T.__complex__, torch.equal, _T.equal}
+# May read a tensor of the other device: copies, and a look-up, whose indices may be the CPU's.
+MAY_MIX = {_T.copy_, _T.__getitem__, _T.__setitem__}
+ABOUT_THE_DEVICE = {_T.device.__get__, _T.is_cuda.__get__, _T.is_cpu.__get__, _T.data_ptr, _T.__repr__}  # type: ignore
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor on DEVICE; ``inner`` has its numbers. Within Factories alone."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Elsewhere:
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
+            device=DEVICE,
+        )  # fmt: skip
+        made.inner = inner
+        return made
+
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
+    def __repr__(self, **_: Any) -> str:
+        return f"Elsewhere({self.inner!r})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"{func} came by Factories")
+
+
+def bare(x: Any) -> Any:
+    """The same on the CPU: numbers, or the device itself."""
+    if isinstance(x, Elsewhere):
+        return x.inner
+    return torch.device("cpu") if isinstance(x, torch.device | str) and there(x) else x
+
+
+def elsewhere(x: Any) -> Any:
+    """x on DEVICE, if it is a tensor of the CPU; a model with all it has."""
+    if isinstance(x, nn.Module):
+        for module in x.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    held = parameter.detach().requires_grad_(parameter.requires_grad)
+                    module._parameters[name] = elsewhere(held)
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = elsewhere(buffer)
+        return x
+    return Elsewhere(x) if type(x) is torch.Tensor else x
+
+
+class Factories(TorchFunctionMode):
+    """Every function of PyTorch, on DEVICE too."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        wrappers = {id(x.inner): x for x in given if isinstance(x, Elsewhere)}
+        named = [x for x in tree_leaves((args[1:], kwargs)) if isinstance(x, torch.device | str) and is_device(x)]
+        if func in ABOUT_THE_DEVICE or not (wrappers or any(there(x) for x in named)):
+            return func(*args, **kwargs)
+        if func is torch.Tensor.numpy:
+            raise TypeError(f"can't convert a tensor on {DEVICE} to numpy; use .cpu() first")
+        if wrappers and func not in MAY_MIX:
+            for x in given:
+                if not isinstance(x, Elsewhere) and x.dim() > 0 and func is not _T.to:
+                    raise RuntimeError(f"{func}: all tensors should be on one device, but found cpu and {DEVICE}")
+        if func in (_T.__getitem__, _T.__setitem__) and wrappers and not isinstance(args[0], Elsewhere):
+            raise RuntimeError(f"{func}: indices and values should be on the CPU, as what is indexed; found {DEVICE}")
+        here = func is _T.cpu or (bool(named) and not any(there(x) for x in named)) or func in TOLD
+        here = here or (func is _T.copy_ and not isinstance(args[0], Elsewhere))
+        found = func(*tree_map(bare, args), **tree_map(bare, kwargs))
+        if here:
+            return found
+        return tree_map(lambda x: wrappers[id(x)] if id(x) in wrappers else elsewhere(x), found)
+
+
+def is_device(x: Any) -> bool:
+    return isinstance(x, torch.device) or x.split(":")[0] in ("cpu", "cuda")
+
+
+def there(x: Any) -> bool:
+    """Whether x names DEVICE."""
+    if isinstance(x, str):
+        return x.split(":")[0] == "cuda"
+    return isinstance(x, torch.device) and x.type == "cuda"
+
+
+@contextmanager
+def device_with(core: Any, monkeypatch: Any) -> Iterator[None]:
+    """DEVICE exists, and `core` has its ops."""
+    monkeypatch.setattr("scalpel._memory._found", lambda name: core)
+    stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    with Factories():
+        yield

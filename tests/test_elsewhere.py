@@ -1,0 +1,209 @@
+"""The package's way on a GPU, walked on a device that isn't there (elsewhere.py)."""
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import scalpel
+import scalpel.jacobians.entry as entry
+import test_lanes as lanes
+from circuitgpt_cases import build, tokens
+from decoder_cases import MODELS, exact_norms, ids_of, model_of
+from elsewhere import DEVICE, Elsewhere, device_with, elsewhere
+from scalpel.circuits import Schedule, ablation_effects, bracket_counting, node_hooks
+from scalpel.circuits.ablations import substitute
+from scalpel.circuits.masks import learn_masks
+from scalpel.circuits.task import answer_logits
+
+
+@pytest.fixture(autouse=True)
+def device(stand_in: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with device_with(stand_in, monkeypatch):
+        yield
+
+
+def same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert isinstance(found, Elsewhere) and found.device == DEVICE
+    lanes.close(found.cpu(), expected)
+
+
+# ---- the device itself ---------------------------------------------------------------------------
+
+
+def test_it_keeps_pytorchs_rules() -> None:
+    x = torch.randn(3, 4, device="cuda")
+    assert x.device == DEVICE and x.is_cuda and not x.is_cpu and (x @ x.mT).device == DEVICE
+    assert torch.arange(3, device=DEVICE).tolist() == [0, 1, 2] and float(x.sum()) == float(x.cpu().sum())
+    assert type(x.cpu()) is torch.Tensor and torch.equal(x.cpu().to(DEVICE).cpu(), x.cpu())
+    y = x.double()
+    assert y.device == DEVICE and y.add_(1) is y and x.to(DEVICE) is x
+    with pytest.raises(RuntimeError, match="one device"):
+        x + torch.randn(3, 4)
+    with pytest.raises(RuntimeError, match="should be on the CPU"):
+        torch.randn(4)[torch.arange(2, device="cuda")]
+    with pytest.raises(TypeError, match="cuda"):
+        x.numpy()
+
+
+# ---- TopK, Jacobians -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", ["topk_mask", "keep_topk", "topk_indices"])
+def test_topk(op: str) -> None:
+    x = torch.randn(4, 50)
+    found = getattr(scalpel, op)(elsewhere(x), 5)
+    assert found.device == DEVICE and torch.equal(found.cpu(), getattr(scalpel, op)(x, 5))
+    with pytest.raises(ValueError, match="out"):
+        getattr(scalpel, op)(elsewhere(x), 5, out=found.cpu())
+
+
+def check_jacobian(model: Any, there: Any, ids: torch.Tensor, ends: tuple[str, ...], ids_there: torch.Tensor) -> None:
+    expected, found = scalpel.jacobian(model, ids, *ends), scalpel.jacobian(there, ids_there, *ends)
+    V, U = (torch.randn(3, *shape, dtype=torch.float64) for shape in (expected.source_shape, expected.target_shape))
+    same(found.jvp(elsewhere(V)), expected.jvp(V))
+    same(found.vjp(elsewhere(U)), expected.vjp(U))
+    same(found.svd(2)[1], expected.svd(2)[1])
+    with pytest.raises(ValueError, match="move V there"):
+        found.jvp(V)
+
+
+@pytest.mark.parametrize("case", ["like_csp_yolo2", "positions_concatenated_rms", "plain"])
+def test_the_jacobian_of_a_circuitgpt(case: str) -> None:
+    model, there = build(case), elsewhere(build(case))
+    ids = tokens(model)
+    check_jacobian(model, there, ids, (), ids)  # tokens go where the model is
+    expected = scalpel.lyapunov(model, ids, 3)
+    found = scalpel.lyapunov(there, ids, 3)
+    lanes.close(found.log_singular_values, expected.log_singular_values)
+    assert found.right.device == DEVICE
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_jacobian_of_a_decoder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entry, "_announced", False)
+    with exact_norms(), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="scalpel.jacobian differentiates")  # torch.func's announcement
+        ids = ids_of()
+        check_jacobian(model_of(name), elsewhere(model_of(name)), ids, ("0.resid_in", "final_resid"), elsewhere(ids))
+
+
+def test_weights_on_two_devices_go_through_torch_func(monkeypatch: pytest.MonkeyPatch) -> None:
+    from scalpel.models.families import decoder_or_reason
+
+    model = model_of("llama")
+    elsewhere(model.model.layers[1])
+    assert "cpu, cuda:0" in str(decoder_or_reason(model))
+
+
+# ---- covariances ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("center", [True, False])
+def test_covariances(dtype: torch.dtype, center: bool, tmp_path: Path) -> None:
+    x, y = torch.randn(300, 40).to(dtype), torch.randn(100, 40).to(dtype)
+    states = []
+    for to in (lambda x: x, elsewhere):
+        state = scalpel.StreamingCovariance(40, center=center).update(to(x))
+        other = scalpel.StreamingCovariance(40, center=center).update(to(y))
+        angles = state.principal_angles(other, 3)
+        contrast = state.contrast(other, 3).values
+        state.merge(other)
+        states.append([state.mean, state.covariance(), state.eigh().values, state.eigh(3).values, angles, contrast])
+        assert state.subtract(other).count == 300
+    for expected, found in zip(*states, strict=True):
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-6)
+        assert found.device == DEVICE
+    state.save(tmp_path / "state")
+    loaded = scalpel.StreamingCovariance.load(tmp_path / "state")
+    with pytest.raises(ValueError, match="the rows so far were on cpu"):
+        loaded.update(elsewhere(x))
+    again = loaded.to("cuda")
+    assert loaded.covariance().is_cpu and torch.equal(again.covariance().cpu(), state.covariance().cpu())
+    assert again.to(DEVICE) is again and again.update(elsewhere(x)).count == 600
+    with pytest.raises(ValueError, match="a sketch is on the CPU only"):
+        scalpel.StreamingCovariance(40, rank=3).to(DEVICE)
+
+
+@pytest.mark.parametrize("name", ["circuitgpt", "llama"])
+def test_collect(name: str, tmp_path: Path) -> None:
+    model, there = (build("plain"), elsewhere(build("plain"))) if name == "circuitgpt" else (
+        model_of(name), elsewhere(model_of(name))
+    )  # fmt: skip
+    ids = tokens(model) if name == "circuitgpt" else ids_of()
+    hooks = ["0.resid_in", "1.resid_in.grad"]
+    expected, found = scalpel.collect(model, [ids], hooks), scalpel.collect(there, [elsewhere(ids)], hooks)
+    for hook in hooks:
+        lanes.close(found[hook].covariance().cpu(), expected[hook].covariance())
+        assert found[hook].covariance().device == DEVICE
+    assert scalpel.collect(there, [elsewhere(ids)], hooks, rank=4)[hooks[0]].mean.is_cpu
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_collection_goes_on_where_it_was(tmp_path: Path) -> None:
+    """States come from the disk to the CPU, and back to the model."""
+    there, hooks = elsewhere(build("plain")), ["0.resid_in", "final_resid"]
+    batches = [elsewhere(torch.randint(0, 13, (2, 9))) for _ in range(5)]
+    whole = scalpel.collect(there, batches, hooks, save_every=2)
+
+    def stop(done: int) -> None:
+        if done == 3:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        scalpel.collect(there, batches, hooks, save_every=2, folder=tmp_path, progress=stop)
+    again = scalpel.collect(there, batches, hooks, save_every=2, folder=tmp_path)
+    for name in hooks:
+        assert again[name].count == 90 and torch.equal(again[name].covariance().cpu(), whole[name].covariance().cpu())
+
+
+# ---- models --------------------------------------------------------------------------------------
+
+
+def test_a_model_and_what_reads_it() -> None:
+    model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+    there = elsewhere(scalpel.CircuitGPT.from_pretrained("bracket-mini"))
+    ids, mask = model.tokenizer.batch(["x = [[1, 2, 3", "y = [4"], side="left")
+    with torch.no_grad():
+        same(there(ids, mask), model(ids, mask))
+        expected, found = (
+            m.run_with_cache(ids, names=r"\d+\.attn\..*", attention_mask=mask)[1] for m in (model, there)
+        )
+        for name, value in expected.items():
+            same(found[name], value)
+        with model.ablate(["1.attn.v:5"]), there.ablate(["1.attn.v:5"]):
+            same(there(ids), model(ids))
+    assert len(there.edges()) == len(model.edges())
+    options: dict[str, Any] = {"attention_mask": mask, "temperature": 1.0, "seed": 3}
+    assert torch.equal(there.generate(ids, 4, **options).cpu(), model.generate(ids, 4, **options))
+    guard = scalpel.HoleGuard(there, scalpel.semigroup.ThresholdCounter("0.15"))
+    assert guard(elsewhere(ids), there(ids)[:, -1]).device == DEVICE
+    with pytest.raises(ValueError, match=r"experiments take models on the CPU: model.cpu\(\)"):
+        scalpel.experiments.run("dilution", there)
+
+
+def test_what_prunes_a_circuit() -> None:
+    """The same masks and answers, from the same draws, wherever the model is."""
+    model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+    there = elsewhere(scalpel.CircuitGPT.from_pretrained("bracket-mini"))
+    task = bracket_counting(model, 8, 0)
+    lanes.close(answer_logits(there, task), answer_logits(model, task))
+    hooks = node_hooks(model)
+    stand_ins = [substitute(m, "resample", (task.ids, task.mask), hooks) for m in (model, there)]
+    masks = [
+        learn_masks(m, task, one, Schedule(steps=1, batch=4), seed=1)
+        for m, one in zip((model, there), stand_ins, strict=True)
+    ]
+    for name, found in masks[1].items():
+        lanes.close(found, masks[0][name])
+    effects = [ablation_effects(m, task, kind="zero", hooks=["1.attn.v", "final_resid"]).hooks for m in (model, there)]
+    for name, found in effects[1].items():
+        lanes.close(torch.from_numpy(found), torch.from_numpy(effects[0][name]))
