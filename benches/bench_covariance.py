@@ -27,8 +27,8 @@ EIGEN_DIM, EIGEN_ROWS, LEADING = 2048, 256, 32
 SKETCH_DIM, SKETCH_ROWS, SKETCH_BATCHES = 4096, 1024, 6
 
 
-def test_covariance_update(timed: Callable[[bench.Case], None]) -> None:
-    timed(bench.covariance_update())
+def test_covariance_update(timed: Callable[[bench.Case], None], device: str) -> None:
+    timed(bench.covariance_update(device=device))
 
 
 # ---- rows ----------------------------------------------------------------------------------------

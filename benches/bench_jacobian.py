@@ -28,8 +28,8 @@ LOCATIONS = "attn_in,attn_q,attn_k,attn_v,attn_out,mlp_in,mlp_neuron,mlp_out"
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def test_jvp(timed: Callable[[bench.Case], None]) -> None:
-    timed(bench.jacobian_jvp())
+def test_jvp(timed: Callable[[bench.Case], None], device: str) -> None:
+    timed(bench.jacobian_jvp(device=device))
 
 
 def model_of(density: float, dtype: torch.dtype, seed: int = 0) -> CircuitGPT:

@@ -51,8 +51,8 @@ ROUNDS, SLOW_ROUNDS = 9, 3
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def test_keep_topk(timed: Callable[[bench.Case], None]) -> None:
-    timed(bench.keep_topk())
+def test_keep_topk(timed: Callable[[bench.Case], None], device: str) -> None:
+    timed(bench.keep_topk(device=device))
 
 
 def expression(x: Tensor, k: int) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from scalpel import bench
+from scalpel._memory import runs_on
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
@@ -23,19 +24,29 @@ def contender(request: pytest.FixtureRequest) -> bench.Contender:
     return request.param
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """The CPU, and a GPU where there is one."""
+    if request.param == "cuda" and not (torch.cuda.is_available() and runs_on(torch.device("cuda"))):
+        pytest.skip("needs a GPU, and a build with nvcc")
+    return request.param
+
+
 @pytest.fixture
-def timed(benchmark: Any, contender: bench.Contender) -> Callable[[bench.Case], None]:
+def timed(benchmark: Any, contender: bench.Contender, device: str) -> Callable[[bench.Case], None]:
     """Checks a case's answer, then times one contender; its environment stands in pytest-benchmark's JSON."""
 
     def go(case: bench.Case) -> None:
         with torch.no_grad():
             case.check()
-            benchmark.group = f"{case.name}: {case.shape}"
+            benchmark.group = f"{case.name} on {device}: {case.shape}"
             benchmark.extra_info |= {
                 "peer": case.peer_is,
                 "floor": case.floor_is,
                 "threads": torch.get_num_threads(),
+                "device": device,
             }
-            benchmark(case.contender(contender))
+            once = case.contender(contender)
+            benchmark(once if device == "cpu" else lambda: (once(), torch.cuda.synchronize()))
 
     return go

@@ -38,6 +38,7 @@ def test_a_quick_run_gives_medians_and_ratios_as_json() -> None:
         low, high = case["speedup_quartiles"]
         assert 0 < low <= high
         assert case["peer"] and case["floor"] and case["shape"]
+        assert case["device"] == report["device"] == "cpu"
     assert "non-zero weights" in report["cases"][2]["note"]
     assert {"torch", "target", "threads", "processor", "cores"} <= report["environment"].keys()
     done = [d for _, d in seen]
@@ -93,7 +94,15 @@ def test_every_contender_is_timed_in_every_round(monkeypatch: pytest.MonkeyPatch
         peer=lambda: calls.append("peer"),
         floor=lambda: calls.append("floor"),
     )
-    monkeypatch.setattr(bench, "_repeats", lambda function: 1)
-    bench._timed(case, rounds=3)
+    monkeypatch.setattr(bench, "_repeats", lambda function, device: 1)
+    bench._timed(case, rounds=3, device="cpu")
     assert [calls[i] for i in (0, 3, 6)] == ["ours", "peer", "floor"]  # each round starts with another one
     assert all(sorted(calls[i : i + 3]) == ["floor", "ours", "peer"] for i in (0, 3, 6))
+
+
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match="'abacus', and PyTorch has none such here"):
+        bench.run(quick=True, device="abacus")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="'cuda', and PyTorch has none such here"):
+            bench.run(quick=True, device="cuda")

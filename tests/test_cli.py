@@ -283,6 +283,7 @@ def timings(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     case = {
         "name": "keep_topk",
         "shape": "(2, 3)",
+        "device": "cuda",
         "peer": "torch",
         "floor": "copy_",
         "note": "",
@@ -296,19 +297,19 @@ def timings(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "rounds": 5,
         "seed": 0,
         "cases": [case],
-        "environment": {"threads": 2, "target": "avx2", "torch": "2"},
+        "environment": {"threads": 2, "target": "avx2", "torch": "2", "gpu": "a GPU"},
     }
-    monkeypatch.setattr(bench, "run", lambda **_: report)
+    monkeypatch.setattr(bench, "run", lambda *, device, **_: report | {"device": device})
     return report
 
 
 def test_bench(timings: dict[str, Any], tmp_path: Path) -> None:
     done = invoke("bench", "--quick", "--out", tmp_path / "times.json")
     assert done.exit_code == 0
-    for word in ("keep_topk", "ours, ms", "1.000", "2.00×", "peer: torch", "not for quoting"):
+    for word in ("keep_topk", "ours, ms", "1.000", "2.00×", "on cuda", "a GPU", "peer: torch", "not for quoting"):
         assert word in done.stdout
-    assert json.loads((tmp_path / "times.json").read_text()) == timings
-    assert json.loads(invoke("bench", "--json").stdout) == timings
+    assert json.loads((tmp_path / "times.json").read_text()) == timings | {"device": "cpu"}
+    assert json.loads(invoke("bench", "--json", "--device", "cuda").stdout) == timings | {"device": "cuda"}
 
 
 def test_a_wrong_answer_ends_the_bench(monkeypatch: pytest.MonkeyPatch) -> None:

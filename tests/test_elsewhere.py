@@ -15,6 +15,7 @@ import test_lanes as lanes
 from circuitgpt_cases import build, tokens
 from decoder_cases import MODELS, exact_norms, ids_of, model_of
 from elsewhere import DEVICE, Elsewhere, device_with, elsewhere
+from scalpel import bench
 from scalpel.circuits import Schedule, ablation_effects, bracket_counting, node_hooks
 from scalpel.circuits.ablations import substitute
 from scalpel.circuits.masks import learn_masks
@@ -207,3 +208,15 @@ def test_what_prunes_a_circuit() -> None:
     effects = [ablation_effects(m, task, kind="zero", hooks=["1.attn.v", "final_resid"]).hooks for m in (model, there)]
     for name, found in effects[1].items():
         lanes.close(torch.from_numpy(found), torch.from_numpy(effects[0][name]))
+
+
+def test_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cases and their checks on another device, but for the Jacobian's, whose peer is torch.func: that is not there."""
+    waits: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a stand-in")
+    monkeypatch.setattr(bench, "_SAMPLE_SECONDS", 0.0)
+    monkeypatch.setattr(bench, "cases", lambda *at: [bench.keep_topk(*at), bench.covariance_update(*at)])
+    report = bench.run(quick=True, device="cuda")
+    assert report["environment"]["gpu"] == "a stand-in" and set(waits) == {"cuda"}
+    assert [case["device"] for case in report["cases"]] == ["cuda", "cuda"]

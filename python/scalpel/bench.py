@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ._memory import check_device
+
 __all__ = ["CONTENDERS", "Case", "WrongAnswer", "cases", "environment", "run"]
 
 Contender = Literal["ours", "peer", "floor"]
@@ -50,19 +52,19 @@ class Case:
         return found
 
 
-def cases(quick: bool = False, seed: int = 0) -> list[Case]:
-    """All cases, at sizes of use, or at small ones with ``quick``."""
-    return [keep_topk(quick, seed), covariance_update(quick, seed), jacobian_jvp(quick, seed)]
+def cases(quick: bool = False, seed: int = 0, device: str = "cpu") -> list[Case]:
+    """All cases, at sizes of use, or at small ones with ``quick``; on a device."""
+    return [make(quick, seed, device) for make in (keep_topk, covariance_update, jacobian_jvp)]
 
 
-def keep_topk(quick: bool = False, seed: int = 0) -> Case:
+def keep_topk(quick: bool = False, seed: int = 0, device: str = "cpu") -> Case:
     """scalpel.keep_topk against abs, topk and scatter; all three write to memory that is there already."""
     from .ops import keep_topk as op
 
     rows, width, k = (64, 256, 32) if quick else (2048, 2048, 256)
-    x = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)).to(device)
     ours, theirs, copied, magnitude = (torch.empty_like(x) for _ in range(4))
-    best = (torch.empty(rows, k), torch.empty(rows, k, dtype=torch.int64))
+    best = (torch.empty(rows, k, device=device), torch.empty(rows, k, dtype=torch.int64, device=device))
 
     def peer() -> Tensor:
         torch.abs(x, out=magnitude)
@@ -87,14 +89,14 @@ def keep_topk(quick: bool = False, seed: int = 0) -> Case:
     )
 
 
-def covariance_update(quick: bool = False, seed: int = 0) -> Case:
+def covariance_update(quick: bool = False, seed: int = 0, device: str = "cpu") -> Case:
     """StreamingCovariance.update against the bare product that plain torch would begin with."""
     from .covariance import StreamingCovariance
 
     rows, dim = (512, 64) if quick else (4096, 2048)
-    x = torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed)) + 3.0
+    x = (torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed)) + 3.0).to(device)
     ours = StreamingCovariance(dim)
-    product, half = torch.empty(dim, dim), torch.empty(dim // 2, dim)
+    product, half = torch.empty(dim, dim, device=device), torch.empty(dim // 2, dim, device=device)
 
     def check() -> None:
         fresh = StreamingCovariance(dim)
@@ -121,7 +123,7 @@ def covariance_update(quick: bool = False, seed: int = 0) -> Case:
     )
 
 
-def jacobian_jvp(quick: bool = False, seed: int = 0) -> Case:
+def jacobian_jvp(quick: bool = False, seed: int = 0, device: str = "cpu") -> Case:
     """scalpel.jacobian's product with T tangents against vmap(jvp), on an untrained model with sparse weights."""
     from .jacobians.entry import jacobian
     from .models.circuitgpt import CircuitGPT
@@ -147,9 +149,9 @@ def jacobian_jvp(quick: bool = False, seed: int = 0) -> Case:
             kept = torch.rand(linear.weight.shape, generator=generator) < density
             spread = (density * linear.in_features) ** -0.5
             linear.weight.copy_(torch.randn(kept.shape, generator=generator) * kept * spread)
-    ids = torch.randint(64, (1, length), generator=generator)
+    model, ids = model.to(device), torch.randint(64, (1, length), generator=generator).to(device)
     operator = jacobian(model, ids, "0.resid_in", "final_resid")
-    v = torch.randn(tangents, *operator.source_shape, generator=generator)
+    v = torch.randn(tangents, *operator.source_shape, generator=generator).to(device)
 
     def through_torch_func(model: CircuitGPT, tangent: Tensor) -> Tensor:
         def final(delta: Tensor) -> Tensor:
@@ -170,10 +172,10 @@ def jacobian_jvp(quick: bool = False, seed: int = 0) -> Case:
 
     rows = (tangents + 1) * length
     block = model.transformer.h[0]
-    products = [
-        (torch.randn(rows, linear.in_features), linear.weight.T, torch.empty(rows, linear.out_features))
-        for linear in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
-    ]
+    products = []
+    for linear in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+        x = torch.randn(rows, linear.in_features, device=device)
+        products.append((x, linear.weight.T, torch.empty(rows, linear.out_features, device=device)))
 
     def floor() -> None:
         for _ in range(layers):
@@ -202,41 +204,66 @@ def jacobian_jvp(quick: bool = False, seed: int = 0) -> Case:
     )
 
 
-def run(*, quick: bool = False, seed: int = 0, progress: Callable[[str, float], None] | None = None) -> dict[str, Any]:
+def run(
+    *,
+    quick: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Callable[[str, float], None] | None = None,
+) -> dict[str, Any]:
     """Check, then time every case; gives plain data, as ``scalpel bench --json`` prints it.
 
     Per case: medians in milliseconds, ``speedup`` = peer / ours and ``over_floor`` = ours / floor (ratios of
     those medians), and the quartiles of peer / ours over the rounds. ``progress(what, done)``: from 0 to 1.
+    ``device``: "cpu", or a GPU such as "cuda", whose times are those of calls one after the other until all is done.
+    ValueError for a device that isn't there, or that no op runs on.
     Raises WrongAnswer, before anything is timed.
     """
     rounds = 5 if quick else 15
     report = progress or (lambda what, done: None)
+    _check_device(device)
     report("checking the answers", 0.0)
     with torch.no_grad():
-        todo = cases(quick, seed)
+        todo = cases(quick, seed, device)
         for case in todo:
             case.check()
         found = []
         for i, case in enumerate(todo):
             report(f"timing {case.name}", i / len(todo))
-            found.append(_timed(case, rounds))
+            found.append(_timed(case, rounds, device))
     report("done", 1.0)
-    return {"quick": quick, "rounds": rounds, "seed": seed, "cases": found, "environment": environment()}
+    return {
+        "quick": quick,
+        "rounds": rounds,
+        "seed": seed,
+        "device": device,
+        "cases": found,
+        "environment": environment(device),
+    }
 
 
-def _timed(case: Case, rounds: int) -> dict[str, Any]:
-    repeats = {who: _repeats(case.contender(who)) for who in CONTENDERS}
+def _check_device(device: str) -> None:
+    try:
+        there = torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # no such kind, PyTorch without CUDA, no driver, no such GPU
+        raise ValueError(f"device is {device!r}, and PyTorch has none such here: {error}") from error
+    check_device(there, "the benchmark's data")
+
+
+def _timed(case: Case, rounds: int, device: str) -> dict[str, Any]:
+    repeats = {who: _repeats(case.contender(who), device) for who in CONTENDERS}
     times: dict[Contender, list[float]] = {who: [] for who in CONTENDERS}
     for turn in range(rounds):
         # In turn, each round starting with another one: what the machine does meanwhile falls on all of them.
         for who in CONTENDERS[turn % 3 :] + CONTENDERS[: turn % 3]:
-            times[who].append(_seconds(case.contender(who), repeats[who]))
+            times[who].append(_seconds(case.contender(who), repeats[who], device))
     median = {who: statistics.median(times[who]) * 1e3 for who in CONTENDERS}
     ratios = [peer / ours for peer, ours in zip(times["peer"], times["ours"], strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4)
     return {
         "name": case.name,
         "shape": case.shape,
+        "device": device,
         "peer": case.peer_is,
         "floor": case.floor_is,
         "note": case.note,
@@ -247,21 +274,28 @@ def _timed(case: Case, rounds: int) -> dict[str, Any]:
     }
 
 
-def _seconds(function: Callable[[], Any], repeats: int) -> float:
+def _seconds(function: Callable[[], Any], repeats: int, device: str) -> float:
+    _wait_for(device)
     begun = time.perf_counter()
     for _ in range(repeats):
         function()
+    _wait_for(device)
     return (time.perf_counter() - begun) / repeats
 
 
-def _repeats(function: Callable[[], Any]) -> int:
+def _wait_for(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _repeats(function: Callable[[], Any], device: str) -> int:
     """How often to call it for one sample; the calls made to find out warm it up."""
     function()
-    return max(1, round(_SAMPLE_SECONDS / max(_seconds(function, 2), 1e-7)))
+    return max(1, round(_SAMPLE_SECONDS / max(_seconds(function, 2, device), 1e-7)))
 
 
-def environment() -> dict[str, Any]:
-    """What a figure depends on besides the code: versions, CPU target, threads, processor, load, BLAS."""
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """What a figure depends on besides the code: versions, CPU target, threads, processor, GPU, load, BLAS."""
     import os
     import platform
 
@@ -273,6 +307,7 @@ def environment() -> dict[str, Any]:
         **{name: config[name] for name in ("version", "python", "torch", "compiler", "target", "threads", "parallel")},
         "machine": platform.machine(),
         "processor": _processor(),
+        "gpu": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None,
         "cores": os.cpu_count(),
         "load_average": load,
         "blas": torch.__config__.show().split("BLAS_INFO=")[-1].split(",")[0],

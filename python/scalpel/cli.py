@@ -237,6 +237,7 @@ def analyze(
 @guarded()
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes and few rounds: a smoke test.")] = False,
+    device: Annotated[str, typer.Option(help="Where to time: cpu, cuda, cuda:1.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="Write the JSON to a file, too.")] = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -248,7 +249,7 @@ def bench(
 
     with show.Steps("bench") as steps:
         try:
-            report = benchmark.run(quick=quick, progress=steps.stage)
+            report = benchmark.run(quick=quick, device=device, progress=steps.stage)
         except benchmark.WrongAnswer as error:
             show.fail(str(error))
             raise typer.Exit(1) from None
@@ -261,7 +262,8 @@ def bench(
     show.out().print(show.timings(report), show.contenders(report), sep="\n")
     machine = report["environment"]
     show.out().print(
-        f"{machine['threads']} threads, target {machine['target']}, torch {machine['torch']}; medians of "
+        (f"{machine['gpu']}; " if machine["gpu"] else "")
+        + f"{machine['threads']} threads, target {machine['target']}, torch {machine['torch']}; medians of "
         f"{report['rounds']} rounds in one process" + (", quick sizes: not for quoting" if quick else ""),
         soft_wrap=True,
     )

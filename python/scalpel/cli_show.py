@@ -111,12 +111,12 @@ def timings(report: Mapping[str, Any]) -> Table:
     """What `scalpel bench` found: medians in milliseconds and their ratios."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
     table.add_column("operation", no_wrap=True)
-    for name in ("ours, ms", "peer, ms", "floor, ms", "peer/ours", "ours/floor"):
+    for name in ("ours, ms", "peer", "floor", "peer/ours", "ours/floor"):
         table.add_column(name, justify="right")
     for case in report["cases"]:
         low, high = case["speedup_quartiles"]
         table.add_row(
-            Text(case["name"], style="bold"),
+            Text.assemble((case["name"], "bold"), f"\non {case['device']}"),
             *(f"{case['median_ms'][who]:.3f}" for who in ("ours", "peer", "floor")),
             Text.assemble((f"{case['speedup']:.2f}×", "bold"), f"\n{low:.2f}–{high:.2f}"),
             f"{case['over_floor']:.2f}×",
