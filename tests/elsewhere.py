@@ -64,12 +64,13 @@ def elsewhere(x: Any) -> Any:
         for module in x.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    held = parameter.detach().requires_grad_(parameter.requires_grad)
-                    module._parameters[name] = elsewhere(held)
+                    module._parameters[name] = elsewhere(parameter)
             for name, buffer in module._buffers.items():
                 module._buffers[name] = elsewhere(buffer)
         return x
-    return Elsewhere(x) if type(x) is torch.Tensor else x
+    if not isinstance(x, torch.Tensor) or isinstance(x, Elsewhere):
+        return x
+    return Elsewhere(x.detach().requires_grad_(x.requires_grad) if isinstance(x, nn.Parameter) else x)
 
 
 class Factories(TorchFunctionMode):
@@ -109,11 +110,17 @@ def there(x: Any) -> bool:
     return isinstance(x, torch.device) and x.type == "cuda"
 
 
+def _may_change_in_place(input: torch.Tensor, from_: torch.Tensor) -> bool:
+    """What Module.to asks of a parameter; names and types are PyTorch's."""
+    return isinstance(input, Elsewhere) == isinstance(from_, Elsewhere)
+
+
 @contextmanager
 def device_with(core: Any, monkeypatch: Any) -> Iterator[None]:
     """DEVICE exists, and `core` has its ops."""
     monkeypatch.setattr("scalpel._memory._found", lambda name: core)
     stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    monkeypatch.setattr(torch, "_has_compatible_shallow_copy_type", _may_change_in_place)
     with Factories():
         yield

@@ -1,5 +1,6 @@
 """The package's way on a GPU, walked on a device that isn't there (elsewhere.py)."""
 
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,12 @@ import torch
 import scalpel
 import scalpel.jacobians.entry as entry
 import test_lanes as lanes
+from analysis_cases import SIZES
 from circuitgpt_cases import build, tokens
 from decoder_cases import MODELS, exact_norms, ids_of, model_of
 from elsewhere import DEVICE, Elsewhere, device_with, elsewhere
 from scalpel import bench
+from scalpel.analysis import analyze
 from scalpel.circuits import Schedule, ablation_effects, bracket_counting, node_hooks
 from scalpel.circuits.ablations import substitute
 from scalpel.circuits.masks import learn_masks
@@ -220,3 +223,47 @@ def test_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     report = bench.run(quick=True, device="cuda")
     assert report["environment"]["gpu"] == "a stand-in" and set(waits) == {"cuda"}
     assert [case["device"] for case in report["cases"]] == ["cuda", "cuda"]
+
+
+# ---- scalpel analyze -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "stream"), [("circuit", False), ("llama", False), ("llama", True)])
+def test_an_analysis(
+    name: str, stream: bool, tmp_path: Path, text: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a stand-in")
+    folder: Path = request.getfixturevalue(name)
+    sizes: dict[str, Any] = SIZES | {
+        "stream": stream,
+        "products": False,
+        "chunks": 1,
+        "tangents": 2,
+        "stretches": 0 if stream else 2,
+    }
+    expected, found = (
+        json.loads(analyze(folder, text, tmp_path / device, device=device, **sizes).to_json())
+        for device in ("cpu", "cuda")
+    )
+    assert found["model"].pop("device") == "cuda:0, a stand-in"
+    for each in (found, expected):
+        each["model"].pop("parameters")  # what is tied counts twice on this device, whose weights aren't moved in place
+    assert found["model"] == expected["model"] and found["notes"] == expected["notes"]
+    for side in ("trained", "untrained", "spectra"):
+        close(found[side], expected[side])
+    with pytest.raises(ValueError, match="device"):
+        analyze(folder, text, tmp_path / "cuda", **sizes)  # that folder is another device's
+
+
+def close(found: Any, expected: Any) -> None:
+    """Of plain data: the same, but for rounding."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key in expected:
+            close(found[key], expected[key])
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            close(one, other)
+    else:
+        assert found == (pytest.approx(expected, rel=1e-4, abs=1e-6) if isinstance(expected, float) else expected)

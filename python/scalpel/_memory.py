@@ -81,6 +81,16 @@ def runs_on(device: torch.device) -> bool:
     return device.type in ("cpu", "cuda")
 
 
+def device_named(name: str) -> torch.device:
+    """ "cpu", "cuda" or "cuda:1" as a device. ValueError where it isn't there, or no op runs on it."""
+    try:
+        there = torch.empty(0, device=name)
+    except (AssertionError, RuntimeError) as error:  # no such kind, PyTorch without CUDA, no driver, no such GPU
+        raise ValueError(f"device is {name!r}, and PyTorch has none such here: {error}") from error
+    check_device(there, "what is asked for")
+    return there.device
+
+
 def check_device(x: torch.Tensor, name: str) -> None:
     """ValueError where no op runs on x's device."""
     kind = x.device.type

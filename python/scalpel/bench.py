@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ._memory import check_device
+from ._memory import device_named
 
 __all__ = ["CONTENDERS", "Case", "WrongAnswer", "cases", "environment", "run"]
 
@@ -221,7 +221,7 @@ def run(
     """
     rounds = 5 if quick else 15
     report = progress or (lambda what, done: None)
-    _check_device(device)
+    device_named(device)
     report("checking the answers", 0.0)
     with torch.no_grad():
         todo = cases(quick, seed, device)
@@ -240,14 +240,6 @@ def run(
         "cases": found,
         "environment": environment(device),
     }
-
-
-def _check_device(device: str) -> None:
-    try:
-        there = torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:  # no such kind, PyTorch without CUDA, no driver, no such GPU
-        raise ValueError(f"device is {device!r}, and PyTorch has none such here: {error}") from error
-    check_device(there, "the benchmark's data")
 
 
 def _timed(case: Case, rounds: int, device: str) -> dict[str, Any]:

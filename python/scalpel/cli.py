@@ -165,6 +165,7 @@ def analyze(
     stream: Annotated[
         bool, typer.Option("--stream", help="Leave the model in its folder, one layer in memory at a time.")
     ] = False,
+    device: Annotated[str, typer.Option(help="Where the model computes: cpu, cuda, cuda:1.")] = "cpu",
     untrained: Annotated[
         bool, typer.Option("--untrained/--no-untrained", help="Beside it an untrained model of the same shape.")
     ] = True,
@@ -207,6 +208,7 @@ def analyze(
             chunks=chunks,
             tangents=tangents,
             stream=stream,
+            device=device,
             untrained=untrained,
             products=products,
             stretches=spectra,

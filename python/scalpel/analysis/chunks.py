@@ -37,7 +37,7 @@ def measure_chunks(
                 cut_off.append({"chunk": i, "tokens": store.length, "times": times})
                 if times >= _CUT_OFF:
                     store.shrink(i, _smaller(store.length, task.source))
-            ids = given.chunk(i, length, store.length)
+            ids = given.chunk(i, length, store.length).to(task.source.device)
             step = _Step(report, f"chunk {i + 1} of {count}, {ids.shape[1]} tokens", i, count)
             store.begin(i)
             try:

@@ -54,12 +54,11 @@ def job_of_environment() -> Iterator[Job]:
     if world == 1 or "RANK" not in os.environ:
         yield Job()
         return
-    import torch
     import torch.distributed as dist
 
     joined = dist.is_initialized()
     if not joined:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
+        dist.init_process_group("gloo", timeout=_PATIENCE)  # what is gathered is on the CPU, wherever models are
     try:
         yield Job(dist.get_rank(), dist.get_world_size())
     finally:

@@ -111,7 +111,7 @@ def _margins(x: Tensor, k: int) -> Figures:
     last, next_ = largest[:, k - 1], largest[:, k]
     gap = last - next_
     relative = torch.where(last > 0, gap / last, 0.0)
-    at = torch.tensor([0.05, 0.5], dtype=torch.float64)
+    at = torch.tensor([0.05, 0.5], dtype=torch.float64, device=gap.device)
     low, median = gap.quantile(at).tolist()
     relative_low, relative_median = relative.quantile(at).tolist()
     return {
@@ -135,7 +135,7 @@ def _decoder(model: nn.Module, ids: Tensor) -> tuple[dict[str, float], dict[str,
         found[name] = share(value)
         return value
 
-    positions = torch.arange(ids.shape[1])[None]
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
     with torch.no_grad():
         x = decoder.embed(ids, positions)
         places = places_of(decoder, positions, None, x.dtype)

@@ -64,6 +64,7 @@ def analyze(
     chunks: int = 8,
     tangents: int | None = None,
     stream: bool = False,
+    device: str = "cpu",
     untrained: bool = True,
     products: bool = True,
     stretches: int = STRETCHES,
@@ -78,10 +79,10 @@ def analyze(
     ``tokenizer``: a tokenizer.json, or encoder.json with vocab.bpe; by default the model's own. The text's first
     ``chunks`` stretches of ``length`` tokens (by default 64, or the model's context) are measured one by one, with
     ``tangents`` directions (by default 16, or as many as a chunk has). ``stream``: the model stays in its
-    folder, a layer at a time. ``untrained``: also a model of the same config, fresh from ``seed``, on the same chunks;
-    not with ``stream``.
-    ``products``: also the spectra of the first l layers' product for each depth l, which cost half the depth times the
-    rest; not with ``stream``.
+    folder, a layer at a time. ``device``: where the models compute, the CPU or a GPU, such as "cuda"; of torchrun's
+    processes "cuda" is a GPU each. ``untrained``: also a model of the same config, fresh from ``seed``, on the same
+    chunks; not with ``stream``. ``products``: also the spectra of the first l layers' product for each depth l, which
+    cost half the depth times the rest; not with ``stream``.
     ``stretches``: how many stretches of ``length`` tokens, as far as the text goes, the spectra of activations and
     gradients at ``hooks`` (a pattern, as :func:`scalpel.collect` takes it) are over, with states of ``memory`` at a
     time; 0 leaves them out; not with ``stream``.
@@ -101,7 +102,7 @@ def analyze(
             raise ValueError(f"{name} is {value}; it must be {least} or more")
     bytes_of(memory)
     report("loading the model", 0.0)
-    source = load(model, stream)
+    source = load(model, stream, device)
     if int(source.facts["layers"]) < 1:
         raise ValueError(f"{source.facts['name']} has no layer, so there is nothing to analyse")
     length = min(LENGTH, source.context) if length is None else length
@@ -129,6 +130,7 @@ def analyze(
         "products": products,
         "scalpel": __version__,
         "torch": torch.__version__,
+        **({} if source.device.type == "cpu" else {"device": source.device.type}),  # others round otherwise
     }
     if stretches and source.trained is not None:
         Capture(source.trained, hooks, None)  # a hook that isn't there is said before anything is measured
@@ -143,7 +145,7 @@ def analyze(
         cut_off, shrunk = job.gathered(cut), job.gathered(store.shrunk)
         spectra = None
         if stretches and source.trained is not None:
-            part = Spectra(Path(out), given, length, stretches, hooks, memory, job, fresh)
+            part = Spectra(Path(out), given, length, stretches, hooks, memory, job, fresh, source.device)
             spectra = _spectra(part, task, f"{key['model']} {key['config']}", report if job.rank == 0 else _silent)
     report("done", 1.0)
     shrunk = [each for each in shrunk if each["chunk"] < count]  # an analysis of more chunks may have gone on

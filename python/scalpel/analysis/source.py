@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from .._memory import device_named
 from ..models.checkpoint import CONFIG_FILES, shipped_models
 from ..models.circuitgpt import CircuitGPT
 from ..models.families import decoder_of, family_of, supported
@@ -26,7 +28,8 @@ _SAMPLES, _SAMPLE = 4, 1 << 13  # of each tensor of a streamed model: pieces has
 
 @dataclass
 class Source:
-    """A model to analyse. ``trained`` and ``untrained`` are None of a folder that is streamed.
+    """A model to analyse. ``trained`` and ``untrained`` are None of a folder that is streamed; ``device``: where they
+    are, or each layer while it is there.
 
     ``tokenizer``: the model's own, None where it has none. ``pair``: the cut of a byte-level BPE published as two
     files, where the model says which. ``facts``: what the report says of the model, plain data.
@@ -41,13 +44,32 @@ class Source:
     trained: nn.Module | None = None
     untrained: Callable[[int], nn.Module] | None = None
     folder: Path | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
-def load(name: str | Path, stream: bool = False) -> Source:
+def load(name: str | Path, stream: bool = False, device: str = "cpu") -> Source:
     """The model of that name, folder or hub id; ``stream``: only its folder, one layer of which is ever in memory.
+    ``device``: where it is analysed.
 
-    Raises CheckpointError (a ValueError) for what isn't there, can't be read, or has no rules.
+    Raises ValueError for a device that isn't there, and CheckpointError (a ValueError) for what isn't there, can't be
+    read, or has no rules.
     """
+    where = _place(device)
+    source = _loaded(name, stream, where)
+    source.device = where
+    if where.type == "cuda":
+        source.facts["device"] = f"{where}, {torch.cuda.get_device_name(where)}"
+    return source
+
+
+def _place(device: str) -> torch.device:
+    """The device; "cuda" of torchrun's processes on one machine: a GPU each."""
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{int(os.environ['LOCAL_RANK']) % max(1, torch.cuda.device_count())}"
+    return device_named(device)
+
+
+def _loaded(name: str | Path, stream: bool, device: torch.device) -> Source:
     folder = Path(name).expanduser()
     architecture = _architecture(folder) if str(name) not in shipped_models() else None
     if stream:
@@ -61,8 +83,8 @@ def load(name: str | Path, stream: bool = False) -> Source:
         return _streamed(folder)
     try:
         if architecture is None:
-            return _circuitgpt(name)
-        return _decoder(folder, architecture)
+            return _circuitgpt(name, device)
+        return _decoder(folder, architecture, device)
     except (MemoryError, RuntimeError, OSError) as error:
         if not ran_out(error):
             raise
@@ -89,9 +111,9 @@ def _architecture(folder: Path) -> str | None:
     return None if found is None or "CircuitGPT" in found else found
 
 
-def _circuitgpt(name: str | Path) -> Source:
+def _circuitgpt(name: str | Path, device: torch.device) -> Source:
     try:
-        model = CircuitGPT.from_pretrained(str(name))
+        model = CircuitGPT.from_pretrained(str(name), device=device)
     except CheckpointError as error:
         if (Path(name).expanduser() / CONFIG_FILES[0]).is_file():
             raise  # it is a CircuitGPT, and the error says what is wrong with it
@@ -113,14 +135,14 @@ def _circuitgpt(name: str | Path) -> Source:
     }
 
     def untrained(seed: int) -> nn.Module:
-        return CircuitGPT(config, seed=seed).to(model.dtype).eval()
+        return CircuitGPT(config, seed=seed).to(device, model.dtype).eval()
 
     return Source(
         "circuitgpt", facts, config.block_size, config.vocab_size, model.tokenizer, "tinypython", model, untrained
     )
 
 
-def _decoder(folder: Path, architecture: str) -> Source:
+def _decoder(folder: Path, architecture: str, device: torch.device) -> Source:
     if family_of(architecture) is None:
         raise CheckpointError(
             f"{folder} holds a {architecture}, which is not supported; supported are CircuitGPT, "
@@ -140,7 +162,7 @@ def _decoder(folder: Path, architecture: str) -> Source:
         raise CheckpointError(f"{folder} can't be loaded by transformers: {type(error).__name__}: {error}") from error
     stored = next(model.parameters()).dtype
     dtype = torch.float64 if stored == torch.float64 else torch.float32  # half precision is exact in float32
-    model = model.to(dtype).eval().requires_grad_(False)
+    model = model.to(device, dtype).eval().requires_grad_(False)
     decoder = decoder_of(model)
     if decoder is None:
         raise CheckpointError(f"the config of {folder} asks for attention, positions or modules that have no rules")
@@ -158,7 +180,7 @@ def _decoder(folder: Path, architecture: str) -> Source:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             made = AutoModelForCausalLM.from_config(model.config, trust_remote_code=False)
-        fresh: nn.Module = made.to(dtype).eval().requires_grad_(False)
+        fresh: nn.Module = made.to(device, dtype).eval().requires_grad_(False)
         return fresh
 
     tokenizer = Tokenizer.from_folder(folder, "")  # the name of no pair: a folder doesn't say how text is cut

@@ -40,8 +40,18 @@ class Spectra:
     """
 
     def __init__(
-        self, out: Path, text: Text, length: int, stretches: int, hooks: str, memory: str, job: Job, fresh: bool
+        self,
+        out: Path,
+        text: Text,
+        length: int,
+        stretches: int,
+        hooks: str,
+        memory: str,
+        job: Job,
+        fresh: bool,
+        device: torch.device,
     ) -> None:
+        self.device = device
         self.text, self.length, self.hooks, self.memory, self.job, self.fresh = text, length, hooks, memory, job, fresh
         self.stretches = min(stretches, len(text.ids) // length)
         self.out = out
@@ -90,7 +100,7 @@ class Spectra:
     def _blocks(self) -> list[list[Tensor]]:
         """The stretches as blocks of batches: neighbours in one block, since they are alike."""
         ids = torch.tensor(self.text.ids[: self.stretches * self.length], dtype=torch.int64)
-        rows = ids.reshape(self.stretches, self.length)
+        rows = ids.reshape(self.stretches, self.length).to(self.device)
         blocks = rows.tensor_split(min(BLOCKS, self.stretches))
         # small enough that every process has some
         return [list(block.split(min(_BATCH, -(-len(block) // self.job.world)))) for block in blocks]

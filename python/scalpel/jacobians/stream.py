@@ -81,9 +81,10 @@ def stream_layers(
 
     ``folder``: as transformers' ``save_pretrained`` writes it (config.json and safetensors, whole or in shards),
     of a family that has rules (see :func:`scalpel.jacobian`); float64, float32, bfloat16, or float16, which is
-    computed in float32. ``input_ids`` (B, L), ``attention_mask`` and ``position_ids`` as there. Values and
-    tangents are float32 (float64 of a float64 model); products of a bfloat16 model are bfloat16. What comes
-    before a layer's products is the user's: orthonormalise, record, stop early. A layer is valid until the next.
+    computed in float32. ``input_ids`` (B, L), ``attention_mask`` and ``position_ids`` as there; the layers compute
+    where ``input_ids`` are. Values and tangents are float32 (float64 of a float64 model); products of a bfloat16
+    model are bfloat16. What comes before a layer's products is the user's: orthonormalise, record, stop early. A
+    layer is valid until the next.
 
     Forward mode needs no more than this::
 
@@ -93,7 +94,7 @@ def stream_layers(
     Raises CheckpointError (a ValueError) for a folder that can't be read or has no rules, ValueError for inputs
     that the model does not take.
     """
-    decoder = decoder_in(folder)
+    decoder = decoder_in(folder, getattr(input_ids, "device", "cpu"))
     beside = {"attention_mask": attention_mask, "position_ids": position_ids}
     inputs = plain_inputs(decoder, input_ids, beside)
     if isinstance(inputs, str):

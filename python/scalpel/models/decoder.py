@@ -39,7 +39,7 @@ class Rotary:
 
     def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine (B or 1, L, 1, pairs) at positions (B or 1, L), rounded as transformers rounds them."""
-        angle = (positions[..., None].float() * self.inverse)[:, :, None]
+        angle = (positions[..., None].float() * self.inverse.to(positions.device))[:, :, None]
         return (angle.cos() * self.scaling).to(dtype), (angle.sin() * self.scaling).to(dtype)
 
 

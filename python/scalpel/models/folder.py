@@ -43,10 +43,10 @@ class _Place(NamedTuple):
 
 
 class FolderWeights:
-    """The tensors of a folder's safetensors by name, each read when it is asked for."""
+    """The tensors of a folder's safetensors by name, each read when it is asked for, and put on ``device``."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
+        self.folder, self.device = folder, device
         self.places: dict[str, _Place] = {}
         paths = _shards(folder)
         for path in paths:
@@ -57,7 +57,7 @@ class FolderWeights:
         place = self._place(name)
         memory = torch.empty(place.bytes, dtype=torch.uint8)
         _read(place.path, place.begin, memory)
-        return _wide(memory.view(place.dtype).view(place.shape))
+        return _wide(memory.view(place.dtype).view(place.shape)).to(self.device)
 
     def rows(self, name: str, index: Tensor) -> Tensor:
         place = self._place(name)
@@ -68,11 +68,11 @@ class FolderWeights:
                 "that of these weights?"
             )
         step = place.bytes // max(1, count)
-        wanted, where = index.unique(return_inverse=True)
+        wanted, where = index.cpu().unique(return_inverse=True)
         memory = torch.empty(len(wanted), step, dtype=torch.uint8)
         for row, number in zip(memory, wanted.tolist(), strict=True):
             _read(place.path, place.begin + number * step, row)
-        return _wide(memory.view(place.dtype))[where]
+        return _wide(memory.view(place.dtype))[where].to(self.device)
 
     def __contains__(self, name: object) -> bool:
         return name in self.places
@@ -86,8 +86,8 @@ class FolderWeights:
         return self.places[name]
 
 
-def decoder_in(folder: str | Path) -> Decoder:
-    """The decoder in a folder with config.json and safetensors, as transformers writes them.
+def decoder_in(folder: str | Path, device: torch.device | str = "cpu") -> Decoder:
+    """The decoder in a folder with config.json and safetensors, as transformers writes them; its tensors on ``device``.
 
     Raises CheckpointError where the folder lacks one of these, or names a model that has no rules.
     """
@@ -105,7 +105,7 @@ def decoder_in(folder: str | Path) -> Decoder:
     config = config_of(family, AutoConfig.from_pretrained(folder, trust_remote_code=False), str(names[0]))
     if isinstance(config, str):
         raise CheckpointError(f"{folder} can't be streamed: {config}")
-    return Decoder(family, config, FolderWeights(folder))
+    return Decoder(family, config, FolderWeights(folder, device))
 
 
 def streamed_layers(decoder: Decoder) -> Iterator[tuple[int, DecoderLayer]]:
@@ -119,7 +119,7 @@ def streamed_layers(decoder: Decoder) -> Iterator[tuple[int, DecoderLayer]]:
         coming = reader.submit(_fill, weights, wanted[0], slots[0]) if wanted else None
         for i in range(len(wanted)):
             assert coming is not None
-            tensors = coming.result()
+            tensors = {name: tensor.to(weights.device) for name, tensor in coming.result().items()}
             coming = None
             if i + 1 < len(wanted):
                 coming = reader.submit(_fill, weights, wanted[i + 1], slots[(i + 1) % 2])
