@@ -14,7 +14,6 @@ from torch import Tensor
 from covariance_states import correlated
 from cuda_stand_in import Gpu
 from scalpel import StreamingCovariance, reference
-from scalpel._memory import memory_of
 from scalpel.covariance import on_device
 from scalpel.covariance.exact import Exact
 from scalpel.covariance.on_device import OnDevice
@@ -306,48 +305,6 @@ def test_a_file_is_the_cpus(tmp_path: Path) -> None:
     assert isinstance(loaded._state, Exact)
     assert torch.equal(loaded.covariance(), state.covariance().cpu())
     assert loaded._state.kind() == state._state.kind()  # processes with and without a GPU merge
-
-
-# ---- the kernel --------------------------------------------------------------------------------
-
-
-def gram_lower(x: Tensor, shift: Tensor | None, scatter: Tensor, splits: int) -> None:
-    core, place = on_device.core_of(x)
-    core.gram_lower(memory_of(x), None if shift is None else memory_of(shift), memory_of(scatter), splits, place)
-
-
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("dtype", NARROW)
-def test_gram_lower(splits: int, dtype: torch.dtype) -> None:
-    """Shapes around the tiles and the slabs, every alignment, with a shift and without; the upper triangle stays."""
-    for rows, dim, left in [(1, 1, 0), (2, 7, 1), (31, 63, 1), (32, 64, 0), (33, 65, 0), (5, 300, 3), (0, 4, 0)]:
-        x = torch.randn(rows, dim + 4).to(where, dtype)[:, left : left + dim]
-        for shift in (None, torch.randn(dim).to(where)):
-            upper = torch.ones(dim, dim, dtype=torch.bool, device=where).triu(1)
-            start = torch.randn(dim, dim, dtype=torch.float64).to(where)
-            scatter = start.masked_fill(upper, float("nan"))
-            gram_lower(x, shift, scatter, splits)
-            assert scatter[upper].isnan().all()
-            apart = x.float() if shift is None else x.float() - shift
-            apart = (apart.bfloat16() if splits == 1 else apart).double()
-            expected = (apart.T @ apart).tril()
-            assert error((scatter - start).tril().masked_fill(upper, 0.0), expected) < 1e-7 or not rows
-
-
-def test_what_gram_lower_refuses() -> None:
-    x, shift = torch.ones(4, 6).to(where), torch.ones(6).to(where)
-    scatter = torch.zeros(6, 6, dtype=torch.float64, device=where)
-    for arguments, kind, words in (
-        ((x.double(), shift, scatter, 3), TypeError, "x is float64"),
-        ((x[:, ::2], None, scatter[:3, :3].contiguous(), 3), ValueError, "stride 1"),
-        ((x, shift[:5], scatter, 3), ValueError, "shift must be"),
-        ((x, shift.double(), scatter, 3), ValueError, "shift must be"),
-        ((x, shift, scatter.float(), 3), ValueError, "scatter must be"),
-        ((x, shift, scatter[:5], 3), ValueError, "scatter must be"),
-        ((x, shift, scatter, 2), ValueError, "splits is 2"),
-    ):
-        with pytest.raises(kind, match=words):
-            gram_lower(*arguments)
 
 
 # ---- a GPU itself ------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
-// The Gram matrix of rows on a GPU, added to a scatter in float64. The rest of a state is torch's, in
-// python/scalpel/covariance/on_device.py. Nothing is waited for and nothing is allocated.
+// What reads the rows of a covariance on a GPU; the rest of a state is torch's, in
+// python/scalpel/covariance/on_device.py. Nothing is waited for and nothing is allocated. The bits depend on
+// nothing but the arguments. Errors: std::invalid_argument (DTypeError for a dtype).
+//
+// gram_lower: the Gram matrix of rows, added to a scatter in float64.
 //
 //   x        (rows, dim)  float16, bfloat16 or float32; last stride 1, any row stride; finite
 //   shift    (dim,)       float32, taken off every row in float32 before all else; or without data: none
@@ -8,13 +11,26 @@
 //   splits   1            rows are rounded to bfloat16, once; bfloat16 rows without a shift lose nothing
 //            3            rows are sums of three bfloat16 numbers, which hold the 24 bits of a float32
 //
-// Errors: std::invalid_argument (DTypeError for a dtype). The bits depend on nothing but the arguments.
+// column_sums: one read of the rows before it, for their mean, and for what must be known of them.
+//
+//   x      (rows, dim)     float16, bfloat16, float32 or float64; last stride 1, any row stride
+//   limit                  what an entry's size may be at most
+//   sums   (chunks, dim)   float64, written: of kColumnSumsRows rows each, the last of the rest, x - x[0]
+//   summed told   (3,)            float64, none negative; becomes (min, max, max) of what is there and: the
+//   first row with an
+//                          entry that is NaN or larger than limit; the largest |x|; the largest |x - x[0]|,
+//                          both in float32 of narrower x. NaN takes no part in the last two
 #pragma once
 
 #include "../core/tensor_view.h"
 #include "../cuda/device.h"
 
 namespace scalpel::cuda {
+
+constexpr int kColumnSumsRows = 64;
+
+void column_sums(const TensorView& x, double limit, const TensorView& sums, const TensorView& told,
+                 const CudaQueue& queue);
 
 void gram_lower(const TensorView& x, const TensorView& shift, const TensorView& scatter, int splits,
                 const CudaQueue& queue);

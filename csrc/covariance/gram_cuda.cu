@@ -23,6 +23,7 @@
 #include <type_traits>
 
 #include "covariance_cuda.h"
+#include "entry_cuda.h"
 
 namespace scalpel::cuda {
 namespace {
@@ -50,8 +51,6 @@ struct Job {
   bool wide;    // two neighbours of scatter can be
 };
 
-template <DType kType>
-using Bits = std::conditional_t<kType == DType::kFloat32, float, std::uint16_t>;
 template <DType kType>
 using Pair = std::conditional_t<kType == DType::kFloat32, float2, unsigned>;
 

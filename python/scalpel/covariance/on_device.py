@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -32,12 +31,21 @@ class Moments(NamedTuple):
     scatter: Tensor
 
 
+class Look(NamedTuple):
+    """Rows (rows, dim), their mean in float64, and ``told`` (3,): see csrc/covariance/covariance_cuda.h."""
+
+    rows: Tensor
+    mean: Tensor
+    told: Tensor
+
+
 class OnDevice(State):
     """Mean (dim,) and scatter (dim, dim) in float64 where the rows are.
 
     No row waits: each update is a block, centred by its own mean and joined by the rule of
     csrc/covariance/covariance.h. That reads and writes the scatter, so updates should bring a thousand rows or more.
-    One wait for the device an update: whether its rows are finite has to be known.
+    One wait for the device an update, or for many states' updates (:func:`update_all`): whether rows are finite has to
+    be known.
 
     Float64 rows are multiplied in float64, and so is a block whose deviations float32 can't square. Others go through
     tensor cores (csrc/covariance/gram_cuda.cu). ``precision``: "accurate" multiplies the three bfloat16 parts of each
@@ -70,17 +78,25 @@ class OnDevice(State):
         return self._moments.rows
 
     def update(self, rows: Tensor) -> int:
-        if not len(rows):
-            return -1
-        sizes = torch.linalg.vector_norm(rows, math.inf, dim=1)  # NaN where a row has one
-        allowed = sizes <= min(_LARGEST, torch.finfo(rows.dtype).max)
-        mean, farthest = self._mean_of(rows)
-        most = farthest * 2 if self.center else sizes.max().double()  # as far as a row can be from its mean
-        places = torch.arange(len(rows), device=rows.device)
-        bad, most = torch.stack([torch.where(allowed, len(rows), places).amin().double(), most]).tolist()
-        if bad < len(rows):
+        return update_all([self], [rows])[0]
+
+    def look(self, rows: Tensor) -> Look:
+        """What has to be known of rows (one or more) before they join. Waits for nothing."""
+        core, place = core_of(rows)
+        chunks = -(-len(rows) // core.COLUMN_SUMS_ROWS)
+        sums = torch.empty(chunks, self.dim, dtype=torch.float64, device=rows.device)
+        told = sums.new_zeros(3)
+        told[0].fill_(len(rows))
+        limit = min(_LARGEST, torch.finfo(rows.dtype).max)
+        core.column_sums(memory_of(rows), limit, memory_of(sums), memory_of(told), place)
+        return Look(rows, rows[0].double() + sums.sum(dim=0) / len(rows), told)
+
+    def join(self, look: Look, bad: float, size: float, farthest: float) -> int:
+        """Adds the rows; given what ``look.told`` said. -1, or the number of a row that isn't finite: then none."""
+        if bad < len(look.rows):
             return int(bad)
-        self._replace(self._with_block(rows, mean, most == 0 or _FLOAT32[0] < most < _FLOAT32[1]))
+        most = farthest * 2 if self.center else size  # as far as a row can be from its mean
+        self._replace(self._with_block(look.rows, look.mean, most == 0 or _FLOAT32[0] < most < _FLOAT32[1]))
         return -1
 
     def fold(self) -> None:
@@ -140,17 +156,6 @@ class OnDevice(State):
                 deviations = part - mean if self.center else part.double()
                 scatter.addmm_(deviations.T, deviations)
         return Moments(count, old.mean + apart * (n / count) if old.rows else mean, scatter)
-
-    def _mean_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Of rows shifted by the first, so that a column that never varies has its own value as its mean; and how far
-        an entry is from the first row's, at most."""
-        first = rows[0].double()
-        total, farthest = torch.zeros_like(first), first.new_zeros(())
-        for part in self._parts(rows):
-            apart = part - first  # float64
-            total += apart.sum(dim=0)
-            farthest = torch.maximum(farthest, torch.linalg.vector_norm(apart, math.inf))
-        return first + total / len(rows), farthest
 
     def _parts(self, rows: Tensor) -> Iterator[Tensor]:
         yield from rows.split(max(1, _ENTRIES // self.dim))
@@ -216,6 +221,18 @@ class OnDevice(State):
             row[:] = part
         mean = tensors["mean"].to(self._device, copy=True)
         self._replace(Moments(count, mean, scatter.to(self._device)))
+
+
+def update_all(states: Sequence[OnDevice], rows: Sequence[Tensor]) -> list[int]:
+    """Updates states that are on one device, each by its rows, and waits for the device once for all. What each
+    :meth:`OnDevice.update` says."""
+    found = [-1] * len(states)
+    looks = {i: states[i].look(each) for i, each in enumerate(rows) if len(each)}
+    if looks:
+        told = torch.stack([look.told for look in looks.values()]).tolist()
+        for (i, look), each in zip(looks.items(), told, strict=True):
+            found[i] = states[i].join(look, *each)
+    return found
 
 
 def exact_on(device: torch.device, dim: int, center: bool) -> Exact | OnDevice:

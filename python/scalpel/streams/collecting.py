@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .._memory import runs_on
 from ..covariance import StreamingCovariance
+from ..covariance.on_device import OnDevice, update_all
 from ..covariance.rows import integer_named
 from ..covariance.streaming import Method
 from .budget import bytes_of, groups_of
@@ -179,22 +181,40 @@ class _Filling:
         return states, read.hexdigest()
 
     def _add(self, states: States, batch: Any, number: int) -> None:
+        """States of GPUs wait for them once a batch, not once a stream."""
+        together: dict[torch.device, list[tuple[str, OnDevice, Tensor]]] = {}
         for name, rows in self.capture(batch, states).items():
             if rows.shape[1] != states[name].dim:
                 raise ValueError(
                     f"{name} is {rows.shape[1]} wide in batch {number}, and was {states[name].dim}: choose hooks whose "
                     "width doesn't depend on the batch"
                 )
+            if not rows.dtype.is_floating_point:
+                raise _refused(name, number, f"the values are {rows.dtype}")
             if states[name].rank is not None or not runs_on(rows.device):
                 rows = rows.cpu()
             elif states[name].count:
                 states[name] = states[name].to(rows.device)  # from the disk it came to the CPU
             else:
                 states[name]._be_on(rows.device)
-            bad = states[name]._state.update(rows) if rows.dtype.is_floating_point else -1
-            if bad >= 0 or not rows.dtype.is_floating_point:
-                reason = f"row {bad} is not finite, or beyond 1e150" if bad >= 0 else f"the values are {rows.dtype}"
-                raise ValueError(f"{name}, batch {number}: {reason}; states that were saved stay")
+            state = states[name]._state
+            if isinstance(state, OnDevice):
+                together.setdefault(rows.device, []).append((name, state, rows))
+            elif (bad := state.update(rows)) >= 0:
+                raise _refused(name, number, _not_finite(bad))
+        for there in together.values():
+            bad_rows = update_all([state for _, state, _ in there], [rows for _, _, rows in there])
+            for (name, _, _), bad in zip(there, bad_rows, strict=True):
+                if bad >= 0:
+                    raise _refused(name, number, _not_finite(bad))
+
+
+def _refused(name: str, batch: int, reason: str) -> ValueError:
+    return ValueError(f"{name}, batch {batch}: {reason}; states that were saved stay")
+
+
+def _not_finite(row: int) -> str:
+    return f"row {row} is not finite, or beyond 1e150"
 
 
 def _merged_on_disk(saved: Saved, names: Iterable[str]) -> Saved:

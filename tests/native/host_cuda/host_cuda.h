@@ -214,6 +214,10 @@ inline float __uint_as_float(unsigned bits) {
   float x;
   return std::memcpy(&x, &bits, 4), x;
 }
+inline long long __double_as_longlong(double x) {
+  long long bits;
+  return std::memcpy(&bits, &x, 8), bits;
+}
 inline float __fdividef(float a, float b) { return a / b; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
