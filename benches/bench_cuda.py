@@ -17,15 +17,17 @@ import torch
 from torch import Tensor
 
 import scalpel
+from bench_jacobian import DENSITIES, LENGTH, model_of, through_torch_func
 from measure import commit
-from scalpel import bench
+from scalpel import bench, lanes
 from scalpel._memory import runs_on
 
 DOCS = Path(__file__).parents[1] / "docs"
 ELEMENTS = 1 << 28  # beyond the last-level cache several times over
 SETS, ROUNDS = 3, 15
-WIDTHS = (512, 2048, 8192, 16384, 65536)
+WIDTHS = (512, 2048, 8192, 16384, 65536, 1 << 17)
 LONG = 4096
+TANGENTS, LAYERS = 64, 8  # csp_yolo2 has eight
 
 
 def main() -> None:
@@ -44,6 +46,7 @@ def main() -> None:
             for k in (width // 4, 32)
         ]
         + [topk(2048, 512, torch.float32, ties) for ties in ("ties", "constant")],
+        "jvp": [jvp(density) for density in DENSITIES],
         "attention": [attention(length) for length in (512, LONG)],
         "covariance": [covariance(dim, dtype) for dim in (4096, 8192) for dtype in (torch.bfloat16, torch.float32)],
     }
@@ -113,6 +116,43 @@ def topk(width: int, k: int, dtype: torch.dtype, kind: str = "normal") -> dict[s
 
 
 # ---- JVP -----------------------------------------------------------------------------------------
+
+
+def jvp(density: float) -> dict[str, Any]:
+    """A model of csp_yolo2's shape: our product as it chooses, with every linear layer sparse, with every one dense,
+    and vmap(jvp). Where sparse and dense meet is what SPARSE_BELOW_CUDA should say.
+    """
+    model = model_of(density, torch.float32, layers=LAYERS).cuda()
+    ids = torch.randint(64, (1, LENGTH), device="cuda")
+    J = scalpel.jacobian(model, ids, "0.resid_in", "final_resid")
+    sets = [torch.randn(TANGENTS, *J.source_shape, device="cuda") for _ in range(SETS)]
+    some = sets[0][:2]
+    double = model_of(density, torch.float64, layers=LAYERS).cuda()
+    exact = through_torch_func(double, ids, some.double())
+    check(relative(scalpel.jacobian(double, ids, "0.resid_in", "final_resid").jvp(some.double()), exact) < 1e-9, "jvp")
+    del double
+
+    def forced(below: float) -> Callable[[Tensor], Tensor]:
+        def product(V: Tensor) -> Tensor:
+            chosen, lanes.SPARSE_BELOW_CUDA = lanes.SPARSE_BELOW_CUDA, below
+            try:
+                return J.jvp(V)
+            finally:
+                lanes.SPARSE_BELOW_CUDA = chosen
+
+        return product
+
+    ways = {"ours": J.jvp, "sparse": forced(2.0), "dense": forced(0.0)}
+    ways["torch"] = lambda V: through_torch_func(model, ids, V)
+    times = medians({name: [lambda V=V, way=way: way(V) for V in sets] for name, way in ways.items()})
+    return {
+        "density": density,
+        "tangents": TANGENTS,
+        **times,
+        "times_torch": times["torch"] / times["ours"],
+        "error": relative(J.jvp(some), exact),
+        "torch_error": relative(through_torch_func(model, ids, some), exact),
+    }
 
 
 def attention(length: int) -> dict[str, Any]:
@@ -196,7 +236,7 @@ def page(content: dict[str, Any]) -> str:
         f"{content['commit']}. Milliseconds, medians by device events; every answer was checked before.",
         "",
     ]
-    for name in ("topk", "attention", "covariance"):
+    for name in ("topk", "jvp", "attention", "covariance"):
         rows = content[name]
         lines += [f"## {name}", "", "| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
         lines += [

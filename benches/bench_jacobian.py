@@ -32,12 +32,12 @@ def test_jvp(timed: Callable[[bench.Case], None], device: str) -> None:
     timed(bench.jacobian_jvp(device=device))
 
 
-def model_of(density: float, dtype: torch.dtype, seed: int = 0) -> CircuitGPT:
+def model_of(density: float, dtype: torch.dtype, seed: int = 0, layers: int = LAYERS) -> CircuitGPT:
     """An untrained model whose block matrices have that fraction of non-zeros, scaled so that values stay of size."""
     config = CircuitGPTConfig(
         block_size=LENGTH,
         vocab_size=64,
-        n_layer=LAYERS,
+        n_layer=layers,
         n_head=HEADS,
         d_model=WIDTH,
         rms_norm=True,
