@@ -1,0 +1,69 @@
+"""How often a row is counted until its k-th largest key is found: the search of csrc/topk/topk_row_cuda.h in numpy,
+beside bisection. `python benches/topk_counts.py` prints means and the most, over kinds of rows, widths and k.
+
+It tells nothing of time, which needs a GPU; a count is what a row's search costs there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+WIDTHS = (512, 2048, 16384, 65536)
+REPEATS = 16
+RNG = np.random.default_rng(0)
+ROWS: dict[str, Callable[[int], np.ndarray]] = {
+    "normal": RNG.standard_normal,
+    "Cauchy": RNG.standard_cauchy,
+    "uniform": RNG.random,
+    "half zero": lambda n: np.maximum(RNG.standard_normal(n), 0),
+    "2 % outliers": lambda n: RNG.standard_normal(n) * np.where(RNG.random(n) < 0.02, 1e6, 1.0),
+    "swish": lambda n: (lambda x: x / (1 + np.exp(-1.7 * x)))(RNG.standard_normal(n)),
+}
+
+
+def keys(x: np.ndarray, bits: int) -> np.ndarray:
+    """Magnitudes as the integers that float32, or bfloat16, has for them; sorted."""
+    return np.sort((x.astype(np.float32).view(np.uint32) & 0x7FFFFFFF) >> (32 - bits)).astype(np.int64)
+
+
+def search(row: np.ndarray, k: int, guess: bool) -> int:
+    """Counts until exactly k keys are found, or one key is left; ``guess``: as the kernel, else by halves."""
+    low, high, from_low, above = int(row[0]), int(row[-1]), len(row), 0
+    third, step = high - low, 0
+    while low < high and from_low != k:
+        step += 1
+        size, part = high - low, 0.5
+        if guess:
+            wanted = (k**0.5 + (k - 1) ** 0.5) / 2
+            part = (from_low**0.5 - wanted) / (from_low**0.5 - above**0.5)
+            if step % 3 == 0:
+                part, third = (0.5 if size > third // 4 else part), size
+        key = min(max(low + 1 + int(part * size), low + 1), high) if guess else low + size // 2 + 1
+        found = len(row) - int(np.searchsorted(row, key))
+        if found >= k:
+            low, from_low = key, found
+        else:
+            high, above = key - 1, found
+    return step
+
+
+def main() -> None:
+    print("counts, mean (most)   guessed         halved")
+    for bits, name in ((32, "float32"), (16, "bfloat16")):
+        for kind, draw in ROWS.items():
+            counts = np.array(
+                [
+                    [search(row, k, guess) for guess in (True, False)]
+                    for width in WIDTHS
+                    for k in (width // 4, round(0.06 * width), 64, 32)
+                    for row in (keys(draw(width), bits) for _ in range(REPEATS))
+                ]
+            )
+            (guessed, halved), (most, most_halved) = counts.mean(0), counts.max(0)
+            print(f"{name:9} {kind:12} {guessed:6.1f} ({most:2})     {halved:6.1f} ({most_halved:2})")
+
+
+if __name__ == "__main__":
+    main()
