@@ -23,8 +23,7 @@ def residual(state: StreamingCovariance, values: Tensor, vectors: Tensor) -> flo
     return float(torch.linalg.vector_norm(vectors @ C - values[:, None] * vectors, dim=1).max() / values[0])
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
-@pytest.mark.parametrize("k", [1, 8, 50])
+@pytest.mark.parametrize(("k", "scale"), [(1, 1.0), (8, 1.0), (50, 1.0), (8, 1e-12), (8, 1e12)])
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 3.0])
 def test_few_of_many_meet_their_residual(power: float, k: int, scale: float) -> None:
     state = state_of(rows_with(power) * scale, None, center=False)

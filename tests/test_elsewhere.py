@@ -1,5 +1,6 @@
 """The package's way on a GPU, walked on a device that isn't there (elsewhere.py)."""
 
+import copy
 import json
 import warnings
 from collections.abc import Iterator
@@ -130,6 +131,14 @@ def test_covariances(dtype: torch.dtype, center: bool, tmp_path: Path) -> None:
     again = loaded.to("cuda")
     assert loaded.covariance().is_cpu and torch.equal(again.covariance().cpu(), state.covariance().cpu())
     assert again.to(DEVICE) is again and again.update(elsewhere(x)).count == 600
+    fast = scalpel.StreamingCovariance(40, center=center, precision="fast").update(elsewhere(x))
+    assert copy.deepcopy(fast)._precision == "fast"
+    apart = (fast.covariance() - state.covariance()).abs().cpu()
+    exact = dtype == torch.float64 or (dtype == torch.bfloat16 and not center)
+    spread = state.covariance().diagonal().cpu().sqrt()
+    assert exact or 0 < float((apart / spread[:, None] / spread).max()) < 2**-8
+    with pytest.raises(ValueError, match="precision is 'rough'; allowed: 'accurate', 'fast'"):
+        scalpel.StreamingCovariance(40, precision="rough")
     with pytest.raises(ValueError, match="a sketch is on the CPU only"):
         scalpel.StreamingCovariance(40, rank=3).to(DEVICE)
 

@@ -235,9 +235,9 @@ def update_all(states: Sequence[OnDevice], rows: Sequence[Tensor]) -> list[int]:
     return found
 
 
-def exact_on(device: torch.device, dim: int, center: bool) -> Exact | OnDevice:
+def exact_on(device: torch.device, dim: int, center: bool, precision: Precision = "accurate") -> Exact | OnDevice:
     """An exact state without rows, for those of a device."""
-    return OnDevice(dim, center, device) if takes(device) else Exact(dim, center)
+    return OnDevice(dim, center, device, precision) if takes(device) else Exact(dim, center)
 
 
 def takes(device: torch.device) -> bool:
@@ -245,10 +245,10 @@ def takes(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def moved(state: State, device: torch.device) -> State:
+def moved(state: State, device: torch.device, precision: Precision = "accurate") -> State:
     """An exact state, or its copy on another device."""
     if state.device == device:
         return state
-    copy = exact_on(device, state.dim, state.center)
+    copy = exact_on(device, state.dim, state.center, precision)
     copy.restore(state.tensors())
     return copy

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .._memory import runs_on
 from ..covariance import StreamingCovariance
-from ..covariance.on_device import OnDevice, update_all
+from ..covariance.on_device import OnDevice, Precision, update_all
 from ..covariance.rows import integer_named
 from ..covariance.streaming import Method
 from .budget import bytes_of, groups_of
@@ -35,6 +35,7 @@ def collect(
     rank: int | None = None,
     method: Method = "tracker",
     center: bool = True,
+    precision: Precision = "accurate",
     loss: Loss | None = None,
     folder: str | Path | None = None,
     save_every: int = 64,
@@ -52,7 +53,7 @@ def collect(
     ``memory``: for the states that are being filled, bytes or a text such as "8GiB". Where not all fit, hooks are taken
     in groups, and the corpus is read once a group: ``batches`` must then be something that can be read again, such as a
     list. What comes back is then a mapping that reads a state from disk when it is asked for.
-    ``rank`` (at most a stream's width), ``method``, ``center``: as :class:`scalpel.StreamingCovariance` takes them.
+    ``rank`` (at most a stream's width), ``method``, ``center``, ``precision``: as StreamingCovariance takes them.
     Of a model on a GPU, exact states are filled there, and ``memory`` is that of the GPU; sketches are on the CPU.
     ``loss(logits, batch)``: by default the cross-entropy of each next token, in nats, summed over tokens.
     ``folder``: states are saved there every ``save_every`` batches, and a second call goes on from the last save.
@@ -81,7 +82,7 @@ def collect(
 
     def new(name: str) -> StreamingCovariance:
         dim = widths[name]
-        return StreamingCovariance(dim, None if rank is None else min(rank, dim), method, center)
+        return StreamingCovariance(dim, None if rank is None else min(rank, dim), method, center, precision=precision)
 
     if folder is not None and getattr(model, "_interventions", None):
         raise ValueError(
@@ -95,6 +96,7 @@ def collect(
         "rank": rank,
         "method": None if rank is None else method,
         "center": center,
+        **({} if precision == "accurate" else {"precision": precision}),
         "save_every": save_every,
         "share": [share.rank, share.world],
         "groups": groups,
@@ -157,7 +159,10 @@ class _Filling:
         """The states, and what tells this corpus from another."""
         skip, digest = 0, ""
         if self.saved is not None and (found := self.saved.last(self.group)) is not None:
-            states, position = found
+            loaded, position = found
+            for name, state in loaded.items():
+                state._precision = states[name]._precision  # a file holds sums, not how more of them are made
+            states = loaded
             skip, digest = position["batches"], position["digest"]
         read, count = hashlib.sha256(), 0
         for batch in batches:
