@@ -20,6 +20,10 @@ ROWS: dict[str, Callable[[int], np.ndarray]] = {
     "half zero": lambda n: np.maximum(RNG.standard_normal(n), 0),
     "2 % outliers": lambda n: RNG.standard_normal(n) * np.where(RNG.random(n) < 0.02, 1e6, 1.0),
     "swish": lambda n: (lambda x: x / (1 + np.exp(-1.7 * x)))(RNG.standard_normal(n)),
+    "82 % zero": lambda n: np.maximum(RNG.standard_normal(n) - 0.9, 0),
+    "four massive": lambda n: np.where(np.arange(n) < 4, 1e4, RNG.standard_normal(n)),
+    "integers 0-3": lambda n: RNG.integers(0, 4, n).astype(float),
+    "quarters": lambda n: np.round(RNG.standard_normal(n) * 4) / 4,
 }
 
 
@@ -29,24 +33,30 @@ def keys(x: np.ndarray, bits: int) -> np.ndarray:
 
 
 def search(row: np.ndarray, k: int, guess: bool) -> int:
-    """Counts until exactly k keys are found, or one key is left; ``guess``: as the kernel, else by halves."""
+    """Counts until exactly k keys are found, or one key is left; ``guess``: as the kernel, else by halves. A look at
+    which keys are left counts as two.
+    """
     low, high, from_low, above = int(row[0]), int(row[-1]), len(row), 0
-    third, step = high - low, 0
+    before, guessed, step, looks = 0, False, 0, 0
     while low < high and from_low != k:
         step += 1
-        size, part = high - low, 0.5
-        if guess:
-            wanted = (k**0.5 + (k - 1) ** 0.5) / 2
-            part = (from_low**0.5 - wanted) / (from_low**0.5 - above**0.5)
-            if step % 3 == 0:
-                part, third = (0.5 if size > third // 4 else part), size
+        if guess and step % 10 == 0:
+            left = row[(row >= low) & (row <= high)]
+            low, high, looks = int(left[0]), int(left[-1]), looks + 1
+            if low == high:
+                step -= 1
+                break
+        size = high - low
+        guessed, before = not (guessed and size > before // 2), size
+        wanted = (k**0.5 + (k - 1) ** 0.5) / 2
+        part = (from_low**0.5 - wanted) / (from_low**0.5 - above**0.5) if guessed else 0.5
         key = min(max(low + 1 + int(part * size), low + 1), high) if guess else low + size // 2 + 1
         found = len(row) - int(np.searchsorted(row, key))
         if found >= k:
             low, from_low = key, found
         else:
             high, above = key - 1, found
-    return step
+    return step + 2 * looks
 
 
 def main() -> None:

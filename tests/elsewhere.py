@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("cuda", 0)
+_TAG = 1 << 62  # of addresses there, which are no addresses: only a kernel of the device can read them
 _T = torch.Tensor
 # What gives numbers to Python, from wherever they are.
 TOLD = {_T.tolist, _T.item, _T.__bool__, _T.__int__, _T.__float__, _T.__index__, _T.__complex__, torch.equal, _T.equal}
@@ -41,7 +42,8 @@ class Elsewhere(torch.Tensor):
         return made
 
     def data_ptr(self) -> int:
-        return self.inner.data_ptr()
+        address = self.inner.data_ptr()
+        return address | _TAG if address else 0
 
     def __repr__(self, **_: Any) -> str:
         return f"Elsewhere({self.inner!r})"
@@ -83,8 +85,11 @@ class Factories(TorchFunctionMode):
         named = [x for x in tree_leaves((args[1:], kwargs)) if isinstance(x, torch.device | str) and is_device(x)]
         if func in ABOUT_THE_DEVICE or not (wrappers or any(there(x) for x in named)):
             return func(*args, **kwargs)
-        if func is torch.Tensor.numpy:
+        if func in (_T.numpy, _T.__array__):
             raise TypeError(f"can't convert a tensor on {DEVICE} to numpy; use .cpu() first")
+        generator = kwargs.get("generator")
+        if generator is not None and generator.device.type == "cpu":
+            raise RuntimeError(f"{func}: the generator is on the CPU, and the numbers would be on {DEVICE}")
         if wrappers and func not in MAY_MIX:
             for x in given:
                 if not isinstance(x, Elsewhere) and x.dim() > 0 and func is not _T.to:
@@ -115,10 +120,32 @@ def _may_change_in_place(input: torch.Tensor, from_: torch.Tensor) -> bool:
     return isinstance(input, Elsewhere) == isinstance(from_, Elsewhere)
 
 
+class Kernels:
+    """The ops of ``core``, for memory of DEVICE alone."""
+
+    def __init__(self, core: Any) -> None:
+        self._core = core
+
+    def __getattr__(self, name: str) -> Any:
+        op = getattr(self._core, name)
+        if not callable(op):
+            return op
+        return lambda *args, **kwargs: op(*map(_read, args), **{key: _read(each) for key, each in kwargs.items()})
+
+
+def _read(given: Any) -> Any:
+    """Memory as the core takes it, its address made real. An address of the CPU is an error."""
+    if isinstance(given, tuple) and len(given) == 4 and isinstance(given[1], str):
+        assert given[0] == 0 or given[0] & _TAG, f"a kernel was given memory of the CPU: {given}"
+        return (given[0] & ~_TAG, *given[1:])
+    return type(given)(map(_read, given)) if isinstance(given, (list, tuple)) else given
+
+
 @contextmanager
 def device_with(core: Any, monkeypatch: Any) -> Iterator[None]:
     """DEVICE exists, and `core` has its ops."""
-    monkeypatch.setattr("scalpel._memory._found", lambda name: core)
+    kernels = Kernels(core)
+    monkeypatch.setattr("scalpel._memory._found", lambda name: kernels)
     stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
     monkeypatch.setattr(torch, "_has_compatible_shallow_copy_type", _may_change_in_place)

@@ -60,6 +60,30 @@ def test_a_module_that_runs_more_than_once() -> None:
     torch.testing.assert_close(states["1"].covariance(), state_of(torch.cat([first, second])).covariance())
 
 
+class _Turned(nn.Module):
+    """Values that lie in memory in other orders: turned, and expanded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.turned, self.out = nn.Embedding(13, 6), nn.Conv1d(6, 6, 1), nn.Linear(6, 13)
+        self.same = nn.Identity()
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.same(self.turned(self.emb(input_ids).mT).mT)
+        return self.out(x.mean(-1, keepdim=True).expand(-1, -1, 6))
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_values_that_are_turned_or_expanded(batch: int, rank: int | None) -> None:
+    ids = torch.randint(13, (batch, 9))
+    found = scalpel.collect(
+        _Turned(), [ids], ["same", "out:in", "out.grad"], rank=rank, loss=lambda logits, _: logits.sum()
+    )
+    assert {name: state.count for name, state in found.items()} == dict.fromkeys(found, 9 * batch)
+    assert torch.equal(found["out.grad"].mean, torch.ones(13).double())
+
+
 def test_padding_of_tokens_in_a_row() -> None:
     class Flat(nn.Module):
         def __init__(self) -> None:

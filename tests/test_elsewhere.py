@@ -2,10 +2,10 @@
 
 import copy
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,31 +16,42 @@ import scalpel.jacobians.entry as entry
 import test_lanes as lanes
 from analysis_cases import SIZES
 from circuitgpt_cases import build, tokens
+from cuda_stand_in import NO_GPU
 from decoder_cases import MODELS, exact_norms, ids_of, model_of
-from elsewhere import DEVICE, Elsewhere, device_with, elsewhere
+from elsewhere import DEVICE, device_with, elsewhere
 from scalpel import bench
-from scalpel.analysis import analyze
+from scalpel._memory import cuda_core, memory_of, runs_on
+from scalpel.analysis import analyze, source
 from scalpel.circuits import Schedule, ablation_effects, bracket_counting, node_hooks
 from scalpel.circuits.ablations import substitute
 from scalpel.circuits.masks import learn_masks
 from scalpel.circuits.task import answer_logits
 
 
-@pytest.fixture(autouse=True)
-def device(stand_in: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with device_with(stand_in, monkeypatch):
+@pytest.fixture(autouse=True, params=["pretended", "cuda"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The device that isn't there, and a GPU where there is one."""
+    if request.param == "cuda":
+        if not (torch.cuda.is_available() and runs_on(DEVICE)):
+            pytest.skip(NO_GPU)
+        monkeypatch.setitem(globals(), "elsewhere", lambda x: x.to(DEVICE))
+        yield
+        return
+    with device_with(request.getfixturevalue("stand_in"), monkeypatch):
         yield
 
 
 def same(found: torch.Tensor, expected: torch.Tensor) -> None:
-    assert isinstance(found, Elsewhere) and found.device == DEVICE
+    assert found.device == DEVICE
     lanes.close(found.cpu(), expected)
 
 
 # ---- the device itself ---------------------------------------------------------------------------
 
 
-def test_it_keeps_pytorchs_rules() -> None:
+def test_it_keeps_pytorchs_rules(request: pytest.FixtureRequest) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU keeps them by itself, in other words")
     x = torch.randn(3, 4, device="cuda")
     assert x.device == DEVICE and x.is_cuda and not x.is_cpu and (x @ x.mT).device == DEVICE
     assert torch.arange(3, device=DEVICE).tolist() == [0, 1, 2] and float(x.sum()) == float(x.cpu().sum())
@@ -53,6 +64,8 @@ def test_it_keeps_pytorchs_rules() -> None:
         torch.randn(4)[torch.arange(2, device="cuda")]
     with pytest.raises(TypeError, match="cuda"):
         x.numpy()
+    with pytest.raises(AssertionError, match="memory of the CPU"):
+        cuda_core().topk_mask(memory_of(torch.ones(2, 3)), 1, False, memory_of(x), (0, 0))
 
 
 # ---- TopK, Jacobians -----------------------------------------------------------------------------
@@ -150,7 +163,7 @@ def test_collect(name: str, tmp_path: Path) -> None:
     )  # fmt: skip
     ids = tokens(model) if name == "circuitgpt" else ids_of()
     hooks = ["0.resid_in", "1.resid_in.grad"]
-    expected, found = scalpel.collect(model, [ids], hooks), scalpel.collect(there, [elsewhere(ids)], hooks)
+    expected, found = scalpel.collect(model, [ids], hooks), scalpel.collect(there, [ids], hooks)
     for hook in hooks:
         lanes.close(found[hook].covariance().cpu(), expected[hook].covariance())
         assert found[hook].covariance().device == DEVICE
@@ -174,7 +187,11 @@ def test_a_collection_goes_on_where_it_was(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         scalpel.collect(there, batches, hooks, save_every=2, folder=tmp_path, progress=stop)
     again = scalpel.collect(there, batches, hooks, save_every=2, folder=tmp_path)
+    assert scalpel.collect(there, batches, hooks, save_every=2, folder=tmp_path)[hooks[0]].mean.device == DEVICE
+    with pytest.raises(ValueError, match="places"):
+        scalpel.collect(build("plain"), [each.cpu() for each in batches], hooks, save_every=2, folder=tmp_path)
     for name in hooks:
+        assert again[name].mean.device == whole[name].mean.device == DEVICE
         assert again[name].count == 90 and torch.equal(again[name].covariance().cpu(), whole[name].covariance().cpu())
 
 
@@ -196,11 +213,23 @@ def test_a_model_and_what_reads_it() -> None:
             same(there(ids), model(ids))
     assert len(there.edges()) == len(model.edges())
     options: dict[str, Any] = {"attention_mask": mask, "temperature": 1.0, "seed": 3}
+    told, asked = (m.logit_attribution(ids, "]", attention_mask=mask) for m in (there, model))
+    same(told.heads, asked.heads)
     assert torch.equal(there.generate(ids, 4, **options).cpu(), model.generate(ids, 4, **options))
     guard = scalpel.HoleGuard(there, scalpel.semigroup.ThresholdCounter("0.15"))
     assert guard(elsewhere(ids), there(ids)[:, -1]).device == DEVICE
     with pytest.raises(ValueError, match=r"experiments take models on the CPU: model.cpu\(\)"):
         scalpel.experiments.run("dilution", there)
+
+
+def test_the_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / "docs/cuda.md").read_text()
+    block = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+    names: dict[str, Any] = {}
+    exec("import torch, scalpel\n" + block.replace("(4096, 16384,", "(3, 40,").replace("(x, 512)", "(x, 5)"), names)
+    assert names["x"].shape == (3, 40) and names["C"].mean.device == names["J"].device == DEVICE
+    assert torch.equal(names["C"].mean.cpu(), names["states"]["1.resid_in"].mean.cpu())
 
 
 def test_what_prunes_a_circuit() -> None:
@@ -254,7 +283,7 @@ def test_an_analysis(
         json.loads(analyze(folder, text, tmp_path / device, device=device, **sizes).to_json())
         for device in ("cpu", "cuda")
     )
-    assert found["model"].pop("device") == "cuda:0, a stand-in"
+    assert found["model"].pop("device") == "a stand-in"
     for each in (found, expected):
         each["model"].pop("parameters")  # what is tied counts twice on this device, whose weights aren't moved in place
     assert found["model"] == expected["model"] and found["notes"] == expected["notes"]
@@ -262,6 +291,13 @@ def test_an_analysis(
         close(found[side], expected[side])
     with pytest.raises(ValueError, match="device"):
         analyze(folder, text, tmp_path / "cuda", **sizes)  # that folder is another device's
+
+
+def test_torchruns_processes_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(source, "device_named", torch.device)
+    assert source._place("cuda") == torch.device("cuda:1") and source._place("cpu") == torch.device("cpu")
 
 
 def close(found: Any, expected: Any) -> None:

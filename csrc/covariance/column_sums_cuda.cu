@@ -2,8 +2,8 @@
 // row that isn't finite, and the largest sizes.
 //
 // A block has a stretch of columns and kChunk rows. Sums are in float64, of what rows are from the first: a
-// column that never varies sums to exactly 0. The sums of the chunks are added up by the caller, in an order
-// that doesn't depend on the GPU. Largest and first do not depend on an order, so they are atomics, on the
+// column that never varies sums to exactly 0. The sums of the chunks are the caller's to add
+// up. Largest and first do not depend on an order, so they are atomics, on the
 // bits of numbers that aren't negative.
 //
 // Cost: the rows once, and a 64th as many float64 numbers written.

@@ -15,11 +15,11 @@
 //
 //   x      (rows, dim)     float16, bfloat16, float32 or float64; last stride 1, any row stride
 //   limit                  what an entry's size may be at most
-//   sums   (chunks, dim)   float64, written: of kColumnSumsRows rows each, the last of the rest, x - x[0]
-//   summed told   (3,)            float64, none negative; becomes (min, max, max) of what is there and: the
-//   first row with an
-//                          entry that is NaN or larger than limit; the largest |x|; the largest |x - x[0]|,
-//                          both in float32 of narrower x. NaN takes no part in the last two
+//   sums   (chunks, dim)   float64, written: x - x[0] summed over each kColumnSumsRows rows
+//   told   (3,)            float64, none negative: becomes the least of what is there and the number of the
+//                          first row with an entry that is NaN or larger than limit; the largest of what is
+//                          there and |x|; and of what is there and |x - x[0]|. In float32 of narrower x; NaN
+//                          is left out
 #pragma once
 
 #include "../core/tensor_view.h"

@@ -1,12 +1,12 @@
 // TopK on a GPU: a warp a row while a lane can hold its share, a block a row above.
 //
 // A row is read once: its first entries stay in registers, the next in shared memory. The k-th largest key is
-// searched by counting the keys from a guess on, some ten times; the search ends as soon as exactly k are
-// counted, and rows of equal keys end it at once. Only of a row that neither holds (of float32 beyond 65,536
-// entries or so) is the rest read again: by each step of a search in which one tells 1024 ranges of keys
-// apart, so that three do, and when it is written. A row with ties at the k-th key goes through its entries
-// in order once more, to keep the first of them. All of it is integer arithmetic on counts (floats guess, and
-// no guess decides), so that the bits are the CPU's.
+// searched by counting the keys from a guess on, about ten times (benches/topk_counts.py); the search ends as
+// soon as exactly k are counted, and rows of equal keys end it at once. Only of a row that neither holds (of
+// float32 beyond 65,536 entries or so) is the rest read again: by each step of a search in which one tells
+// 1024 ranges of keys apart, so that three do, and when it is written. A row with ties at the k-th key goes
+// through its entries in order once more, to keep the first of them. All of it is integer arithmetic on
+// counts (floats guess, and no guess decides), so that the bits are the CPU's.
 #include <algorithm>
 #include <cstdint>
 

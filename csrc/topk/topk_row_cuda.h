@@ -254,34 +254,46 @@ struct Row {
     return group.sum(n);
   }
 
-  // Of a row that is held whole: narrows [low, high], in which the least kept key is, by counting from a
-  // guess on. The guess takes the counts' square roots for straight between low and high: counts of a
-  // distribution's tail fall faster than on a line, those of its middle don't. A third of the guesses halve
-  // if the last three left more than a quarter, whatever the keys are.
-  __device__ Cut<Key> search(unsigned k) {
+  // Narrows [low, high] to the least and largest key in it; there is one. kAll: every key is.
+  template <bool kAll>
+  __device__ void tighten(Key& low, Key& high) {
     Key most = 0, rest = 0;  // rest: the largest of the complements
     each([&](int at, const Vec& vec) {
       if (at >= width) return;
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {
-        const Key key = keys.rough(vec.entry[e]);
+        const Key key = kAll ? keys.rough(vec.entry[e]) : keys.of(vec.entry[e]);
+        if (!kAll && (key < low || key > high)) continue;
         most = key > most ? key : most;
         rest = static_cast<Key>(~key) > rest ? static_cast<Key>(~key) : rest;
       }
     });
-    Key high = keys.settled(group.largest(most));
-    Key low = keys.settled(static_cast<Key>(~group.largest(rest)));
+    high = keys.settled(group.largest(most));
+    low = keys.settled(static_cast<Key>(~group.largest(rest)));
+  }
+
+  // Of a row that is held whole: narrows [low, high], in which the least kept key is, by counting from a
+  // guess on. The guess takes the counts' square roots for straight between low and high: counts of a
+  // distribution's tail fall faster than on a line, those of its middle don't. One that left more than half
+  // is followed by a halving; and every tenth step looks which keys are left, which ends it where they are
+  // one key, a tie.
+  __device__ Cut<Key> search(unsigned k) {
+    constexpr int kTightenEvery = 10;
+    Key low = 0, high = 0, before = 0;
+    tighten<true>(low, high);
     unsigned from_low = static_cast<unsigned>(width), above = 0;
     float low_root = root(from_low), above_root = 0.0f;
     const float wanted = 0.5f * (root(k) + root(k - 1));
-    Key third = high - low;
+    bool guessed = false;
     for (int step = 1; low < high && from_low != k; ++step) {
-      const Key size = high - low;
-      float part = __fdividef(low_root - wanted, low_root - above_root);
-      if (step % 3 == 0) {
-        if (size > third / 4) part = 0.5f;
-        third = size;
+      if (step % kTightenEvery == 0) {
+        tighten<false>(low, high);
+        if (low == high) break;
       }
+      const Key size = high - low;
+      guessed = !(guessed && size > before / 2);
+      before = size;
+      const float part = guessed ? __fdividef(low_root - wanted, low_root - above_root) : 0.5f;
       const Key guess = low + 1 + static_cast<Key>(part * static_cast<float>(size));
       const Key from = guess > high || guess <= low ? high : guess;
       const unsigned n = count(from);

@@ -81,22 +81,24 @@ def runs_on(device: torch.device) -> bool:
     return device.type in ("cpu", "cuda")
 
 
-def device_named(name: str) -> torch.device:
+def device_named(name: str | torch.device) -> torch.device:
     """ "cpu", "cuda" or "cuda:1" as a device. ValueError where it isn't there, or no op runs on it."""
     try:
-        there = torch.empty(0, device=name)
+        there = torch.empty(0, device=name).device
     except (AssertionError, RuntimeError) as error:  # no such kind, PyTorch without CUDA, no driver, no such GPU
-        raise ValueError(f"device is {name!r}, and PyTorch has none such here: {error}") from error
-    check_device(there, "what is asked for")
-    return there.device
+        raise ValueError(f"device is {str(name)!r}, and PyTorch has none such here: {error}") from error
+    if not runs_on(there):
+        raise ValueError(f"device is {str(name)!r}, but {_why_not(there)}")
+    return there
 
 
 def check_device(x: torch.Tensor, name: str) -> None:
     """ValueError where no op runs on x's device."""
-    kind = x.device.type
-    if kind == "cpu" or kind == "meta" or runs_on(x.device):
-        return
-    why = "there are kernels for the CPU and for CUDA only"
-    if kind == "cuda":
-        why = "this build runs on the CPU only: nvcc wasn't found when it was installed"
-    raise ValueError(f"{name} is on {x.device}, but {why}; move it with {name}.cpu()")
+    if x.device.type != "meta" and not runs_on(x.device):
+        raise ValueError(f"{name} is on {x.device}, but {_why_not(x.device)}; move it with {name}.cpu()")
+
+
+def _why_not(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "this build runs on the CPU only: nvcc wasn't found when it was installed"
+    return "there are kernels for the CPU and for CUDA only"

@@ -266,6 +266,6 @@ def bench(
     show.out().print(
         (f"{machine['gpu']}; " if machine["gpu"] else "")
         + f"{machine['threads']} threads, target {machine['target']}, torch {machine['torch']}; medians of "
-        f"{report['rounds']} rounds in one process" + (", quick sizes: not for quoting" if quick else ""),
+        f"{report['rounds']} rounds in one process, in ms" + (", quick sizes: not for quoting" if quick else ""),
         soft_wrap=True,
     )

@@ -130,7 +130,7 @@ def analyze(
         "products": products,
         "scalpel": __version__,
         "torch": torch.__version__,
-        **({} if source.device.type == "cpu" else {"device": source.device.type}),  # others round otherwise
+        **({} if source.device.type == "cpu" else {"device": source.facts["device"]}),  # others round otherwise
     }
     if stretches and source.trained is not None:
         Capture(source.trained, hooks, None)  # a hook that isn't there is said before anything is measured

@@ -22,7 +22,7 @@ from ..models.folder import FolderWeights, decoder_in
 from ..models.tokenizer import Tokenizer
 from ..models.weight_files import CheckpointError, read_json
 
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "alloc_failed")
 _SAMPLES, _SAMPLE = 4, 1 << 13  # of each tensor of a streamed model: pieces hashed, and their bytes
 
 
@@ -58,7 +58,7 @@ def load(name: str | Path, stream: bool = False, device: str = "cpu") -> Source:
     source = _loaded(name, stream, where)
     source.device = where
     if where.type == "cuda":
-        source.facts["device"] = f"{where}, {torch.cuda.get_device_name(where)}"
+        source.facts["device"] = torch.cuda.get_device_name(where)
     return source
 
 

@@ -69,18 +69,19 @@ class Spectra:
         states = []
         for i, part in enumerate(parts):
             step(f"{side}, spectra, block {i + 1} of {len(parts)}", i / len(parts))
-            states.append(
-                collect(
-                    model(),
-                    part,
-                    self.hooks,
-                    self.memory,
-                    folder=folder / f"{i}",
-                    fresh=self.fresh,
-                    shard=not self.job.alone,
-                    progress=False,
-                )
+            found_there = collect(
+                model(),
+                part,
+                self.hooks,
+                self.memory,
+                folder=folder / f"{i}",
+                fresh=self.fresh,
+                shard=not self.job.alone,
+                progress=False,
             )
+            # All blocks' states are held at once: on the CPU, which has the memory. Read from disk, they are there.
+            here = isinstance(found_there, dict)
+            states.append({s: each.to("cpu") for s, each in found_there.items()} if here else found_there)
         if self.job.rank == 0:
             shutil.rmtree(whole, ignore_errors=True)  # of another question
             whole.mkdir(parents=True)

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from .._memory import check_device
+from .._memory import device_named
 from . import file, measures
 from .distributed import all_reduce
 from .eigen import fix_signs
@@ -314,17 +314,17 @@ class StreamingCovariance(Summaries, ScikitNames):
     def to(self, device: torch.device | str) -> StreamingCovariance:
         """A copy of an exact state on another device, to go on with rows of that; the state itself where it is there.
 
-        The same bits; waiting rows join. Raises ValueError for a sketch, and where no op runs on that device.
+        The same bits; waiting rows join. Raises ValueError for a sketch, and for a device that isn't there or that no
+        op runs on.
         """
-        place = torch.empty(0, device=device)
+        place = device_named(device)
         with self._lock:
-            if place.device == self._state.device:
+            if place == self._state.device:
                 return self
             if self.rank is not None:
                 raise ValueError(f"a sketch is on the CPU only; only exact states (rank=None) can be on {device}")
-            check_device(place, "the state")
             copy = self._of(*self._like())
-            copy._state = moved(self._state, place.device, self._precision)
+            copy._state = moved(self._state, place, self._precision)
         return copy
 
     # ---- inside --------------------------------------------------------------------------------

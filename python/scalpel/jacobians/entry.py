@@ -75,7 +75,7 @@ def jacobian(
     Gives a :class:`Jacobian`: ``source_shape`` (B, Ls, width), ``target_shape`` (B, Lt, width or vocab) or
     the function's, dtype and device of the value at the source; nothing is computed but the primal, once.
 
-    A CircuitGPT or one of those transformers models, on the CPU and without module hooks, goes through rules of
+    A CircuitGPT or one of those transformers models, on one device and without module hooks, goes through rules of
     its own for its sublayers; there a padding query, which may read nothing, attends to nothing. Any other model,
     input or module path is differentiated with the math attention backend, announced by one warning.
 

@@ -65,6 +65,8 @@ class StreamedLayer:
         if tangents.dim() != 4 or tangents.shape[1:] != self.before.shape:
             shape = ", ".join(map(str, ("T", *self.before.shape)))
             raise ValueError(f"tangents have shape {tuple(tangents.shape)}; they must be ({shape})")
+        if tangents.device != self.before.device:
+            raise ValueError(f"tangents are on {tangents.device}, the layer on {self.before.device}: move them there")
         if tangents.dtype != self.before.dtype:
             raise TypeError(f"tangents are {tangents.dtype}; here they must be {self.before.dtype}")
         return self._rules
@@ -96,6 +98,8 @@ def stream_layers(
     """
     decoder = decoder_in(folder, getattr(input_ids, "device", "cpu"))
     beside = {"attention_mask": attention_mask, "position_ids": position_ids}
+    if isinstance(input_ids, Tensor):
+        beside = {n: each.to(input_ids.device) if isinstance(each, Tensor) else each for n, each in beside.items()}
     inputs = plain_inputs(decoder, input_ids, beside)
     if isinstance(inputs, str):
         raise ValueError(inputs)

@@ -86,7 +86,7 @@ def _pick(logits: Tensor, temperature: float, top_k: int | None, generator: torc
 
 
 def _drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """An index a row (B, 1), on the CPU, so that a seed draws the same wherever the model is."""
+    """An index a row (B, 1), by the CPU's generator, so that a seed's draws don't depend on where the model is."""
     return torch.multinomial(probabilities.cpu(), 1, generator=generator).to(probabilities.device)
 
 

@@ -110,6 +110,8 @@ def logit_attribution(
     that isn't a real token.
     """
     ids = _token_ids(model, tokens)
+    input_ids = model._checked_ids(input_ids)
+    inputs |= {name: each.to(model.device) for name, each in inputs.items() if isinstance(each, Tensor)}
     logits, acts = model.run_with_cache(input_ids, _HOOKS, **inputs)
     assert logits is not None
     columns = _columns(input_ids, inputs.get("attention_mask"), position)

@@ -40,19 +40,21 @@ class Capture:
         self.streams = sorted(chosen, key=lambda name: name.endswith(GRADIENT))
 
     def __call__(self, batch: Any, streams: Iterable[str]) -> dict[str, Tensor]:
-        """{stream: rows (n, width)} of one batch, on the CPU; rows at padding are left out."""
+        """{stream: rows (n, width)} of one batch, where the model has them; last stride 1; rows at padding are left
+        out."""
         streams = list(streams)
         hooks = {name.removesuffix(GRADIENT) for name in streams}
         gradients = [name for name in streams if name.endswith(GRADIENT)]
         if isinstance(batch, Tensor) and batch.dim() == 1:
             batch = batch[None]
         inputs = inputs_of(batch)
+        device = next((each.device for each in self.model.parameters()), torch.device("cpu"))
+        inputs = {name: each.to(device) if isinstance(each, Tensor) else each for name, each in inputs.items()}
         with torch.inference_mode(False):
             values, output = self._run(self._with_positions(inputs), hooks, bool(gradients))
             found = {name: values[name] for name in streams if not name.endswith(GRADIENT)}
             found |= self._gradients(gradients, values, output, batch)
-        rows = {name: [rows_at(each.detach(), inputs) for each in found[name]] for name in streams}
-        return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in rows.items()}
+        return {name: _joined([rows_at(each.detach(), inputs) for each in found[name]]) for name in streams}
 
     def _gradients(
         self, names: list[str], values: dict[str, list[Tensor]], output: Tensor, batch: Any
@@ -191,11 +193,16 @@ def rows_at(value: Tensor, inputs: dict[str, Any]) -> Tensor:
     return value.reshape(-1, value.shape[-1] if value.dim() else 1)
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    rows = (parts[0] if len(parts) == 1 else torch.cat(parts)).resolve_neg()
+    return rows if rows.stride(-1) == 1 else rows.contiguous()  # of a value that was expanded or turned
+
+
 def next_token_loss(logits: Tensor, batch: Any) -> Tensor:
     """Cross-entropy of each next token, in nats, summed over the tokens that are predicted: padding is neither read
     nor asked for. A sum, so that a row's gradient doesn't depend on how many others are in its batch."""
     inputs = inputs_of(batch)
-    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    ids, mask = inputs["input_ids"].to(logits.device), inputs.get("attention_mask")
     if logits.dim() != 3 or logits.shape[:2] != ids.shape:
         raise ValueError(
             f"the model's output has shape {tuple(logits.shape)}, which are no logits of tokens {tuple(ids.shape)}: "
@@ -204,7 +211,7 @@ def next_token_loss(logits: Tensor, batch: Any) -> Tensor:
     wide = logits if logits.dtype == torch.float64 else logits.float()
     each = F.cross_entropy(wide[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     if mask is not None:
-        each = each * (mask[:, 1:] * mask[:, :-1]).flatten()
+        each = each * (mask[:, 1:] * mask[:, :-1]).flatten().to(each.device)
     return each.sum()
 
 

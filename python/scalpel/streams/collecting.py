@@ -54,7 +54,8 @@ def collect(
     in groups, and the corpus is read once a group: ``batches`` must then be something that can be read again, such as a
     list. What comes back is then a mapping that reads a state from disk when it is asked for.
     ``rank`` (at most a stream's width), ``method``, ``center``, ``precision``: as StreamingCovariance takes them.
-    Of a model on a GPU, exact states are filled there, and ``memory`` is that of the GPU; sketches are on the CPU.
+    Of a model on a GPU, exact states are filled there and stay, and ``memory`` is that of the GPU; sketches are on the
+    CPU, and so is what a mapping reads from disk.
     ``loss(logits, batch)``: by default the cross-entropy of each next token, in nats, summed over tokens.
     ``folder``: states are saved there every ``save_every`` batches, and a second call goes on from the last save.
     Killed at any moment, it ends with the same bits as had it not been. ``fresh``: not what the folder holds.
@@ -72,7 +73,11 @@ def collect(
     capture = Capture(model, hooks, loss)
     share.check_equal(capture.streams)
     first, batches, once = _peek(batches)
-    widths = {name: rows.shape[1] for name, rows in capture(first, capture.streams).items()}
+    rows_of = capture(first, capture.streams)
+    widths = {name: rows.shape[1] for name, rows in rows_of.items()}
+    places = {name: _place(rows, rank) for name, rows in rows_of.items()}
+    kinds = {place.partition(":")[0] for place in places.values()}
+    del rows_of
     groups = groups_of(widths, memory, rank)
     if len(groups) > 1 and once:
         raise ValueError(
@@ -97,6 +102,7 @@ def collect(
         "method": None if rank is None else method,
         "center": center,
         **({} if precision == "accurate" else {"precision": precision}),
+        **({} if kinds == {"cpu"} else {"places": sorted(kinds)}),  # others round otherwise
         "save_every": save_every,
         "share": [share.rank, share.world],
         "groups": groups,
@@ -134,7 +140,7 @@ def collect(
         assert saved is not None
         return Stored(_merged_on_disk(saved, widths) if shard else saved, list(widths), temporary)
     if saved is not None and not found:
-        found = {name: saved.load(name) for name in widths}
+        found = {name: saved.load(name).to(places[name]) for name in widths}
     return {name: found[name].all_reduce() if shard else found[name] for name in widths}
 
 
@@ -196,7 +202,7 @@ class _Filling:
                 )
             if not rows.dtype.is_floating_point:
                 raise _refused(name, number, f"the values are {rows.dtype}")
-            if states[name].rank is not None or not runs_on(rows.device):
+            if _place(rows, states[name].rank) == "cpu":
                 rows = rows.cpu()
             elif states[name].count:
                 states[name] = states[name].to(rows.device)  # from the disk it came to the CPU
@@ -212,6 +218,11 @@ class _Filling:
             for (name, _, _), bad in zip(there, bad_rows, strict=True):
                 if bad >= 0:
                     raise _refused(name, number, _not_finite(bad))
+
+
+def _place(rows: Tensor, rank: int | None) -> str:
+    """Where a stream's state is."""
+    return str(rows.device) if rank is None and runs_on(rows.device) else "cpu"
 
 
 def _refused(name: str, batch: int, reason: str) -> ValueError:

@@ -45,7 +45,7 @@ class Saved:
                 )
         elif not fresh and before != told:
             was = before.get("key", {})
-            names = [name for name in told["key"] if was.get(name) != told["key"][name]]
+            names = [name for name in told["key"] | was if was.get(name) != told["key"].get(name)]
             raise ValueError(
                 f"{self.folder} holds another collection ({', '.join(names) or 'version'} differ): give another "
                 "folder, or fresh=True to collect anew there"
