@@ -296,7 +296,7 @@ def test_errors() -> None:
         (lambda: collect(model, batches, "("), ValueError, "not a regular expression"),
         (lambda: collect(model, batches, [3]), TypeError, "hooks must be names"),
         (lambda: collect(model, [], ".*"), ValueError, "batches is empty"),
-        (lambda: collect(model, ["text"], ".*"), TypeError, "a batch is str; give token ids"),
+        (lambda: collect(model, ["text"], ".*"), TypeError, "input_ids is str.*int64 tensor"),
         (lambda: collect(model, [{"ids": batches[0]}], ".*"), ValueError, "it must have input_ids"),
         (lambda: collect(model, batches, ".*", "1KiB"), ValueError, "its state takes .*more than memory='1KiB'"),
         (lambda: collect(model, once(), ".*", 2 * size), ValueError, "batches can be read only once: give a list"),

@@ -255,8 +255,8 @@ def test_nan_in_the_primal() -> None:
 
 def test_the_pass_stops_at_the_target() -> None:
     model = build("plain")
-    J = jacobian(model, tokens(model), "0.resid_in", "0.resid_mid")
     handle = model.transformer["h"][1].register_forward_pre_hook(lambda *_: pytest.fail("went on"))
+    J = jacobian(model, tokens(model), "0.resid_in", "0.resid_mid")
     V = torch.ones(1, *J.source_shape, dtype=J.dtype)
     assert J.jvp(V).shape == J.vjp(V).shape
     handle.remove()

@@ -5,18 +5,19 @@ from __future__ import annotations
 import inspect
 import math
 import weakref
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..hooks.inputs import Inputs, holds_ids, limits_of, read_inputs
+from ..hooks.modules import known_hook, module_names
+from ..hooks.running import running
 from ..models.decoder import Decoder, Weights
 from ..models.families import (
     decoder_or_reason,
     family_of_model,
-    first_hook,
     hooks_of,
     hooks_of_model,
     marks_of,
@@ -24,39 +25,28 @@ from ..models.families import (
     our_hook,
 )
 from .dense_primal import logits_of
-from .hooks import LOGITS, Pass, evaluating, kept, known_hook
-
-_KEYS = ("input_ids", "attention_mask", "position_ids")
+from .hooks import LOGITS, Pass, kept
 
 
 class DecoderPass(Pass):
     """A supported decoder between two of its hooks, by our names; ``logits`` may be the target."""
 
     def __init__(
-        self, model: nn.Module, decoder: Decoder, inputs: dict[str, Any], ends: tuple[str, str], precision: str | None
+        self, model: nn.Module, decoder: Decoder, inputs: Inputs, ends: tuple[str, str], precision: str | None
     ) -> None:
         super().__init__(model, *ends)
         self.decoder = decoder
-        self.inputs = kept(inputs)
-        ids = self.inputs["input_ids"]
-        self.ids: Tensor = ids
-        mask, positions = self.inputs.get("attention_mask"), self.inputs.get("position_ids")
+        self.inputs = kept(inputs.keywords())
+        self.ids: Tensor = self.inputs["input_ids"]
+        mask = self.inputs.get("attention_mask")
         self.real: Tensor | None = None if mask is None else mask.bool()
-        if positions is None:
-            positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        self.positions: Tensor = positions if positions.dim() == 2 else positions[None]
+        self.positions: Tensor = places_in_text(inputs).clone()
         self.hooks = [*hooks_of(decoder.config), LOGITS]
         weight = decoder.final()[1].weight
         # A bfloat16 model's residual stream and tangents are float32; only its matrix products are not.
         self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         narrow = precision == "bfloat16" and weight.dtype != torch.bfloat16
         self.products = replace(decoder, weights=NarrowWeights.of(model, decoder.weights)) if narrow else decoder
-
-    def check_weights(self) -> None:
-        super().check_weights()
-        hooked = first_hook(self.model)
-        if hooked is not None:
-            raise RuntimeError(f"{hooked} since this Jacobian was made: call scalpel.jacobian again")
 
     @property
     def length(self) -> int:
@@ -90,16 +80,19 @@ def decoder_pass(
         ends.append(hook)
     if ends[0] == LOGITS:
         return "the logits are no source"
-    inputs = plain_inputs(decoder, input_ids, beside)
-    if isinstance(inputs, str):
-        return inputs
+    if not holds_ids(input_ids):
+        return "its inputs are not token ids"
+    inputs = read_inputs(input_ids, limits_of(model), **beside)
+    reason = beyond_rules(decoder, inputs)
+    if reason is not None:
+        return reason
     return _difference(model, decoder, inputs) or DecoderPass(model, decoder, inputs, (ends[0], ends[1]), precision)
 
 
 _compared: weakref.WeakKeyDictionary[nn.Module, tuple[Any, ...]] = weakref.WeakKeyDictionary()
 
 
-def _difference(model: nn.Module, decoder: Decoder, inputs: dict[str, Tensor]) -> str | None:
+def _difference(model: nn.Module, decoder: Decoder, inputs: Inputs) -> str | None:
     """Where the model's own forward pass is not the family's, as after a part of it was replaced; None where it is.
 
     Compared once for a model, and again after a module, a switch or the config has changed.
@@ -107,19 +100,17 @@ def _difference(model: nn.Module, decoder: Decoder, inputs: dict[str, Tensor]) -
     marks = marks_of(model)
     if _compared.get(model) == marks:
         return None
-    ids = inputs["input_ids"]
-    positions = inputs.get("position_ids", torch.arange(ids.shape[1], device=ids.device)[None])
-    mask = inputs.get("attention_mask")
-    keywords: dict[str, Any] = dict(inputs)
+    positions, mask = places_in_text(inputs), inputs.mask
+    keywords = inputs.keywords()
     if "use_cache" in inspect.signature(model.forward).parameters:
         keywords["use_cache"] = False
     try:
-        with evaluating(model):
+        with running(model):
             own = model(**keywords).logits
     except Exception as raised:  # whatever an edited model raises; torch.func will raise it where it is seen
         return f"its own forward pass raises {type(raised).__name__}: {raised}"
     dtype = torch.float64 if own.dtype == torch.float64 else torch.float32
-    ours, own = logits_of(decoder, ids, positions, mask, dtype), own.to(dtype)
+    ours, own = logits_of(decoder, inputs.ids, positions, mask, dtype), own.to(dtype)
     if mask is not None:
         ours, own = ours[mask.bool()], own[mask.bool()]
     if bool(own.isnan().any()) and bool(ours.isnan().any()):
@@ -143,7 +134,7 @@ def module_paths(model: nn.Module, source: str, target: str, reason: str) -> tup
     family, hooks = family_of_model(model), hooks_of_model(model)
     if family is None:
         return source, target
-    paths = [name + end for name, _ in model.named_modules() for end in ("", ":in")]
+    paths = [name + end for name in module_names(model) for end in ("", ":in")]
     kind = f"this {type(model).__name__} (its hooks, or module paths with ':in' for an input)"
     found = []
     for name, role in ((source, "source"), (target, "target")):
@@ -157,36 +148,29 @@ def module_paths(model: nn.Module, source: str, target: str, reason: str) -> tup
     return found[0], found[1]
 
 
-def plain_inputs(decoder: Decoder, input_ids: Any, beside: dict[str, Any]) -> dict[str, Any] | str:
-    """Token ids with, perhaps, a two-dimensional mask and positions; or what is not plain about them."""
-    batch = dict(input_ids) if isinstance(input_ids, Mapping) else {"input_ids": input_ids}
-    beside = {name: value for name, value in beside.items() if value is not None}
-    if both := set(batch) & set(beside):
-        return f"{min(both)} is given twice, in the batch and beside it"
-    batch = {name: value for name, value in (batch | beside).items() if value is not None}
-    if more := set(batch) - set(_KEYS):
-        return f"the batch has {min(more)!r}; the rules take {', '.join(_KEYS)}"
-    for name, value in batch.items():
-        if not isinstance(value, Tensor):
-            return f"{name} is {type(value).__name__}; it must be a tensor"
-    ids = batch.get("input_ids")
-    if ids is None or ids.dtype != torch.int64 or ids.dim() != 2 or ids.numel() == 0:
-        return "input_ids must be int64 (batch, length), with at least one token"
-    config = decoder.config
-    if int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size or ids.shape[1] > config.max_length:
-        return f"input_ids must have ids below {config.vocab_size} and at most {config.max_length} tokens a row"
-    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
-    if mask is not None and (mask.shape != ids.shape or not bool(((mask == 0) | (mask == 1)).all())):
-        return f"attention_mask must be zeros and ones of shape {tuple(ids.shape)}"
+def places_in_text(inputs: Inputs) -> Tensor:
+    """Positions (B or 1, L)."""
+    if inputs.positions is not None:
+        return inputs.positions
+    return torch.arange(inputs.ids.shape[1], device=inputs.ids.device)[None]
+
+
+def beyond_rules(decoder: Decoder, inputs: Inputs) -> str | None:
+    """What it is about the inputs that the rules don't cover; None where there is nothing."""
+    if inputs.others:
+        return f"the batch has {min(inputs.others)!r}; the rules take input_ids, attention_mask and position_ids"
+    longest, mask, positions = decoder.config.max_length, inputs.mask, inputs.positions
+    if inputs.ids.shape[1] > longest:
+        return f"the text has {inputs.ids.shape[1]} tokens, and the config's positions end at {longest}"
+    if mask is not None and mask.dim() != 2:
+        return "its attention_mask says for each query which keys it reads; the rules take one of shape (batch, length)"
     if positions is not None:
-        if positions.dtype != torch.int64 or tuple(positions.shape) not in (tuple(ids.shape), (1, ids.shape[1])):
-            return f"position_ids must be int64 of shape {tuple(ids.shape)} or (1, {ids.shape[1]})"
-        if int(positions.min()) < 0 or int(positions.max()) >= config.max_length:
-            return f"position_ids must run from 0 to {config.max_length - 1}"
+        if positions.dim() != 2 or int(positions.max()) >= longest:
+            return f"its position_ids are not (batch, length) from 0 to {longest - 1}"
         # Without a mask, positions that start again mark texts packed into one row, which don't read each other.
         if mask is None and not bool((positions.diff(dim=-1) == 1).all()):
             return "position_ids that are not consecutive need an attention_mask: without, they mark packed texts"
-    return batch
+    return None
 
 
 class NarrowWeights:

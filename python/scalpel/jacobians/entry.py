@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import jvp, vjp, vmap
 
+from ..hooks.modules import as_written
 from ..models.circuitgpt import CircuitGPT
 from .circuit import CircuitProducts
 from .decoder_pass import DecoderPass, decoder_pass, module_paths
@@ -67,10 +68,16 @@ def jacobian(
     The tangent is added just after the source hook: after its AbsTopK, unmasked, and after any ablation
     there, while every path that doesn't pass the hook is held fixed. The target is the value that its hook
     records. A TopK or ReLU keeps the support that it has at the primal. ``source == target`` is the identity.
-    The ablations, interventions and forward hooks that are active count: of a CircuitGPT those at this call,
-    also when they have been left by the time a product is taken; of another nn.Module the hooks it has when a
-    product is taken. The model runs in evaluation mode; its training flags, parameters and gradients stay as
-    they are.
+    The ablations, interventions and forward hooks that are active at this call count. The ablations of a CircuitGPT
+    may have been left by the time a product is taken. Where a weight or a module's forward hook has been changed by
+    then, the product raises RuntimeError, since it would not belong to the primal. The model runs in evaluation
+    mode, and as it was written where it was compiled; its training flags, parameters and gradients stay as they are.
+    A padded text has the values that it has alone: where padding comes first, positions start behind it.
+
+    RMSNorm is differentiated as the formula says, in the dtype of the residual stream. transformers computes it in
+    float32 in a float64 model too, so that model's own derivatives, and its values, differ from ours by about 1e-7 of
+    their size. We keep float64, since that is what a float64 model is asked for, and what finite differences and
+    small singular values need. Models that have no rules here are differentiated as they compute.
 
     Gives a :class:`Jacobian`: ``source_shape`` (B, Ls, width), ``target_shape`` (B, Lt, width or vocab) or
     the function's, dtype and device of the value at the source; nothing is computed but the primal, once.
@@ -91,6 +98,7 @@ def jacobian(
     with _plain_tensors():
         beside = {"attention_mask": attention_mask, "position_ids": position_ids}
         run: Pass | None = None
+        model = as_written(model)
         reason = "a CircuitGPT has none of that precision"
         if isinstance(model, CircuitGPT):
             circuit = CircuitPass(model, input_ids, attention_mask, position_ids, source, hook)
@@ -134,7 +142,7 @@ def _by_rules(
 
     def checked(product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def go(tangents: Tensor) -> Tensor:
-            run.check_weights()
+            run.check_unchanged()
             with _plain_tensors(), torch.no_grad(), no_autocast(), explained(run):
                 return product(tangents)
 
@@ -193,14 +201,14 @@ class _Derivative:
 
     def push(self, tangents: Tensor) -> Tensor:
         """(T, *source) → (T, *target): T tangents beside one primal."""
-        self.run.check_weights()
+        self.run.check_unchanged()
         zero = torch.zeros_like(self.source)
         with _plain_tensors(), torch.no_grad(), explained(self.run):
             return vmap(lambda tangent: jvp(self._moved, (zero,), (tangent,))[1], chunk_size=self.chunk)(tangents)
 
     def pull(self, cotangents: Tensor) -> Tensor:
         """(T, *target) → (T, *source): one pass forward, T of them back."""
-        self.run.check_weights()
+        self.run.check_unchanged()
         with _plain_tensors(), torch.no_grad(), explained(self.run):
             back = vjp(self._moved, torch.zeros_like(self.source))[1]
             return vmap(lambda cotangent: back(cotangent)[0], chunk_size=self.chunk)(cotangents)

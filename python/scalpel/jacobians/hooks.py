@@ -5,23 +5,35 @@ was made, and runs in evaluation mode. It stops as soon as the target is recorde
 """
 
 import copy
-import difflib
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..hooks.inputs import holds_ids, limits_of, read_inputs
+from ..hooks.modules import (
+    first_tensor,
+    hooked,
+    known_hook,
+    leaves,
+    module_names,
+    rebuilt,
+    user_hooks,
+    watching_outputs,
+    with_first_tensor,
+)
+from ..hooks.running import running
 from ..models.circuitgpt import MODULE_PATHS, CircuitGPT, allowed_keys
 from ..models.families import hook_named
 
 LOGITS = "logits"
-_IDLE_KEYS = ("labels", "token_type_ids", "special_tokens_mask")  # of a batch: no CircuitGPT reads them
-_ONE_AT_A_TIME = threading.RLock()  # hooks and training flags are the module's own: one thread at a time
+_ONE_AT_A_TIME = threading.RLock()  # the attention backend and a model's buffers are everyone's: one thread at a time
 
 
 class _Reached(Exception):
@@ -39,6 +51,7 @@ class Pass:
         self.inputs: Any = None
         self.interventions: list[Any] = []
         self._weights = _weights_mark(model)
+        self._hooks = user_hooks(model)
 
     def run(self, at_source: Callable[[Tensor], Tensor]) -> Tensor:
         raise NotImplementedError
@@ -47,11 +60,21 @@ class Pass:
         """About how many numbers one tangent needs at its peak: the chunks of tangents are cut by it."""
         raise NotImplementedError
 
-    def check_weights(self) -> None:
-        """RuntimeError if a weight changed since the pass was made: primal and tangents would not fit
+    def check_unchanged(self) -> None:
+        """RuntimeError if a weight or a hook changed since the pass was made: primal and tangents would not fit
         together."""
         if _weights_mark(self.model) != self._weights:
             raise RuntimeError("the model's weights changed after this Jacobian was made: call scalpel.jacobian again")
+        now = user_hooks(self.model)
+        if now == self._hooks:
+            return
+        added = [where for where, hook in now if all(hook is not before for _, before in self._hooks)]
+        gone = [where for where, hook in self._hooks if all(hook is not after for _, after in now)]
+        what = f"a hook was added to {added[0]}" if added else f"a hook was removed from {(gone or ['the model'])[0]}"
+        raise RuntimeError(
+            f"{what} after this Jacobian was made, so its products would not belong to its primal: call "
+            "scalpel.jacobian again, or put the hooks back as they were"
+        )
 
     def differs(self, other: "Pass") -> str | None:
         """Why the values of ``other`` at a shared hook are not this pass's; None where they are."""
@@ -82,21 +105,11 @@ class CircuitPass(Pass):
         source = hook_named(source, MODULE_PATHS, hooks, True) or source
         target = hook_named(target, MODULE_PATHS, hooks, False) or target
         super().__init__(model, source, target)
-        if isinstance(input_ids, Mapping):
-            batch = {key: value for key, value in input_ids.items() if key not in _IDLE_KEYS}
-            unknown = [key for key in batch if key not in ("input_ids", "attention_mask", "position_ids")]
-            if unknown or "input_ids" not in batch:
-                raise ValueError(
-                    f"the batch has the keys {sorted(batch)}; a CircuitGPT takes input_ids and, optionally, "
-                    "attention_mask and position_ids"
-                )
-            input_ids = batch["input_ids"]
-            attention_mask = _only("attention_mask", batch.get("attention_mask"), attention_mask)
-            position_ids = _only("position_ids", batch.get("position_ids"), position_ids)
+        inputs = read_inputs(input_ids, model.token_limits, attention_mask=attention_mask, position_ids=position_ids)
         self.hooks = [*hooks, LOGITS]
         known_hook(source, self.hooks[:-1], "source", "a CircuitGPT")
         known_hook(target, self.hooks, "target", "a CircuitGPT")
-        self.inputs = kept((model._checked_ids(input_ids), attention_mask, position_ids))
+        self.inputs = kept((inputs.ids, inputs.mask, inputs.positions))
         self.interventions = list(model._interventions)
         # a shallow copy shares every weight and keeps the ablations of this moment, whatever is left later
         self._frozen = copy.copy(model)
@@ -145,34 +158,26 @@ class ModulePass(Pass):
 
     def __init__(self, model: nn.Module, inputs: Any, keywords: dict[str, Any], source: str, target: str) -> None:
         super().__init__(model, source, target)
-        names = [name + end for name, _ in model.named_modules() for end in ("", ":in")]
+        names = [name + end for name in module_names(model) for end in ("", ":in")]
         kind = f"this {type(model).__name__}, whose hooks are module paths (':in' ends an input's)"
         known_hook(source, names, "source", kind)
         self._logits = target == LOGITS and LOGITS not in names
         if not self._logits:
             known_hook(target, names, "target", kind)
-        if isinstance(inputs, Mapping):
-            repeated = sorted(set(inputs) & set(keywords))
-            if repeated:
-                raise ValueError(f"{repeated[0]} is given twice, in the batch and beside it: give it once")
-            arguments, keywords = (), {**inputs, **keywords}
-        else:
-            arguments = inputs if isinstance(inputs, tuple) else (inputs,)
+        arguments, keywords = _arguments(model, inputs, keywords)
         if "use_cache" in inspect.signature(model.forward).parameters:
             keywords.setdefault("use_cache", False)  # a cache of keys would outlive the pass
         self.inputs = kept((arguments, keywords))
         self.largest = 0
         self._measured = False
+        self._updated: list[str] = []  # buffers that the forward pass writes to
 
     def run(self, at_source: Callable[[Tensor], Tensor]) -> Tensor:
         recorded: list[Tensor] = []
         entered = False
-        owner = threading.get_ident()
 
         def meet(value: Any, hook: str) -> Any:
             nonlocal entered
-            if threading.get_ident() != owner:
-                return value
             if hook == self.source and not entered:
                 entered = True
                 value = with_first_tensor(value, at_source(first_tensor(value, hook)))
@@ -181,16 +186,12 @@ class ModulePass(Pass):
                 raise _Reached
             return value
 
-        arguments, keywords = self.inputs
-        with _ONE_AT_A_TIME, evaluating(self.model), sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
+        with _ONE_AT_A_TIME, running(self.model), sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
             for hook in dict.fromkeys((self.source, self.target)):
                 if hook != self.target or not self._logits:
                     stack.enter_context(hooked(self.model, hook, meet))
-            if not self._measured:
-                stack.enter_context(self._measuring())
-                self._measured = True
             try:
-                output = self.model(*arguments, **keywords)
+                output = self._called() if self._measured else self._called_and_measured()
             except _Reached:
                 return recorded.pop()
         if not entered:
@@ -203,109 +204,49 @@ class ModulePass(Pass):
             "source. Swap them, or choose a later target"
         )
 
-    @contextmanager
-    def _measuring(self) -> Iterator[None]:
-        def measure(module: nn.Module, given: Any, output: Any) -> None:
-            for value in _leaves(output):
+    def _called(self) -> Any:
+        """The model's output. Buffers that its forward pass writes to are given as copies, made here, inside whatever
+        transform this runs in: a transform forbids writing to what lies outside of it."""
+        arguments, keywords = self.inputs
+        if not self._updated:
+            return self.model(*arguments, **keywords)
+        buffers = dict(self.model.named_buffers())
+        copies = {name: buffers[name].clone() for name in self._updated}
+        return functional_call(self.model, copies, arguments, keywords)
+
+    def _called_and_measured(self) -> Any:
+        """The same in the first run, which looks for the largest value and for the buffers that are written to."""
+
+        def measure(output: Any) -> None:
+            for value in leaves(output):
                 if isinstance(value, Tensor):
                     self.largest = max(self.largest, value.numel())
 
-        handles = [module.register_forward_hook(measure) for module in self.model.modules()]
+        before = _buffers_mark(self.model)
         try:
-            yield
+            with watching_outputs(self.model, measure):
+                return self._called()
         finally:
-            for handle in handles:
-                handle.remove()
+            after = _buffers_mark(self.model)
+            self._updated = [name for name, mark in after.items() if name in before and before[name] != mark]
+            self._measured = True
 
     def tangent_size(self, source: Tensor, target: Tensor) -> int:
         return 8 * max(self.largest, source.numel(), target.numel())
 
 
-@contextmanager
-def hooked(model: nn.Module, hook: str, meet: Callable[[Any, str], Any]) -> Iterator[None]:
-    """The module hook that hands ``meet`` the value named ``hook``; it comes after the user's own hooks
-    there."""
-    name = hook.removesuffix(":in")
-    module = model.get_submodule(name)
-    if hook.endswith(":in"):
-
-        def before(_: nn.Module, arguments: Any, keywords: Any) -> Any:
-            if arguments:
-                return meet(arguments, hook), keywords
-            return arguments, meet(keywords, hook)
-
-        handle = module.register_forward_pre_hook(before, with_kwargs=True)
-    else:
-        handle = module.register_forward_hook(lambda _, given, output: meet(output, hook))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off and batch statistics fixed inside; every module's own training flag is as before
-    afterwards."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def known_hook(name: Any, known: list[str], role: str, model: str) -> None:
-    if not isinstance(name, str):
-        raise TypeError(f"{role} is {name!r}; it must be a hook's name")
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3) or [each for each in known if each not in ("", ":in")][:6]
-        raise ValueError(f"unknown {role} {name!r} for {model}; near it: {', '.join(map(repr, near))}")
-
-
-def first_tensor(value: Any, hook: str) -> Tensor:
-    for leaf in _leaves(value):
-        if isinstance(leaf, Tensor):
-            return leaf
-    raise ValueError(f"the value at {hook!r} is {type(value).__name__} and holds no tensor")
-
-
-def with_first_tensor(value: Any, tensor: Tensor) -> Any:
-    """``value`` with ``tensor`` in the place that :func:`first_tensor` reads."""
-    if isinstance(value, Tensor):
-        return tensor
-    places: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, Mapping) else enumerate(value)
-    for place, each in places:
-        if any(isinstance(leaf, Tensor) for leaf in _leaves(each)):
-            replaced = with_first_tensor(each, tensor)
-            if isinstance(value, Mapping):
-                changed: Any = copy.copy(value)
-                changed[place] = replaced
-                return changed
-            return _rebuilt(value, [*value[:place], replaced, *value[place + 1 :]])
-    return value
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, (tuple, list)):
-        for each in value:
-            yield from _leaves(each)
-    else:
-        yield value
-
-
-def _rebuilt(like: Any, items: list[Any]) -> Any:
-    return type(like)(*items) if hasattr(like, "_fields") else type(like)(items)
-
-
-def _only(name: str, inside: Any, beside: Any) -> Any:
-    if inside is not None and beside is not None:
-        raise ValueError(f"{name} is given twice, in the batch and beside it: give it once")
-    return inside if beside is None else beside
+def _arguments(model: nn.Module, inputs: Any, keywords: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the model is called with. Token ids of a language model are read and checked as everywhere; another module
+    is given what the user gives, a mapping as keywords and a tuple as arguments."""
+    limits = limits_of(model)
+    if limits.vocab_size is not None and holds_ids(inputs):
+        return (), read_inputs(inputs, limits, **keywords).keywords()
+    if isinstance(inputs, Mapping):
+        repeated = sorted(set(inputs) & set(keywords))
+        if repeated:
+            raise ValueError(f"{repeated[0]} is given twice, in the batch and beside it: give it once")
+        return (), {**inputs, **keywords}
+    return inputs if isinstance(inputs, tuple) else (inputs,), keywords
 
 
 def kept(value: Any) -> Any:
@@ -315,7 +256,7 @@ def kept(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: kept(each) for key, each in value.items()}
     if isinstance(value, (tuple, list)):
-        return _rebuilt(value, [kept(each) for each in value])
+        return rebuilt(value, [kept(each) for each in value])
     return value
 
 
@@ -330,4 +271,15 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _weights_mark(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    return tuple((each.data_ptr(), 0 if each.is_inference() else each._version) for each in model.parameters())
+    """Where each weight is and how often it was written to. Weights that are elsewhere until a layer runs (offloaded:
+    on the device "meta") come and go with every pass, and leave no such trace."""
+    marks = []
+    for each in model.parameters():
+        away = each.device.type == "meta"
+        marks.append((0, 0) if away else (each.data_ptr(), 0 if each.is_inference() else each._version))
+    return tuple(marks)
+
+
+def _buffers_mark(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """The same of buffers, by name."""
+    return {name: (id(each), 0 if each.is_inference() else each._version) for name, each in model.named_buffers()}

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.families import decoder_of, hooks_of
+from ..hooks.modules import as_written
+from ..models.families import hooks_of_model
 from .depth import Alignment, Spectra, measure_alignment, rank_bound
 from .entry import jacobian
 from .operator import Jacobian, Product
@@ -244,10 +245,9 @@ def _layer_hooks(model: nn.Module, hooks: Sequence[str] | None) -> list[str]:
         if len(hooks) < 2 or len(set(hooks)) < len(hooks):
             raise ValueError(f"hooks is {list(hooks)!r}; it must name at least two hooks, each once")
         return list(hooks)
-    known = getattr(model, "hook_names", None)
-    if known is None and (decoder := decoder_of(model)) is not None:
-        known = hooks_of(decoder.config)
-    if known is None:
+    model = as_written(model)
+    known = getattr(model, "hook_names", None) or hooks_of_model(model)
+    if not known:
         raise ValueError(
             f"the layers of {type(model).__name__} are not known: name the hooks between them, such as "
             "hooks=['model.layers.0:in', 'model.layers.1:in', ..., 'model.layers.7']"

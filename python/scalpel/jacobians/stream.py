@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..hooks.inputs import Inputs, Limits, read_inputs
 from ..models.decoder import Decoder, check_layer
 from ..models.folder import decoder_in, streamed_layers
-from .decoder_pass import plain_inputs
+from .decoder_pass import beyond_rules, places_in_text
 from .dense_layer import Buffers, DenseLayer
 from .dense_primal import DensePrimal, places_of, through_layer
 from .precision import no_autocast
@@ -74,7 +76,7 @@ class StreamedLayer:
 
 def stream_layers(
     folder: str | Path,
-    input_ids: Tensor,
+    input_ids: Any,
     *,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
@@ -96,13 +98,14 @@ def stream_layers(
     Raises CheckpointError (a ValueError) for a folder that can't be read or has no rules, ValueError for inputs
     that the model does not take.
     """
-    decoder = decoder_in(folder, getattr(input_ids, "device", "cpu"))
-    beside = {"attention_mask": attention_mask, "position_ids": position_ids}
-    if isinstance(input_ids, Tensor):
-        beside = {n: each.to(input_ids.device) if isinstance(each, Tensor) else each for n, each in beside.items()}
-    inputs = plain_inputs(decoder, input_ids, beside)
-    if isinstance(inputs, str):
-        raise ValueError(inputs)
+    given = input_ids.get("input_ids") if isinstance(input_ids, Mapping) else input_ids
+    decoder = decoder_in(folder, getattr(given, "device", "cpu"))
+    config = decoder.config
+    limits = Limits(config.vocab_size, None if config.rotary is not None else config.max_length, takes_positions=True)
+    inputs = read_inputs(input_ids, limits, attention_mask=attention_mask, position_ids=position_ids)
+    reason = beyond_rules(decoder, inputs)
+    if reason is not None:
+        raise ValueError(f"a streamed model goes through rules of its own, and {reason}")
     return _layers(decoder, inputs)
 
 
@@ -113,14 +116,13 @@ def _plain() -> Iterator[None]:
         yield
 
 
-def _layers(decoder: Decoder, inputs: dict[str, Tensor]) -> Iterator[StreamedLayer]:
-    ids = inputs["input_ids"]
-    positions = inputs.get("position_ids", torch.arange(ids.shape[1], device=ids.device)[None])
+def _layers(decoder: Decoder, inputs: Inputs) -> Iterator[StreamedLayer]:
+    ids, positions = inputs.ids, places_in_text(inputs)
     everything, buffers = slice(0, ids.shape[1]), Buffers()
     with _plain():
         x = decoder.embed(ids, positions)
         x = x if x.dtype == torch.float64 else x.float()
-        places = places_of(decoder, positions, inputs.get("attention_mask"), x.dtype)
+        places = places_of(decoder, positions, inputs.mask, x.dtype)
     for i, layer in streamed_layers(decoder):
         with _plain():
             check_layer(decoder.config, layer, i)

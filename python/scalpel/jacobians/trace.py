@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .._memory import runs_on
+from ..hooks.modules import hooks_on
 from ..lanes import Attention, Norm, apply_linear
 from ..models.attention import attend
 from ..ops import keep_topk, topk_indices
@@ -37,7 +38,7 @@ def has_products(model: CircuitGPT) -> bool:
         own = type(module).__module__ == type(model).__module__
         if not own and type(module) not in known:
             return False
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        if hooks_on(module) or module._backward_hooks:
             return False
     return True
 

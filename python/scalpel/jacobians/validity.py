@@ -8,15 +8,14 @@ own tangent; where that first gives another mask is a root per row, and the radi
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..hooks.running import eager
 from ..models.mask_watch import watch_masks
 from ..ops import topk_mask
 from .decoder_pass import DecoderPass
@@ -82,7 +81,7 @@ def validity_radius(J: Jacobian, V: Tensor) -> ValidityRadius:
             torch.ones(count, dtype=torch.bool),
             torch.zeros(count, dtype=torch.bool),
         )
-    run.check_weights()
+    run.check_unchanged()
     radius: list[float] = []
     first: list[str | None] = []
     verified: list[bool] = []
@@ -186,18 +185,8 @@ class _Masks:
             if read is not None and (k is None or 0 < k < x.shape[-1]):
                 watch(name, x[read.expand(x.shape[:-1])], k)
 
-        with watch_masks(rows), _eager():
+        with watch_masks(rows), eager():  # a compiled graph shows no mask
             self.run.run(lambda value: value if step is None else add_at(value, step, self.source))
-
-
-@contextmanager
-def _eager() -> Iterator[None]:
-    """A block that was compiled runs as it was written: a compiled graph shows no mask."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and to import it takes seconds
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 def _mask(x: Tensor, k: int | None) -> Tensor:

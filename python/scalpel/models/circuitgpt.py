@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..hooks.inputs import Limits, checked_ids, positions_after_padding, real_tokens
 from ..lanes import apply_linear
 from ..ops import keep_topk
 from .attention import allowed_keys, attend
@@ -223,7 +224,8 @@ class CircuitGPT(nn.Module):
 
         ``attention_mask``: (B, L) with 1 at real tokens, or (B, L, L) with 1 where a query may read a key;
         causality always holds. No masked key enters any head, so batches of unequal length are exact on
-        either side of padding. ``position_ids`` (B, L) or (L,): by default each real token's rank in its row.
+        either side of padding. ``position_ids`` (B, L) or (L,): by default each real token's rank in its row; under a
+        mask (B, L, L) its place behind the tokens in front that no query reads.
         All of them may be on another device than the model; the logits are on the model's.
         Raises ValueError for an empty text, one longer than ``block_size``, or an id outside the vocabulary.
         """
@@ -253,35 +255,25 @@ class CircuitGPT(nn.Module):
 
         return at
 
+    @property
+    def token_limits(self) -> Limits:
+        """Which token ids the model takes."""
+        return Limits(self.config.vocab_size, self.config.block_size, self.device, others=False)
+
     def _checked_ids(self, input_ids: Tensor) -> Tensor:
-        if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
-            given = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
-            raise TypeError(f"input_ids is {given}; it must be an int64 tensor (batch, length)")
-        if input_ids.dim() != 2:
-            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it must be (batch, length)")
-        if input_ids.numel() == 0:
-            raise ValueError(f"input_ids is empty, shape {tuple(input_ids.shape)}: give at least one token")
-        if input_ids.shape[1] > self.config.block_size:
-            raise ValueError(
-                f"the text has {input_ids.shape[1]} tokens and the model's context holds "
-                f"{self.config.block_size}; "
-                "shorten it or split it"
-            )
-        low, high = int(input_ids.min()), int(input_ids.max())
-        if low < 0 or high >= self.config.vocab_size:
-            raise ValueError(
-                f"input_ids holds {low if low < 0 else high}; ids run from 0 to "
-                f"{self.config.vocab_size - 1}: "
-                "was the text encoded with this model's tokenizer?"
-            )
-        return input_ids.to(self.device)
+        return checked_ids(input_ids, self.config.vocab_size, self.config.block_size).to(self.device)
 
     def _positions(self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
         length, block_size = input_ids.shape[1], self.config.block_size
         if position_ids is None:
-            if mask is None or mask.dim() == 3:
+            if mask is None:
                 return self.transformer.wpe.weight[:length]
-            position_ids = (mask.bool().long().cumsum(-1) - 1).clamp(min=0)
+            if mask.dim() == 2:
+                position_ids = (mask.bool().long().cumsum(-1) - 1).clamp(min=0)
+            else:
+                position_ids = positions_after_padding(real_tokens(input_ids, mask.to(input_ids.device)))
+                if position_ids is None:
+                    return self.transformer.wpe.weight[:length]
         position_ids = position_ids.to(input_ids.device)
         rows = ((length,), (1, length), tuple(input_ids.shape))
         low, high = int(position_ids.min()), int(position_ids.max())

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
+from ..hooks.modules import plain_name, user_hooks
 from . import gpt2, gpt_neox, llama
 from .decoder import Decoder, DecoderConfig, Family, check_head, check_layer
 
@@ -38,10 +38,11 @@ _TRANSFORMER_LENS = {
 
 
 class ModuleWeights:
-    """A module's own parameters by name."""
+    """A module's own parameters by name; those of compiled layers by the names that they had before."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._tensors = dict(model.named_parameters(remove_duplicate=False))
+        named = model.named_parameters(remove_duplicate=False)
+        self._tensors = {plain_name(name): tensor for name, tensor in named}
 
     def __call__(self, name: str) -> Tensor:
         return self._tensors[name].detach()
@@ -85,9 +86,9 @@ def decoder_or_reason(model: nn.Module) -> Decoder | str:
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if len(dtypes) != 1 or not dtypes <= {torch.float64, torch.float32, torch.bfloat16}:
         return "the weights are not all float64, all float32 or all bfloat16"
-    hooked = first_hook(model)
-    if hooked is not None:
-        return hooked
+    hooked = user_hooks(model)
+    if hooked:
+        return f"there is a hook on {hooked[0][0]}"
     config = config_of(family, model.config, type(model).__name__)
     if isinstance(config, str):
         return config
@@ -119,23 +120,16 @@ def config_of(family: Family, config: Any, architecture: str) -> DecoderConfig |
     return shape
 
 
-def first_hook(model: nn.Module) -> str | None:
-    """Where a module's forward pass is not its class's own: a hook, or a method of the instance."""
-    if _global_forward_hooks or _global_forward_pre_hooks:
-        return "a hook is registered for all modules"
-    for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"a hook is registered on the module {name!r}"
-        if "forward" in vars(module):
-            return f"the module {name!r} has a forward method of its own"
-    return None
-
-
 def marks_of(model: nn.Module) -> tuple[Any, ...]:
     """What a forward pass depends on besides weights and inputs: modules, their numbers and switches, the config."""
     plain = (bool, int, float, str, type(None))
     modules = tuple(
-        (name, id(module), type(module), tuple((k, v) for k, v in vars(module).items() if isinstance(v, plain)))
+        (
+            name,
+            id(module),
+            type(module),
+            tuple((k, v) for k, v in list(vars(module).items()) if isinstance(v, plain) and k != "training"),
+        )
         for name, module in model.named_modules(remove_duplicate=False)
     )
     config: Any = model.config

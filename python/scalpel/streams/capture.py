@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
-from ..jacobians.hooks import evaluating, first_tensor, hooked, known_hook, with_first_tensor
+from ..hooks.inputs import Inputs, Limits, limits_of, read_inputs
+from ..hooks.modules import as_written, first_tensor, hooked, known_hook, module_names, with_first_tensor
+from ..hooks.running import running
 from ..models.circuitgpt import MODULE_PATHS, CircuitGPT
 from ..models.families import family_of_model, hook_named, hooks_of_model, module_path
 
@@ -29,8 +32,10 @@ class Capture:
     """
 
     def __init__(self, model: nn.Module, hooks: Names, loss: Loss | None) -> None:
-        self.model = model
+        self.model = as_written(model)
+        self.limits = limits_of(self.model)
         self.loss = loss or next_token_loss
+        self._usable: dict[str, Tensor] | None = None
         self._places: dict[str, str] = {}  # hook as asked for → where it is
         known = self._known()
         chosen = _chosen(hooks, known)
@@ -45,13 +50,9 @@ class Capture:
         streams = list(streams)
         hooks = {name.removesuffix(GRADIENT) for name in streams}
         gradients = [name for name in streams if name.endswith(GRADIENT)]
-        if isinstance(batch, Tensor) and batch.dim() == 1:
-            batch = batch[None]
-        inputs = inputs_of(batch)
-        device = next((each.device for each in self.model.parameters()), torch.device("cpu"))
-        inputs = {name: each.to(device) if isinstance(each, Tensor) else each for name, each in inputs.items()}
         with torch.inference_mode(False):
-            values, output = self._run(self._with_positions(inputs), hooks, bool(gradients))
+            inputs = read_inputs(batch, self.limits)
+            values, output = self._run(inputs, hooks, bool(gradients))
             found = {name: values[name] for name in streams if not name.endswith(GRADIENT)}
             found |= self._gradients(gradients, values, output, batch)
         return {name: _joined([rows_at(each.detach(), inputs) for each in found[name]]) for name in streams}
@@ -73,6 +74,13 @@ class Capture:
         found = {}
         for name in names:
             pairs = [(value, next(slopes)) for value in values[name.removesuffix(GRADIENT)]]
+            if all(slope is None for _, slope in pairs):
+                raise ValueError(
+                    f"{name}: no gradient reaches the value there, so either the loss does not depend on it or the "
+                    "model cuts the graph between them (detach, no_grad): leave this stream out, or give a loss that "
+                    "depends on it"
+                )
+            # of a module that ran several times, some runs may not count for the loss
             found[name] = [torch.zeros_like(value) if slope is None else slope for value, slope in pairs]
         return found
 
@@ -84,8 +92,8 @@ class Capture:
             return list(self.model.hook_names)
         family, hooks = family_of_model(self.model), hooks_of_model(self.model)
         if family is None:
-            return [name for name, _ in self.model.named_modules() if name]
-        paths = dict(self.model.named_modules())
+            return [name for name in module_names(self.model) if name]
+        paths = module_names(self.model)
         return [hook for hook in hooks if module_path(hook, family, hooks).removesuffix(":in") in paths]
 
     def _place(self, hook: str, known: list[str]) -> str:
@@ -95,7 +103,7 @@ class Capture:
             return found
         family = family_of_model(self.model)
         path = hook if family is None else module_path(hook, family, hooks_of_model(self.model))
-        paths = [name + end for name, _ in self.model.named_modules() for end in ("", ":in")]
+        paths = [name + end for name in module_names(self.model) for end in ("", ":in")]
         if path not in paths:
             known_hook(hook, [*known, *paths], "hook", f"this {type(self.model).__name__}")
             raise ValueError(f"the hook {hook!r} is the value of no module of this {type(self.model).__name__}")
@@ -103,23 +111,7 @@ class Capture:
 
     # ---- runs ------------------------------------------------------------------------------------
 
-    def _with_positions(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Copies that autograd can keep; and for left padding the positions that transformers' generate gives, where
-        the model takes any: a model with absolute positions would see others than without padding."""
-        inputs = {name: each.clone() if _inference(each) else each for name, each in inputs.items()}
-        mask = inputs.get("attention_mask")
-        takes = _takes_positions(self.model)
-        if (
-            takes
-            and "position_ids" not in inputs
-            and mask is not None
-            and mask.dim() == 2
-            and not bool(mask[:, 0].all())
-        ):
-            inputs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
-        return inputs
-
-    def _run(self, inputs: dict[str, Any], hooks: set[str], gradients: bool) -> tuple[dict[str, list[Tensor]], Tensor]:
+    def _run(self, inputs: Inputs, hooks: set[str], gradients: bool) -> tuple[dict[str, list[Tensor]], Tensor]:
         """The values at ``hooks``, of every time that they are passed, part of the graph where there are gradients; and
         the logits."""
         wanted: dict[str, list[str]] = {}
@@ -134,62 +126,58 @@ class Capture:
                 values[hook].append(value)
             return value
 
-        with evaluating(self.model), torch.enable_grad() if gradients else torch.no_grad():
+        with running(self.model), torch.enable_grad() if gradients else torch.no_grad():
             if isinstance(self.model, CircuitGPT):
-                output = self._through_taps(inputs, meet)
+                tap = {"tap": lambda name, value: meet(value, name)}
+                output = self._called((), inputs.keywords() | tap, gradients)
             else:
-                output = self._through_modules(inputs, list(wanted), meet)
+                output = self._through_modules(inputs, list(wanted), meet, gradients)
         missing = [hook for hook in hooks if not values[hook]]
         if missing:
             raise ValueError(f"the forward pass never ran {min(missing)!r}: choose a hook that it runs")
         return values, output
 
-    def _through_taps(self, inputs: dict[str, Any], meet: Callable[[Tensor, str], Tensor]) -> Tensor:
-        output: Tensor = self.model(**inputs, tap=lambda name, value: meet(value, name))
-        return output
-
     def _through_modules(
-        self, inputs: dict[str, Any], places: list[str], meet: Callable[[Tensor, str], Tensor]
+        self, inputs: Inputs, places: list[str], meet: Callable[[Tensor, str], Tensor], gradients: bool
     ) -> Tensor:
         def at(value: Any, place: str) -> Any:
             met = meet(first_tensor(value, place), place)
             return with_first_tensor(value, met.clone())  # a module may change in place what it is given
 
-        if "use_cache" in inspect.signature(self.model.forward).parameters:
-            inputs = {"use_cache": False} | inputs
+        known = inspect.signature(self.model.forward).parameters
+        keywords = inputs.keywords()
+        if "use_cache" in known:
+            keywords = {"use_cache": False} | keywords
         with ExitStack() as stack:
             for place in places:
                 stack.enter_context(hooked(self.model, place, at))
-            known = inspect.signature(self.model.forward).parameters
-            positional = "input_ids" not in known and set(inputs) == {"input_ids"}
-            output: Any = self.model(inputs["input_ids"]) if positional else self.model(**inputs)
+            if "input_ids" not in known and set(keywords) == {"input_ids"}:
+                output: Any = self._called((inputs.ids,), {}, gradients)
+            else:
+                output = self._called((), keywords, gradients)
         output = output.get("logits", output) if isinstance(output, Mapping) else getattr(output, "logits", output)
         return first_tensor(output, "logits")
 
-
-def inputs_of(batch: Any) -> dict[str, Any]:
-    """A batch as keyword arguments: token ids (B, L) or (L,), or a mapping that has them."""
-    if isinstance(batch, Mapping):
-        inputs = {name: value for name, value in batch.items() if value is not None and name != "labels"}
-        if not isinstance(inputs.get("input_ids"), Tensor):
-            raise ValueError(f"a batch has the keys {sorted(batch)}; it must have input_ids, a tensor")
-    elif isinstance(batch, Tensor):
-        inputs = {"input_ids": batch[None] if batch.dim() == 1 else batch}
-    else:
-        raise TypeError(
-            f"a batch is {type(batch).__name__}; give token ids (B, L) as a tensor, or a transformers batch"
-        )
-    return inputs
+    def _called(self, arguments: tuple[Any, ...], keywords: dict[str, Any], gradients: bool) -> Any:
+        """The model's output. Autograd can't keep a weight that was made in inference mode; a copy stands in for it,
+        made once."""
+        if gradients and self._usable is None:
+            named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+            self._usable = {name: each.detach().clone() for name, each in named.items() if each.is_inference()}
+        if gradients and self._usable:
+            return functional_call(self.model, self._usable, arguments, keywords)
+        return self.model(*arguments, **keywords)
 
 
-def rows_at(value: Tensor, inputs: dict[str, Any]) -> Tensor:
+def rows_at(value: Tensor, inputs: Inputs) -> Tensor:
     """value (B, L, width) or (B·L, width) as rows at real tokens; a value of another shape as all of its rows."""
-    mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
-    if mask is not None and mask.shape == ids.shape:
-        if value.shape[:2] == ids.shape:
-            value = value[mask.bool()]
-        elif value.dim() == 2 and len(value) == ids.numel():  # tokens in a row, as experts are given them
-            value = value[mask.bool().flatten()]
+    real = inputs.real
+    if real is not None:
+        real = real.to(value.device)
+        if value.shape[:2] == real.shape:
+            value = value[real]
+        elif value.dim() == 2 and len(value) == real.numel():  # tokens in a row, as experts are given them
+            value = value[real.flatten()]
     return value.reshape(-1, value.shape[-1] if value.dim() else 1)
 
 
@@ -201,8 +189,8 @@ def _joined(parts: list[Tensor]) -> Tensor:
 def next_token_loss(logits: Tensor, batch: Any) -> Tensor:
     """Cross-entropy of each next token, in nats, summed over the tokens that are predicted: padding is neither read
     nor asked for. A sum, so that a row's gradient doesn't depend on how many others are in its batch."""
-    inputs = inputs_of(batch)
-    ids, mask = inputs["input_ids"].to(logits.device), inputs.get("attention_mask")
+    inputs = read_inputs(batch, Limits(device=logits.device))
+    ids, real = inputs.ids, inputs.real
     if logits.dim() != 3 or logits.shape[:2] != ids.shape:
         raise ValueError(
             f"the model's output has shape {tuple(logits.shape)}, which are no logits of tokens {tuple(ids.shape)}: "
@@ -210,8 +198,8 @@ def next_token_loss(logits: Tensor, batch: Any) -> Tensor:
         )
     wide = logits if logits.dtype == torch.float64 else logits.float()
     each = F.cross_entropy(wide[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    if mask is not None:
-        each = each * (mask[:, 1:] * mask[:, :-1]).flatten().to(each.device)
+    if real is not None:
+        each = each * (real[:, 1:] & real[:, :-1]).flatten()
     return each.sum()
 
 
@@ -238,17 +226,4 @@ def _chosen(hooks: Names, known: list[str]) -> list[str]:
     return found
 
 
-def _takes_positions(model: nn.Module) -> bool:
-    """Whether the model, or what a wrapper hands its keywords to, has the argument."""
-    known = inspect.signature(model.forward).parameters
-    if "position_ids" in known:
-        return True
-    hands_on = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in known.values())
-    return hands_on and any(_takes_positions(child) for child in model.children())
-
-
-def _inference(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_inference()
-
-
-__all__ = ["GRADIENT", "Capture", "Loss", "Names", "inputs_of", "next_token_loss", "rows_at"]
+__all__ = ["GRADIENT", "Capture", "Loss", "Names", "next_token_loss", "rows_at"]

@@ -95,7 +95,7 @@ def collect(
             "folder=, and save the states by name"
         )
     key = {
-        "model": model_mark(model),
+        "model": None if folder is None else model_mark(capture.model),  # a hash of every weight takes a while
         "loss": None if loss is None else function_mark(loss),
         "streams": widths,
         "rank": rank,

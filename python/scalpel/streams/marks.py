@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import inputs_of
+from ..hooks.inputs import Limits, read_inputs
 
 
 def batch_mark(batch: Any) -> bytes:
     """Of all that a batch has, labels included."""
-    inputs_of(batch)  # refuses what is no batch
+    read_inputs(batch, Limits())  # refuses what is no batch
     values = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     return b"|".join(f"{name} ".encode() + _value_mark(values[name]) for name in sorted(values, key=str))
 
@@ -50,8 +50,23 @@ def model_mark(model: nn.Module) -> str:
         plain = {k: v for k, v in vars(module).items() if k != "training" and isinstance(v, (int, float, str, bool))}
         digest.update(f"{name} {type(module).__qualname__} {sorted(plain.items())}".encode())
     for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + _value_mark(tensor))
+        held = _offloaded(model, name) if tensor.device.type == "meta" else tensor
+        digest.update(name.encode() + _value_mark(held))
     return digest.hexdigest()
+
+
+def _offloaded(model: nn.Module, name: str) -> Tensor:
+    """A weight that accelerate keeps elsewhere, in memory or on disk, until its layer runs."""
+    steps = name.split(".")
+    for i in reversed(range(len(steps))):
+        hook = getattr(model.get_submodule(".".join(steps[:i])), "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            weights = getattr(each, "weights_map", None)
+            local = ".".join(steps[i:])
+            if weights is not None and local in weights:
+                held: Tensor = weights[local]
+                return held
+    raise ValueError(f"the weight {name!r} is on the device 'meta', so it has no data: load the model's weights first")
 
 
 def _value_mark(value: Any) -> bytes:

@@ -1,0 +1,336 @@
+"""What a user gives a model, read in one place: token ids, masks, positions, and padding on either side.
+
+Every function that runs a model on a user's text reads it here, so padding means the same everywhere: a padded row has
+the values that its text has alone. Positions start at the first real token, and rows at padding are counted nowhere.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "Inputs",
+    "Limits",
+    "checked_ids",
+    "holds_ids",
+    "limits_of",
+    "positions_after_padding",
+    "read_inputs",
+    "real_tokens",
+]
+
+_BY_PRODUCTS = ("labels", "special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping")
+# From here down an additive mask forbids a key: models add -10000, -inf or the least number of the dtype.
+_BLOCKED = -9999.0
+_POSITION_TABLES = ("wpe", "position_embeddings", "embed_positions", "position_embedding")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Which token ids a model takes, as far as it says.
+
+    Args:
+        vocab_size: Ids run from 0 to ``vocab_size - 1``; None where the model does not take token ids, or does not say.
+        context: The most tokens that a row may have; None where there is no limit.
+        device: Where the inputs must be; None where they stay where they are.
+        takes_positions: Whether positions that follow from padding are given to the model. A CircuitGPT derives them
+            itself, and some models take none.
+        others: Whether the model takes anything besides ids, mask and positions.
+    """
+
+    vocab_size: int | None = None
+    context: int | None = None
+    device: torch.device | None = None
+    takes_positions: bool = False
+    others: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """A batch as every function uses it; all tensors are on the model's device.
+
+    Args:
+        ids: Token ids (B, L), int64. For a model that takes no token ids: its input, of any shape.
+        mask: As it was given, or None: (B, L) with 1 at real tokens, or (B, L, L) or (B or 1, heads or 1, L, L) with
+            the keys that each query may read, as bool or as what is added to the scores.
+        positions: (B, L) or (1, L), int64: those given, or those that follow from padding; None where the model's own
+            default, 0, 1, 2 and so on, is right.
+        others: What else the batch holds for the model, by keyword.
+    """
+
+    ids: Tensor
+    mask: Any = None
+    positions: Tensor | None = None
+    others: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def real(self) -> Tensor | None:
+        """(B, L) bool: True at real tokens, False at padding; None where all are real."""
+        if self.mask is None:
+            return None
+        real = real_tokens(self.ids, self.mask)
+        return None if bool(real.all()) else real
+
+    def keywords(self) -> dict[str, Any]:
+        """The inputs as a model's keyword arguments."""
+        named = {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": self.positions}
+        return {name: value for name, value in named.items() if value is not None} | self.others
+
+
+def read_inputs(given: Any, limits: Limits, *, attention_mask: Any = None, position_ids: Any = None) -> Inputs:
+    """Reads and checks what a user gives as a model's input.
+
+    Args:
+        given: Token ids (B, L) as an integer tensor, or a batch as transformers' tokenizers give it: a mapping with
+            ``input_ids`` and, optionally, ``attention_mask``, ``position_ids`` and what else the model takes.
+        limits: What the model takes, from :func:`limits_of`.
+        attention_mask: The mask, where it is not in the batch.
+        position_ids: The positions, where they are not in the batch.
+
+    Returns:
+        The inputs, on the model's device and outside of inference mode.
+
+    Raises:
+        TypeError: For ids, a mask or positions that are not tensors, or ids that are not integers.
+        ValueError: For another shape, an id outside the vocabulary, a text longer than the model's context, a mask
+            that is not made of zeros and ones, or something that is given twice.
+    """
+    if isinstance(given, Mapping):
+        batch = {str(name): value for name, value in given.items() if value is not None and name not in _BY_PRODUCTS}
+        if "input_ids" not in batch:
+            raise ValueError(f"the batch has the keys {sorted(map(str, given))}; it must have input_ids, a tensor")
+    elif isinstance(given, Tensor) or limits.vocab_size is not None:
+        batch = {"input_ids": given}
+    else:
+        raise TypeError(
+            f"a batch is {type(given).__name__}; give token ids (B, L) as a tensor, or a batch from a tokenizer, which "
+            "is a mapping with input_ids"
+        )
+    for name, value in (("attention_mask", attention_mask), ("position_ids", position_ids)):
+        if value is not None:
+            if name in batch:
+                raise ValueError(f"{name} is given twice, in the batch and beside it: give it once")
+            batch[name] = value
+    ids = checked_ids(batch.pop("input_ids"), limits.vocab_size, limits.context)
+    device = limits.device or ids.device
+    batch = {name: _usable(value, device) for name, value in batch.items()}
+    ids = _usable(ids, device)
+    mask, positions = batch.pop("attention_mask", None), batch.pop("position_ids", None)
+    if not limits.others and batch:
+        batch = {name: value for name, value in batch.items() if name != "token_type_ids"}
+        if batch:
+            raise ValueError(
+                f"the batch has {min(batch)!r} too; this model takes input_ids and, optionally, attention_mask and "
+                "position_ids"
+            )
+    if mask is not None and limits.vocab_size is not None:
+        _check_mask(mask, ids)
+    if positions is None and mask is not None and limits.takes_positions:
+        positions = positions_after_padding(real_tokens(ids, mask))
+    elif positions is not None and limits.vocab_size is not None:
+        positions = _checked_positions(positions, ids, limits.context)
+    return Inputs(ids, mask, positions, batch)
+
+
+def holds_ids(given: Any) -> bool:
+    """Whether ``given`` is meant as token ids, and not as a model's own arguments: a tuple of arguments, or keywords
+    without ``input_ids`` (embeddings, say)."""
+    if isinstance(given, Mapping):
+        return given.get("input_ids") is not None
+    return not isinstance(given, tuple)
+
+
+def checked_ids(ids: Any, vocab_size: int | None, context: int | None) -> Tensor:
+    """Token ids (B, L) as int64, checked against a vocabulary and a context. A model that takes no token ids
+    (``vocab_size`` None) is given any tensor of at least two dimensions.
+
+    Raises:
+        TypeError: For anything but an integer tensor.
+        ValueError: For another shape, no token, too many tokens, or an id outside the vocabulary.
+    """
+    if vocab_size is None:
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"input_ids is {type(ids).__name__}; it must be a tensor (batch, length)")
+        if ids.dim() < 2:
+            raise ValueError(
+                f"input_ids has shape {tuple(ids.shape)}; it must be (batch, length): one text is input_ids[None]"
+            )
+        return ids
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"input_ids is {kind}; it must be an int64 tensor (batch, length)")
+    if ids.dim() != 2:
+        one = ": one text is input_ids[None]" if ids.dim() == 1 else ""
+        raise ValueError(f"input_ids has shape {tuple(ids.shape)}; it must be (batch, length){one}")
+    if ids.numel() == 0:
+        raise ValueError(f"input_ids is empty, shape {tuple(ids.shape)}: give at least one token")
+    if context is not None and ids.shape[1] > context:
+        raise ValueError(
+            f"the text has {ids.shape[1]} tokens and the model's context holds {context}; shorten it or split it"
+        )
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"input_ids holds {low if low < 0 else high}; ids run from 0 to {vocab_size - 1}: was the text encoded "
+            "with this model's tokenizer?"
+        )
+    return ids.long()
+
+
+def real_tokens(ids: Tensor, mask: Any) -> Tensor:
+    """Which tokens are text and not padding: (B, L) bool.
+
+    A mask (B, L) says so itself. Of a mask with an axis for the queries, (B, L, L) or (B or 1, heads or 1, L, L), a
+    token is padding if no query reads it. Some libraries let the query of a padding token read every key, later ones
+    and other padding included, to keep its softmax finite; such a query says nothing about what is real.
+    """
+    batch, length = ids.shape[:2]
+    if isinstance(mask, Mapping):  # transformers' models of mixed layers take a mask for each kind of layer
+        found = torch.stack([real_tokens(ids, each) for each in mask.values() if each is not None])
+        return found.any(dim=0)
+    if mask.dim() == 2:
+        return mask.bool().expand(batch, -1) if mask.shape[1] == length else torch.ones_like(ids, dtype=torch.bool)
+    allowed = mask > _BLOCKED if mask.dtype.is_floating_point else mask.bool()
+    if allowed.dim() == 4:
+        allowed = allowed.any(dim=1)
+    allowed = allowed.expand(batch, length, length)
+    if mask.dim() == 3:  # a CircuitGPT's, in which causality always holds
+        return allowed.tril().any(dim=1)
+    open_to_all = allowed.all(dim=-1)
+    open_to_all[:, -1] = False  # the last token of a causal model reads every key with good reason
+    read = (allowed & ~open_to_all[:, :, None]).any(dim=1)
+    of_padding = (~read | ~open_to_all).all(dim=-1, keepdim=True)  # no query that is open to all is a real token's
+    return torch.where(of_padding & read.any(dim=-1, keepdim=True), read, allowed.any(dim=1))
+
+
+def positions_after_padding(real: Tensor) -> Tensor | None:
+    """Positions (B, L), int64, that start at the first real token of each row; None where every row starts with one.
+
+    Padding in front gets position 0. Tokens that are masked further on keep their place, as in the row alone.
+    """
+    before = real.long().cummax(dim=1).values.eq(0).sum(dim=1, keepdim=True)
+    if not bool(before.any()):
+        return None
+    return (torch.arange(real.shape[1], device=real.device)[None] - before).clamp_min(0)
+
+
+def limits_of(model: nn.Module) -> Limits:
+    """What token ids ``model`` takes: a CircuitGPT says so itself (``token_limits``), a language model of transformers
+    through its embeddings; another module says nothing, and takes what it takes."""
+    own = getattr(model, "token_limits", None)
+    if isinstance(own, Limits):
+        return own
+    device = next((each.device for each in model.parameters()), None)
+    table = _token_table(model)
+    if table is not None:
+        device = table.weight.device
+    if device is not None and device.type == "meta":  # weights that come when they are needed; their hooks move inputs
+        device = None
+    takes_positions = _takes(model, "position_ids") and not _positions_are_shifted(model)
+    if table is None:
+        return Limits(device=device, takes_positions=takes_positions)
+    return Limits(table.num_embeddings, _context(model), device, takes_positions)
+
+
+def _token_table(model: nn.Module) -> nn.Embedding | None:
+    """The embeddings of the tokens that the model's ``input_ids`` are; None of what is no language model."""
+    ask = getattr(model, "get_input_embeddings", None)
+    if not callable(ask) or not _takes(model, "input_ids"):
+        return None
+    try:
+        found = ask()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Embedding) else None
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    """Whether the model, or what a wrapper hands its keywords to, has that argument."""
+    known = inspect.signature(model.forward).parameters
+    if name in known:
+        return True
+    hands_on = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in known.values())
+    return hands_on and any(_takes(child, name) for child in model.children())
+
+
+def _position_tables(model: nn.Module) -> list[nn.Embedding]:
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITION_TABLES
+    ]
+
+
+def _positions_are_shifted(model: nn.Module) -> bool:
+    """Whether the model counts positions from behind a padding index, as RoBERTa does: then it derives them itself."""
+    return any(table.padding_idx is not None for table in _position_tables(model))
+
+
+def _context(model: nn.Module) -> int | None:
+    """How many positions a learned table has for tokens; None where positions are computed."""
+    found = []
+    for table in _position_tables(model):
+        shift = 0 if table.padding_idx is None else table.padding_idx + 1
+        found.append(table.num_embeddings - getattr(table, "offset", shift))
+    return min(found, default=None)
+
+
+def _usable(value: Any, device: torch.device) -> Any:
+    """On the device, and a tensor that autograd can keep."""
+    if isinstance(value, Mapping):
+        return {name: _usable(each, device) for name, each in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to(device)
+    return value.clone() if value.is_inference() else value
+
+
+def _check_mask(mask: Any, ids: Tensor) -> None:
+    batch, length = ids.shape
+    if isinstance(mask, Mapping):
+        for each in mask.values():
+            if each is not None:
+                _check_mask(each, ids)
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attention_mask is {type(mask).__name__}; it must be a tensor")
+    shape = tuple(mask.shape)
+    fits = shape in ((batch, length), (batch, length, length)) or (
+        mask.dim() == 4 and shape[0] in (1, batch) and shape[2:] == (length, length)
+    )
+    if not fits:
+        raise ValueError(
+            f"attention_mask has shape {shape}; it must be {(batch, length)} with 1 at real tokens, or say which keys "
+            f"each query reads: {(batch, length, length)}, or ({batch} or 1, heads or 1, {length}, {length})"
+        )
+    if mask.dim() == 2 and not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(
+            f"attention_mask of shape {shape} holds {float(mask.min()):g} to {float(mask.max()):g}; a mask (batch, "
+            "length) is made of zeros, at padding, and ones"
+        )
+
+
+def _checked_positions(positions: Any, ids: Tensor, context: int | None) -> Tensor:
+    if not isinstance(positions, Tensor) or positions.dtype not in (torch.int64, torch.int32):
+        kind = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
+        raise TypeError(f"position_ids is {kind}; it must be an int64 tensor")
+    length = ids.shape[1]
+    if positions.dim() > 2:  # an axis for height, width and time, say: the model's own business
+        return positions
+    if tuple(positions.shape) not in ((length,), (1, length), tuple(ids.shape)):
+        raise ValueError(
+            f"position_ids has shape {tuple(positions.shape)}; it needs {length} positions a row: ({length},), "
+            f"(1, {length}) or {tuple(ids.shape)}"
+        )
+    low, high = int(positions.min()), int(positions.max())
+    if low < 0 or (context is not None and high >= context):
+        last = "" if context is None else f" to {context - 1}"
+        raise ValueError(f"position_ids runs from {low} to {high}; positions go from 0{last}")
+    return positions.long() if positions.dim() == 2 else positions.long()[None]

@@ -1,0 +1,206 @@
+"""The values at a module's input and output: where they are, how they are read and replaced, and whose hooks are there.
+
+A hook of ours acts in the thread that registered it alone, so two threads may look into one model at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+
+__all__ = [
+    "as_written",
+    "asks_for_gradients",
+    "first_tensor",
+    "hooked",
+    "hooks_on",
+    "known_hook",
+    "leaves",
+    "module_names",
+    "plain_name",
+    "rebuilt",
+    "user_hooks",
+    "watching_outputs",
+    "with_first_tensor",
+]
+
+Meet = Callable[[Any, str], Any]
+
+# transformers and PEFT register a hook with one of these names where a model is trained with gradient checkpointing,
+# and leave it there afterwards. It asks for gradients of the embedding's output and changes no value.
+_ASKS_FOR_GRADIENTS = ("make_inputs_require_grads", "make_inputs_require_grad")
+
+
+class _OwnHook:
+    """A module hook of this library; it does nothing in another thread than the one that it was made in."""
+
+    def __init__(self, act: Callable[..., Any]) -> None:
+        self._act = act
+        self._thread = threading.get_ident()
+
+    def __call__(self, *given: Any) -> Any:
+        return self._act(*given) if threading.get_ident() == self._thread else None
+
+
+@contextmanager
+def hooked(model: nn.Module, hook: str, meet: Meet) -> Iterator[None]:
+    """Inside, ``meet(value, hook)`` is given the value named ``hook`` and returns the one to go on with.
+
+    ``hook`` is a module path: ``"name"`` its output, ``"name:in"`` its input. ``meet`` comes after the user's own hooks
+    there.
+    """
+    module = model.get_submodule(hook.removesuffix(":in"))
+    if hook.endswith(":in"):
+
+        def before(_: nn.Module, arguments: Any, keywords: Any) -> Any:
+            if arguments:
+                return meet(arguments, hook), keywords
+            return arguments, meet(keywords, hook)
+
+        handle = module.register_forward_pre_hook(_OwnHook(before), with_kwargs=True)
+    else:
+        handle = module.register_forward_hook(_OwnHook(lambda _, given, output: meet(output, hook)))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def watching_outputs(model: nn.Module, see: Callable[[Any], None]) -> Iterator[None]:
+    """Inside, ``see`` is given the output of every module that runs."""
+
+    def act(module: nn.Module, given: Any, output: Any) -> None:
+        see(output)
+
+    handles = [module.register_forward_hook(_OwnHook(act)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# ---- whose hooks are there -----------------------------------------------------------------------
+
+
+def user_hooks(model: nn.Module) -> list[tuple[str, Any]]:
+    """(where, hook): what others have put around the forward passes of the model's modules, in their order.
+
+    That is hooks, and forward methods of a module's own; hooks of this library, and those that change no value, are
+    left out. Two lists are equal if they hold the same objects.
+    """
+    found: list[tuple[str, Any]] = [
+        ("all modules", hook)
+        for hook in (*list(_global_forward_pre_hooks.values()), *list(_global_forward_hooks.values()))
+    ]
+    for name, module in model.named_modules():
+        hooks = (*list(module._forward_pre_hooks.values()), *list(module._forward_hooks.values()))
+        found += [(f"the module {name!r}", hook) for hook in hooks if not _changes_nothing(hook)]
+        if "forward" in vars(module) and not _is_compiled_wrapper(module):
+            found.append((f"the forward method of the module {name!r}", vars(module)["forward"]))
+    return found
+
+
+def asks_for_gradients(model: nn.Module) -> bool:
+    """Whether a hook asks for gradients of a value in the forward pass, which no transform of torch.func allows."""
+    return any(
+        getattr(hook, "__name__", "") in _ASKS_FOR_GRADIENTS
+        for module in model.modules()
+        for hook in list(module._forward_hooks.values())
+    )
+
+
+def hooks_on(module: nn.Module) -> bool:
+    """Whether others have hooked that module."""
+    return any(
+        not _changes_nothing(hook)
+        for hook in (*list(module._forward_pre_hooks.values()), *list(module._forward_hooks.values()))
+    )
+
+
+def _changes_nothing(hook: Any) -> bool:
+    return isinstance(hook, _OwnHook) or getattr(hook, "__name__", "") in _ASKS_FOR_GRADIENTS
+
+
+# ---- compiled models -----------------------------------------------------------------------------
+
+
+def as_written(model: nn.Module) -> nn.Module:
+    """The module that was given to ``torch.compile``; any other as it is."""
+    while _is_compiled_wrapper(model):
+        model = model._modules["_orig_mod"]  # type: ignore[assignment]
+    return model
+
+
+def _is_compiled_wrapper(module: Any) -> bool:
+    return type(module).__name__ == "OptimizedModule" and "_orig_mod" in getattr(module, "_modules", {})
+
+
+def plain_name(name: str) -> str:
+    """A module's or parameter's name without the steps that ``torch.compile`` puts into it."""
+    return ".".join(step for step in name.split(".") if step != "_orig_mod")
+
+
+def module_names(model: nn.Module) -> list[str]:
+    """The names of all modules, compiled ones by their plain names; the model's own, ``""``, first."""
+    return list(dict.fromkeys(plain_name(name) for name, _ in model.named_modules()))
+
+
+# ---- values --------------------------------------------------------------------------------------
+
+
+def known_hook(name: Any, known: list[str], role: str, model: str) -> None:
+    """ValueError that lists close matches, if ``name`` is none of ``known``."""
+    if not isinstance(name, str):
+        raise TypeError(f"{role} is {name!r}; it must be a hook's name")
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3) or [each for each in known if each not in ("", ":in")][:6]
+        raise ValueError(f"unknown {role} {name!r} for {model}; near it: {', '.join(map(repr, near))}")
+
+
+def first_tensor(value: Any, hook: str) -> Tensor:
+    """The first tensor among what a module takes or gives. ValueError where there is none."""
+    for leaf in leaves(value):
+        if isinstance(leaf, Tensor):
+            return leaf
+    raise ValueError(f"the value at {hook!r} is {type(value).__name__} and holds no tensor")
+
+
+def with_first_tensor(value: Any, tensor: Tensor) -> Any:
+    """``value`` with ``tensor`` in the place that :func:`first_tensor` reads."""
+    if isinstance(value, Tensor):
+        return tensor
+    places: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, Mapping) else enumerate(value)
+    for place, each in places:
+        if any(isinstance(leaf, Tensor) for leaf in leaves(each)):
+            replaced = with_first_tensor(each, tensor)
+            if isinstance(value, Mapping):
+                changed: Any = copy.copy(value)
+                changed[place] = replaced
+                return changed
+            return rebuilt(value, [*value[:place], replaced, *value[place + 1 :]])
+    return value
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """What is in nested tuples, lists and mappings, in order."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        for each in value:
+            yield from leaves(each)
+    else:
+        yield value
+
+
+def rebuilt(like: Any, items: list[Any]) -> Any:
+    """``items`` as a tuple or list of the kind of ``like``."""
+    return type(like)(*items) if hasattr(like, "_fields") else type(like)(items)
