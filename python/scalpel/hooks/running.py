@@ -19,8 +19,11 @@ from torch.overrides import TorchFunctionMode
 
 from .modules import asks_for_gradients
 
-__all__ = ["eager", "evaluating", "running"]
+__all__ = ["ALONE", "eager", "evaluating", "running"]
 
+# Held by what is the whole process's and not a thread's: PyTorch's forward derivatives, of which one level can be open
+# at a time, the choice of the attention backend, and a model's buffers while others stand in for them.
+ALONE = threading.RLock()
 _lock = threading.Lock()
 _evaluated: WeakKeyDictionary[nn.Module, int] = (
     WeakKeyDictionary()

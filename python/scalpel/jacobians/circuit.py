@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.func import jvp, vjp, vmap
 from torch.nn import functional as F
 
+from ..hooks.running import ALONE
 from ..lanes import LANES, Lanes, Linear
 from .operator import finished
 from .positions import Selected, read_at
@@ -52,7 +53,8 @@ class CircuitProducts:
         found = _together(rows) if rows else tangents.new_zeros(0, *self.recorded.shape)
         if self.function is None:
             return found
-        return vmap(lambda tangent: jvp(self._of_recorded, (self.recorded,), (tangent,))[1])(found)
+        with ALONE:
+            return vmap(lambda tangent: jvp(self._of_recorded, (self.recorded,), (tangent,))[1])(found)
 
     def _push(self, tangents: Tensor) -> Tensor:
         count = tangents.shape[0]
@@ -252,7 +254,8 @@ class CircuitProducts:
         function, value = self.changed[name]
         rows = self._taken(lanes, None, name, count)
         if forward:
-            moved = vmap(lambda row: jvp(function, (value,), (row,))[1])(rows)
+            with ALONE:
+                moved = vmap(lambda row: jvp(function, (value,), (row,))[1])(rows)
         else:
             back = vjp(function, value)[1]
             moved = vmap(lambda row: back(row)[0])(rows)

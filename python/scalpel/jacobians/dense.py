@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
+from ..hooks.running import ALONE
 from ..models.decoder import Dense
 from .dense_layer import Buffers, DenseLayer
 from .dense_primal import DensePrimal, places_of, through_layer
@@ -94,7 +95,8 @@ class DenseProducts:
             done += len(chunk)
         if self.function is None:
             return found
-        return vmap(lambda tangent: jvp(self._of_recorded, (self.recorded,), (tangent,))[1])(found)
+        with ALONE:
+            return vmap(lambda tangent: jvp(self._of_recorded, (self.recorded,), (tangent,))[1])(found)
 
     def _push(self, tangents: Tensor, buffers: Buffers) -> Tensor:
         part = slice(self.first, self.length)

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.func import jvp, vjp, vmap
 
 from ..hooks.modules import as_written
+from ..hooks.running import ALONE
 from ..models.circuitgpt import CircuitGPT
 from .circuit import CircuitProducts
 from .decoder_pass import DecoderPass, decoder_pass, module_paths
@@ -180,7 +181,7 @@ class _Derivative:
             dual = forward_ad.make_dual(torch.zeros_like(at_source[0]), tangent.to(at_source[0]))
             return add_at(value, dual, self.at[0])
 
-        with torch.no_grad(), forward_ad.dual_level(), explained(self.run):
+        with ALONE, torch.no_grad(), forward_ad.dual_level(), explained(self.run):
             recorded = self.run.run(enter)
             self.at = (self.at[0], _select(self.wanted[1], recorded, "target"))
             dual = forward_ad.unpack_dual(self._finished(recorded, at_source[0].dtype))
@@ -203,15 +204,34 @@ class _Derivative:
         """(T, *source) → (T, *target): T tangents beside one primal."""
         self.run.check_unchanged()
         zero = torch.zeros_like(self.source)
-        with _plain_tensors(), torch.no_grad(), explained(self.run):
+        with ALONE, _plain_tensors(), torch.no_grad(), explained(self.run):
+            if self.run.offloaded:
+                return torch.stack([self._pushed_alone(zero, tangent) for tangent in tangents])
             return vmap(lambda tangent: jvp(self._moved, (zero,), (tangent,))[1], chunk_size=self.chunk)(tangents)
 
     def pull(self, cotangents: Tensor) -> Tensor:
         """(T, *target) → (T, *source): one pass forward, T of them back."""
         self.run.check_unchanged()
-        with _plain_tensors(), torch.no_grad(), explained(self.run):
+        with ALONE, _plain_tensors(), torch.no_grad(), explained(self.run):
+            if self.run.offloaded:
+                return self._pulled_alone(cotangents)
             back = vjp(self._moved, torch.zeros_like(self.source))[1]
             return vmap(lambda cotangent: back(cotangent)[0], chunk_size=self.chunk)(cotangents)
+
+    # Weights that are loaded while a layer runs can't be inside a transform of torch.func, which would take them for
+    # values that are differentiated. One tangent or cotangent at a time needs no transform.
+
+    def _pushed_alone(self, zero: Tensor, tangent: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            moved = forward_ad.unpack_dual(self._moved(forward_ad.make_dual(zero, tangent))).tangent
+        return torch.zeros_like(self.primal) if moved is None else moved
+
+    def _pulled_alone(self, cotangents: Tensor) -> Tensor:
+        with torch.enable_grad():
+            delta = torch.zeros_like(self.source, requires_grad=True)
+            moved = self._moved(delta)
+            found = [torch.autograd.grad(moved, delta, each, retain_graph=True)[0] for each in cotangents]
+        return torch.stack(found)
 
     def _moved(self, delta: Tensor) -> Tensor:
         recorded = self.run.run(lambda value: add_at(value, delta, self.at[0]))

@@ -6,7 +6,6 @@ was made, and runs in evaluation mode. It stops as soon as the target is recorde
 
 import copy
 import inspect
-import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -28,12 +27,11 @@ from ..hooks.modules import (
     watching_outputs,
     with_first_tensor,
 )
-from ..hooks.running import running
+from ..hooks.running import ALONE, running
 from ..models.circuitgpt import MODULE_PATHS, CircuitGPT, allowed_keys
 from ..models.families import hook_named
 
 LOGITS = "logits"
-_ONE_AT_A_TIME = threading.RLock()  # the attention backend and a model's buffers are everyone's: one thread at a time
 
 
 class _Reached(Exception):
@@ -59,6 +57,11 @@ class Pass:
     def tangent_size(self, source: Tensor, target: Tensor) -> int:
         """About how many numbers one tangent needs at its peak: the chunks of tangents are cut by it."""
         raise NotImplementedError
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether weights are elsewhere until their layer runs, on the device "meta" meanwhile."""
+        return any(each.device.type == "meta" for each in self.model.parameters())
 
     def check_unchanged(self) -> None:
         """RuntimeError if a weight or a hook changed since the pass was made: primal and tangents would not fit
@@ -186,7 +189,7 @@ class ModulePass(Pass):
                 raise _Reached
             return value
 
-        with _ONE_AT_A_TIME, running(self.model), sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
+        with ALONE, running(self.model), sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
             for hook in dict.fromkeys((self.source, self.target)):
                 if hook != self.target or not self._logits:
                     stack.enter_context(hooked(self.model, hook, meet))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..hooks.running import eager
+from ..hooks.running import ALONE, eager
 from ..models.mask_watch import watch_masks
 from ..ops import topk_mask
 from .decoder_pass import DecoderPass
@@ -160,7 +160,7 @@ class _Masks:
             if found < least:
                 least, first = found, name
 
-        with forward_ad.dual_level():
+        with ALONE, forward_ad.dual_level():
             self._watch(watch, forward_ad.make_dual(torch.zeros_like(tangent), tangent))
         return least, first
 

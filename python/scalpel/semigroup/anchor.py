@@ -17,6 +17,7 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigs
 from torch import Tensor
 from torch.func import jvp
 
+from ..hooks.running import ALONE
 from ..models.circuitgpt import CircuitGPT
 
 __all__ = ["Anchors", "block_map", "find_anchors", "norm_growth", "spectral_radius"]
@@ -197,7 +198,7 @@ def spectral_radius(function: Map, direction: Tensor, *, radius: float = 1.0, se
         """(T, n) → (T, n), both cut to the sphere's tangents."""
         tangents = block - (block @ unit)[:, None] * unit
         at = (radius * unit).reshape(1, *shape).repeat(len(block), *[1] * len(shape))
-        with torch.no_grad():
+        with torch.no_grad(), ALONE:
             moved = jvp(step, (at,), (tangents.reshape(-1, *shape),))[1].flatten(1)
         return moved - (moved @ unit)[:, None] * unit
 

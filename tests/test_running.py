@@ -1,0 +1,340 @@
+"""Models as people keep them: compiled, offloaded, checkpointed, shared by threads, made in inference mode."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import scalpel
+from circuitgpt_cases import build, tokens
+from decoder_cases import VOCAB, exact_norms, ids_of, model_of
+from scalpel.hooks.running import evaluating
+
+pytest.importorskip("transformers")
+GRADIENT = "1.resid_in.grad"
+
+
+@pytest.fixture(autouse=True)
+def _exact() -> Iterator[None]:
+    with exact_norms(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="scalpel.jacobian differentiates")
+        yield
+
+
+def gradient_of(model: Any, ids: Tensor, layer: int) -> Tensor:
+    """∂loss/∂(the input of a layer), rows of all tokens, by plain autograd and without the library."""
+    held: list[Tensor] = []
+
+    def keep(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        held.append(arguments[0].detach().requires_grad_())
+        return (held[0], *arguments[1:])
+
+    layers = model.transformer.h if hasattr(model, "transformer") else model.model.layers
+    handle = layers[layer].register_forward_pre_hook(keep)
+    logits = model(input_ids=ids, use_cache=False).logits
+    handle.remove()
+    loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    return torch.autograd.grad(loss, held[0])[0].flatten(0, 1)
+
+
+def second_moment(rows: Tensor) -> Tensor:
+    return rows.T @ rows / len(rows)
+
+
+def collected(model: Any, ids: Tensor, hook: str = GRADIENT, **options: Any) -> Tensor:
+    return scalpel.collect(model, [ids], [hook], center=False, progress=False, **options)[hook].covariance()
+
+
+def products(model: Any, ids: Tensor, *ends: str) -> Tensor:
+    J = scalpel.jacobian(model, ids, *ends)
+    generator = torch.Generator().manual_seed(0)
+    return J.jvp(torch.randn(2, *J.source_shape, generator=generator, dtype=J.dtype))
+
+
+# ---- compiled ------------------------------------------------------------------------------------
+
+
+def _in_place(model: Any) -> Any:
+    model.compile(backend="aot_eager")
+    return model
+
+
+def _a_layer_in_place(model: Any) -> Any:
+    layers = model.transformer.h if hasattr(model, "transformer") else model.model.layers
+    layers[1].compile(backend="aot_eager")
+    return model
+
+
+def _a_layer(model: Any) -> Any:
+    layers = model.transformer.h if hasattr(model, "transformer") else model.model.layers
+    layers[1] = torch.compile(layers[1], backend="aot_eager")
+    return model
+
+
+COMPILED: dict[str, Callable[[Any], Any]] = {
+    "the model, in place": _in_place,
+    "the model, wrapped": lambda model: torch.compile(model, backend="aot_eager"),
+    "a layer, in place": _a_layer_in_place,
+    "a layer, wrapped": _a_layer,
+}
+
+
+@pytest.mark.parametrize("how", COMPILED)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_compiled_model_gives_what_it_gave_before(name: str, how: str) -> None:
+    torch._dynamo.reset()
+    ids = ids_of()
+    plain = model_of(name).requires_grad_(True)
+    expected = second_moment(gradient_of(plain, ids, 1))
+    assert float(expected.trace()) > 1e-3
+    ends = {"gpt2": ("transformer.h.0", "transformer.h.1.mlp.c_fc"), "llama": ("model.layers.0", "model.layers.1.mlp")}
+    by_rules, by_paths = products(plain, ids), products(plain, ids, *ends[name])
+    model = COMPILED[how](model_of(name).requires_grad_(True))
+    torch.testing.assert_close(collected(model, ids), expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(products(model, ids), by_rules, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(products(model, ids, *ends[name]), by_paths, rtol=1e-7, atol=1e-9)
+    assert collected(model, ids, ends[name][1]).shape == collected(plain, ids, ends[name][1]).shape
+    found, before = (scalpel.lyapunov(each, ids, 2).exponents for each in (model, plain))
+    torch.testing.assert_close(found, before, rtol=1e-6, atol=1e-8)
+
+
+def test_a_compiled_circuitgpt() -> None:
+    torch._dynamo.reset()
+    plain = build("like_csp_yolo2")
+    ids = tokens(plain)
+    expected, tangents = collected(plain, ids), products(plain, ids)
+    model = torch.compile(copy.deepcopy(plain), backend="aot_eager")
+    assert torch.equal(collected(model, ids), expected)
+    assert torch.equal(products(model, ids), tangents)
+
+
+def test_a_gradient_that_does_not_exist_is_an_error() -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.e, self.before, self.after = nn.Embedding(11, 5), nn.Linear(5, 5), nn.Linear(5, 11)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.after(self.before(self.e(input_ids)).detach())
+
+    ids = ids_of() % 11
+    with pytest.raises(ValueError) as caught:
+        collected(Cut(), ids, "before.grad")
+    assert all(words in str(caught.value) for words in ("before.grad", "detach", "leave this stream out"))
+    assert collected(Cut(), ids, "after.grad").trace() > 0
+
+
+# ---- several threads -----------------------------------------------------------------------------
+
+
+def test_collecting_from_several_threads_on_one_model() -> None:
+    model = model_of("llama")
+    batches = [ids_of(2, 8, seed) for seed in range(8)]
+    expected = [collected(model, ids) for ids in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            for found, wanted in zip(pool.map(lambda ids: collected(model, ids), batches), expected, strict=True):
+                torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2, by torch.func", "circuitgpt"])
+def test_jacobians_beside_collecting_and_plain_passes(name: str) -> None:
+    model: Any = build("like_csp_yolo2") if name == "circuitgpt" else model_of(name.partition(",")[0])
+    ids = ids_of() % 11
+    ends = ("transformer.h.0", "transformer.h.1.mlp.c_fc") if "torch.func" in name else ()
+
+    def plain(ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            output = model(ids)
+        return output if isinstance(output, Tensor) else output.logits
+
+    jobs: list[Callable[[], Tensor]] = [
+        lambda: products(model, ids, *ends),
+        lambda: collected(model, ids),
+        lambda: plain(ids),
+    ]
+    expected = [job() for job in jobs]
+    with ThreadPoolExecutor(6) as pool:
+        for number, found in enumerate(pool.map(lambda i: jobs[i % 3](), range(24))):
+            torch.testing.assert_close(found, expected[number % 3], rtol=1e-6, atol=1e-9)
+
+
+def test_training_flags_are_put_back_by_the_last_pass() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout()).train()
+    model[0].eval()
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with evaluating(model):
+            inside.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert inside.wait(60)
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+    assert not model[1].training, "the other thread still needs it"
+    leave.set()
+    thread.join()
+    assert [module.training for module in model.modules()] == [True, False, True]
+
+
+# ---- weights and hooks that others put there -----------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk", "device map"])
+def test_offloaded_weights(where: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    plain, model, ids = model_of("llama"), model_of("llama"), ids_of()
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as states:
+        if where == "cpu":
+            accelerate.cpu_offload(model, execution_device="cpu")
+        elif where == "disk":
+            accelerate.disk_offload(model, folder, execution_device="cpu")
+        else:
+            places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+            places |= {"model.layers.2": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+            accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=folder, force_hooks=True)
+        expected = second_moment(gradient_of(plain, ids, 1))
+        torch.testing.assert_close(collected(model, ids), expected, rtol=1e-6, atol=1e-9)
+        assert torch.equal(collected(model, ids, folder=states), collected(model, ids, folder=states))
+        torch.testing.assert_close(products(model, ids), products(plain, ids), rtol=1e-7, atol=1e-9)
+        found, before = (scalpel.lyapunov(each, ids, 2).exponents for each in (model, plain))
+        torch.testing.assert_close(found, before, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_gradient_checkpointing(training: bool) -> None:
+    model, ids = model_of("llama").requires_grad_(True), ids_of()
+    expected, tangents = second_moment(gradient_of(model, ids, 1)), products(model, ids)
+    by_paths = products(model, ids, "model.layers.0", "model.layers.1.mlp")
+    model.train(training)
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    for _ in range(2):
+        torch.testing.assert_close(collected(model, ids), expected, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(products(model, ids), tangents, rtol=1e-9, atol=1e-9)
+        found = products(model, ids, "model.layers.0", "model.layers.1.mlp")
+        torch.testing.assert_close(found, by_paths, rtol=1e-9, atol=1e-9)
+        assert model.training == training
+        model.gradient_checkpointing_disable()  # which leaves the hook at the embeddings where it is
+    assert len(model.model.embed_tokens._forward_hooks) > 0
+
+
+def test_buffers_that_the_forward_pass_writes_to() -> None:
+    """Phi-3's long positions: which frequencies count depends on the text's length, and they are written in place."""
+    import transformers
+
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 100.0,
+        "partial_rotary_factor": 1.0,
+        "short_factor": [1.0, 1.1],
+        "long_factor": [2.0, 5.0],
+        "original_max_position_embeddings": 8,
+    }
+    config = transformers.Phi3Config(
+        vocab_size=VOCAB,
+        hidden_size=8,
+        intermediate_size=6,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        original_max_position_embeddings=8,
+        pad_token_id=0,
+        rope_parameters=rope,
+    )
+    torch.manual_seed(0)
+    model = transformers.Phi3ForCausalLM(config).double().eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.mul_(8)
+    held: list[Tensor] = []
+
+    def keep(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        held.append(given[0])
+
+    for length in (12, 6, 12):  # the first one's frequencies must not stay for the second
+        ids = ids_of(1, length)
+        J = scalpel.jacobian(model, ids, "model.layers.0:in", "model.norm:in")
+        tangent, cotangent = (torch.randn(J.source_shape, dtype=torch.float64) for _ in range(2))
+        model(ids_of(1, 12 if length == 6 else 6))  # nor the ones that a user's own pass leaves behind
+        forward, back = J.jvp(tangent[None])[0], J.vjp(cotangent[None])[0]
+
+        embedded = model.model.embed_tokens(ids).requires_grad_()
+        handle = model.model.norm.register_forward_pre_hook(keep)
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            model(inputs_embeds=forward_ad.make_dual(embedded, tangent), use_cache=False)
+            primal, expected = forward_ad.unpack_dual(held.pop())
+        handle.remove()
+        torch.testing.assert_close(J.primal, primal, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(forward, expected, rtol=1e-6, atol=1e-6)
+        (expected,) = torch.autograd.grad(primal, embedded, cotangent)
+        torch.testing.assert_close(back, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["by rules", "by torch.func", "circuitgpt"])
+def test_a_hook_that_comes_or_goes_after_the_jacobian_is_refused(how: str) -> None:
+    model: Any = build("plain") if how == "circuitgpt" else model_of("llama")
+    module = model.transformer["h"][1] if how == "circuitgpt" else model.model.layers[1].mlp
+    ends = ("model.layers.0", "model.layers.2.mlp") if how == "by torch.func" else ()
+    ids = ids_of() % 11
+
+    def hook(_: nn.Module, given: Any, output: Any) -> Any:
+        return 2 * output
+
+    handle = module.register_forward_hook(hook) if how == "by torch.func" else None
+    J = scalpel.jacobian(model, ids, *ends)
+    V = torch.ones(1, *J.source_shape, dtype=J.dtype)
+    U = torch.ones(1, *J.target_shape, dtype=J.dtype)
+    before = J.jvp(V)
+    if handle is None:
+        handle = module.register_forward_hook(hook)
+    else:
+        handle.remove()
+    for product, each in ((J.jvp, V), (J.vjp, U)):
+        with pytest.raises(RuntimeError, match="hook was (added to|removed from) the module '.*call scalpel.jacobian"):
+            product(each)
+    if how != "by torch.func":
+        handle.remove()
+        assert torch.equal(J.jvp(V), before)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "circuitgpt"])
+def test_weights_that_were_made_in_inference_mode(name: str) -> None:
+    def make() -> Any:
+        return build("like_csp_yolo2") if name == "circuitgpt" else model_of(name)
+
+    with torch.inference_mode():
+        model = make()
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        frozen = copy.deepcopy(model)
+    plain, ids = make(), ids_of() % 11
+    assert any(each.is_inference() for each in frozen.parameters())
+    torch.testing.assert_close(collected(frozen, ids), collected(plain, ids), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(products(frozen, ids), products(plain, ids), rtol=1e-6, atol=1e-9)
+
+
+def test_what_torch_says_of_one_tangent() -> None:
+    """The independent value that the paths above are held to, taken once without the library's own passes."""
+    model, ids = model_of("gpt2"), ids_of(1, 4)
+    J = scalpel.jacobian(model, ids, "transformer.h.1:in", "transformer.h.1")
+    source = J.T.primal
+    tangent = torch.randn(source.shape, dtype=torch.float64)
+    with sdpa_kernel(SDPBackend.MATH):
+        _, expected = jvp(lambda x: model.transformer.h[1](x), (source,), (tangent,))
+    torch.testing.assert_close(J.jvp(tangent[None])[0], expected, rtol=1e-10, atol=1e-10)
