@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 import scalpel
 from circuitgpt_cases import build, tokens
@@ -232,6 +233,53 @@ def test_gradient_checkpointing(training: bool) -> None:
         assert model.training == training
         model.gradient_checkpointing_disable()  # which leaves the hook at the embeddings where it is
     assert len(model.model.embed_tokens._forward_hooks) > 0
+
+
+class _Checkpointed(nn.Module):
+    """Checkpointing that a model does by itself, in evaluation mode, too."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.e, self.inner, self.out, self.reentrant = nn.Embedding(11, 5), nn.Linear(5, 5), nn.Linear(5, 11), reentrant
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.out(checkpoint(self.inner, self.e(input_ids), use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_that_stays_on_is_named(reentrant: bool) -> None:
+    model, ids = _Checkpointed(reentrant), ids_of() % 11
+    with pytest.raises(NotImplementedError, match="'e' and 'out'.*checkpointing"):
+        J = scalpel.jacobian(model, ids, "e", "out")
+        J.vjp(torch.ones(1, *J.target_shape))
+    if reentrant:
+        with pytest.raises(RuntimeError, match=r"e\.grad.*use_reentrant=False"):
+            collected(model, ids, "e.grad")
+        with pytest.raises(ValueError, match=r"inner\.grad.*reentrant"):
+            collected(model, ids, "inner.grad")
+    else:
+        assert collected(model, ids, "inner.grad").trace() > 0
+
+
+def test_a_model_that_counts_its_passes() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.e, self.out = nn.Embedding(11, 5), nn.Linear(5, 11)
+            self.register_buffer("passes", torch.zeros(()))
+            self.register_buffer("made", torch.zeros(()))
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            self.passes += 1
+            self.made = self.made + torch.ones(2)  # another tensor, of another shape
+            return self.out(self.e(input_ids)) * self.passes * self.made.mean()
+
+    model, ids = Counting(), ids_of() % 11
+    J = scalpel.jacobian(model, ids, "e", "")
+    found = J.jvp(torch.ones(2, *J.source_shape))
+    assert float(model.passes) == float(model.made) == 0, "a Jacobian leaves a model's buffers as they are"
+    torch.testing.assert_close(found[0, 0, 0], model.out.weight.sum(dim=1).detach())
+    torch.testing.assert_close(J.primal, model(ids).detach())
 
 
 def test_buffers_that_the_forward_pass_writes_to() -> None:

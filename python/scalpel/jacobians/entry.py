@@ -318,6 +318,12 @@ def explained(run: Pass) -> Iterator[None]:
                 f"the forward pass {ends} uses {named.group(1)}, which PyTorch cannot differentiate forward: "
                 "choose hooks that don't enclose it, or replace the operation"
             ) from error
+        if "saved tensor hooks" in str(error) or "custom autograd.Function" in str(error):
+            raise NotImplementedError(
+                f"the forward pass {ends} holds a function with a backward pass of its own, as activation "
+                "checkpointing is, and torch.func can't go through it: switch checkpointing off, or choose hooks that "
+                f"don't enclose it ({error})"
+            ) from error
         if "forward mode AD" in str(error) or "functorch" in str(error) or "vmap" in str(error):
             raise NotImplementedError(
                 f"the forward pass {ends} cannot be differentiated for many tangents at once: {error}"

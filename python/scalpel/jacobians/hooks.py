@@ -173,7 +173,7 @@ class ModulePass(Pass):
         self.inputs = kept((arguments, keywords))
         self.largest = 0
         self._measured = False
-        self._updated: list[str] = []  # buffers that the forward pass writes to
+        self._written: dict[str, Tensor] = {}  # buffers that the forward pass writes to, as they were at the start
 
     def run(self, at_source: Callable[[Tensor], Tensor]) -> Tensor:
         recorded: list[Tensor] = []
@@ -208,30 +208,34 @@ class ModulePass(Pass):
         )
 
     def _called(self) -> Any:
-        """The model's output. Buffers that its forward pass writes to are given as copies, made here, inside whatever
-        transform this runs in: a transform forbids writing to what lies outside of it."""
+        """The model's output. Buffers that its forward pass writes to are given as copies of what they were at the
+        start, made here, inside whatever transform this runs in: a transform forbids writing to what lies outside."""
         arguments, keywords = self.inputs
-        if not self._updated:
+        if not self._written:
             return self.model(*arguments, **keywords)
-        buffers = dict(self.model.named_buffers())
-        copies = {name: buffers[name].clone() for name in self._updated}
+        copies = {name: value.clone() for name, value in self._written.items()}
         return functional_call(self.model, copies, arguments, keywords)
 
     def _called_and_measured(self) -> Any:
-        """The same in the first run, which looks for the largest value and for the buffers that are written to."""
+        """The same in the first run, which looks for the largest value, and for the buffers that are written to."""
 
         def measure(output: Any) -> None:
             for value in leaves(output):
                 if isinstance(value, Tensor):
                     self.largest = max(self.largest, value.numel())
 
-        before = _buffers_mark(self.model)
+        held = {} if self.offloaded else dict(self.model.named_buffers())
+        before = {name: each.clone() for name, each in held.items()}
+        marks = _buffers_mark(self.model)
         try:
             with watching_outputs(self.model, measure):
                 return self._called()
         finally:
-            after = _buffers_mark(self.model)
-            self._updated = [name for name, mark in after.items() if name in before and before[name] != mark]
+            for name, mark in _buffers_mark(self.model).items():
+                if name in held and mark != marks[name]:
+                    self._written[name] = before[name]
+                    module, _, local = name.rpartition(".")
+                    self.model.get_submodule(module)._buffers[local] = held[name].copy_(before[name])
             self._measured = True
 
     def tangent_size(self, source: Tensor, target: Tensor) -> int:

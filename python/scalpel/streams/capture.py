@@ -70,15 +70,23 @@ class Capture:
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ValueError("loss(output, batch) must give one number that depends on the model's output")
         at = [value for name in names for value in values[name.removesuffix(GRADIENT)]]
-        slopes = iter(torch.autograd.grad(loss.sum(), at, allow_unused=True))
+        try:
+            slopes = iter(torch.autograd.grad(loss.sum(), at, allow_unused=True))
+        except RuntimeError as error:
+            if "use_reentrant=True" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{names[0]}: the model's forward pass uses activation checkpointing of the reentrant kind, in which "
+                "no gradient at a hook can be asked for: give checkpoint(..., use_reentrant=False), or switch it off"
+            ) from error
         found = {}
         for name in names:
             pairs = [(value, next(slopes)) for value in values[name.removesuffix(GRADIENT)]]
             if all(slope is None for _, slope in pairs):
                 raise ValueError(
                     f"{name}: no gradient reaches the value there, so either the loss does not depend on it or the "
-                    "model cuts the graph between them (detach, no_grad): leave this stream out, or give a loss that "
-                    "depends on it"
+                    "model cuts the graph between them (detach, no_grad, reentrant checkpointing): leave this stream "
+                    "out, or give a loss that depends on it"
                 )
             # of a module that ran several times, some runs may not count for the loss
             found[name] = [torch.zeros_like(value) if slope is None else slope for value, slope in pairs]
