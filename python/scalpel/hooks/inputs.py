@@ -233,7 +233,7 @@ def limits_of(model: nn.Module) -> Limits:
         device = table.weight.device
     if device is not None and device.type == "meta":  # weights that come when they are needed; their hooks move inputs
         device = None
-    takes_positions = _takes(model, "position_ids") and not _positions_are_shifted(model)
+    takes_positions = _takes(model, "position_ids") and not _counts_positions_itself(model)
     if table is None:
         return Limits(device=device, takes_positions=takes_positions)
     return Limits(table.num_embeddings, _context(model), device, takes_positions)
@@ -268,9 +268,12 @@ def _position_tables(model: nn.Module) -> list[nn.Embedding]:
     ]
 
 
-def _positions_are_shifted(model: nn.Module) -> bool:
-    """Whether the model counts positions from behind a padding index, as RoBERTa does: then it derives them itself."""
-    return any(table.padding_idx is not None for table in _position_tables(model))
+def _counts_positions_itself(model: nn.Module) -> bool:
+    """Whether the model's positions are of a kind that it makes itself of ids and mask: those of RoBERTa start behind a
+    padding index, those of some models of images and text have three axes."""
+    if any(table.padding_idx is not None for table in _position_tables(model)):
+        return True
+    return any(hasattr(module, "get_rope_index") for module in model.modules())
 
 
 def _context(model: nn.Module) -> int | None:
