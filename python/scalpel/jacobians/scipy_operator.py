@@ -11,7 +11,7 @@ from .operator import Jacobian
 __all__ = ["JacobianLinearOperator"]
 
 
-class JacobianLinearOperator(LinearOperator):  # type: ignore[misc]
+class JacobianLinearOperator(LinearOperator):
     """``J`` of shape (m, n) for SciPy's solvers; ``dtype`` is real, float64 or float32.
 
     A complex vector x + iy gives Jx + iJy, a complex array of the same precision, since J is real. Integers and
