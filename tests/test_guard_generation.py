@@ -72,7 +72,7 @@ def guarding(told: list[Distance]) -> HoleGuard:
 
 
 def crossings(row: Tensor, prompt: int) -> list[int]:
-    """Lengths from ``prompt`` on at which the text comes to where the counter says no; the whole is never asked about."""
+    """Lengths from ``prompt`` on at which the counter begins to say no; the whole text is never asked about."""
     inside = [False]
     for n in range(prompt, len(row)):
         k = open_lists(small_tokenizer().decode(row[:n].tolist()))
