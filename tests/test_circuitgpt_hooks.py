@@ -1,11 +1,15 @@
 """Recording, interventions and ablation, and that they compose in the order that is promised."""
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
 import pytest
 import torch
 
 import scalpel
 from circuitgpt_cases import build, one_thread, tokens  # noqa: F401
 from scalpel.models.ablation import hook_means
+from scalpel.models.attention import _fused_training, fused_training
 from scalpel.models.mask_watch import watch_masks
 
 
@@ -183,6 +187,77 @@ def test_ablations_nest_and_end_whatever_happens(model, ids):
     second.__exit__(None, None, None)
     with model.ablate("1.attn.v", kind="zero"):
         assert torch.equal(model(ids), with_second)
+
+
+@pytest.mark.parametrize("kind", ["zero", "mean", "resample"])
+def test_an_ablation_can_be_entered_again(model, ids, kind):
+    plain = model(ids)
+    again = model.ablate("1.attn.v", kind=kind, reference=ids)
+    with model.ablate("1.attn.v", kind=kind, reference=ids):
+        ablated = model(ids)
+    assert not torch.equal(ablated, plain)
+    for _ in range(2):  # one after the other
+        with again as same:
+            assert same is model and torch.equal(model(ids), ablated)
+        assert torch.equal(model(ids), plain)
+    with again, again:  # inside itself: until the outermost is left
+        with pytest.raises(KeyError), again:
+            assert torch.equal(model(ids), ablated)
+            raise KeyError
+        assert torch.equal(model(ids), ablated)
+    assert torch.equal(model(ids), plain) and not model._interventions
+    other = model.ablate("1.attn.v", kind="mean", reference=(ids + 1) % 13)
+    with again, other:
+        _, inner = model.run_with_cache(ids, ["1.attn.v"])
+        with again:  # what is entered last comes last
+            assert torch.equal(model(ids), ablated)
+        assert torch.equal(model.run_with_cache(ids, ["1.attn.v"])[1]["1.attn.v"], inner["1.attn.v"])
+    assert torch.equal(again(model)(ids), ablated)  # as a decorator
+    with pytest.raises(RuntimeError, match="wasn't entered"):
+        again.__exit__(None, None, None)
+
+
+def test_jacobians_of_one_ablation_compose_whenever_it_was_entered(model, ids):
+    ablation, J = model.ablate("0.attn.v:1", kind="zero"), []
+    for hooks in (("0.resid_in", "1.resid_in"), ("1.resid_in", "final_resid")):
+        with ablation:
+            J.append(scalpel.jacobian(model, ids, *hooks))
+    with ablation:
+        whole = scalpel.jacobian(model, ids)
+    torch.testing.assert_close((J[1] @ J[0]).to_dense(), whole.to_dense(), rtol=1e-9, atol=1e-12)
+
+
+def test_watches_can_be_entered_again(model, ids):
+    seen = []
+    outer, inner = (watch_masks(lambda *_, name=name: seen.append(name)) for name in ("outer", "inner"))
+
+    def told(*contexts, thread=False):
+        seen.clear()
+        with ExitStack() as stack, ThreadPoolExecutor(1) as pool:
+            for context in contexts:
+                stack.enter_context(context)
+            pool.submit(model, ids).result() if thread else model(ids)
+        return set(seen)
+
+    assert told(outer) == told(outer) == {"outer"} and told() == set()
+    assert told(outer, inner) == {"inner"} and told(outer, inner, outer) == {"outer"}
+    assert told(outer, thread=True) == set()
+    with outer:
+        assert told(outer) == {"outer"}
+        seen.clear()
+        model(ids)
+        assert set(seen) == {"outer"}
+        with ThreadPoolExecutor(1) as pool:  # what a thread enters is its own
+            assert pool.submit(told, inner, outer, inner).result() == {"inner"}
+    assert told() == set()
+
+
+def test_fused_training_can_be_entered_again():
+    fused = fused_training()
+    for _ in range(2):
+        with fused, fused:
+            assert _fused_training.get() == (True, True)
+        assert not _fused_training.get()
 
 
 def test_a_hook_comes_after_the_ablations(model, ids):

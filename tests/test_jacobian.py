@@ -11,7 +11,7 @@ from torch import Tensor
 
 from circuitgpt_cases import CASES, build, one_thread, tokens, torch_func  # noqa: F401
 from scalpel import CircuitGPT, jacobian, topk_mask
-from scalpel.models.ablation import _in_force
+from scalpel.models.ablation import Ablation
 from scalpel.models.circuitgpt import hook_names
 from scalpel.models.mask_watch import watch_masks
 from scalpel.reference_jacobian import jacobian_dense
@@ -321,7 +321,7 @@ def test_float32_layer_by_layer_with_the_masks_given(case: str) -> None:
     for i in range(2):
         start, end = f"{i}.resid_in", "1.resid_in" if i == 0 else "final_resid"
         given = values[start].double()
-        with _in_force(double, lambda name, value, at=start, given=given: given if name == at else value):
+        with Ablation(double, lambda name, value, at=start, given=given: given if name == at else value):
             kept = {name: mask for name, mask in masks(double).items() if name.startswith(f"{i}.")}
             assert all(torch.equal(mask, masks(single)[name]) for name, mask in kept.items())
             right = jacobian(double, ids, start, end).to_dense()

@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .guard_crossings import Crossings
 from .models.tokenizer import Tokenizer
 from .semigroup.threshold import ThresholdCounter
 from .tasks.brackets import START
@@ -104,9 +105,20 @@ class HoleGuard:
 
     ``model``: a CircuitGPT or a transformers model; only its tokenizer and special tokens are read. ``law``: a
     ThresholdCounter or a :class:`FailureLaw`. ``margin``: tokens before the predicted failure at which the guard acts.
-    ``on_failure``: "warn" warns once whenever a row comes within the margin; "stop" ends such a row by leaving it
-    nothing but the end-of-text token, or raises :class:`HoleReached` where there is none; a function is called with
-    the :class:`Distance`, once a crossing.
+    ``on_failure``: "warn" warns once a crossing; a function is called with the :class:`Distance`, once a crossing;
+    "stop" ends a row that is within the margin by leaving it nothing but the end-of-text token, or raises
+    :class:`HoleReached` where there is none.
+
+    A *crossing* is where a sequence comes within the margin, having been outside without its last token; a prompt that
+    is within it crosses there. A sequence is its tokens: rows that are still equal, as those that one prompt is
+    repeated in for beams or ``num_return_sequences``, are one sequence; once they differ, each is its own, beams too.
+    A sequence that leaves the margin and comes back has crossed twice. A prompt that is asked about again begins a new
+    generation, in which its crossings are told again.
+
+    Assisted and prompt-lookup decoding ask about candidate tokens before they are kept, more than once; that is still
+    one crossing. Candidates of the first round are told of at once, since nothing tells them from ordinary decoding;
+    later ones when they are checked, if the scores say that they are kept, or else when the next round shows it. What
+    takes a rejected candidate's place isn't told of again.
 
     ``evidence``: which "[" a ThresholdCounter's k counts. "open": those of the lists that are open; "all": closed
     rows' and comments' too, as the seed's law has it. Real nested lists have a "[" a row, so by "all" they hardly ever
@@ -151,7 +163,7 @@ class HoleGuard:
         self.attention_mask = attention_mask
         self.distances: list[Distance | None] = []
         """Each row's distance at the last call; None for a row that is done, or has no token yet."""
-        self._inside: dict[tuple[int, ...], bool] = {}
+        self._crossings = Crossings()
         self._evidence: dict[int, int] = {}
 
     def distance(self, prompt: str | Sequence[int] | Tensor) -> Distance:
@@ -181,20 +193,14 @@ class HoleGuard:
             )
         starts = self._starts(input_ids)
         rows = [row[start:] for row, start in zip(input_ids.tolist(), starts, strict=True)]
-        # A row goes on from the one that it extends, whichever place that had: beams change places.
-        before = [self._inside.get(tuple(row[:-1]), False) for row in rows]
-        self._inside = {}
         self.distances = [self.distance(row) if row and not self._done(row) else None for row in rows]
-        stopped = []
+        inside = [found is not None and found.tokens_left <= self.margin for found in self.distances]
+        new = self._crossings.new(rows, inside, input_ids, scores)
         for row, found in enumerate(self.distances):
-            inside = found is not None and found.tokens_left <= self.margin
-            if found is not None and inside:
-                if self.on_failure == "stop":
-                    stopped.append(row)
-                elif not before[row]:
-                    self._tell(row, found)
-            self._inside[tuple(rows[row])] = inside
-        if not stopped:
+            if found is not None and new[row] and self.on_failure != "stop":
+                self._tell(row, found)
+        stopped = [row for row, within in enumerate(inside) if within and self.on_failure == "stop"]
+        if not stopped or (not self.eos and self._crossings.guessing):
             return scores
         if not self.eos:
             found = self.distances[stopped[0]]

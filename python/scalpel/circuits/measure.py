@@ -8,7 +8,7 @@ import torch
 from numpy.random import Generator
 from torch import Tensor
 
-from ..models.ablation import _in_force, _parse
+from ..models.ablation import Ablation, _parse
 from ..models.circuitgpt import CircuitGPT
 from .ablations import Substitute, masked, nodes_at
 from .fit import Fit, refit
@@ -51,7 +51,7 @@ def only(
     for name, width in nodes_at(model).items():
         kept = named.get(name, torch.zeros(width, dtype=torch.bool))
         masks[name] = ~kept if removed else kept
-    return _in_force(model, masked(masks, stand_in))
+    return Ablation(model, masked(masks, stand_in))
 
 
 def random_nodes_like(model: CircuitGPT, nodes: Iterable[str], rng: Generator) -> list[str]:

@@ -221,24 +221,13 @@ class Jacobian:
 
     def to_scipy(self) -> "LinearOperator":
         """A ``scipy.sparse.linalg.LinearOperator`` (m, n) over NumPy arrays, of J's precision (at least
-        float32)."""
-        import numpy as np
-        from scipy.sparse.linalg import LinearOperator
+        float32). Complex vectors give complex products: J(x + iy) = Jx + iJy.
 
-        carried = torch.promote_types(self.dtype, torch.float32)
-        kind = np.float64 if carried == torch.float64 else np.float32
+        See :class:`scalpel.jacobians.scipy_operator.JacobianLinearOperator` for what it takes and refuses.
+        """
+        from .scipy_operator import JacobianLinearOperator
 
-        def product(operator: "Jacobian") -> Callable[[Any], Any]:
-            def apply(given: Any) -> Any:
-                v = torch.tensor(np.asarray(given, dtype=kind)).to(self.device, self.dtype)
-                return (operator @ v).to(carried).cpu().numpy()
-
-            return apply
-
-        forward, back = product(self), product(self.T)
-        return LinearOperator(
-            self.shape, matvec=forward, rmatvec=back, matmat=forward, rmatmat=back, dtype=np.dtype(kind)
-        )
+        return JacobianLinearOperator(self)
 
     def _check(self, given: Any, name: str, method: str, shape: tuple[int, ...]) -> None:
         if not isinstance(given, Tensor):
@@ -248,6 +237,11 @@ class Jacobian:
             raise ValueError(
                 f"{name} has shape {tuple(given.shape)}; J.{method} takes ({inside}"
                 f"{',' if not shape else ''}), the T tangents first (one alone: {name}[None])"
+            )
+        if given.dtype.is_complex:
+            raise TypeError(
+                f"{name} is {given.dtype}; this Jacobian is real and takes {self.dtype}: give {name}.real and "
+                f"{name}.imag one after the other, or use J.to_scipy(), which takes complex arrays"
             )
         if given.dtype != self.dtype:
             raise TypeError(f"{name} is {given.dtype}; this Jacobian takes {self.dtype}: {name}.to({self.dtype})")

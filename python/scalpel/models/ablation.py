@@ -7,7 +7,8 @@ transforms too.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ContextDecorator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,9 +30,9 @@ def ablate(
     *,
     reference: Any = None,
     seed: int = 0,
-) -> AbstractContextManager["CircuitGPT"]:
+) -> "Ablation":
     """A context in which ``nodes`` are replaced; the model is as before afterwards, whatever happens. They
-    nest.
+    nest, and each can be entered again: see :class:`Ablation`.
 
     ``kind``: "zero"; "mean": each channel's mean over the reference's real tokens (all prompts and
     positions); "resample": at each token, the values that the nodes have at one real token of the reference,
@@ -46,15 +47,15 @@ def ablate(
         raise ValueError(f"ablation kind is {kind!r}; allowed: {', '.join(KINDS)}")
     picked = _parse(model, [nodes] if isinstance(nodes, str) else nodes)
     if kind == "zero":
-        tap = _fixed({name: (mask, torch.zeros(mask.shape)) for name, mask in picked.items()})
+        tap: Tap = _Fixed({name: (mask, torch.zeros(mask.shape)) for name, mask in picked.items()})
     elif kind == "mean":
         means = _stored_means(model, picked) if reference is None else hook_means(model, reference, picked)
-        tap = _fixed({name: (mask, means[name]) for name, mask in picked.items()})
+        tap = _Fixed({name: (mask, means[name]) for name, mask in picked.items()})
     else:
         if reference is None:
             raise ValueError('kind "resample" needs reference: input_ids or prompts to draw activations from')
-        tap = _resampled(picked, _samples(model, reference, picked), seed)
-    return _in_force(model, tap)
+        tap = _Resampled(picked, _samples(model, reference, picked), seed)
+    return Ablation(model, tap)
 
 
 def hook_means(model: "CircuitGPT", reference: Any, hooks: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -75,14 +76,28 @@ def hook_means(model: "CircuitGPT", reference: Any, hooks: Iterable[str] | None 
     return {name: total / count for name, total in sums.items()}
 
 
-@contextmanager
-def _in_force(model: "CircuitGPT", tap: "Tap") -> Iterator["CircuitGPT"]:
-    model._interventions.append(tap)
-    try:
-        yield model
-    finally:
-        # by identity: contexts that are left out of order each take their own away
-        model._interventions[:] = [each for each in model._interventions if each is not tap]
+class Ablation(ContextDecorator):
+    """What :func:`ablate` gives: inside ``with`` the model's nodes are replaced, and it gives the model.
+
+    It can be entered as often as one likes, with the values that were taken when it was made. Entered inside another
+    ablation, its replacement comes after that one's; entered inside itself, it stays in force until the outermost
+    ``with`` ends. A copy or a pickle of the model that is made inside has these nodes replaced for good.
+    """
+
+    def __init__(self, model: "CircuitGPT", tap: "Tap") -> None:
+        self._model, self._tap = model, tap
+
+    def __enter__(self) -> "CircuitGPT":
+        self._model._interventions.append(self._tap)
+        return self._model
+
+    def __exit__(self, *raised: object) -> None:
+        standing = self._model._interventions
+        for i in reversed(range(len(standing))):  # contexts that are left out of order each take their own away
+            if standing[i] is self._tap:
+                del standing[i]
+                return
+        raise RuntimeError("this ablation is left and wasn't entered; use it in a with statement")
 
 
 def _parse(model: "CircuitGPT", nodes: Iterable[str]) -> dict[str, Tensor]:
@@ -102,27 +117,35 @@ def _parse(model: "CircuitGPT", nodes: Iterable[str]) -> dict[str, Tensor]:
     return picked
 
 
-def _fixed(plan: Mapping[str, tuple[Tensor, Tensor]]) -> "Tap":
-    def tap(name: str, value: Tensor) -> Tensor:
-        if name not in plan:
+@dataclass(frozen=True, eq=False)
+class _Fixed:
+    """Each hook's mask (width,) of channels, and what they are replaced by, (width,)."""
+
+    plan: Mapping[str, tuple[Tensor, Tensor]]
+
+    def __call__(self, name: str, value: Tensor) -> Tensor:
+        if name not in self.plan:
             return value
-        mask, replacement = plan[name]
+        mask, replacement = self.plan[name]
         return torch.where(mask.to(value.device), _like(replacement, value), value)
 
-    return tap
 
+@dataclass(frozen=True, eq=False)
+class _Resampled:
+    """Each hook's mask (width,) of channels, and the values (tokens, width) that they are drawn from."""
 
-def _resampled(picked: Mapping[str, Tensor], samples: Mapping[str, Tensor], seed: int) -> "Tap":
-    def tap(name: str, value: Tensor) -> Tensor:
-        if name not in picked:
+    picked: Mapping[str, Tensor]
+    samples: Mapping[str, Tensor]
+    seed: int
+
+    def __call__(self, name: str, value: Tensor) -> Tensor:
+        if name not in self.picked:
             return value
-        pool = samples[name]
+        pool = self.samples[name]
         # seeded at each hook: the draw depends on the shape alone, so all nodes of a token get the same one
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(self.seed)
         drawn = torch.randint(len(pool), value.shape[:-1], generator=generator)
-        return torch.where(picked[name].to(value.device), _like(pool[drawn.to(pool.device)], value), value)
-
-    return tap
+        return torch.where(self.picked[name].to(value.device), _like(pool[drawn.to(pool.device)], value), value)
 
 
 def _like(replacement: Tensor, value: Tensor) -> Tensor:

@@ -22,8 +22,7 @@ from .config import CircuitGPTConfig
 from .mask_watch import watched
 
 if TYPE_CHECKING:
-    import contextlib
-
+    from .ablation import Ablation
     from .edges import EdgeTable
     from .logit_attribution import LogitAttribution
     from .tokenizer import Tokenizer
@@ -305,9 +304,7 @@ class CircuitGPT(nn.Module):
 
         return run_with_hooks(self, input_ids, fwd_hooks, **inputs)
 
-    def ablate(
-        self, nodes: Sequence[str], kind: str = "mean", **options: Any
-    ) -> "contextlib.AbstractContextManager[CircuitGPT]":
+    def ablate(self, nodes: Sequence[str], kind: str = "mean", **options: Any) -> "Ablation":
         """A context in which the named nodes (``2.attn.v:2012``) are replaced; see :mod:`.ablation`."""
         from .ablation import ablate
 
