@@ -317,6 +317,19 @@ def test_weights_are_not_rounded_to_the_configs_dtype(tmp_path: Path) -> None:
     assert torch.equal(found.trained.state_dict()["model.layers.1.mlp.up_proj.weight"], right)
 
 
+def test_a_foreign_default_device(tmp_path: Path) -> None:
+    saved(tmp_path, "qwen3")
+    torch.set_default_device("meta")
+    try:
+        found = load(tmp_path)
+        assert found.untrained is not None
+        fresh = found.untrained(3)
+    finally:
+        torch.set_default_device(None)
+    assert found.facts["weights_sha256"] == load(tmp_path).facts["weights_sha256"]
+    assert {parameter.device.type for parameter in fresh.parameters()} == {"cpu"}
+
+
 def test_what_transformers_reports() -> None:
     """The second lock, of quantised folders the only one."""
     nothing = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}

@@ -173,9 +173,10 @@ def _decoder(folder: Path, architecture: str, device: torch.device) -> Source:
     wide = None if stored is None else torch.float64 if torch.float64 in stored else torch.float32
     try:
         auto: Any = AutoModelForCausalLM
-        model, info = auto.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True, dtype=wide or "auto", output_loading_info=True
-        )
+        with torch.device("cpu"):
+            model, info = auto.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True, dtype=wide or "auto", output_loading_info=True
+            )
     except Exception as error:  # transformers raises many kinds; each means that there is no such model
         if ran_out(error):
             raise
@@ -195,6 +196,10 @@ def _gguf(file: Path, device: torch.device) -> Source:
         model = plain_model(file).to(device)
     except ImportError as error:
         raise CheckpointError(str(error)) from error
+    except CheckpointError as error:
+        if isinstance(error.__cause__, Exception) and ran_out(error.__cause__):
+            raise MemoryError from error
+        raise
     said = f"float32, dequantised from a GGUF whose tensors are {stored_as(file)}"
     source = _of_model(model, file.stem, said, str(file), device)
     try:
@@ -224,7 +229,7 @@ def _of_model(model: Any, name: str, dtype: str, where: str, device: torch.devic
     def untrained(seed: int) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(seed)
             made = AutoModelForCausalLM.from_config(model.config, trust_remote_code=False)
         fresh: nn.Module = made.to(device, model.dtype).eval().requires_grad_(False)

@@ -4,15 +4,15 @@ transformers' own reader does the reading; what it would pass over in silence (a
 the positions) is looked for here, and refused. Needs the extra ``gguf``. To keep a model as safetensors, which can be
 streamed::
 
-    model = scalpel.models.gguf.plain_model("model.gguf")
-    model.save_pretrained(folder)
-    scalpel.models.gguf.tokenizer("model.gguf").save(folder)
+    from scalpel.models.gguf import plain_model, tokenizer
+
+    plain_model("model.gguf").save_pretrained(folder)
+    tokenizer("model.gguf").save(folder)
 """
 
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +31,9 @@ from .weight_files import WEIGHT_FILES, CheckpointError, some
 
 __all__ = ["gguf_in", "plain_model", "stored_as", "tokenizer"]
 
-_HOW = "scalpel.models.gguf.plain_model(FILE)"
+_NAME = "model.gguf"
+_JOIN = "Parts of one model are joined with llama.cpp's llama-gguf-split --merge"
+_HOW = "from scalpel.models.gguf import plain_model"
 
 # How text is cut before merging, by the name that llama.cpp gives it, where transformers goes by GPT-2's cut.
 _CUT_AS_GPT2 = ("gpt-2", "gpt2", "jais", "mpt", "olmo")
@@ -50,9 +52,8 @@ def gguf_in(path: str | Path) -> Path | None:
             return None
         found = sorted(each for each in path.iterdir() if each.suffix.lower() == ".gguf" and each.is_file())
         if len(found) > 1:
-            names = some(each.name for each in found)
             raise CheckpointError(
-                f"{path} holds {len(found)} GGUF files, {names}: give one of them as the model{_split_hint(found[0])}"
+                f"{path} holds {len(found)} GGUF files, {some(each.name for each in found)}: give one of them. {_JOIN}"
             )
         return found[0] if found else None
     if path.is_file():
@@ -113,7 +114,7 @@ def tokenizer(path: str | Path) -> Tokenizer:
     try:
         with _alone(file) as folder:
             read: Any = AutoTokenizer.from_pretrained(
-                folder, gguf_file=file.name, trust_remote_code=False, local_files_only=True
+                folder, gguf_file=_NAME, trust_remote_code=False, local_files_only=True
             )
         inner = read.backend_tokenizer
     except Exception as error:  # transformers raises many kinds; each means that it can't be read
@@ -136,9 +137,9 @@ def stored_as(path: str | Path) -> str:
 def no_stream(file: Path) -> CheckpointError:
     """Why a GGUF file isn't streamed, and what can be done."""
     return CheckpointError(
-        f"{file} is a GGUF, which can't be streamed: transformers dequantises it, and reads the model whole. Read it "
-        f"into memory ({_HOW}; scalpel analyze without --stream), or save it as safetensors first "
-        f"({_HOW}.save_pretrained(FOLDER)) and give FOLDER"
+        f"{file} is a GGUF, which can't be streamed: transformers dequantises it, and reads it whole. Analyse it in "
+        f"memory (scalpel analyze without --stream), or save it as safetensors first: {_HOW}, then "
+        "plain_model(FILE).save_pretrained(FOLDER), and give FOLDER"
     )
 
 
@@ -146,7 +147,7 @@ def no_circuitgpt(file: Path) -> CheckpointError:
     """Why a GGUF file isn't read as a CircuitGPT, and what can be done."""
     return CheckpointError(
         f"{file} is a GGUF, which holds a dense transformer and no CircuitGPT: give it to scalpel analyze, or read it "
-        f"with {_HOW} and give the model to scalpel.jacobian, scalpel.collect or scalpel.lyapunov"
+        f"({_HOW}) and give plain_model(FILE) to scalpel.jacobian, scalpel.collect or scalpel.lyapunov"
     )
 
 
@@ -168,12 +169,6 @@ def _begins_as_gguf(path: Path) -> bool:
         return False
 
 
-def _split_hint(first: Path) -> str:
-    if re.search(r"-\d{5}-of-\d{5}$", first.stem) is None:
-        return ""
-    return ". Parts of one model are joined with llama.cpp's llama-gguf-split --merge"
-
-
 def _check_packages() -> None:
     lacking = []
     for name in ("transformers", "gguf", "accelerate"):
@@ -187,9 +182,9 @@ def _check_packages() -> None:
 
 @contextmanager
 def _alone(file: Path) -> Iterator[Path]:
-    """A folder with the file and nothing else: what may lie beside it, an adapter say, would be read, too."""
+    """A folder with nothing but the file, as _NAME: what may lie beside it, an adapter say, would be read, too."""
     with tempfile.TemporaryDirectory(prefix="scalpel-gguf-") as folder:
-        os.symlink(file.resolve(), Path(folder) / file.name)
+        os.symlink(file.resolve(), Path(folder) / _NAME)
         yield Path(folder)
 
 
@@ -198,10 +193,11 @@ def _expected(header: Header, folder: Path) -> Expected:
     from transformers import AutoConfig
 
     file = header.path
-    if "-of-" in file.stem and int(header.facts.get("split.count", 1)) > 1:
-        raise CheckpointError(f"{file} is one part of a model{_split_hint(file)}")
+    parts = header.facts.get("split.count")
+    if isinstance(parts, int) and parts > 1:
+        raise CheckpointError(f"{file} is one of {parts} parts of a model. {_JOIN}")
     try:
-        config = AutoConfig.from_pretrained(folder, gguf_file=file.name, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, gguf_file=_NAME, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # as above
         raise CheckpointError(
             f"transformers can't read the {header.architecture!r} in {file}: {type(error).__name__}: {error}"
@@ -229,7 +225,7 @@ def _read(file: Path, folder: Path, expected: Expected) -> Any:
         auto: Any = AutoModelForCausalLM
         model, info = auto.from_pretrained(
             folder,
-            gguf_file=file.name,
+            gguf_file=_NAME,
             config=expected.config,  # read already, with a vocabulary that takes seconds
             dtype=torch.float32,
             trust_remote_code=False,

@@ -65,16 +65,19 @@ def check_metadata(header: Header, config: Any, shape: DecoderConfig) -> None:
     }
     if shape.rotary is not None:
         right["rope.freq_base"] = config.rope_parameters["rope_theta"]
-    # What llama.cpp takes where a file doesn't say it.
-    said = {"rope.freq_base": 10000.0} | said if shape.rotary is not None else said
+        said.setdefault("rope.freq_base", 10000.0)  # what llama.cpp takes where a file doesn't say it; so are these
+    said.setdefault("attention.head_count_kv", said.get("attention.head_count"))
     said.setdefault("attention.key_length", shape.width // shape.heads)
     said.setdefault("attention.sliding_window", None)
+    eps = "attention.layer_norm_rms_epsilon" if shape.rms else "attention.layer_norm_epsilon"
+    needed = ("block_count", "embedding_length", "context_length", "attention.head_count", eps)
     unknown = sorted(said.keys() - right.keys() - set(_HARMLESS))
     other = [
         f"{key} is {said[key]!r} in the file and {right[key]!r} in the config"
         for key in said.keys() & right.keys()
         if not _same(said[key], right[key])
     ]
+    other += [f"{key} is not in the file, and {right[key]!r} in the config" for key in needed if key not in said]
     if unknown:
         other.append(f"{some(unknown)} have no place in the config")
     if other:
@@ -108,7 +111,7 @@ def check_tensors(header: Header, expected: Expected, shape: DecoderConfig) -> N
         said.append(f"it lacks {some(lacking)}")
     if extra := sorted(header.tensors.keys() - wanted.keys()):
         said.append(f"transformers would drop {some(extra)}")
-    for name in wanted.keys() & header.tensors.keys():
+    for name in sorted(wanted.keys() & header.tensors.keys()):
         found = header.tensors[name].shape
         if found not in (wanted[name], wanted[name][::-1]):  # GPT-2's matrices are turned
             said.append(f"{name!r} has shape {found}, by the config {wanted[name]}")
