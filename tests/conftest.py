@@ -7,7 +7,7 @@ import torch  # before the core, so that both share one OpenMP
 
 from scalpel import _core
 
-pytest_plugins = ["analysis_cases", "cuda_stand_in"]
+pytest_plugins = ["analysis_cases", "cuda_stand_in", "smollm2"]
 
 SUPPORTED = [t["name"] for t in _core.targets() if t["supported"]]
 

@@ -107,7 +107,7 @@ def test_what_can_not_be_read(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds a BertModel, which has no rules; those that have: 'GPT2LM"):
         stream_layers(folder, ids_of())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
-    with pytest.raises(CheckpointError, match=r"has no tensor 'model.layers.3"):
+    with pytest.raises(CheckpointError, match=r"lacks 'model.layers.3"):
         next(stream_layers(folder, ids_of()))
 
 
@@ -202,8 +202,8 @@ def test_an_index_may_not_point_outside(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"vocab_size": 25}, r"has 19 rows, and row 22 is asked for"),
-        ({"hidden_size": 24}, r"layer 0's .* has shape"),
+        ({"vocab_size": 25}, r"embed_tokens.weight' has shape \(19, 12\), by the config \(25, 12\)"),
+        ({"hidden_size": 24}, "q_proj.weight' has shape .* 26 more have other shapes"),
         ({"is_causal": False}, "is_causal=False"),
         ({"hidden_act": "prelu"}, "activation 'prelu' is not one of"),
         ({"architectures": None}, "no list of 'architectures'"),
@@ -217,3 +217,13 @@ def test_a_config_of_another_model(changes: dict[str, Any], message: str, tmp_pa
     ids = torch.full((1, 4), 22 if "vocab_size" in changes else 3)
     with pytest.raises(ValueError, match=message):
         list(stream_layers(folder, ids))
+
+
+def test_a_row_that_is_not_there(tmp_path: Path) -> None:
+    weights = FolderWeights(saved(model_of("llama"), tmp_path))
+    rows = weights.rows("model.embed_tokens.weight", torch.tensor([[18, 3]]))
+    assert torch.equal(rows, model_of("llama").model.embed_tokens.weight[[18, 3]][None])
+    with pytest.raises(CheckpointError, match=r"has 19 rows, and row 22 is asked for"):
+        weights.rows("model.embed_tokens.weight", torch.tensor([22]))
+    with pytest.raises(CheckpointError, match=r"no tensor 'model.layers.3'; it holds 'model.embed_tokens.weight'"):
+        weights("model.layers.3")

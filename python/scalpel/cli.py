@@ -148,7 +148,10 @@ def _options(given: list[str]) -> dict[str, Any]:
 @guarded("interrupted; the same command, without --fresh, goes on from what is finished")
 def analyze(
     model: Annotated[
-        str, typer.Argument(help="A shipped model, a CircuitGPT's folder or hub id, or a folder of transformers'.")
+        str,
+        typer.Argument(
+            help="A shipped model, a CircuitGPT's folder or hub id, a folder of transformers', or a GGUF file."
+        ),
     ],
     text: Annotated[Path, typer.Option(help="The text, a UTF-8 file; its first chunks are analysed.")],
     tokenizer: Annotated[

@@ -74,7 +74,8 @@ def analyze(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Analysis:
-    """Analyse ``model`` (a shipped name, a folder, a hub id) on the file ``text``, and keep each chunk in ``out``.
+    """Analyse ``model`` (a shipped name, a folder, a GGUF file, a hub id) on the file ``text``, each chunk kept in
+    ``out``.
 
     ``tokenizer``: a tokenizer.json, or encoder.json with vocab.bpe; by default the model's own. The text's first
     ``chunks`` stretches of ``length`` tokens (by default 64, or the model's context) are measured one by one, with

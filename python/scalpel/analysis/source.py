@@ -1,4 +1,4 @@
-"""The model that is analysed, wherever it comes from: a CircuitGPT, a folder of transformers', or one streamed."""
+"""The model that is analysed: a CircuitGPT, a folder of transformers', a GGUF, or a folder that is streamed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from .._memory import device_named
 from ..models.checkpoint import CONFIG_FILES, shipped_models
 from ..models.circuitgpt import CircuitGPT
 from ..models.families import decoder_of, family_of, supported
-from ..models.folder import FolderWeights, decoder_in
+from ..models.folder import FolderWeights, check_folder, decoder_in
+from ..models.gguf import gguf_in, no_stream, plain_model, stored_as
+from ..models.gguf import tokenizer as gguf_tokenizer
+from ..models.strict import check_loaded, config_in
 from ..models.tokenizer import Tokenizer
 from ..models.weight_files import CheckpointError, read_json
 
@@ -31,8 +34,9 @@ class Source:
     """A model to analyse. ``trained`` and ``untrained`` are None of a folder that is streamed; ``device``: where they
     are, or each layer while it is there.
 
-    ``tokenizer``: the model's own, None where it has none. ``pair``: the cut of a byte-level BPE published as two
-    files, where the model says which. ``facts``: what the report says of the model, plain data.
+    ``tokenizer``: the model's own, None where it has none; ``no_tokenizer`` then says why, where there is more to say.
+    ``pair``: the cut of a byte-level BPE published as two files, where the model says which. ``facts``: what the report
+    says of the model, plain data.
     """
 
     kind: Literal["circuitgpt", "decoder", "stream"]
@@ -45,11 +49,12 @@ class Source:
     untrained: Callable[[int], nn.Module] | None = None
     folder: Path | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    no_tokenizer: str | None = None
 
 
 def load(name: str | Path, stream: bool = False, device: str = "cpu") -> Source:
-    """The model of that name, folder or hub id; ``stream``: only its folder, one layer of which is ever in memory.
-    ``device``: where it is analysed.
+    """The model of that name, folder, GGUF file or hub id; ``stream``: only its folder, one layer of which is ever in
+    memory. ``device``: where it is analysed.
 
     Raises ValueError for a device that isn't there, and CheckpointError (a ValueError) for what isn't there, can't be
     read, or has no rules.
@@ -71,8 +76,12 @@ def _place(device: str) -> torch.device:
 
 def _loaded(name: str | Path, stream: bool, device: torch.device) -> Source:
     folder = Path(name).expanduser()
-    architecture = _architecture(folder) if str(name) not in shipped_models() else None
+    shipped = str(name) in shipped_models()
+    gguf = None if shipped else gguf_in(folder)
+    architecture = None if shipped or gguf is not None else _architecture(folder)
     if stream:
+        if gguf is not None:
+            raise no_stream(gguf)
         if not folder.is_dir():
             raise CheckpointError(f"{str(name)!r} is no folder; what is streamed is a folder of safetensors")
         if architecture is None or family_of(architecture) is None:
@@ -82,12 +91,16 @@ def _loaded(name: str | Path, stream: bool, device: torch.device) -> Source:
             )
         return _streamed(folder)
     try:
+        if gguf is not None:
+            return _gguf(gguf, device)
         if architecture is None:
             return _circuitgpt(name, device)
         return _decoder(folder, architecture, device)
     except (MemoryError, RuntimeError, OSError) as error:
         if not ran_out(error):
             raise
+        if gguf is not None:
+            raise CheckpointError(f"{name}, dequantised to four bytes a weight, does not fit into memory") from error
         if architecture is None:
             raise CheckpointError(f"{name} does not fit into memory") from error
         raise CheckpointError(
@@ -152,41 +165,79 @@ def _decoder(folder: Path, architecture: str, device: torch.device) -> Source:
         from transformers import AutoModelForCausalLM
     except ImportError as error:
         raise CheckpointError(f"{folder} needs transformers: pip install 'semigroup-scalpel[transformers]'") from error
+    config, _ = config_in(folder)
+    stored = None
+    if getattr(config, "quantization_config", None) is None:  # what dequantises goes by names of its own
+        stored = check_folder(folder, config, architecture)
+    # Half precision is exact in float32. Left to itself, transformers rounds to whatever dtype the config names.
+    wide = None if stored is None else torch.float64 if torch.float64 in stored else torch.float32
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True, dtype="auto"
-        )
+        auto: Any = AutoModelForCausalLM
+        with torch.device("cpu"):
+            model, info = auto.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True, dtype=wide or "auto", output_loading_info=True
+            )
     except Exception as error:  # transformers raises many kinds; each means that there is no such model
         if ran_out(error):
             raise
         raise CheckpointError(f"{folder} can't be loaded by transformers: {type(error).__name__}: {error}") from error
-    stored = next(model.parameters()).dtype
-    dtype = torch.float64 if stored == torch.float64 else torch.float32  # half precision is exact in float32
-    model = model.to(device, dtype).eval().requires_grad_(False)
+    check_loaded(info, architecture, folder)
+    stored = stored or {next(model.parameters()).dtype}
+    dtype = torch.float64 if torch.float64 in stored else torch.float32
+    said = _name(dtype) + ("" if stored == {dtype} else f", stored as {', '.join(sorted(map(_name, stored)))}")
+    source = _of_model(model.to(device, dtype), folder.resolve().name, said, str(folder), device)
+    source.tokenizer = Tokenizer.from_folder(folder, "")  # the name of no pair: a folder doesn't say how text is cut
+    source.folder = folder
+    return source
+
+
+def _gguf(file: Path, device: torch.device) -> Source:
+    try:
+        model = plain_model(file).to(device)
+    except ImportError as error:
+        raise CheckpointError(str(error)) from error
+    except CheckpointError as error:
+        if isinstance(error.__cause__, Exception) and ran_out(error.__cause__):
+            raise MemoryError from error
+        raise
+    said = f"float32, dequantised from a GGUF whose tensors are {stored_as(file)}"
+    source = _of_model(model, file.stem, said, str(file), device)
+    try:
+        source.tokenizer = gguf_tokenizer(file)
+    except CheckpointError as error:
+        source.no_tokenizer = str(error)
+    return source
+
+
+def _of_model(model: Any, name: str, dtype: str, where: str, device: torch.device) -> Source:
+    """A decoder of transformers' in memory; ``dtype`` and ``where`` are for the report and for messages."""
+    model = model.eval().requires_grad_(False)
     decoder = decoder_of(model)
     if decoder is None:
-        raise CheckpointError(f"the config of {folder} asks for attention, positions or modules that have no rules")
+        raise CheckpointError(f"the config of {where} asks for attention, positions or modules that have no rules")
+    architecture = type(model).__name__
     facts = {
-        "name": folder.resolve().name,
+        "name": name,
         "kind": architecture,
         "layers": decoder.config.layers,
         "width": decoder.config.width,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "dtype": f"{_name(dtype)}" + ("" if dtype == stored else f", stored as {_name(stored)}"),
+        "dtype": dtype,
         "weights_sha256": _fingerprint(model),
     }
 
     def untrained(seed: int) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
+        from transformers import AutoModelForCausalLM
+
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(seed)
             made = AutoModelForCausalLM.from_config(model.config, trust_remote_code=False)
-        fresh: nn.Module = made.to(device, dtype).eval().requires_grad_(False)
+        fresh: nn.Module = made.to(device, model.dtype).eval().requires_grad_(False)
         return fresh
 
-    tokenizer = Tokenizer.from_folder(folder, "")  # the name of no pair: a folder doesn't say how text is cut
     pair = "gpt2" if architecture.startswith("GPT2") else None
     limits = decoder.config.max_length, decoder.config.vocab_size
-    return Source("decoder", facts, *limits, tokenizer, pair, model, untrained, folder)
+    return Source("decoder", facts, *limits, None, pair, model, untrained)
 
 
 def _streamed(folder: Path) -> Source:

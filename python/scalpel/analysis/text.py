@@ -50,10 +50,8 @@ def read_text(path: str | Path, source: Source, tokenizer: str | Path | None, le
     elif source.tokenizer is not None:
         found, of = source.tokenizer, "the model's own"
     else:
-        raise ValueError(
-            f"{source.facts['name']} comes without a tokenizer.json; give --tokenizer: a tokenizer.json, or an "
-            "encoder.json with its vocab.bpe beside it"
-        )
+        why = source.no_tokenizer or f"{source.facts['name']} comes without a tokenizer.json"
+        raise ValueError(f"{why}; give --tokenizer: a tokenizer.json, or an encoder.json with its vocab.bpe beside it")
     try:
         found.inner.no_truncation()  # what a tokenizer.json may ask for is meant for a model's batches
         found.inner.no_padding()

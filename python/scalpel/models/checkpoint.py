@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .circuitgpt import CircuitGPT
 from .config import CircuitGPTConfig
+from .gguf import gguf_in, no_circuitgpt
 from .tokenizer import TOKENIZER_FILES, Tokenizer
 from .weight_files import CheckpointError, read_json, read_weights, some, write_weights
 
@@ -139,6 +140,8 @@ def _locate(source: str | Path, revision: str | None, cache_dir: str | Path | No
     if isinstance(source, str) and source in shipped:
         return shipped[source]
     path = Path(source).expanduser()
+    if (file := gguf_in(path)) is not None:
+        raise no_circuitgpt(file)
     if path.is_dir():
         return path
     if path.is_file():

@@ -27,7 +27,8 @@ class Weights(Protocol):
     def rows(self, name: str, index: Tensor) -> Tensor:
         """Some rows of a table: (*index.shape, width)."""
 
-    def __contains__(self, name: object) -> bool: ...
+    def __contains__(self, name: object) -> bool:
+        """Whether the model's class, with its config, has a tensor of that name; a file's left-overs don't count."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,9 @@ class Family(Protocol):
 
     ARCHITECTURES: tuple[str, ...]  # model classes, as a config's "architectures" names them
     PATHS: dict[str, str]  # our hook → module path, with {i} for the layer
+    PREFIX: str  # of the names of all tensors but the output matrix; files of the bare model lack it
+    ALSO_NAMED: dict[str, str]  # what files may call a tensor → the class's name
+    PASSED_OVER: dict[str, str]  # a pattern of what files may hold beside the weights → why it may be left out
 
     @staticmethod
     def read(config: Any, architecture: str) -> DecoderConfig | None:

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from .decoder import Decoder, DecoderLayer
-from .families import config_of, family_of, supported
-from .weight_files import CheckpointError, read_json, some
+from .families import config_of
+from .gguf import gguf_in, no_stream
+from .strict import Stored, config_in, expected_by, match, passed_over
+from .weight_files import CheckpointError, PickledWeights, numbers_equal, read_json, some
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ALIGNED = 4096  # where reads past the cache begin and end, in the file and in memory
@@ -50,7 +52,12 @@ class FolderWeights:
         self.places: dict[str, _Place] = {}
         paths = _shards(folder)
         for path in paths:
-            self.places |= _header(path)
+            for name, place in _header(path).items():
+                if name in self.places:
+                    raise CheckpointError(
+                        f"{self.places[name].path.name} and {path.name} in {folder} both hold {name!r}"
+                    )
+                self.places[name] = place
         self.past_cache = sum(path.stat().st_size for path in paths) > _memory_size() // 2
 
     def __call__(self, name: str) -> Tensor:
@@ -77,6 +84,21 @@ class FolderWeights:
     def __contains__(self, name: object) -> bool:
         return name in self.places
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: place.shape for name, place in self.places.items()}
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {name: place.dtype for name, place in self.places.items()}
+
+    def equal(self, one: str, other: str) -> bool:
+        return numbers_equal(self(one), self(other))
+
+    def take(self, names: dict[str, str]) -> None:
+        """From now on only the tensors of ``names`` (as it is asked for → as the file calls it) are there."""
+        self.places = {name: self.places[key] for name, key in names.items()}
+
     def _place(self, name: str) -> _Place:
         if name not in self.places:
             raise CheckpointError(
@@ -89,23 +111,39 @@ class FolderWeights:
 def decoder_in(folder: str | Path, device: torch.device | str = "cpu") -> Decoder:
     """The decoder in a folder with config.json and safetensors, as transformers writes them; its tensors on ``device``.
 
-    Raises CheckpointError where the folder lacks one of these, or names a model that has no rules.
+    Raises CheckpointError where the folder lacks one of these, names a model that has no rules, or holds other weights
+    than those that its config describes.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json: give a folder as transformers' save_pretrained writes it")
-    names = read_json(folder / "config.json").get("architectures")
-    if not isinstance(names, list) or not names:
-        raise CheckpointError(f"{folder / 'config.json'} has no list of 'architectures', which names the model's class")
-    family = family_of(str(names[0]))
-    if family is None:
-        raise CheckpointError(f"{folder} holds a {names[0]}, which has no rules; those that have: {some(supported())}")
-    from transformers import AutoConfig
-
-    config = config_of(family, AutoConfig.from_pretrained(folder, trust_remote_code=False), str(names[0]))
+    if (file := gguf_in(folder)) is not None:
+        raise no_stream(file)
+    stated, architecture = config_in(folder)
+    expected = expected_by(stated, architecture, folder)
+    config = config_of(expected.family, stated, architecture)
     if isinstance(config, str):
         raise CheckpointError(f"{folder} can't be streamed: {config}")
-    return Decoder(family, config, FolderWeights(folder, device))
+    weights = FolderWeights(folder, device)
+    weights.take(match(expected, weights, folder))
+    decoder = Decoder(expected.family, config, weights)
+    if left := weights.places.keys() - _all_names(decoder):
+        raise CheckpointError(
+            f"{folder} can't be streamed: its class, as this version of transformers has it, computes with "
+            f"{some(sorted(left))}, which no rule reads"
+        )
+    return decoder
+
+
+def check_folder(folder: Path, config: Any, architecture: str) -> set[torch.dtype]:
+    """The dtypes of the weights that transformers would load in ``folder``.
+
+    Raises CheckpointError where they are not those that its config describes, or no floating-point numbers.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    stored: Stored = FolderWeights(folder) if whole.is_file() or index.is_file() else PickledWeights(folder)
+    keys = match(expected_by(config, architecture, folder), stored, folder).values()
+    if odd := [key for key in keys if not stored.dtypes[key].is_floating_point]:
+        raise CheckpointError(f"{odd[0]!r} in {folder} is {stored.dtypes[odd[0]]}; weights are floating point")
+    return {stored.dtypes[key] for key in keys}
 
 
 def streamed_layers(decoder: Decoder) -> Iterator[tuple[int, DecoderLayer]]:
@@ -156,7 +194,7 @@ class _Asked:
         return torch.empty(place.shape, dtype=place.dtype, device="meta")
 
     def rows(self, name: str, index: Tensor) -> Tensor:
-        raise NotImplementedError
+        return self(name)[index]
 
     def __contains__(self, name: object) -> bool:
         return name in self._weights
@@ -167,6 +205,15 @@ def _names_of(decoder: Decoder, i: int) -> list[str]:
     asked = _Asked(decoder.weights)
     decoder.family.layer(asked, i)
     return asked.names
+
+
+def _all_names(decoder: Decoder) -> set[str]:
+    """All tensors that a forward pass reads."""
+    assert isinstance(decoder.weights, FolderWeights)
+    asked, nothing = _Asked(decoder.weights), torch.zeros(1, 0, dtype=torch.int64, device="meta")
+    decoder.family.embed(asked, nothing, nothing)
+    decoder.family.final(asked)
+    return {*asked.names, *(name for i in range(decoder.config.layers) for name in _names_of(decoder, i))}
 
 
 def _aligned(size: int) -> int:
@@ -239,9 +286,12 @@ def _header(path: Path) -> dict[str, _Place]:
     found = {}
     for name, (dtype, shape, begin, end) in entries.items():
         if dtype not in _DTYPES:
-            if name.endswith((".weight", ".bias")):
-                raise CheckpointError(f"{path}: {name!r} is {dtype}; allowed: {', '.join(_DTYPES)}")
-            continue  # masks and counters, which no family reads
+            if not passed_over(name):
+                raise CheckpointError(
+                    f"{path}: {name!r} is {dtype}; allowed: {', '.join(_DTYPES)}. Quantised weights are read once "
+                    "transformers has dequantised them and save_pretrained has written the result"
+                )
+            continue  # masks, which are read by nothing
         place = _Place(path, _DTYPES[dtype], shape, 8 + length + begin)
         if begin < 0 or min(shape, default=0) < 0 or place.bytes != end - begin:
             raise CheckpointError(f"{path}: {name!r} of shape {shape} lies at bytes {begin} to {end}, which don't fit")

@@ -21,6 +21,11 @@ PATHS = {
     "after": "transformer.h.{i}",
     "final_resid": "transformer.ln_f:in",
 }
+PREFIX = "transformer"  # the public checkpoints have none
+ALSO_NAMED: dict[str, str] = {}
+PASSED_OVER = {
+    r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)": "the causal mask and what stood for minus infinity",
+}
 
 
 def read(config: Any, architecture: str) -> DecoderConfig | None:
@@ -44,16 +49,12 @@ def read(config: Any, architecture: str) -> DecoderConfig | None:
     )
 
 
-def _prefix(get: Weights) -> str:
-    return "transformer." if "transformer.wte.weight" in get else ""  # the public checkpoints have none
-
-
 def _turned(get: Weights, name: str) -> Dense:
     return Dense(get(f"{name}.weight").T, get(f"{name}.bias"))
 
 
 def layer(get: Weights, i: int) -> DecoderLayer:
-    at = f"{_prefix(get)}h.{i}"
+    at = f"transformer.h.{i}"
     return DecoderLayer(
         norm1=norm_at(get, f"{at}.ln_1"),
         norm2=norm_at(get, f"{at}.ln_2"),
@@ -65,11 +66,9 @@ def layer(get: Weights, i: int) -> DecoderLayer:
 
 
 def embed(get: Weights, ids: Tensor, positions: Tensor) -> Tensor:
-    prefix = _prefix(get)
-    return get.rows(f"{prefix}wte.weight", ids) + get.rows(f"{prefix}wpe.weight", positions)
+    return get.rows("transformer.wte.weight", ids) + get.rows("transformer.wpe.weight", positions)
 
 
 def final(get: Weights) -> tuple[NormWeight, Dense]:
-    prefix = _prefix(get)
-    head = "lm_head.weight" if "lm_head.weight" in get else f"{prefix}wte.weight"
-    return norm_at(get, f"{prefix}ln_f"), Dense(get(head))
+    head = "lm_head.weight" if "lm_head.weight" in get else "transformer.wte.weight"
+    return norm_at(get, "transformer.ln_f"), Dense(get(head))

@@ -21,6 +21,13 @@ PATHS = {
     "after": "gpt_neox.layers.{i}",
     "final_resid": "gpt_neox.final_layer_norm:in",
 }
+PREFIX = "gpt_neox"
+# Files say embed_out, and so did the class before transformers 5.
+ALSO_NAMED = {"embed_out.weight": "lm_head.weight", "lm_head.weight": "embed_out.weight"}
+PASSED_OVER = {
+    r"(gpt_neox\.)?layers\.\d+\.attention\.(bias|masked_bias)": "the causal mask and what stood for minus infinity",
+    r"(gpt_neox\.)?(layers\.\d+\.attention\.)?rotary_emb\.inv_freq": "the angles, which follow from the config",
+}
 
 
 def read(config: Any, architecture: str) -> DecoderConfig | None:
@@ -63,6 +70,6 @@ def embed(get: Weights, ids: Tensor, positions: Tensor) -> Tensor:
 
 
 def final(get: Weights) -> tuple[NormWeight, Dense]:
-    head = "lm_head.weight" if "lm_head.weight" in get else "embed_out.weight"  # older checkpoints
+    head = "lm_head.weight" if "lm_head.weight" in get else "embed_out.weight"  # transformers before 5
     head = head if head in get else "gpt_neox.embed_in.weight"
     return norm_at(get, "gpt_neox.final_layer_norm"), Dense(get(head))

@@ -28,6 +28,11 @@ PATHS = {
     "after": "model.layers.{i}",
     "final_resid": "model.norm:in",
 }
+PREFIX = "model"
+ALSO_NAMED: dict[str, str] = {}
+PASSED_OVER = {
+    r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq": "the angles, which follow from the config",
+}
 
 
 def read(config: Any, architecture: str) -> DecoderConfig | None:

@@ -46,6 +46,36 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     raise CheckpointError(f"{folder} holds no weights: one of {', '.join(WEIGHT_FILES)} was expected beside the config")
 
 
+class PickledWeights:
+    """The tensors of a folder's pytorch_model.bin, whole or in shards, which stay in the file until they are used."""
+
+    def __init__(self, folder: Path) -> None:
+        whole, index = folder / "pytorch_model.bin", folder / "pytorch_model.bin.index.json"
+        if not whole.is_file() and not index.is_file():
+            raise CheckpointError(
+                f"{folder} holds no weights: one of {', '.join(WEIGHT_FILES[1:])} was expected beside config.json"
+            )
+        self.tensors = _read_file(whole, True) if whole.is_file() else _read_shards(index, True)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {name: tensor.dtype for name, tensor in self.tensors.items()}
+
+    def equal(self, one: str, other: str) -> bool:
+        return numbers_equal(self.tensors[one], self.tensors[other])
+
+
+def numbers_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same numbers, whatever their dtypes."""
+    size = 1 << 24  # no whole copies in float64
+    pairs = zip(one.flatten().split(size), other.flatten().split(size), strict=True)
+    return all(torch.equal(a.double(), b.double()) for a, b in pairs)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; CheckpointError where it is something else."""
     try:
@@ -57,7 +87,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def _read_shards(index: Path, mapped: bool = False) -> dict[str, Tensor]:
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
         raise CheckpointError(f"{index} has no 'weight_map' of key to file name")
@@ -66,7 +96,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         shard = index.parent / name
         if Path(name).name != name or not shard.is_file():  # a map may not point outside its folder
             raise CheckpointError(f"{index.name} names the shard {name!r}, which is not in {index.parent}")
-        for key, tensor in _read_file(shard).items():
+        for key, tensor in _read_file(shard, mapped).items():
             if where.get(key) != name:
                 raise CheckpointError(f"{name} holds {key!r}, which {index.name} places in {where.get(key)!r}")
             weights[key] = tensor
@@ -75,8 +105,8 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
-    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+def _read_file(path: Path, mapped: bool = False) -> dict[str, Tensor]:
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path, mapped)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -106,11 +136,12 @@ def _check_sums(path: Path) -> None:
         )
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def _read_pickle(path: Path, mapped: bool = False) -> dict[str, Tensor]:
     _check_sums(path)
+    mapped = mapped and zipfile.is_zipfile(path)  # torch's format before 1.6 can't be
     try:
         # weights_only is given explicitly, so that no environment variable can switch it off
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+        value = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is not a plain file of tensors and was not executed: {_first_line(error)} "

@@ -1,0 +1,192 @@
+"""SmolLM2-135M-Instruct, Q4_1 dequantised: read, saved, streamed, and its Jacobian against torch.func's."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import scalpel
+from decoder_cases import exact_norms
+from scalpel.analysis import source
+from scalpel.analysis.text import read_text
+from scalpel.jacobians.stream import stream_layers
+from scalpel.models.tokenizer import Tokenizer
+from scalpel.models.weight_files import CheckpointError
+
+pytestmark = [pytest.mark.real, pytest.mark.xdist_group("smollm2")]
+
+CAPITAL = "The capital of France is"
+TEXT = "Once upon a time, a small model read 12 tokens and forgot none of them."
+FIRST, LAYERS = 15, 30
+
+
+def ids_of(tokenizer: Tokenizer, text: str, count: int | None = None) -> Tensor:
+    return torch.tensor([tokenizer.encode(text)[:count]])
+
+
+def residuals(model: Any, ids: Tensor, layers: range) -> list[Tensor]:
+    """(1, L, width): what enters each of ``layers``, as transformers computes it."""
+    found: list[Tensor] = []
+    modules = [model.model.layers[i] for i in layers]
+    handles = [each.register_forward_pre_hook(lambda _, given: found.append(given[0])) for each in modules]
+    try:
+        model(ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+# ---- the file ------------------------------------------------------------------------------------
+
+
+def test_it_says_paris(smollm2: Any, smollm2_tokenizer: Tokenizer) -> None:
+    ids = ids_of(smollm2_tokenizer, CAPITAL)
+    assert smollm2_tokenizer.decode([int(smollm2(ids).logits[0, -1].argmax())]) == " Paris"
+    assert type(smollm2).__name__ == "LlamaForCausalLM" and smollm2.dtype == torch.float32
+    assert sum(parameter.numel() for parameter in smollm2.parameters()) == 134515008
+
+
+def test_text_is_cut_as_it_was_trained(smollm2_tokenizer: Tokenizer) -> None:
+    """Each digit alone, spaces before it too; what begins a chat is one token."""
+    spelt = [smollm2_tokenizer.id_to_token(i) for i in smollm2_tokenizer.encode("in  2024<|im_start|>")]
+    assert spelt == ["in", "ĠĠ", "2", "0", "2", "4", "<|im_start|>"]
+    assert smollm2_tokenizer.decode(smollm2_tokenizer.encode(TEXT)) == TEXT
+
+
+@pytest.fixture(scope="module")
+def folder(smollm2: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    path = tmp_path_factory.mktemp("smollm2")
+    smollm2.save_pretrained(path, max_shard_size="120MB")
+    yield path
+    for each in path.glob("*.safetensors"):  # half a gigabyte
+        each.unlink()
+
+
+def test_it_is_saved_and_read_again(smollm2: Any, smollm2_tokenizer: Tokenizer, folder: Path) -> None:
+    ids = ids_of(smollm2_tokenizer, CAPITAL)
+    again = source.load(folder)
+    assert again.trained is not None and again.facts["weights_sha256"] == source._fingerprint(smollm2)
+    assert again.facts["layers"] == LAYERS and "quantization_config" not in json.loads(
+        (folder / "config.json").read_text()
+    )
+    assert torch.equal(again.trained(ids).logits, smollm2(ids).logits)
+
+
+def test_the_stream_gives_the_same_residuals(smollm2: Any, smollm2_tokenizer: Tokenizer, folder: Path) -> None:
+    ids = ids_of(smollm2_tokenizer, CAPITAL)
+    states = residuals(smollm2, ids, range(4))
+    layers = stream_layers(folder, ids)
+    for i in range(3):
+        layer = next(layers)
+        torch.testing.assert_close(layer.before, states[i], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.after, states[i + 1], rtol=1e-4, atol=1e-3)
+    layers.close()  # type: ignore[attr-defined]
+
+
+def test_a_key_that_is_missing(folder: Path) -> None:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    lost = "model.layers.20.mlp.up_proj.weight"
+    shard = folder / index[lost]
+    whole = load_file(shard)
+    try:
+        save_file({name: tensor for name, tensor in whole.items() if name != lost}, shard, metadata={"format": "pt"})
+        for stream in (False, True):
+            with pytest.raises(CheckpointError, match=f"lacks '{lost}'"):
+                source.load(folder, stream=stream)
+    finally:
+        save_file(whole, shard, metadata={"format": "pt"})
+
+
+def test_an_analysis_takes_the_file_alone(
+    smollm2: Any, smollm2_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the tokenizer in it. Reading the weights a second time would take as long as all the rest."""
+    monkeypatch.setattr(source, "plain_model", lambda file: {smollm2_gguf: smollm2}[file])
+    found = source.load(smollm2_gguf)
+    assert found.facts["name"] == "SmolLM2-135M-Instruct.Q4_1" and found.facts["layers"] == LAYERS
+    assert found.facts["dtype"] == "float32, dequantised from a GGUF whose tensors are 210 Q4_1, 61 F32, 1 Q8_0"
+    assert found.context == 8192 and found.trained is smollm2
+    (tmp_path / "text.txt").write_text(CAPITAL)
+    text = read_text(tmp_path / "text.txt", found, None, 4)
+    assert text.ids == (504, 3575, 282, 4649, 314) and text.facts["tokenizer"] == "the model's own"
+
+
+# ---- its Jacobian --------------------------------------------------------------------------------
+
+
+def residual_after(model: Any, exact: bool) -> Callable[[Tensor], Tensor]:
+    """The layers from FIRST on, written out from the weights: (L, width) → (L, width). ``exact``: norms in float64;
+    else, as transformers computes them, in float32."""
+    weights, config = dict(model.named_parameters()), model.config
+    heads, kv, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        y = x if exact else x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + config.rms_norm_eps)
+        return weights[f"{name}.weight"] * y.to(x.dtype)
+
+    def turned(x: Tensor) -> Tensor:  # (heads, L, size); the angles are float32's, as transformers has them
+        inverse = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, size, 2).float() / size)
+        angle = torch.arange(x.shape[1]).float()[:, None] * inverse
+        cos, sin = angle.cos().double(), angle.sin().double()
+        one, other = x.chunk(2, dim=-1)
+        return torch.cat([one * cos - other * sin, other * cos + one * sin], dim=-1)
+
+    def layer(x: Tensor, i: int) -> Tensor:
+        at = f"model.layers.{i}"
+        y = norm(x, f"{at}.input_layernorm")
+        q, k, v = (
+            (y @ weights[f"{at}.self_attn.{each}_proj.weight"].T).reshape(len(x), count, size).transpose(0, 1)
+            for each, count in (("q", heads), ("k", kv), ("v", kv))
+        )
+        q, k, v = turned(q), turned(k).repeat_interleave(heads // kv, 0), v.repeat_interleave(heads // kv, 0)
+        later = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)
+        scores = (q @ k.mT / size**0.5).masked_fill(later, -torch.inf).softmax(-1)
+        x = x + (scores @ v).transpose(0, 1).flatten(1) @ weights[f"{at}.self_attn.o_proj.weight"].T
+        y = norm(x, f"{at}.post_attention_layernorm")
+        gate, up, down = (weights[f"{at}.mlp.{each}_proj.weight"] for each in ("gate", "up", "down"))
+        return x + (torch.nn.functional.silu(y @ gate.T) * (y @ up.T)) @ down.T
+
+    def all_of_them(x: Tensor) -> Tensor:
+        for i in range(FIRST, LAYERS):
+            x = layer(x, i)
+        return x
+
+    return all_of_them
+
+
+@pytest.fixture(scope="module")
+def in_float64(smollm2: Any) -> Iterator[Any]:
+    yield copy.deepcopy(smollm2).double()
+
+
+@pytest.mark.parametrize("exact,allowed", [(False, 1e-6), (True, 1e-9)], ids=["norms in float32", "norms in float64"])
+def test_its_jacobian_is_that_of_torch_func(
+    exact: bool, allowed: float, in_float64: Any, smollm2_tokenizer: Tokenizer
+) -> None:
+    """12 tokens, from layer 15 to the end, in float64."""
+    ids = ids_of(smollm2_tokenizer, TEXT, 12)
+    assert ids.shape == (1, 12)
+    draw = torch.Generator().manual_seed(0)
+    with exact_norms() if exact else nullcontext():
+        J = scalpel.jacobian(in_float64, ids, f"{FIRST}.resid_in", "final_resid")
+        assert J.primal.dtype == torch.float64 and J.source_shape == J.target_shape == (1, 12, 576)
+        V = torch.randn(2, *J.source_shape, dtype=torch.float64, generator=draw)
+        pushed, pulled = J.jvp(V), J.vjp(V)
+        x = residuals(in_float64, ids, range(FIRST, FIRST + 1))[0][0]
+    reference = residual_after(in_float64, exact)
+    primal, expected = torch.func.vmap(lambda v: torch.func.jvp(reference, (x,), (v,)))(V[:, 0])
+    _, pull = torch.func.vjp(reference, x)
+    (back,) = torch.func.vmap(pull)(V[:, 0])
+    for found, right in ((J.primal[0], primal[0]), (pushed[:, 0], expected), (pulled[:, 0], back)):
+        assert float((found - right).norm() / right.norm()) < allowed
