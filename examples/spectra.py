@@ -1,8 +1,8 @@
 """Spectra of a transformers model: ``python examples/spectra.py [MODEL [TEXT]]``.
 
-MODEL is a folder or an id on the hub (GPT-2, GPT-NeoX, Llama, Mistral, Qwen2, Qwen3); without one, a small GPT-2 with
-random weights is made, and nothing is read from anywhere. What a spectrum of a trained model means is seen beside that
-of an untrained one: ``scalpel analyze`` does both, over a whole text.
+MODEL is a folder or an id on the hub (GPT-2, GPT-NeoX, Llama, Mistral, Qwen2, Qwen3), or a GGUF file; without one, a
+small GPT-2 with random weights is made, and nothing is read from anywhere. What a spectrum of a trained model means is
+seen beside that of an untrained one: ``scalpel analyze`` does both, over a whole text.
 """
 
 import sys
@@ -24,6 +24,10 @@ def main(name: str | None = None, text: str = TEXT) -> None:
         sizes = {"vocab_size": 256, "n_positions": 128, "n_embd": 32, "n_layer": 3, "n_head": 4}
         model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
         ids = torch.tensor([list(text.encode())])[:, :128]
+    elif name.endswith(".gguf"):
+        from scalpel.models.gguf import plain_model, tokenizer
+
+        model, ids = plain_model(name), torch.tensor([tokenizer(name).encode(text)])
     else:
         model = AutoModelForCausalLM.from_pretrained(name)
         ids = AutoTokenizer.from_pretrained(name)(text, return_tensors="pt")["input_ids"]

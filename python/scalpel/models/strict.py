@@ -63,9 +63,7 @@ def config_in(folder: Path) -> tuple[Any, str]:
         raise CheckpointError(f"{path} has no list of 'architectures', which names the model's class")
     architecture = str(names[0])
     if family_of(architecture) is None:
-        raise CheckpointError(
-            f"{folder} holds a {architecture}, which has no rules; those that have: {some(supported())}"
-        )
+        raise _unsupported(architecture, folder)
     if (folder / "adapter_config.json").is_file():
         raise CheckpointError(
             f"{folder} has an adapter_config.json, so transformers would load the adapter's base model from elsewhere: "
@@ -111,9 +109,7 @@ def expected_by(config: Any, architecture: str | None, where: str | Path) -> Exp
     architecture = type(made).__name__
     family = family_of(architecture)
     if family is None:
-        raise CheckpointError(
-            f"{where} holds a {architecture}, which has no rules; those that have: {some(supported())}"
-        )
+        raise _unsupported(architecture, where)
     shapes: dict[str, tuple[int, ...]] = {}
     first: dict[int, str] = {}
     tied: dict[str, str] = {}
