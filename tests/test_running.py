@@ -22,6 +22,8 @@ import scalpel
 from circuitgpt_cases import build, tokens
 from decoder_cases import VOCAB, exact_norms, ids_of, model_of
 from scalpel.hooks.running import evaluating
+from scalpel.models.decoder import Decoder
+from scalpel.models.families import decoder_or_reason
 
 pytest.importorskip("transformers")
 GRADIENT = "1.resid_in.grad"
@@ -233,6 +235,15 @@ def test_gradient_checkpointing(training: bool) -> None:
         assert model.training == training
         model.gradient_checkpointing_disable()  # which leaves the hook at the embeddings where it is
     assert len(model.model.embed_tokens._forward_hooks) > 0
+
+
+def test_hidden_states_that_were_asked_for_once() -> None:
+    """transformers leaves a hook on every layer then, which changes no value: the rules stay the model's."""
+    model, ids = model_of("llama"), ids_of()
+    expected = products(model, ids)
+    model(ids, output_hidden_states=True)
+    assert isinstance(decoder_or_reason(model), Decoder)
+    assert torch.equal(products(model, ids), expected)
 
 
 class _Checkpointed(nn.Module):

@@ -37,6 +37,10 @@ Meet = Callable[[Any, str], Any]
 # and leave it there afterwards. It asks for gradients of the embedding's output and changes no value.
 _ASKS_FOR_GRADIENTS = ("make_inputs_require_grads", "make_inputs_require_grad")
 
+# transformers leaves a hook of this name on every layer once output_hidden_states or output_attentions has been asked
+# for. It keeps what passes while they are asked for, and changes no value.
+_KEEPS_OUTPUTS = "output_capturing_hook"
+
 
 class _OwnHook:
     """A module hook of this library; it does nothing in another thread than the one that it was made in."""
@@ -127,7 +131,7 @@ def hooks_on(module: nn.Module) -> bool:
 
 
 def _changes_nothing(hook: Any) -> bool:
-    return isinstance(hook, _OwnHook) or getattr(hook, "__name__", "") in _ASKS_FOR_GRADIENTS
+    return isinstance(hook, _OwnHook) or getattr(hook, "__name__", "") in (*_ASKS_FOR_GRADIENTS, _KEEPS_OUTPUTS)
 
 
 # ---- compiled models -----------------------------------------------------------------------------
