@@ -1,7 +1,12 @@
-"""Fixtures for every test."""
+"""Fixtures for every test, and how tests are shared out among processes."""
 
+import os
 from collections.abc import Iterator
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: more threads than cores would only wait
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, when torch is imported
+
+import hypothesis
 import pytest
 import torch  # before the core, so that both share one OpenMP
 
@@ -9,7 +14,54 @@ from scalpel import _core
 
 pytest_plugins = ["analysis_cases", "cuda_stand_in", "smollm2"]
 
+# The same inputs in every run, and no test fails because the machine is busy. `--hypothesis-profile=default` draws new
+# ones.
+hypothesis.settings.load_profile("ci")
+
 SUPPORTED = [t["name"] for t in _core.targets() if t["supported"]]
+
+# The files that take longest, so that no process is left with one of them at the end.
+FIRST = [
+    "test_fuzz.py",
+    "test_build.py",
+    "test_shipped.py",
+    "test_topk_cuda.py",
+    "test_distributed.py",
+    "test_circuits.py",
+    "test_analysis_spectra.py",
+    "test_collect.py",
+    "test_lanes.py",
+    "test_cli.py",
+    "test_orbits_experiment.py",
+    "test_experiments.py",
+    "test_jacobian_decoders.py",
+    "test_elsewhere.py",
+]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: i for i, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(FIRST)))
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        if "cuda" in fixtures:
+            item.add_marker(pytest.mark.gpu)
+        if "stand_in" in fixtures:
+            item.add_marker(pytest.mark.native)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """A file's tests go to one process, so that what they share is made once; and so do those of an `xdist_group`."""
+    from xdist.scheduler import LoadGroupScheduling
+
+    class ByFileOrGroup(LoadGroupScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            group: str = super()._split_scope(nodeid)
+            return group if group != nodeid else nodeid.partition("::")[0]
+
+    return ByFileOrGroup(config, log) if config.getoption("dist") == "loadgroup" else None
 
 
 @pytest.fixture(params=SUPPORTED)

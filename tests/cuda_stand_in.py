@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 import scalpel.covariance.on_device
 import scalpel.lanes
@@ -25,22 +26,25 @@ from scalpel._memory import runs_on
 ROOT = Path(__file__).parent.parent
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-DSCALPEL_BINDS_CUDA", "-DSCALPEL_CUDA_MODULE=stand_in"]
+LIBRARY = f"stand_in{sysconfig.get_config_var('EXT_SUFFIX')}"
 NO_GPU = "needs a GPU, and a build with nvcc"
 # Who asks which core a tensor needs.
 _ASKED = (scalpel.ops, scalpel.lanes, scalpel.covariance.on_device)
 
 
-def sources() -> list[Path]:
-    bindings = [f"csrc/bindings/{name}.cpp" for name in ("arrays", "cuda_module", "init_covariance_cuda", "init_jvp")]
-    return [
-        *sorted(ROOT.glob("csrc/*/*_cuda*.cu")),
-        *(ROOT / name for name in (*bindings, "csrc/bindings/init_topk.cpp", "csrc/topk/check.cpp")),
-        ROOT / "tests/native/host_cuda/host_cuda.cpp",
-    ]
+BINDINGS = ("arrays", "cuda_module", "init_covariance_cuda", "init_jvp", "init_topk")
 
 
-def build(folder: Path) -> ModuleType:
-    """The stand-in's module, built in ``folder``."""
+def sources(folder: Path) -> list[Path]:
+    # As one file: each of them includes pybind11, which takes the compiler longer than all that they say.
+    bindings = folder / "bindings.cpp"
+    bindings.write_text("".join(f'#include "bindings/{name}.cpp"\n' for name in BINDINGS))
+    others = ("csrc/topk/check.cpp", "tests/native/host_cuda/host_cuda.cpp")
+    return [bindings, *sorted(ROOT.glob("csrc/*/*_cuda*.cu")), *(ROOT / name for name in others)]
+
+
+def build(folder: Path) -> None:
+    """The stand-in's module, in ``folder``."""
     import pybind11
 
     includes = [ROOT / "csrc", ROOT / "tests/native/host_cuda", sysconfig.get_path("include"), pybind11.get_include()]
@@ -52,10 +56,14 @@ def build(folder: Path) -> ModuleType:
         return out
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_, sources()))
-    library = folder / f"stand_in{sysconfig.get_config_var('EXT_SUFFIX')}"
-    _run(COMPILER, "-shared", *objects, "-o", library)
-    spec = importlib.util.spec_from_file_location("stand_in", library)
+        objects = list(pool.map(compile_, sources(folder)))
+    linked = folder / "linked"
+    _run(COMPILER, "-shared", *objects, "-o", linked)
+    linked.replace(folder / LIBRARY)  # whole, or not there
+
+
+def loaded(folder: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("stand_in", folder / LIBRARY)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -77,12 +85,23 @@ class Gpu:
 
 @pytest.fixture(scope="session")
 def stand_in(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """Built once a run: of several processes, the first builds it and the others wait."""
     if COMPILER is None or not (ROOT / "csrc").exists():
         pytest.skip("needs a C++ compiler and the source tree")
-    return build(tmp_path_factory.mktemp("stand_in"))
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # that of the run
+    folder = folder / "stand_in"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / LIBRARY).exists():
+            folder.mkdir(exist_ok=True)
+            build(folder)
+    return loaded(folder)
 
 
-@pytest.fixture(params=["stand-in", "cuda"])
+@pytest.fixture(
+    params=[pytest.param("stand-in", marks=pytest.mark.native), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     """The GPU's kernels, on the CPU by the stand-in, and on a GPU where there is one."""
     if request.param == "cuda":

@@ -1,4 +1,7 @@
-"""One process of the tests of torch.distributed: ``python distributed_worker.py TASK RANK WORLD PORT FOLDER``."""
+"""One process of the tests of torch.distributed: ``python distributed_worker.py RANK WORLD FOLDER TASK...``.
+
+Processes take long to start, so that one job does several tasks, each in a folder of its name below FOLDER.
+"""
 
 import datetime
 import os
@@ -41,25 +44,37 @@ def collected(folder: Path, rank: int, die: bool, memory: str = "1GiB") -> dict[
     return dict(found)
 
 
-def main() -> None:
-    task, rank, world, port, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], Path(sys.argv[5])
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60))
-    if task == "merge":
-        found = {name: state.all_reduce() for name, state in states(rank, world).items()}
-    elif task == "differ":
-        found = {"x": StreamingCovariance(3 + rank).update(torch.ones(2, 3 + rank)).all_reduce()}
-    elif task == "pair":
+def done(task: str, rank: int, world: int, folder: Path) -> dict[str, StreamingCovariance]:
+    if task in ("merge", "again"):
+        return {name: state.all_reduce() for name, state in states(rank, world).items()}
+    if task == "differ":
+        try:
+            StreamingCovariance(3 + rank).update(torch.ones(2, 3 + rank)).all_reduce()
+        except ValueError as error:
+            (folder / f"error-{rank}").write_text(str(error))
+        return {}
+    if task == "pair":
         pair = dist.new_group([1, 2])
         mine = states(rank, world)["exact"]
-        found = {"exact": mine.all_reduce(pair) if rank in (1, 2) else mine}
-    else:
-        memory = "60KiB" if task == "groups" else "1GiB"
-        found = collected(folder / "states", rank, task == "die", memory)
-    for name, state in found.items():
-        state.save(folder / f"{task}-{name}-{rank}")
-    dist.barrier()
+        return {"exact": mine.all_reduce(pair) if rank in (1, 2) else mine}
+    assert task in ("collect", "groups", "die"), task
+    return collected(folder / "states", rank, task == "die", "60KiB" if task == "groups" else "1GiB")
+
+
+def main() -> None:
+    rank, world, whole, *tasks = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:]
+    torch.set_num_threads(1)
+    # Met in a file: a port that was free a moment ago may be another's.
+    dist.init_process_group(
+        "gloo", init_method=f"file://{whole / 'met'}", rank=rank, world_size=world,
+        timeout=datetime.timedelta(seconds=120),
+    )  # fmt: skip
+    for task in tasks:
+        folder = whole / task
+        folder.mkdir(exist_ok=True)
+        for name, state in done(task, rank, world, folder).items():
+            state.save(folder / f"{name}-{rank}")
+        dist.barrier()
     dist.destroy_process_group()
 
 
