@@ -176,8 +176,8 @@ def test_a_chunk_is_at_least_one_and_shrinks_with_the_model(model, ids, monkeypa
         assert jacobian(model, ids)._push.__self__.chunk > 1
         monkeypatch.setattr(sys.modules["scalpel.jacobians.entry"], "_CHUNK_BYTES", 1)
         J = jacobian(model, ids)
-    assert J._push.__self__.chunk == 1
-    assert J.jvp(torch.ones(3, *J.source_shape, dtype=J.dtype)).shape == (3, *J.target_shape)
+        assert J._push.__self__.chunk == 1
+        assert J.jvp(torch.ones(3, *J.source_shape, dtype=J.dtype)).shape == (3, *J.target_shape)
 
 
 def test_scipy(model, ids) -> None:
