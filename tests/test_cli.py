@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -324,11 +326,14 @@ def test_a_wrong_answer_ends_the_bench(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- errors -------------------------------------------------------------------------------------
 
 
+WHERE = ((suite, "run_suite"), (scalpel.experiments, "run"), (bracket_mini, "train_model"), (bench, "run"))
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
         (CheckpointError("model.safetensors lacks the tensor 'lm_head.weight'"), "lacks the tensor"),
-        (ValueError("k is 5, but [x] has width 3"), "k is 5, but [x] has width 3"),
+        (scalpel.experiments.Refused("the model has no tokenizer"), "the model has no tokenizer"),
         (FileNotFoundError(2, "No such file or directory", "gone"), "gone: No such file or directory"),
     ],
 )
@@ -340,12 +345,7 @@ def test_what_the_user_can_mend_is_one_message(
         raise error
 
     monkeypatch.chdir(tmp_path)
-    for owner, name in (
-        (suite, "run_suite"),
-        (scalpel.experiments, "run"),
-        (bracket_mini, "train_model"),
-        (bench, "run"),
-    ):
+    for owner, name in WHERE:
         monkeypatch.setattr(owner, name, fail)
     done = invoke(*command, "--json")
     assert done.exit_code == 2 and done.stdout == ""
@@ -353,6 +353,47 @@ def test_what_the_user_can_mend_is_one_message(
     assert "Traceback" not in done.stderr
     with pytest.raises(type(error), match=re.escape(str(error))):
         invoke(*command, "--debug")
+
+
+def broken(*_: Any, **__: Any) -> None:
+    np.zeros(3) + np.zeros(4)
+
+
+@pytest.mark.parametrize("command", [["run"], ["experiment", "dilution"], ["train", "bracket-mini"], ["bench"]])
+def test_an_error_of_the_librarys_own_is_no_fault_of_the_user(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for owner, name in WHERE:
+        monkeypatch.setattr(owner, name, broken)
+    done = CliRunner().invoke(cli.app, command)
+    assert done.exit_code == 1 and done.stdout == ""
+    assert "operands could not be broadcast" in "".join(traceback.format_exception(done.exception))
+
+
+def test_what_the_library_raises_is_told_from_what_is_raised_inside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An option out of range is one message; the same kind of error out of a function that was called is none."""
+    monkeypatch.setenv("SCALPEL_TARGET", "abacus")
+    wrong = invoke("bench", "--quick")
+    assert wrong.exit_code == 2 and "SCALPEL_TARGET is 'abacus'" in wrong.stderr and "avx2" in wrong.stderr
+    monkeypatch.delenv("SCALPEL_TARGET")
+    option = invoke("experiment", "minimal_simulator", "-o", "k_max=0")
+    assert option.exit_code == 2 and "'k_max' is 0" in option.stderr
+    # in a line of the library, and yet not by its own raise
+    monkeypatch.setattr(minimal_simulator, "ThresholdCounter", int)
+    with pytest.raises(ValueError, match="invalid literal for int"):
+        invoke("experiment", "minimal_simulator")
+
+
+def test_an_option_of_an_experiment_in_the_suite_is_no_fault_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No option of ``scalpel run`` reaches an experiment: what the library raises there is the library's to mend."""
+    monkeypatch.setattr(suite, "_accuracy", lambda _: {})
+    monkeypatch.setattr(suite, "names", lambda: ["dilution"])
+    monkeypatch.setattr(suite, "run", lambda name, model, **_: scalpel.experiments.run(name, model, prompts=0))
+    with pytest.raises(RuntimeError, match="error of the library") as caught:
+        invoke("run", "bracket-mini")
+    assert isinstance(caught.value.__cause__, ValueError) and "'prompts' is 0" in str(caught.value.__cause__)
+    assert "dilution" in caught.value.__cause__.__notes__[0]
 
 
 def test_a_model_that_does_not_exist(tmp_path: Path) -> None:

@@ -65,10 +65,17 @@ def run(
     from .report import write_report
 
     check_folder(out)  # first: nobody should wait for a report that can't be written
+    from .experiments import Refused
     from .experiments.suite import refusals, run_suite
+    from .models.checkpoint import CheckpointError
 
     with show.Steps("loading") as steps:
-        suite = run_suite(model, fresh=fresh, seed=seed, progress=steps.stage)
+        try:
+            suite = run_suite(model, fresh=fresh, seed=seed, progress=steps.stage)
+        except (Refused, CheckpointError):
+            raise
+        except ValueError as error:  # no option of this command reaches an experiment, so none is at fault
+            raise RuntimeError("an experiment ended in an error of the library; please report it") from error
         steps.stage("writing the report", 1.0)
         page = write_report(out, suite)
     if as_json:

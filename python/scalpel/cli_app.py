@@ -1,9 +1,11 @@
 """What every command shares: the application, common options, and errors as one message and an exit code."""
 
+import dis
 import functools
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, ParamSpec, TypeVar
 
 import typer
@@ -11,6 +13,8 @@ import typer
 from . import cli_show as show
 
 __all__ = ["Debug", "Json", "Seed", "app", "guarded", "print_json"]
+
+_PACKAGE = Path(__file__).resolve().parent
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,12 +34,18 @@ Seed = Annotated[int, typer.Option(min=0, help="Of every random choice.")]
 
 
 def guarded(interrupted: str = "interrupted") -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Turns errors that the user can mend into one message and an exit code."""
+    """Turns errors that the user can mend into one message and exit code 2.
+
+    Those are the errors of files and folders, and each ValueError that the library raises itself: a refusal, a
+    checkpoint that can't be read, an option out of range. A ValueError that comes out of NumPy, PyTorch or Python is a
+    mistake of the library's, as other errors are: it is raised, so that its traceback is shown and the exit code is 1.
+    """
 
     def decorate(command: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(command)
         def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
             try:
+                _check_target()
                 return command(*args, **kwargs)
             except KeyboardInterrupt:
                 show.err().print(interrupted)
@@ -43,8 +53,8 @@ def guarded(interrupted: str = "interrupted") -> Callable[[Callable[P, R]], Call
             except BrokenPipeError:  # the reader of our output has gone; nothing is left to say to it
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 raise typer.Exit(1) from None
-            except (ValueError, OSError) as error:  # CheckpointError is a ValueError
-                if kwargs.get("debug"):
+            except (ValueError, OSError) as error:
+                if kwargs.get("debug") or (isinstance(error, ValueError) and not _meant(error)):
                     raise
                 show.fail(_message(error))
                 raise typer.Exit(2) from None
@@ -52,6 +62,34 @@ def guarded(interrupted: str = "interrupted") -> Callable[[Callable[P, R]], Call
         return guarded
 
     return decorate
+
+
+def _meant(error: ValueError) -> bool:
+    """Whether this package raised the error, by its kind or by a ``raise``, rather than something that it called."""
+    if type(error).__module__.partition(".")[0] == _PACKAGE.name:
+        return True
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    if at is None:
+        return False
+    code = at.tb_frame.f_code
+    ours = _PACKAGE in Path(code.co_filename).resolve().parents
+    return ours and code.co_code[at.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+def _check_target() -> None:
+    """The one ValueError of the compiled core that the user can mend, as one of this package."""
+    if not os.environ.get("SCALPEL_TARGET"):
+        return
+    import torch as torch  # before the core, so that both share one OpenMP
+
+    from . import _core
+
+    try:
+        _core.active_target()
+    except ValueError as error:
+        raise ValueError(str(error)) from None
 
 
 def _message(error: Exception) -> str:

@@ -17,6 +17,7 @@ from ..models.ablation import KINDS
 from ..models.circuitgpt import CircuitGPT
 from ..models.fingerprint import identity
 from ..tasks.bracket_words import TASK_WORDS
+from ..tasks.refused import Refused
 from .ablations import digest, node_hooks, nodes_at, substitute, training_text
 from .closure import closes_over
 from .fit import refit
@@ -68,7 +69,7 @@ def prune(
     report = progress or (lambda what, done: None)
     schedule = schedule or Schedule()
     if not nodes_at(model):
-        raise ValueError("the model has no layer, and so no node to prune")
+        raise Refused("the model has no layer, and so no node to prune")
     found_on = make(model, prompts, 2 * seed)
     judged_on = make(model, prompts, 2 * seed + 1).unseen(found_on)
     accuracy = check_able(model, judged_on)

@@ -14,6 +14,7 @@ from ..models.tokenizer import Tokenizer
 from ..tasks.brackets import closers
 from ..tasks.held_out import Questions
 from ..tasks.quotes import quote_questions
+from ..tasks.refused import Refused
 from ..tasks.set_or_string import set_or_string_questions
 from ..training.corpus import layout
 
@@ -108,9 +109,9 @@ class Task:
 
 
 def answer_logits(model: CircuitGPT, task: Task, batch: int = 64) -> Tensor:
-    """Logits of the answers at each question, (prompts, answers), on the CPU. ValueError where one isn't finite."""
+    """Logits of the answers at each question, (prompts, answers), on the CPU. Refused where one isn't finite."""
     if max(task.answers) >= model.config.vocab_size:
-        raise ValueError(f"answer {max(task.answers)} is no token; the vocabulary has {model.config.vocab_size}")
+        raise Refused(f"answer {max(task.answers)} is no token; the vocabulary has {model.config.vocab_size}")
     found = []
     for i in range(0, len(task), batch):
         part = task.part(slice(i, i + batch))
@@ -118,7 +119,7 @@ def answer_logits(model: CircuitGPT, task: Task, batch: int = 64) -> Tensor:
         found.append(logits[torch.arange(len(part)), part.asked][:, list(task.answers)].cpu())
     every = torch.cat(found)
     if not bool(torch.isfinite(every).all()):
-        raise ValueError(f"the model's logits of the answers of {task.name} aren't finite; it has no answer")
+        raise Refused(f"the model's logits of the answers of {task.name} aren't finite; it has no answer")
     return every
 
 
@@ -143,7 +144,7 @@ def bracket_counting(model: CircuitGPT, prompts: int, seed: int) -> Task:
     tokenizer splits an answer.
     """
     if model.tokenizer is None:
-        raise ValueError("the model has no tokenizer; bracket_counting is made of text")
+        raise Refused("the model has no tokenizer; bracket_counting is made of text")
     ids = closers(model.tokenizer)
     rng = np.random.default_rng([seed, 41])
     rows, labels = [], []
@@ -173,13 +174,13 @@ def set_or_string(model: CircuitGPT, prompts: int, seed: int) -> Task:
 def _held_out(
     name: str, make: Callable[[Tokenizer, int, int], Questions], model: CircuitGPT, prompts: int, seed: int
 ) -> Task:
-    """A task of real files; a group is a file. ValueError without a tokenizer, or where the context is too short."""
+    """A task of real files; a group is a file. Refused without a tokenizer, or where the context is too short."""
     if model.tokenizer is None:
-        raise ValueError(f"the model has no tokenizer; {name} is made of text")
+        raise Refused(f"the model has no tokenizer; {name} is made of text")
     found = make(model.tokenizer, prompts, seed)
     longest = max(map(len, found.rows))
     if longest > model.config.block_size:
-        raise ValueError(
+        raise Refused(
             f"{name} has prompts of up to {longest} tokens and the model's context holds {model.config.block_size}"
         )
     return Task.of(name, found.rows, found.labels, found.answers, found.groups)
@@ -199,7 +200,7 @@ def task_named(name: str) -> Callable[[CircuitGPT, int, int], Task]:
     return TASKS[name]
 
 
-class CannotDoTask(ValueError):
+class CannotDoTask(Refused):
     """The model answers too few prompts right, so nothing in it is a circuit for the task."""
 
 

@@ -1,15 +1,20 @@
 """Experiments: one file a question, each able to come out either way.
 
-``run(name, model, **options)`` gives a :class:`Result`; ``names()`` lists what can be run.
+``run(name, model, **options)`` gives a :class:`Result`, or raises :class:`Refused` where the model can't be put to the
+experiment; ``names()`` lists what can be run.
 """
 
 from importlib import import_module
 from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
 
+from ..tasks.refused import Refused
+
 if TYPE_CHECKING:
     from ..models.circuitgpt import CircuitGPT
     from .result import Result
+
+__all__ = ["Refused", "names", "run"]
 
 # The registry: an experiment's name and its file, in the order of the report.
 _FILES = {
@@ -37,8 +42,8 @@ def names() -> list[str]:
 def run(name: str, model: "CircuitGPT | str | None" = "bracket-mini", **options: Any) -> "Result":
     """Run one experiment on a model (a CircuitGPT, or what from_pretrained takes) and return its Result.
 
-    ``options`` are the keyword arguments of that experiment's ``run``. ValueError for an unknown name or option, and
-    for a model that isn't on the CPU.
+    ``options`` are the keyword arguments of that experiment's ``run``. Refused, which says why, for a model that this
+    can't be asked of; ValueError for an unknown name or option, and for a model that isn't on the CPU.
     """
     if name not in _FILES:
         raise ValueError(f"unknown experiment {name!r}; there are {', '.join(names())}")
@@ -53,9 +58,10 @@ def run(name: str, model: "CircuitGPT | str | None" = "bracket-mini", **options:
         from ..models.circuitgpt import CircuitGPT
 
         model = CircuitGPT.from_pretrained(model)
-    where = getattr(model, "device", None)
-    if needs_model and where is not None and where.type != "cpu":
-        raise ValueError(f"the model is on {where}; experiments take models on the CPU: model.cpu()")
+    if needs_model:
+        from .askable import check_askable
+
+        check_askable(model)
     result: Result = file.run(model, **options)
     return result
 

@@ -10,6 +10,7 @@ from ..models.circuitgpt import CircuitGPT
 from ..models.tokenizer import Tokenizer
 from ..tasks.held_out import Questions, balanced, closing_questions, versions
 from ..tasks.quotes import quote_questions
+from ..tasks.refused import Refused
 from ..tasks.set_or_string import set_or_string_questions
 from .statistics import bootstrap
 
@@ -37,7 +38,7 @@ def accuracies(model: CircuitGPT, prompts: int = 512, seed: int = 0) -> dict[str
             continue
         try:
             questions = make(model.tokenizer, prompts, seed)
-        except ValueError as error:
+        except Refused as error:
             found[name] = {"reason": str(error)}
             continue
         found[name] = _accuracy(model, model.tokenizer, name, questions)

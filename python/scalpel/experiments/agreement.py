@@ -12,6 +12,7 @@ import numpy as np
 
 from ..models.circuitgpt import CircuitGPT
 from ..semigroup import ThresholdCounter
+from ..tasks.refused import Refused
 from . import critical as c
 from .calibration import ShortContexts
 from .calibration import calibrate as read_short
@@ -209,7 +210,7 @@ def _short_contexts(model: CircuitGPT, amounts: Sequence[int], seed: int) -> tup
     """What the head is read to do at short contexts, or why there is nothing to read."""
     try:
         return read_short(model, amounts, seed=seed, thetas=False), []
-    except ValueError as error:
+    except Refused as error:
         return None, [f"agreement, laws by what a head measures: {error}"]
 
 

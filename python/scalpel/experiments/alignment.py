@@ -63,7 +63,7 @@ def run(
     fitted, as many others that choose the hook, and as many of other seeds for the gradient; ``length`` in
     tokens; ``center``: covariance, or second moment where false; ``resamples`` of the prompts; ``draws`` of random
     directions; ``least_accuracy``: the balanced accuracy over both depths that the model must reach at some length.
-    ValueError for a model without a tokenizer that knows the answers.
+    Refused for a model without a tokenizer that knows the answers.
     """
     asked_nulls = check_nulls(nulls)
     at_least(4, prompts=prompts)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ..covariance import StreamingCovariance
 from ..models.circuitgpt import CircuitGPT
 from ..tasks.brackets import closers
+from ..tasks.refused import Refused
 from .mapping_measure import Prompts, Scores
 from .mapping_scan import CLAIMS, Setup, recorded, scores_of
 
@@ -88,6 +89,8 @@ def gradients(model: CircuitGPT, prompts: Prompts, hooks: Sequence[str]) -> dict
     over a prompt's questions. "difference": d itself, which does not vanish where the model is sure.
     """
     assert model.tokenizer is not None
+    if not hooks:
+        return {loss: {} for loss in LOSSES}
     ends = closers(model.tokenizer)
     found: dict[str, dict[str, list[Tensor]]] = {loss: {hook: [] for hook in hooks} for loss in LOSSES}
     sign = torch.from_numpy(np.where(prompts.k > 1, 1.0, -1.0))
@@ -135,9 +138,9 @@ class Components:
 
     @classmethod
     def of(cls, gradient: np.ndarray, *, center: bool, resamples: int, rng: np.random.Generator) -> "Components":
-        """Of a gradient (prompts, length, channels). ValueError where it is zero everywhere."""
+        """Of a gradient (prompts, length, channels). Refused where it is zero everywhere."""
         if not np.abs(gradient).max() > 0:
-            raise ValueError("the gradient is zero at every token: nothing after this hook depends on it")
+            raise Refused("the gradient is zero at every token: nothing after this hook depends on it")
         width = gradient.shape[2]
         # The scale means nothing here, and gradients may be too small for their squares.
         scaled = gradient / np.sqrt(np.square(gradient).mean())

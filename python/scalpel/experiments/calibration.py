@@ -128,7 +128,7 @@ def calibrate(
 
     ``head``: if none is given it is looked for. ``u`` (d_head,): a direction in place of the head's own, for a null.
     ``thetas``: whether to find θ by intervention, which takes most of the time.
-    ValueError where no head carries the depth, or an amount leaves no element within 48 tokens.
+    Refused where no head carries the depth, or an amount leaves no element within 48 tokens.
     """
     assert model.tokenizer is not None
     head = h.find_head(model, prompts, seed) if head is None else head

@@ -19,6 +19,7 @@ from ..jacobians.entry import jacobian
 from ..jacobians.lyapunov import lyapunov
 from ..jacobians.sweeps import ROUNDING
 from ..models.circuitgpt import CircuitGPT
+from ..tasks.refused import Refused
 
 __all__ = [
     "Cascade",
@@ -43,17 +44,17 @@ def short_prompts(model: CircuitGPT, count: int, seed: int, most: int) -> tuple[
     """``count`` prompts (token ids) of at most ``most`` tokens, and what has to be said of them.
 
     Those of the bracket task that are short enough; random ids where the model has no tokenizer, or one that splits
-    the task's answers. ValueError where the context holds fewer than two tokens.
+    the task's answers. Refused where the context holds fewer than two tokens.
     """
     most = min(most, model.config.block_size)
     if most < 2:
-        raise ValueError(f"the context holds {model.config.block_size} tokens; two or more are needed")
+        raise Refused(f"the context holds {model.config.block_size} tokens; two or more are needed")
     kept: list[list[int]] = []
     try:
         task = bracket_counting(model, 16 * count, seed)
         kept = [list(row) for row in dict.fromkeys(map(task.prompt, range(len(task)))) if len(row) <= most][:count]
         why = f"only {len(kept)} bracket prompts have at most {most} tokens"
-    except ValueError as error:
+    except Refused as error:
         why = str(error)
     if len(kept) == count:
         return kept, []

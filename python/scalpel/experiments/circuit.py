@@ -19,6 +19,7 @@ from ..circuits.pruning import Measured, Pruning, SeedCircuit
 from ..circuits.task import Task, answer_logits, check_able, task_named
 from ..models.circuitgpt import CircuitGPT
 from ..models.fingerprint import identity
+from ..tasks.refused import Refused
 from .nulls import NULLS, check_nulls
 from .provenance import at_least, model_provenance
 from .result import Protocol, Result, Verdict
@@ -61,7 +62,7 @@ def stored(model: CircuitGPT) -> Pruning | None:
 
 
 def read_pruning(path: Path) -> Pruning:
-    """A search as ``scalpel prune`` writes it. ValueError where the file is none."""
+    """A search as ``scalpel prune`` writes it. Refused where the file is none."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         circuits = tuple(SeedCircuit.from_dict(one) for one in data["circuits"])
@@ -79,7 +80,7 @@ def read_pruning(path: Path) -> Pruning:
             )
         }
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no search of circuits ({error!r}); make it anew with scalpel prune") from error
+        raise Refused(f"{path} is no search of circuits ({error!r}); make it anew with scalpel prune") from error
     return Pruning(circuits=circuits, best=best, graph=graph, notes=notes, **plain_fields)
 
 

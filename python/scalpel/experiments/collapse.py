@@ -100,7 +100,7 @@ def _stored() -> tuple[Study | None, list[str]]:
         return Study(training.load(FILE, PLAN, VERSION)), []
     except FileNotFoundError:
         return None, [f"The study of training isn't stored ({FILE.name}); fresh=True computes it."]
-    except ValueError as error:
+    except training.StaleStudy as error:
         return None, [f"The stored study can't be used: {error}."]
 
 

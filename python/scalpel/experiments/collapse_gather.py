@@ -13,6 +13,7 @@ from ..models.circuitgpt import CircuitGPT
 from ..models.hooks import hook_width
 from ..models.mask_watch import watch_masks
 from ..ops import topk_mask
+from ..tasks.refused import Refused
 
 __all__ = ["Gathered", "Rows", "Texts", "gather", "masked_afterwards", "shuffled", "topk_hooks"]
 
@@ -98,11 +99,11 @@ def masked_afterwards(dense: CircuitGPT, like: CircuitGPT) -> CircuitGPT:
 def gather(model: CircuitGPT, texts: Sequence[Texts], hooks: Sequence[str]) -> Gathered:
     """Activations, gradients and masks at ``hooks`` over all tokens of ``texts`` that have a next token.
 
-    The gradient at a token is that of the loss summed over its text. ValueError where no token has a next one.
+    The gradient at a token is that of the loss summed over its text. Refused where no token has a next one.
     """
     tokens = sum(int(one.mask[:, 1:].sum()) for one in texts)
     if not tokens:
-        raise ValueError("no text has two tokens, so there is no next token and no gradient; give longer texts")
+        raise Refused("no text has two tokens, so there is no next token and no gradient; give longer texts")
     rows: dict[str, Rows] = {}
     loss = 0.0
     for group in _groups(model, hooks, tokens):

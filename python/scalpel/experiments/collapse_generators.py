@@ -16,6 +16,7 @@ import torch
 from ..models.circuitgpt import CircuitGPT
 from ..tasks.bracket_words import BRACKET_WORDS, is_statement
 from ..tasks.brackets import closers
+from ..tasks.refused import Refused
 
 __all__ = ["LEAST", "LETTERS", "Acting", "acting", "appeared", "words"]
 
@@ -51,7 +52,7 @@ def answers(model: CircuitGPT, asked: Sequence[Word], batch: int = 256) -> dict[
     ValueError without a tokenizer, where it splits an answer, or where a word doesn't fit the context.
     """
     if model.tokenizer is None:
-        raise ValueError("the model has no tokenizer; bracket words are text")
+        raise Refused("the model has no tokenizer; bracket words are text")
     ids = closers(model.tokenizer)
     third = model.tokenizer.inner.token_to_id("]]]\n")
     choices = [ids.one, ids.two, *([] if third is None else [third])]

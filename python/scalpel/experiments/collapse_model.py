@@ -12,6 +12,7 @@ from ..covariance.streaming import StreamingCovariance
 from ..models.circuitgpt import CircuitGPT
 from ..models.hooks import hook_width
 from ..models.untrained import untrained
+from ..tasks.refused import Refused
 from .collapse_figures import GRID, ROTATIONS, hook_figures, score_curves, score_figure, table
 from .collapse_gather import Rows, Texts, gather, masked_afterwards, shuffled, topk_hooks
 from .collapse_measure import PRIMARY, VARIANTS, WIDEST, Pair, compare, shares_and_rank
@@ -117,7 +118,7 @@ def _sample(model: CircuitGPT, tokens: int, seed: int, left_out: list[str]) -> t
         ids[rows, task.asked + 1] = torch.tensor(task.answers)[task.labels]
         mask[rows, task.asked + 1] = True
         what = "bracket prompts with their answers"
-    except ValueError as error:
+    except Refused as error:
         wide = min(length, 64)
         rng = np.random.default_rng([seed, 2])
         shape = (max(GROUPS, -(-tokens // wide)), wide)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..models.circuitgpt import CircuitGPT
+from ..tasks.refused import Refused
 from . import critical as c
 from . import dilution_laws as d
 from . import head_measures
@@ -169,7 +170,7 @@ def _short_contexts(model: CircuitGPT, amounts: Sequence[int], seed: int) -> tup
     """What is read at short contexts, or why there is nothing to read."""
     try:
         return read_short(model, amounts, seed=seed), []
-    except ValueError as error:
+    except Refused as error:
         return None, [f"laws by what a head measures: {error}"]
 
 

@@ -17,6 +17,7 @@ from ..models.circuitgpt import CircuitGPT
 from ..models.untrained import untrained
 from ..semigroup import ThresholdCounter
 from ..tasks.brackets import closers, long_lists
+from ..tasks.refused import Refused
 from . import critical as c
 from .controls import LEAST_ACCURACY, tells_depths
 from .nulls import NULLS, check_nulls
@@ -99,7 +100,7 @@ def run(
     n0 = int(np.median([len(row) for row in short])) + len(closers(model.tokenizer).start)
     most = length - max(map(len, short)) - 1
     if most < 2 * step:
-        raise ValueError(f"{elements} elements leave {most} tokens for distractors, tried every {step}; give fewer")
+        raise Refused(f"{elements} elements leave {most} tokens for distractors, tried every {step}; give fewer")
     comments = {name: comment_lines(model, filler, most) for name, filler in CLASSES.items()}
     predicted = {
         name: flips_at(comment, k, n0, calibration.value) if calibration.status == "crosses" else None

@@ -23,6 +23,7 @@ from ..models.circuitgpt import CircuitGPT
 from ..models.untrained import untrained
 from ..semigroup import ThresholdCounter
 from ..tasks.brackets import closers
+from ..tasks.refused import Refused
 from . import critical as c
 from .calibration import calibrate
 from .controls import LEAST_ACCURACY, tells_depths
@@ -69,13 +70,13 @@ def run(
     ``law``: by default the seed's counter with θ = 2 / n₅₀(2), measured on made-up lists. ``prompts``: at most so many
     real ones, and half as many lengthened. ``nulls``: "untrained", an untrained model's failures; "shuffled",
     distances exchanged between prompts; "rotated", a random direction of the (k, n) plane in the law's place.
-    ValueError without a tokenizer, or with one that splits an answer.
+    Refused without a tokenizer, or with one that splits an answer.
     """
     nulls = check_nulls(nulls)
     at_least(2 * FEWEST, prompts=prompts)
     at_least(0, seed=seed)
     if model.tokenizer is None:
-        raise ValueError("the model has no tokenizer; the guard's prompts are text")
+        raise Refused("the model has no tokenizer; the guard's prompts are text")
     ids = closers(model.tokenizer)
     length = longest_asked(model, offsets, least_accuracy)
     rng = np.random.default_rng([seed, 46])
@@ -174,7 +175,7 @@ def _weighted(model: CircuitGPT, length: float, seed: int) -> tuple[FailureLaw |
     assert model.tokenizer is not None
     try:
         short = calibrate(model, (2, 3, 4, 5, 6), seed=seed, thetas=False)
-    except ValueError as error:
+    except Refused as error:
         return None, [f"guard, the weighted law: {error}"]
     law = short.law_failing_at(CALIBRATED_AT, length)
     if not np.isfinite(law.theta):

@@ -9,6 +9,7 @@ from ..models.circuitgpt import CircuitGPT
 from ..tasks.brackets import closers
 from ..tasks.held_out import literals
 from ..tasks.literals import Literal
+from ..tasks.refused import Refused
 
 __all__ = ["Prompts", "held_out_prompts", "lengthened"]
 
@@ -38,7 +39,7 @@ def held_out_prompts(model: CircuitGPT, prompts: int, rng: np.random.Generator) 
     encoded = [(one, [*start, *model.tokenizer.encode(text)]) for text, one in sorted(distinct.items())]
     fitting = [(one, row) for one, row in encoded if len(row) <= context]
     if not fitting:
-        raise ValueError(f"no nested list of the held-out files fits the model's context of {context}")
+        raise Refused(f"no nested list of the held-out files fits the model's context of {context}")
     chosen = [fitting[i] for i in rng.permutation(len(fitting))[:prompts]]
     rows, origin = [row for _, row in chosen], list(range(len(chosen)))
     real = len(rows)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..models.circuitgpt import CircuitGPT
 from ..tasks.brackets import LongLists, closers, long_lists
+from ..tasks.refused import Refused
 
 __all__ = ["Head", "Reading", "find_head", "read", "threshold"]
 
@@ -82,13 +83,13 @@ def _last(lists: LongLists) -> tuple[Tensor, Tensor, Tensor]:
 def find_head(model: CircuitGPT, prompts: int = 32, seed: int = 0) -> Head:
     """The head whose output at the answer carries the depth, from pairs of short prompts at depth 2 and 1.
 
-    ValueError where no prompt of the two depths is answered differently: then nothing carries the depth.
+    Refused where no prompt of the two depths is answered differently: then nothing carries the depth.
     """
     nested, flat = _last(short_lists(model, 2, 2, prompts, seed)), _last(short_lists(model, 1, 1, prompts, seed))
     y = {depth: _outputs(model, *one) for depth, one in ((2, nested), (1, flat))}
     total = float((y[2][2] - y[1][2]).mean())
     if not abs(total) > 1e-6:
-        raise ValueError("the model's answers at both depths are the same on short prompts; no head carries the depth")
+        raise Refused("the model's answers at both depths are the same on short prompts; no head carries the depth")
     config = model.config
     moved = torch.stack([(g * (a - b)) for g, a, b in zip(y[2][1], y[2][0], y[1][0], strict=True)])
     by_head = moved.unflatten(-1, (config.n_head, -1)).sum(-1).mean(1)  # (layers, heads)

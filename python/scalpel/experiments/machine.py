@@ -19,6 +19,7 @@ from ..semigroup.machine import MooreMachine
 from ..semigroup.threshold import ThresholdCounter
 from ..tasks.bracket_words import BRACKET_WORDS
 from ..tasks.brackets import closers
+from ..tasks.refused import Refused
 from . import critical as c
 from .machine_figures import figures
 from .nulls import NULLS, check_nulls
@@ -189,7 +190,8 @@ def machine_of(model: CircuitGPT) -> MooreMachine:
 
 
 def _questions(model: CircuitGPT) -> ModelQuestions:
-    assert model.tokenizer is not None
+    if model.tokenizer is None:
+        raise Refused("the model has no tokenizer; bracket words are text. Set model.tokenizer")
     closers(model.tokenizer)  # a tokenizer that splits the answers is refused in the words of the task
     words = BRACKET_WORDS
     return ModelQuestions(

@@ -24,6 +24,7 @@ from scipy import stats
 
 from ..models.circuitgpt import CircuitGPT
 from ..tasks.brackets import closers
+from ..tasks.refused import Refused
 from .controls import LEAST_ACCURACY
 from .mapping_decide import Decided, decide, shares
 from .mapping_scan import BAR, CLAIMS, LEVELS, READABLE, RIVALS, HookScan, Setup, reference, scan, untrained_seeds
@@ -64,7 +65,7 @@ def run(
     score on, of ``length`` tokens; ``draws``: of each null's largest score, which bounds p from below by
     1/(draws + 1); ``wrong``: wrong variables that go through the whole analysis; ``rotations``: random directions a
     hook; ``cap``: channels of a hook that are set, for each claim; ``least_accuracy``: the balanced accuracy over both
-    depths that the model must reach at some length. ValueError for a model without a tokenizer that knows the answers.
+    depths that the model must reach at some length. Refused for a model without a tokenizer that knows the answers.
     """
     asked_nulls = check_nulls(nulls)
     at_least(4, prompts=prompts)
@@ -162,7 +163,7 @@ def checked_length(model: CircuitGPT, amounts: Sequence[int], length: int) -> in
     and for a model without a tokenizer that knows the answers.
     """
     if model.tokenizer is None:
-        raise ValueError("the model has no tokenizer; lists of brackets are text. Set model.tokenizer")
+        raise Refused("the model has no tokenizer; lists of brackets are text. Set model.tokenizer")
     closers(model.tokenizer)
     if len(set(amounts)) < 4 or min(amounts) != 1 or len(set(amounts)) < len(amounts):
         raise ValueError(
@@ -171,7 +172,7 @@ def checked_length(model: CircuitGPT, amounts: Sequence[int], length: int) -> in
     least = 32 + 4 * max(amounts)
     block = model.config.block_size
     if length < least or block < least:
-        raise ValueError(
+        raise Refused(
             f"option 'length' is {length} and the context holds {block} tokens; lists with {max(amounts)} “[” need at "
             f"least {least}: give fewer brackets or a longer list"
         )

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..models.circuitgpt import CircuitGPT
 from ..tasks.brackets import closers, long_lists
+from ..tasks.refused import Refused
 
 __all__ = ["Design", "Prompts", "Rows", "Scores", "directions_moved", "head_rows", "question_rows", "record", "share"]
 
@@ -50,10 +51,10 @@ class Prompts:
     def make(cls, model: CircuitGPT, amounts: Sequence[int], count: int, length: int, seed: int) -> "Prompts":
         """``count`` lists of each amount to fit on and as many to score on. Amount 1 is a list of depth 1.
 
-        ValueError without a tokenizer that knows the answers.
+        Refused without a tokenizer that knows the answers.
         """
         if model.tokenizer is None:
-            raise ValueError("the model has no tokenizer; lists of brackets are made of text")
+            raise Refused("the model has no tokenizer; lists of brackets are made of text")
         block = model.config.block_size
         parts = [
             (

@@ -5,6 +5,7 @@ from typing import Any
 
 from ..models.circuitgpt import CircuitGPT
 from ..models.fingerprint import fingerprint
+from ..tasks.refused import Refused
 
 
 def model_provenance(model: CircuitGPT, **options: Any) -> dict[str, Any]:
@@ -38,16 +39,20 @@ def check_share(**options: float) -> None:
 def longest_asked(model: CircuitGPT, offsets: int, least_accuracy: float) -> int:
     """Tokens of the longest lists asked: what ``offsets`` leaves of the context.
 
-    ValueError for what can't be, and for a model without a tokenizer: lists are text.
+    Refused for a model without a tokenizer, since lists are text, and where the context is too short; ValueError for
+    what could be asked of no model.
     """
     if model.tokenizer is None:
-        raise ValueError("the model has no tokenizer; lists of brackets are text. Set model.tokenizer")
-    most = model.config.block_size - 64
-    if not 0 <= offsets <= most:
-        raise ValueError(
-            f"option 'offsets' is {offsets}; it must be from 0 to {most}, so that 64 tokens are left to ask"
-        )
+        raise Refused("the model has no tokenizer; lists of brackets are text. Set model.tokenizer")
+    at_least(0, offsets=offsets)
     check_share(least_accuracy=least_accuracy)
+    most = model.config.block_size - 64
+    if offsets > most:
+        allowed = f"give from 0 to {most}" if most >= 0 else "no list fits it"
+        raise Refused(
+            f"option 'offsets' is {offsets} and the context holds {model.config.block_size} tokens, of which 64 must "
+            f"be left to ask: {allowed}"
+        )
     return model.config.block_size - offsets
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..models.circuitgpt import CircuitGPT
-from ..semigroup.anchor import Anchors, block_map, find_anchors, norm_growth, spectral_radius
+from ..semigroup.anchor import Anchors, NoDirection, block_map, find_anchors, norm_growth, spectral_radius
+from ..tasks.refused import Refused
 
 __all__ = ["Settling", "settling"]
 
@@ -92,7 +93,10 @@ def _settle(
     count = len(given)
     every = [float(radius) for radius in radii for _ in range(count)]
     # all radii in one batch: a step costs hardly more for it
-    together = find_anchors(function, given.repeat(len(radii), 1, 1), radius=every, tol=_TOL, steps=iterations)
+    try:
+        together = find_anchors(function, given.repeat(len(radii), 1, 1), radius=every, tol=_TOL, steps=iterations)
+    except NoDirection as error:
+        raise Refused(f"{unit}: {error}") from error
     for i, radius in enumerate(radii):
         anchors = together.part(slice(i * count, (i + 1) * count))
         rows.append(_row(function, anchors, radius, unit))

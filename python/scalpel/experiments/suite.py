@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..models.circuitgpt import CircuitGPT
-from . import names, run
+from ..tasks.held_out import NoHeldOutText
+from . import Refused, names, run
 from .controls import Controls
 from .result import Result, plain
 
@@ -65,8 +66,9 @@ def run_suite(
     """Run every experiment on ``model``; of a model that was trained on a machine, those that it could answer.
 
     What a model can't be put to (no tokenizer, answers that it splits, a context too short) is refused with the
-    reason and the rest goes on. ``fresh``: measure the accuracy on real library sources, search for the circuit and
-    train the small models of the study on collapse anew, instead of reading what is stored.
+    reason and the rest goes on; any error but :class:`scalpel.experiments.Refused` is raised. ``fresh``: measure the
+    accuracy on real library sources, search for the circuit and train the small models of the study on collapse anew,
+    instead of reading what is stored.
     ``progress(what, done)`` is called before each part, ``done`` from 0 to 1, and once at the end.
     """
     begun = time.monotonic()
@@ -94,8 +96,11 @@ def run_suite(
                 results.append(_fresh_circuit(loaded, seed, report, done))
             else:
                 results.append(run(name, loaded, **options))
-        except ValueError as error:
+        except Refused as error:
             refused[name] = str(error)
+        except Exception as error:
+            error.add_note(f"in the experiment {name!r}")
+            raise
         done += _SHARES.get(name, 0.0)
     report("done", 1.0)
     return Suite(results, card, time.monotonic() - begun, refused)
@@ -107,7 +112,7 @@ def _accuracy(model: CircuitGPT) -> dict[str, Any]:
 
     try:
         return accuracy_card(model)
-    except (ValueError, RuntimeError) as error:
+    except (Refused, NoHeldOutText) as error:
         return {"not_asked": str(error)}
 
 

@@ -20,12 +20,16 @@ from torch.func import jvp
 from ..hooks.running import ALONE
 from ..models.circuitgpt import CircuitGPT
 
-__all__ = ["Anchors", "block_map", "find_anchors", "norm_growth", "spectral_radius"]
+__all__ = ["Anchors", "NoDirection", "block_map", "find_anchors", "norm_growth", "spectral_radius"]
 
 Map = Callable[[Tensor], Tensor]
 
 SAME = 1e-4  # 1 - |cos| up to which two directions are one
 _DENSE = 512  # up to so many dimensions all eigenvalues are as quick as one
+
+
+class NoDirection(ValueError):
+    """A state is zero or not finite, so there is no direction to follow."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +143,8 @@ def find_anchors(
     or one a start.
 
     A direction counts as fixed when a step turns it by at most ``tol``; a cycle of up to ``longest`` steps as found
-    when it comes back that near. float64 is advised. ValueError for a start that is zero or not finite, for a Π that
-    gives zero or what isn't finite, and for a radius that isn't above 0.
+    when it comes back that near. float64 is advised. NoDirection for a start that is zero or not finite, for a Π that
+    gives zero or what isn't finite; ValueError for a radius that isn't above 0.
     """
     count = len(starts)
     radii = np.broadcast_to(np.asarray(radius, dtype=float), (count,))
@@ -239,4 +243,4 @@ def _apart(after: Tensor, before: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 def _check(x: Tensor, what: str) -> None:
     if not bool(x.isfinite().all()) or bool((_norms(x) == 0).any()):
-        raise ValueError(f"{what} is zero or not finite, and has no direction; give other starts or another map")
+        raise NoDirection(f"{what} is zero or not finite, and has no direction; give other starts or another map")

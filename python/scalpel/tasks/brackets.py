@@ -16,6 +16,7 @@ from torch import Tensor
 from ..models.circuitgpt import CircuitGPT
 from ..models.tokenizer import Tokenizer
 from .literals import Literal
+from .refused import Refused
 
 START = "<s>"
 ONE, TWO = "]\n", "]]\n"
@@ -33,11 +34,11 @@ class Closers:
 
 
 def closers(tokenizer: Tokenizer) -> Closers:
-    """ValueError where the tokenizer splits an answer: then a next-token question can't be asked."""
+    """Refused where the tokenizer splits an answer: then a next-token question can't be asked."""
     try:
         one, two = tokenizer.single(ONE), tokenizer.single(TWO)
     except ValueError as error:
-        raise ValueError(f"this tokenizer splits an answer of the bracket task: {error}") from error
+        raise Refused(f"this tokenizer splits an answer of the bracket task: {error}") from error
     vocabulary = tokenizer.inner.get_vocab()
     return Closers(one, two, (vocabulary[START],) if START in vocabulary else ())
 
@@ -74,7 +75,7 @@ def long_lists(
     if depth not in (1, 2) or k < depth or (depth == 1 and k != 1):
         raise ValueError(f"k = {k} at depth {depth}; k is 1 at depth 1, and 2 or more at depth 2")
     if length > block_size:
-        raise ValueError(f"length {length} is more than the context holds ({block_size})")
+        raise Refused(f"length {length} is more than the context holds ({block_size})")
     rng = np.random.default_rng([seed, k, depth])
     start = closers(tokenizer).start
     fillers = [f for f in FILLERS if len(tokenizer.encode(f)) == 1]
@@ -86,14 +87,14 @@ def long_lists(
         head += "".join(f"[{row}], " for row in rng.choice(pool, size=k - depth)) + "["
         prefix = [*start, *tokenizer.encode(head)]
         if len(prefix) >= length:
-            raise ValueError(
+            raise Refused(
                 f"k = {k}: the rows in front of the question take {len(prefix)} tokens, and lists of "
                 f"{length} are asked; ask fewer, or longer lists"
             )
         body = tokenizer.encode(", ".join(rng.choice(pool, size=length)))
         row = [*prefix, *body][:length]
         if len(row) < length or tokenizer.encode(", ".join(pool[:1].repeat(3)))[1::2] != body[1:5:2]:
-            raise ValueError("this tokenizer doesn't give an element and its comma a token each")
+            raise Refused("this tokenizer doesn't give an element and its comma a token each")
         rows.append(row)
         asked.append(torch.arange(len(prefix), length, 2))
     questions = min(map(len, asked))
@@ -138,8 +139,14 @@ class Answers:
 
 
 def answer(model: CircuitGPT, prompts: Sequence[tuple[str, int]], max_tokens: int, batch: int = 32) -> Answers:
-    """Ask single prompts (text, depth of 1 or 2); those of more than ``max_tokens`` tokens are counted and left out."""
-    assert model.tokenizer is not None
+    """Ask single prompts (text, depth of 1 or 2); those of more than ``max_tokens`` tokens are counted and left out.
+
+    Refused for a model without a tokenizer that knows the answers, and for a context of fewer tokens.
+    """
+    if model.tokenizer is None:
+        raise Refused("the model has no tokenizer; the prompts are text. Set model.tokenizer")
+    if max_tokens > model.config.block_size:
+        raise Refused(f"prompts of up to {max_tokens} tokens are asked; the context holds {model.config.block_size}")
     ids = closers(model.tokenizer)
     encoded = [([*ids.start, *model.tokenizer.encode(text)], depth) for text, depth in prompts]
     kept = sorted((e for e in encoded if len(e[0]) <= max_tokens), key=lambda e: len(e[0]))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..models.tokenizer import Tokenizer
 from .brackets import FILLERS, HEADS, closers
+from .refused import Refused
 
 __all__ = ["PLACES", "Evidence", "evidence_lists"]
 
@@ -47,18 +48,18 @@ def evidence_lists(
     At depth 2 the open row comes last; at depth 1 elements stand bare behind the closed rows, as in the training text.
     ``place``: "early" puts one element into each closed row and the rest behind the last bracket, "late" puts all but
     three of the elements into the closed rows, so that the same tokens stand in another order. Without a closed row
-    the two are the same. ValueError where n leaves no room.
+    the two are the same. Refused where n leaves no room.
     """
     if opened not in (1, 2) or closed < 0 or place not in PLACES:
         raise ValueError(f"opened is {opened}, closed {closed}, place {place!r}; 1 or 2, 0 or more, early or late")
     if n > block_size:
-        raise ValueError(f"n is {n}; the context holds {block_size}")
+        raise Refused(f"n is {n}; the context holds {block_size}")
     rng = np.random.default_rng([seed, n, opened, closed, PLACES.index(place)])
     start = list(closers(tokenizer).start)
     bracket, end, comma = (tokenizer.encode(text) for text in ("[", "], ", ", "))
     fillers = [tokenizer.encode(one)[0] for one in FILLERS if len(tokenizer.encode(one)) == 1]
     if not fillers or len(comma) != 1:
-        raise ValueError("this tokenizer doesn't give an element and its comma a token each")
+        raise Refused("this tokenizer doesn't give an element and its comma a token each")
     rows, masks = [], []
     for _ in range(count):
         pool = rng.choice(fillers, size=1 if rng.random() < 0.5 else 8)
@@ -67,7 +68,7 @@ def evidence_lists(
         room = n - len(start) - len(head) - len(bracket) * (closed + opened) - closed * len(end)
         elements = (room + closed + 1) // 2
         if elements < closed + 1:
-            raise ValueError(f"n = {n} leaves no room for {closed} closed rows and an element behind them")
+            raise Refused(f"n = {n} leaves no room for {closed} closed rows and an element behind them")
         spare = room - (2 * elements - closed - 1)
         late = place == "late" and closed > 0
         last = min(3, elements - closed) if late else elements - closed

@@ -55,14 +55,18 @@ class Questions:
     real: list[bool]
 
 
+class NoHeldOutText(RuntimeError):
+    """A package whose sources are the held-out text isn't installed."""
+
+
 @lru_cache(maxsize=1)
 def sources() -> tuple[Source, ...]:
-    """The ASCII files of numpy and scipy, in a fixed order. RuntimeError where a package is missing."""
+    """The ASCII files of numpy and scipy, in a fixed order. NoHeldOutText where a package is missing."""
     found = []
     for package in PACKAGES:
         spec = find_spec(package)
         if spec is None or spec.origin is None:
-            raise RuntimeError(f"the package {package} is not installed; its sources are the held-out text")
+            raise NoHeldOutText(f"the package {package} is not installed; its sources are the held-out text")
         folder = Path(spec.origin).parent
         for path in python_files(folder):
             try:

@@ -8,6 +8,7 @@ import numpy as np
 from ..models.tokenizer import Tokenizer
 from . import held_out
 from .held_out import Questions, Source
+from .refused import Refused
 
 __all__ = ["quote_questions"]
 
@@ -25,7 +26,7 @@ def quote_questions(tokenizer: Tokenizer, prompts: int, seed: int) -> Questions:
     first. Prompts whose last token would merge with the quote itself are left out. Where a file uses one quote only,
     an earlier string in the window tells the answer as well as the opening quote does.
 
-    ValueError where the tokenizer splits a quote, or too few strings are found.
+    Refused where the tokenizer splits a quote, or too few strings are found.
     """
     need = held_out.balanced(prompts, seed=seed)
     answers = (tokenizer.single(QUOTES[0]), tokenizer.single(QUOTES[1]))
@@ -44,7 +45,7 @@ def quote_questions(tokenizer: Tokenizer, prompts: int, seed: int) -> Questions:
                 if row and len(found[label]) < need and held_out.goes_on(tokenizer, row, quote, answers[label]):
                     found[label].append(([*start, *row], number, True))
     if min(map(len, found)) < need:
-        raise ValueError(
+        raise Refused(
             f"the held-out files gave {len(found[0])} prompts of {QUOTES[0]} and {len(found[1])} of {QUOTES[1]}, and "
             f"{need} of each are asked; ask for fewer, or the tokenizer merges quotes with what stands before them"
         )

@@ -14,6 +14,7 @@ from ..models.tokenizer import Tokenizer
 from ..training.python_text import Place, SourceFile, source_file
 from . import held_out
 from .held_out import Questions, Source
+from .refused import Refused
 
 __all__ = ["real_share", "set_or_string_questions"]
 
@@ -33,12 +34,12 @@ def set_or_string_questions(tokenizer: Tokenizer, prompts: int, seed: int) -> Qu
     pairs of prompts that differ in nothing but what the variable was set to, put into windows of real files. Prompts
     of one file form a group.
 
-    ValueError where the two answers begin with the same token, or too few windows are found.
+    Refused where the two answers begin with the same token, or too few windows are found.
     """
     need = held_out.balanced(prompts, seed=seed)
     answers = (tokenizer.encode(ADD)[0], tokenizer.encode(APPEND)[0])
     if answers[0] == answers[1]:
-        raise ValueError(f"this tokenizer begins {ADD!r} and {APPEND!r} with the same token; they can't be told apart")
+        raise Refused(f"this tokenizer begins {ADD!r} and {APPEND!r} with the same token; they can't be told apart")
     start = held_out.start_of(tokenizer)
     rng = np.random.default_rng([seed, 45])
     found: list[list[tuple[list[int], int, bool]]] = [[], []]
@@ -60,7 +61,7 @@ def set_or_string_questions(tokenizer: Tokenizer, prompts: int, seed: int) -> Qu
                 if len(found[label]) < need:
                     found[label].append(([*start, *row], number, False))
     if min(map(len, found)) < need:
-        raise ValueError(
+        raise Refused(
             f"the held-out files gave {len(found[0])} prompts of a set and {len(found[1])} of a string, and {need} of "
             "each are asked; ask for fewer, or the tokenizer merges names with what follows them"
         )

@@ -17,6 +17,7 @@ from ..models.checkpoint import save_pretrained
 from ..models.circuitgpt import CircuitGPT
 from ..models.tokenizer import Tokenizer
 from ..tasks.brackets import Answers, answer, closers, questions_from
+from ..tasks.held_out import NoHeldOutText
 from ..tasks.literals import harvest, python_files
 from .commit import commit
 from .corpus import DEPTH_PROBABILITIES, MAX_ELEMENTS, MEAN_ELEMENTS, Sources, documents, interpreter_sources
@@ -115,12 +116,15 @@ def stored_means(model: CircuitGPT, sources: Sources) -> dict[str, list[float]]:
 
 
 def held_out_questions() -> tuple[list[tuple[str, int]], dict[str, str]]:
-    """Bracket prompts from the sources of packages that weren't trained on, and the packages' versions."""
+    """Bracket prompts from the sources of packages that weren't trained on, and the packages' versions.
+
+    NoHeldOutText where a package is missing.
+    """
     literals, versions = [], {}
     for package in HELD_OUT:
         spec = find_spec(package)
         if spec is None or spec.origin is None:
-            raise RuntimeError(f"the package {package} is not installed; its sources are the held-out text")
+            raise NoHeldOutText(f"the package {package} is not installed; its sources are the held-out text")
         literals += list(harvest(python_files(Path(spec.origin).parent)))
         versions[package] = version(package)
     return questions_from(literals), versions

@@ -75,7 +75,7 @@ class Plan:
 
 
 class StaleStudy(ValueError):
-    """A stored study of another plan, or by another version of the measure."""
+    """A stored study of another plan or another version of the measure, or a file that holds none."""
 
 
 @dataclass(frozen=True)
@@ -161,14 +161,14 @@ def save(study: Mapping[str, Any], path: Path) -> None:
 
 
 def load(path: Path, plan: Plan, measure_version: int) -> dict[str, Any]:
-    """A stored study. StaleStudy, which names what differs, for another plan or measure; ValueError for a bad file;
+    """A stored study. StaleStudy, which names what differs, for another plan or measure, and for a bad file;
     FileNotFoundError."""
     try:
         study: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         stored, wanted = dict(study["key"]), plan.key(measure_version)
         complete = all(set(map(str, plan.steps)) <= set(study["seeds"][str(seed)]) for seed in stored["seeds"])
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no stored study ({error!r}); compute it anew with fresh=True") from error
+        raise StaleStudy(f"{path} is no stored study ({error!r}); compute it anew with fresh=True") from error
     differ = [name for name in wanted if stored.get(name) != wanted[name]]
     if differ or not complete:
         what = f"another {', '.join(differ)}" if differ else "fewer snapshots"

@@ -8,6 +8,7 @@ import numpy as np
 
 from ...models.circuitgpt import CircuitGPT
 from ...models.untrained import untrained
+from ...tasks.refused import Refused
 from . import nulls as null
 from .bounds import clopper_pearson
 from .extraction import Extraction, Growth, judge
@@ -154,7 +155,7 @@ def _check(
         raise ValueError("no letter is valid after the empty word: is valid= given words as tuples of names?")
     longest = questions.longest()
     if longest is not None and 8 * horizon > longest:
-        raise ValueError(
+        raise Refused(
             f"horizon {horizon} asks words of up to {8 * horizon} letters (prefixes of 4N and continuations as long), "
             f"and the context holds {longest}; give a horizon of at most {longest // 8}"
         )

@@ -9,6 +9,7 @@ import torch
 
 from ...models.circuitgpt import CircuitGPT
 from ...tasks.brackets import START
+from ...tasks.refused import Refused
 
 __all__ = ["INVALID", "NOT_VALID", "FunctionQuestions", "ModelQuestions", "Questions", "Word"]
 
@@ -117,7 +118,7 @@ class ModelQuestions(Questions):
     """A CircuitGPT: the likeliest of the answer tokens after prefix, word and suffix.
 
     ``alphabet``: name → text (or a list of texts, each its own name); ``answers``: name → text, each a single token.
-    Letters are encoded one by one. ValueError where the tokenizer splits an answer.
+    Letters are encoded one by one. Refused where the tokenizer splits an answer.
     """
 
     outputs: list[Hashable]
@@ -136,7 +137,7 @@ class ModelQuestions(Questions):
         super().__init__(list(texts), valid)
         tokenizer = model.tokenizer
         if tokenizer is None:
-            raise ValueError("the model has no tokenizer; letters and answers are texts, which need one")
+            raise Refused("the model has no tokenizer; letters and answers are texts, which need one")
         named = dict(answers) if isinstance(answers, Mapping) else {text: text for text in answers}
         if len(named) < 2:
             raise ValueError(f"answers is {list(named)}; a choice needs at least two")
@@ -145,7 +146,7 @@ class ModelQuestions(Questions):
             try:
                 ids.append(tokenizer.single(text))
             except ValueError as error:
-                raise ValueError(f"this tokenizer splits the answer {name!r}: {error}") from error
+                raise Refused(f"this tokenizer splits the answer {name!r}: {error}") from error
         if len(set(ids)) != len(ids):
             raise ValueError(f"answers {list(named)} are not all different tokens")
         self.model = model
@@ -176,7 +177,7 @@ class ModelQuestions(Questions):
         """Numbers of the likeliest answers, logits (..., vocab)."""
         given = logits[..., self.answer_ids].cpu()
         if not bool(torch.isfinite(given).all()):
-            raise ValueError("the model's logits of the answers aren't finite; it has no answer")
+            raise Refused("the model's logits of the answers aren't finite; it has no answer")
         chosen: list[int] = (given if self.shift is None else given + self.shift).argmax(-1).tolist()
         return chosen
 
