@@ -87,7 +87,7 @@ AT = "model.layers.1."
             ["up_proj.weight", "I8", "F32"],
         ),
     ],
-    ids=str,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_the_config_does_not_describe(
     change: Callable[[Weights], Weights], words: list[str], tmp_path: Path
