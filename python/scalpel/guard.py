@@ -83,6 +83,9 @@ class HoleReached(RuntimeError):
             "or split it; give eos_token_id to end such rows instead, or on_failure='warn' to go on."
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.distance, self.row)
+
 
 def open_lists(text: str) -> int:
     """How many "[" of Python text are open at its end; those in strings and comments don't count.
@@ -129,6 +132,7 @@ class HoleGuard:
     the prompts tells the padding on the left exactly; without it, leading ``pad_token_id`` are padding.
 
     Only a nested list can fail, so a prompt in which fewer than two "[" are open has distance infinity.
+    A guard can be pickled if its law and its function can, and goes on with what it has told.
     ValueError for an unknown ``on_failure`` or ``evidence``, a margin that isn't a number, or no tokenizer; TypeError
     for a law that is none, or token ids that aren't integers.
     """

@@ -37,11 +37,9 @@ def accuracies(model: CircuitGPT, prompts: int = 512, seed: int = 0) -> dict[str
             found[name] = {"reason": "the model has no tokenizer, and the prompts are text"}
             continue
         try:
-            questions = make(model.tokenizer, prompts, seed)
+            found[name] = _accuracy(model, model.tokenizer, name, make(model.tokenizer, prompts, seed))
         except Refused as error:
             found[name] = {"reason": str(error)}
-            continue
-        found[name] = _accuracy(model, model.tokenizer, name, questions)
     return found
 
 

@@ -79,7 +79,7 @@ def read_pruning(path: Path) -> Pruning:
                 *("closure", "options", "seconds"),
             )
         }
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise Refused(f"{path} is no search of circuits ({error!r}); make it anew with scalpel prune") from error
     return Pruning(circuits=circuits, best=best, graph=graph, notes=notes, **plain_fields)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -65,6 +65,9 @@ class Jacobian:
 
     n = numel(source), m = numel(target); T counts tangents and comes first. All tensors share ``dtype`` and
     ``device``. Every product gives detached tensors.
+
+    A Jacobian never changes, so a copy of it, a deep one too, is itself. It can't be pickled: it holds the model and
+    its forward pass. Another process gets the model and the inputs, and calls :func:`scalpel.jacobian` there.
     """
 
     def __init__(self, push: Product, pull: Product, source: End, target: End) -> None:
@@ -74,6 +77,18 @@ class Jacobian:
         self._target = target
         self._transposed: Jacobian | None = None
         self._derived: str | None = None  # from another operator: "transpose" or "composition"
+
+    def __copy__(self) -> "Jacobian":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Jacobian":
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            f"{self} can't be pickled: it holds the model and its forward pass. Keep the model and the inputs, and "
+            "call scalpel.jacobian again where you need it; or keep what you want of it: J.to_dense(), J.svd(k)"
+        )
 
     @property
     def primal(self) -> Tensor:

@@ -51,9 +51,13 @@ def _checked_k(k: Any, most: int) -> int:
     return int(k)
 
 
+class NotFinite(ValueError):
+    """Products with a Jacobian hold NaN or infinity."""
+
+
 def _finite(products: Tensor) -> Tensor:
     if not bool(products.isfinite().all()):
-        raise ValueError(
+        raise NotFinite(
             "products with this Jacobian hold NaN or infinity, so it has no singular values: the primal sits "
             "where a function has no derivative, or is too large for the dtype"
         )

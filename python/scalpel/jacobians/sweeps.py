@@ -18,6 +18,7 @@ from torch import Tensor
 from .depth import padded
 from .graded import GradedProduct
 from .operator import Jacobian
+from .svd import NotFinite
 
 _OVERSAMPLE = 8  # directions beyond T: they hasten the T-th, and hold a cluster together (Halko et al. 2011, section 4)
 _PATIENCE = 50  # sweeps without the residual falling to half before it counts as stuck
@@ -78,7 +79,7 @@ class Sweeps:
             warnings.simplefilter("ignore", RuntimeWarning)
             try:
                 return whole.svd(self.T, seed=self.seed)[2].T.double()
-            except ValueError:  # the product leaves the dtype's range; the sweeps, which scale, do not
+            except NotFinite:  # the product leaves the dtype's range; the sweeps, which scale, do not
                 return torch.zeros(self.n, 0, dtype=torch.float64, device=whole.device)
 
     def _filled(self, V: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from contextlib import ContextDecorator
 from contextvars import ContextVar
-from typing import Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 T = TypeVar("T")
 
@@ -15,6 +15,12 @@ class Scope(ContextDecorator, Generic[T]):
 
     def __init__(self, variable: ContextVar[tuple[T, ...]], value: T) -> None:
         self._variable, self._value = variable, value
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            f"a context of {self._variable.name} can't be copied or pickled: it holds in this process alone. Make it "
+            "where it is entered"
+        )
 
     def __enter__(self) -> None:
         self._variable.set((*self._variable.get(), self._value))

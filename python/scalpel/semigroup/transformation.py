@@ -26,14 +26,17 @@ _BATCH = 1 << 20  # elements found between two looks at the limit and at Ctrl-C
 
 
 class SemigroupTooLarge(ValueError):
-    """The semigroup has more elements than allowed. ``found`` and ``longest``: elements and letters so far."""
+    """The semigroup has more than ``limit`` elements. ``found`` and ``longest``: elements and letters so far."""
 
     def __init__(self, limit: int, found: int, longest: int) -> None:
         super().__init__(
             f"the semigroup has more than {limit} elements: {found} were found, by words of up to {longest} letters. "
             "Raise limit=, or give fewer generators or states."
         )
-        self.found, self.longest = found, longest
+        self.limit, self.found, self.longest = limit, found, longest
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.limit, self.found, self.longest)
 
 
 class TransformationSemigroup:
@@ -46,6 +49,9 @@ class TransformationSemigroup:
     Elements are found when they are first needed, :attr:`size` among others. An element is given to the methods as
     its number, its word (a sequence of names), or its images (integers). TypeError or ValueError for generators that
     aren't maps on the same states; ImportError, which says how to get it, where libsemigroups is missing.
+
+    A copy and a pickle hold the generators and the limit; elements are found anew there when they are needed. A pickle
+    has no ``progress``, which belongs to the process that watches it.
     """
 
     def __init__(
@@ -68,6 +74,23 @@ class TransformationSemigroup:
         self.limit = limit
         self._progress = progress
         self._enumerator = FroidurePin(self._maps)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_maps": self._maps, "names": self.names, "limit": self.limit}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._progress = None
+        self._enumerator = FroidurePin(self._maps)
+
+    def __copy__(self) -> "TransformationSemigroup":
+        twin = TransformationSemigroup.__new__(TransformationSemigroup)
+        twin.__setstate__(self.__getstate__() | {"_maps": self._maps.copy()})
+        twin._progress = self._progress
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TransformationSemigroup":
+        return self.__copy__()
 
     @property
     def degree(self) -> int:

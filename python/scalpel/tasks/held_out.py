@@ -20,6 +20,7 @@ import numpy as np
 from ..models.tokenizer import Tokenizer
 from .brackets import START, closers
 from .literals import Literal, literals_of, python_files
+from .refused import Refused
 
 if TYPE_CHECKING:
     pass
@@ -156,7 +157,10 @@ def interleaved(
 
 
 def closing_questions(tokenizer: Tokenizer, prompts: int, seed: int) -> Questions:
-    """Does one bracket close the list, or do two? Real lists of at most 48 tokens."""
+    """Does one bracket close the list, or do two? Real lists of at most 48 tokens.
+
+    Refused where the tokenizer splits an answer, or makes more tokens of every list of one of the depths.
+    """
     need = balanced(prompts, seed=seed)
     ids = closers(tokenizer)
     rng = np.random.default_rng([seed, 42])
@@ -169,6 +173,11 @@ def closing_questions(tokenizer: Tokenizer, prompts: int, seed: int) -> Question
         if len(row) <= SHORT_LIST and len(found[depth - 1]) < need:
             found[depth - 1].append((row, files[source], True))
     least = min(map(len, found))
+    if not least:
+        raise Refused(
+            f"the held-out files gave {len(found[0])} flat and {len(found[1])} nested lists of at most {SHORT_LIST} "
+            "tokens by this tokenizer; some of each are needed"
+        )
     return interleaved([one[:least] for one in found], (ids.one, ids.two), prompts)
 
 

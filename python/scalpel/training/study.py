@@ -167,7 +167,7 @@ def load(path: Path, plan: Plan, measure_version: int) -> dict[str, Any]:
         study: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         stored, wanted = dict(study["key"]), plan.key(measure_version)
         complete = all(set(map(str, plan.steps)) <= set(study["seeds"][str(seed)]) for seed in stored["seeds"])
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise StaleStudy(f"{path} is no stored study ({error!r}); compute it anew with fresh=True") from error
     differ = [name for name in wanted if stored.get(name) != wanted[name]]
     if differ or not complete:
