@@ -328,3 +328,33 @@ def test_the_layers_of_a_decoder_are_known(name: str) -> None:
 
 def test_it_is_public() -> None:
     assert "lyapunov" in scalpel.__all__ and scalpel.lyapunov is lyapunov
+
+
+@pytest.mark.parametrize("kind", ["circuitgpt", "decoder"])
+def test_the_layers_share_one_forward_pass(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer by layer they would take a number of layer passes that grows with the square of the depth."""
+    from scalpel.jacobians import dense_trace, trace
+    from scalpel.jacobians.entry import jacobians_between
+
+    runs: list[int] = []
+    if kind == "circuitgpt":
+        model, depth = build("plain"), 2
+        inner = trace.CircuitTrace._layer
+        monkeypatch.setattr(
+            trace.CircuitTrace, "_layer", lambda self, i, *rest: (runs.append(i), inner(self, i, *rest))[1]
+        )
+    else:
+        pytest.importorskip("transformers")
+        model, depth = decoder_cases.model_of("llama"), 3
+        through = dense_trace.through_layer
+        monkeypatch.setattr(dense_trace, "through_layer", lambda d, i, *rest: (runs.append(i), through(d, i, *rest))[1])
+    ids = torch.randint(0, 11, (1, 5))
+    names = [*(f"{i}.resid_in" for i in range(depth)), "final_resid"]
+    made = jacobians_between(model, ids, names)
+    assert runs == list(range(depth))
+    for J, source, target in zip(made, names, names[1:], strict=False):
+        alone = jacobian(model, ids, source, target)
+        V = torch.randn(2, *J.source_shape, dtype=J.dtype)
+        assert torch.equal(J.primal, alone.primal)
+        torch.testing.assert_close(J.jvp(V), alone.jvp(V), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(J.vjp(V), alone.vjp(V), rtol=1e-12, atol=1e-12)

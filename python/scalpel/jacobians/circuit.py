@@ -27,18 +27,26 @@ if TYPE_CHECKING:
 class CircuitProducts:
     """Products with the Jacobian between two hooks of a CircuitGPT, and the primal there."""
 
-    def __init__(self, run: CircuitPass, at: tuple[Selected, Selected], function: Function | None) -> None:
+    trace_of = CircuitTrace
+
+    def __init__(
+        self,
+        run: CircuitPass,
+        at: tuple[Selected, Selected],
+        function: Function | None,
+        trace: CircuitTrace | None = None,
+    ) -> None:
         self.run = run
         self.at = at
         self.function = function
-        trace = CircuitTrace(run, at[0])
+        trace = trace or CircuitTrace(run, [run.source, run.target])
         self.model = trace.model
         self.config = trace.config
-        self.layers = trace.layers
+        self.layers = trace.layers(run.source, run.target)
         self.changed = trace.changed
         self.final = trace.final
-        self.source = trace.source
-        self.recorded = read_at(trace.recorded, at[1])
+        self.source = read_at(trace.values[run.source], at[0]).clone()
+        self.recorded = read_at(trace.values[run.target], at[1])
         self.batch, self.length = run.inputs[0].shape
         self.primal = self._of_recorded(self.recorded.clone()).clone()  # the function may work in place
 

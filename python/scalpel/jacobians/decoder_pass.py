@@ -53,12 +53,6 @@ class DecoderPass(Pass):
         return int(self.ids.shape[1])
 
     @property
-    def source_layer(self) -> int:
-        """The first layer that a tangent meets."""
-        layer = self.source.partition(".")[0]
-        return int(layer) if layer.isdecimal() else self.decoder.config.layers
-
-    @property
     def allowed(self) -> Tensor:
         """(L, L), or (B, 1, L, L) with padding: the keys that a query may read."""
         causal = torch.ones(self.length, self.length, dtype=torch.bool, device=self.ids.device).tril()

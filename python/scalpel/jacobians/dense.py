@@ -15,8 +15,8 @@ from torch.func import jvp, vjp, vmap
 from ..hooks.running import ALONE
 from ..models.decoder import Dense
 from .dense_layer import Buffers, DenseLayer
-from .dense_primal import DensePrimal, places_of, through_layer
-from .dense_rules import DenseNorm
+from .dense_primal import DensePrimal
+from .dense_trace import DenseTrace
 from .operator import finished
 from .positions import Selected, read_at
 from .trace import Found
@@ -32,7 +32,15 @@ _CHUNK_BYTES = 1 << 28  # what the largest buffer of a chunk of tangents may tak
 class DenseProducts:
     """Products with the Jacobian between two hooks of a decoder, and the primal there."""
 
-    def __init__(self, run: DecoderPass, at: tuple[Selected, Selected], function: Function | None) -> None:
+    trace_of = DenseTrace
+
+    def __init__(
+        self,
+        run: DecoderPass,
+        at: tuple[Selected, Selected],
+        function: Function | None,
+        trace: DenseTrace | None = None,
+    ) -> None:
         self.run = run
         self.at = at
         self.function = function
@@ -40,40 +48,13 @@ class DenseProducts:
         self.batch, self.length = run.ids.shape
         chosen = [range(self.length) if each is None else each for each in at]
         self.first, self.stop = min(chosen[0]), max(chosen[1]) + 1
-        self.places = places_of(run.decoder, run.positions, run.real, run.dtype)
-        self.primals: dict[int, DensePrimal] = {}
-        self.final: tuple[DenseNorm, Dense] | None = None
-        self.neurons = 0
-        self._run_primal()
-
-    def _run_primal(self) -> None:
-        run, decoder = self.run, self.run.decoder
-        seen: dict[str, Tensor] = {}
-
-        def tap(name: str, value: Tensor) -> Tensor:
-            if name == run.source:
-                seen["source"] = read_at(value, self.at[0]).clone()
-            if name == run.target:
-                raise Found(value)
-            return value
-
-        try:
-            x = decoder.embed(run.ids, run.positions).to(run.dtype)
-            for i in range(self.config.layers):
-                layer, primal = decoder.layer(i), DensePrimal()
-                self.neurons = layer.down.weight.shape[1]
-                if i >= run.source_layer:
-                    self.primals[i] = primal
-                x = through_layer(decoder, i, layer, x, self.places, tap, primal)
-            x = tap("final_resid", x)
-            weight, head = decoder.final()
-            norm = DenseNorm.at(x, weight, self.config.eps, self.config.rms)
-            self.final = norm, head
-            recorded = head(norm.value())
-        except Found as found:
-            recorded = found.args[0]
-        self.source = seen["source"]
-        self.recorded = read_at(recorded, self.at[1]).clone()
+        trace = trace or DenseTrace(run, [run.source, run.target])
+        self.places = trace.places
+        self.primals = trace.primals(run.source, run.target)
+        self.final = trace.final
+        self.neurons = trace.neurons
+        self.source = read_at(trace.values[run.source], at[0]).clone()
+        self.recorded = read_at(trace.values[run.target], at[1]).clone()
         self.primal = self._of_recorded(self.recorded.clone()).clone()  # the function may work in place
 
     def _of_recorded(self, value: Tensor) -> Tensor:

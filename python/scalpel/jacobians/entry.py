@@ -7,8 +7,9 @@ forward, ``vmap(vjp)`` backward, in chunks of tangents that bound the memory.
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -93,51 +94,96 @@ def jacobian(
     model has one that cannot be differentiated forward.
     """
     hook, function = _read_target(target)
-    wanted = split_pair(positions)
     if precision not in (None, "bfloat16"):
         raise ValueError(f"precision is {precision!r}; allowed: None, 'bfloat16'")
+    beside = {"attention_mask": attention_mask, "position_ids": position_ids}
     with _plain_tensors():
-        beside = {"attention_mask": attention_mask, "position_ids": position_ids}
-        run: Pass | None = None
-        model = as_written(model)
-        reason = "a CircuitGPT has none of that precision"
-        if isinstance(model, CircuitGPT):
-            circuit = CircuitPass(model, input_ids, attention_mask, position_ids, source, hook)
-            at = _checked_ends(circuit, wanted)
-            if precision is None and has_products(model):
-                return _by_rules(circuit, CircuitProducts, at, function)
-            run = circuit
-        elif isinstance(model, nn.Module):
-            with torch.no_grad(), no_autocast():
-                decoder = decoder_pass(model, input_ids, beside, source, hook, precision)
-            if isinstance(decoder, DecoderPass):
-                return _by_rules(decoder, DenseProducts, _checked_ends(decoder, wanted), function)
-            reason = decoder
-            if precision is None:
-                given = {name: value for name, value in beside.items() if value is not None}
-                run = ModulePass(model, input_ids, given, *module_paths(model, source, hook, reason))
-        else:
-            raise TypeError(f"model is {type(model).__name__}; it must be a CircuitGPT or another torch.nn.Module")
-        if precision is not None or run is None:
-            raise ValueError(f"precision={precision!r} needs the rules of a transformers model, and {reason}")
-        if not isinstance(model, CircuitGPT):
-            _announce(model)
-        return _Derivative(run, wanted, function).operator()
+        run = _pass_between(model, input_ids, beside, source, hook, precision)
+        return _operator(run, split_pair(positions), function)
 
 
-def _checked_ends(run: CircuitPass | DecoderPass, wanted: tuple[Any, Any]) -> tuple[Selected, Selected]:
-    """The positions, where a path leads from one end to the other."""
-    at = (select(wanted[0], run.length, "source"), select(wanted[1], run.length, "target"))
-    check_path(run.hooks, run.source, run.target, at, run.allowed)
-    return at
+def jacobians_between(
+    model: nn.Module,
+    input_ids: Any,
+    hooks: Sequence[str],
+    *,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> list[Jacobian]:
+    """The Jacobians from each of ``hooks`` to the next, at all positions: those of :func:`jacobian`, of one forward
+    pass instead of one for each where the model has rules of its own."""
+    beside = {"attention_mask": attention_mask, "position_ids": position_ids}
+    with _plain_tensors():
+        runs = [_pass_between(model, input_ids, beside, *ends, None) for ends in pairwise(hooks)]
+        rules = {_rules_of(run) for run in runs}
+        trace = None
+        if None not in rules and _in_order(runs):
+            with torch.no_grad(), no_autocast(), explained(runs[0]):
+                trace = next(iter(rules)).trace_of(runs[0], [runs[0].source, *(run.target for run in runs)])
+        return [_operator(run, (None, None), None, trace) for run in runs]
+
+
+def _pass_between(
+    model: nn.Module, input_ids: Any, beside: dict[str, Any], source: str, hook: str, precision: str | None
+) -> Pass:
+    """A pass of the kind that the model has rules for, or one that torch.func goes through."""
+    model = as_written(model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; it must be a CircuitGPT or another torch.nn.Module")
+    needs = f"precision={precision!r} needs the rules of a transformers model, and "
+    if isinstance(model, CircuitGPT):
+        if precision is not None:
+            raise ValueError(f"{needs}a CircuitGPT has none of that precision")
+        return CircuitPass(model, input_ids, beside["attention_mask"], beside["position_ids"], source, hook)
+    with torch.no_grad(), no_autocast():
+        decoder = decoder_pass(model, input_ids, beside, source, hook, precision)
+    if isinstance(decoder, DecoderPass):
+        return decoder
+    if precision is not None:
+        raise ValueError(f"{needs}{decoder}")
+    given = {name: value for name, value in beside.items() if value is not None}
+    return ModulePass(model, input_ids, given, *module_paths(model, source, hook, decoder))
+
+
+def _rules_of(run: Pass) -> Any:
+    """The class of products that goes through the rules of the model's own sublayers; None where there are none."""
+    if isinstance(run, DecoderPass):
+        return DenseProducts
+    return CircuitProducts if isinstance(run, CircuitPass) and has_products(run._frozen) else None
+
+
+def _in_order(runs: list[Any]) -> bool:
+    """Whether each pass ends where the next begins, further on in the model."""
+    names = [runs[0].source, *(run.target for run in runs)]
+    places = [runs[0].hooks.index(name) for name in names]
+    return places == sorted(set(places)) and all(a.target == b.source for a, b in pairwise(runs))
+
+
+def _operator(
+    run: Pass, wanted: tuple[Any, Any], function: Callable[[Tensor], Tensor] | None, trace: Any = None
+) -> Jacobian:
+    """The operator of a pass; ``trace``: a primal that is there already and was cut at both of its ends."""
+    rules = _rules_of(run)
+    if isinstance(run, (CircuitPass, DecoderPass)):
+        at = (select(wanted[0], run.length, "source"), select(wanted[1], run.length, "target"))
+        check_path(run.hooks, run.source, run.target, at, run.allowed)
+        if rules is not None:
+            return _by_rules(run, rules, at, function, trace)
+    if isinstance(run, ModulePass):
+        _announce(run.model)
+    return _Derivative(run, wanted, function).operator()
 
 
 def _by_rules(
-    run: Pass, rules: Callable[..., Any], at: tuple[Selected, Selected], function: Callable[[Tensor], Tensor] | None
+    run: Pass,
+    rules: Callable[..., Any],
+    at: tuple[Selected, Selected],
+    function: Callable[[Tensor], Tensor] | None,
+    trace: Any,
 ) -> Jacobian:
     """Through the rules of the model's own sublayers."""
     with torch.no_grad(), no_autocast(), explained(run):
-        products = rules(run, at, function)
+        products = rules(run, at, function, trace)
     for name, value in ((run.source, products.source), (run.target, products.primal)):
         _check_numbers(value, name)
 

@@ -10,7 +10,6 @@ import operator
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from ..hooks.modules import as_written
 from ..models.families import hooks_of_model
 from .depth import Alignment, Spectra, measure_alignment, rank_bound
-from .entry import jacobian
+from .entry import jacobians_between
 from .operator import Jacobian, Product
 from .positions import Selected, read_at, select
 from .sweeps import ROUNDING, Found, Sweeps, frame_growth, tail_energy
@@ -168,7 +167,8 @@ def lyapunov(
     ``seed``: of the starting frames, the probes and the null.
 
     A sweep is D jvps and D vjps of T + 8 tangents; they start from Krylov vectors of the product (``Jacobian.svd``),
-    which resolve what is large and clustered, and the sweeps what is small. Each layer's Jacobian is made once.
+    which resolve what is large and clustered, and the sweeps what is small. The model runs once, and its layers
+    share that primal, where it has rules of its own.
 
     RuntimeWarning where the residual isn't met; ValueError and TypeError for arguments that don't fit, and for a model
     of half precision.
@@ -177,10 +177,7 @@ def lyapunov(
     probes, draws = _integer("probes", probes, 0), _integer("draws", draws, 0)
     max_sweeps = _integer("max_sweeps", max_sweeps, 1)
     names = _layer_hooks(model, hooks)
-    made = [
-        jacobian(model, input_ids, source, target, attention_mask=attention_mask, position_ids=position_ids)
-        for source, target in pairwise(names)
-    ]
+    made = jacobians_between(model, input_ids, names, attention_mask=attention_mask, position_ids=position_ids)
     _check_dtype(made)
     at = _chosen(positions, made)
     if not identity:

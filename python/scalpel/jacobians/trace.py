@@ -1,12 +1,13 @@
-"""The primal of a CircuitGPT between two hooks: what the rules of its sublayers need.
+"""The primal of a CircuitGPT, which can be cut at any of its hooks: what the rules of its sublayers need.
 
-It runs once, from the embedding to the target, in the order of models.circuitgpt, and leaves for each sublayer
-the supports that its TopKs keep, its norm, attention's q, k, v and y, and the slopes of its neurons.
+It runs once, from the embedding to the last hook that is asked for, in the order of models.circuitgpt, and leaves for
+each sublayer the supports that its TopKs keep, its norm, attention's q, k, v and y, and the slopes of its neurons.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,6 @@ from ..hooks.modules import hooks_on
 from ..lanes import Attention, Norm, apply_linear
 from ..models.attention import attend
 from ..ops import keep_topk, topk_indices
-from .positions import Selected, read_at
 
 if TYPE_CHECKING:
     from ..models.circuitgpt import CircuitGPT
@@ -67,24 +67,40 @@ class Layer:
 
 
 class CircuitTrace:
-    """The primal. ``source``, ``recorded``: the values at the two hooks, the first at its positions."""
+    """One forward pass, kept as what products need.
 
-    def __init__(self, run: CircuitPass, selected: Selected) -> None:
+    Args:
+        run: A pass of the model at the inputs, under the interventions of that moment.
+        hooks: Where the primal is to be cut, in the model's order. Layers before the first are not kept, and nothing
+            is computed after the last.
+
+    ``values``: the value at each of ``hooks``, all tokens. ``changed``: the hooks at which an intervention moves it.
+    """
+
+    def __init__(self, run: CircuitPass, hooks: Sequence[str]) -> None:
         self.run = run
         self.model = run._frozen
         self.config = self.model.config
-        self.selected = selected
-        at = run.source.partition(".")[0]
-        self.first = int(at) if at.isdecimal() else self.config.n_layer  # before it nothing is kept
-        self.layers: list[Layer] = []
+        self.hooks = hooks
+        self.values: dict[str, Tensor] = {}
+        self.first = self._number(hooks[0])
+        self._layers: list[Layer] = []
         self.changed: dict[str, tuple[Function, Tensor]] = {}  # hooks at which an intervention moves the value
         self.final: Norm | None = None
         self.tap = self.model._composed_tap(None)
         allowed = run.allowed
         self.allowed = (allowed[None] if allowed.dim() == 2 else allowed[:, 0]).contiguous()
-        self.source = torch.empty(0)
-        with torch.no_grad():
-            self.recorded: Tensor = self._run()
+        with torch.no_grad(), suppress(Found):
+            self._hook("logits", self._run())
+
+    def layers(self, source: str, target: str) -> list[Layer]:
+        """Those that a tangent meets on its way from one hook to another."""
+        return self._layers[self._number(source) - self.first : self._number(target) + 1 - self.first]
+
+    def _number(self, hook: str) -> int:
+        """The layer of a hook; how many layers there are, for a hook after the last."""
+        at = hook.partition(".")[0]
+        return int(at) if at.isdecimal() else self.config.n_layer
 
     def _run(self) -> Tensor:
         ids, mask, position_ids = self.run.inputs
@@ -94,26 +110,22 @@ class CircuitTrace:
         x = self.model.transformer.wte(ids)
         if not concatenated:
             x = x + positions
-        try:
-            for number, block in enumerate(self.model.transformer.h):
-                x = self._layer(number, block, x, positions if concatenated else None, allowed)
-            x = self._hook("final_resid", x)
-            self.final = Norm.of(self.model.transformer.ln_f, self._tokens(x))
-            logits = apply_linear(self.model.lm_head, self.model.transformer.ln_f(x)) + self.model.final_logits_bias.to(
-                x.dtype
-            )
-            if self.model.bigram_table is not None:
-                logits = logits + self.model.bigram_table[ids].to(x.dtype)
-            return logits
-        except Found as found:
-            value: Tensor = found.args[0]
-            return value
+        for number, block in enumerate(self.model.transformer.h):
+            x = self._layer(number, block, x, positions if concatenated else None, allowed)
+        x = self._hook("final_resid", x)
+        self.final = Norm.of(self.model.transformer.ln_f, self._tokens(x))
+        logits = apply_linear(self.model.lm_head, self.model.transformer.ln_f(x)) + self.model.final_logits_bias.to(
+            x.dtype
+        )
+        if self.model.bigram_table is not None:
+            logits = logits + self.model.bigram_table[ids].to(x.dtype)
+        return logits
 
     def _layer(self, number: int, block: Any, x: Tensor, positions: Tensor | None, allowed: Tensor) -> Tensor:
         config = self.config
         layer = Layer(number, block)
         if number >= self.first:
-            self.layers.append(layer)
+            self._layers.append(layer)
         x = self._hook(f"{number}.resid_in", x)
         attn, mlp = layer.attn, layer.mlp
         attn.norm = self._norm(block.ln_1, x)
@@ -161,10 +173,10 @@ class CircuitTrace:
         after = self.tap(name, value)
         if after is not value:
             self.changed[name] = (lambda each: self.tap(name, each), value)
-        if name == self.run.source:
-            self.source = read_at(after, self.selected).clone()
-        if name == self.run.target:
-            raise Found(after)
+        if name in self.hooks:
+            self.values[name] = after
+            if name == self.hooks[-1]:
+                raise Found(after)
         return after
 
     def _tokens(self, x: Tensor) -> Tensor:
