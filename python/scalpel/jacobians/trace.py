@@ -81,7 +81,7 @@ class CircuitTrace:
         self.tap = self.model._composed_tap(None)
         allowed = run.allowed
         self.allowed = (allowed[None] if allowed.dim() == 2 else allowed[:, 0]).contiguous()
-        self.source = torch.empty(0)
+        self.source = torch.empty(0, dtype=self.model.dtype, device=self.model.device)
         with torch.no_grad():
             self.recorded: Tensor = self._run()
 
