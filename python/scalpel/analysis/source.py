@@ -153,9 +153,10 @@ def _decoder(folder: Path, architecture: str, device: torch.device) -> Source:
     except ImportError as error:
         raise CheckpointError(f"{folder} needs transformers: pip install 'semigroup-scalpel[transformers]'") from error
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True, dtype="auto"
-        )
+        with torch.device("cpu"):  # transformers goes by torch's default device
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True, dtype="auto"
+            )
     except Exception as error:  # transformers raises many kinds; each means that there is no such model
         if ran_out(error):
             raise
@@ -177,7 +178,7 @@ def _decoder(folder: Path, architecture: str, device: torch.device) -> Source:
     }
 
     def untrained(seed: int) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(seed)
             made = AutoModelForCausalLM.from_config(model.config, trust_remote_code=False)
         fresh: nn.Module = made.to(device, dtype).eval().requires_grad_(False)
