@@ -6,7 +6,7 @@ from torch import Tensor
 
 from covariance_states import gram_bound, within
 from cuda_stand_in import Gpu
-from scalpel._memory import memory_of
+from scalpel._memory import Memory, memory_of
 from scalpel.covariance import on_device
 from scalpel.covariance.on_device import OnDevice
 
@@ -21,9 +21,14 @@ def _kernels(gpu: Gpu) -> None:
     where = torch.empty(0, device=gpu.device).device
 
 
+def memory(x: Tensor) -> Memory:
+    """For an op of the device that x is on."""
+    return memory_of(x, on=x.device)
+
+
 def gram_lower(x: Tensor, shift: Tensor | None, scatter: Tensor, splits: int) -> None:
     core, place = on_device.core_of(x)
-    core.gram_lower(memory_of(x), None if shift is None else memory_of(shift), memory_of(scatter), splits, place)
+    core.gram_lower(memory(x), None if shift is None else memory(shift), memory(scatter), splits, place)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -69,7 +74,7 @@ def test_column_sums(dtype: torch.dtype) -> None:
         x = torch.randn(rows, dim + 8).to(where, dtype)[:, left : left + dim]
         sums = torch.full((-(-rows // chunk), dim), float("nan"), dtype=torch.float64, device=where)
         told = torch.tensor([rows, 0.0, 0.0], dtype=torch.float64, device=where)
-        core.column_sums(memory_of(x), 1e4, memory_of(sums), memory_of(told), place)
+        core.column_sums(memory(x), 1e4, memory(sums), memory(told), place)
         apart = x.double() - x[0].double()
         expected = torch.stack([part.sum(dim=0) for part in apart.split(chunk)])
         torch.testing.assert_close(sums, expected, rtol=1e-12, atol=1e-12)
@@ -81,7 +86,7 @@ def test_column_sums(dtype: torch.dtype) -> None:
         x[[149, 70, 71], [3, 39, 0]] = value
         told = torch.tensor([150, 0.0, 0.0], dtype=torch.float64, device=where)
         sums = torch.empty(3, 40, dtype=torch.float64, device=where)
-        core.column_sums(memory_of(x), 1e4, memory_of(sums), memory_of(told), place)
+        core.column_sums(memory(x), 1e4, memory(sums), memory(told), place)
         assert told[0] == 70
 
 
@@ -109,8 +114,8 @@ def test_captured_in_a_graph(gpu: Gpu, cuda: torch.device) -> None:
     with torch.cuda.graph(graph):
         _, place = on_device.core_of(x)  # the stream that captures
         scatter.zero_()
-        core.column_sums(memory_of(x), 1e9, memory_of(sums), memory_of(told), place)
-        core.gram_lower(memory_of(x), None, memory_of(scatter), 3, place)
+        core.column_sums(memory(x), 1e9, memory(sums), memory(told), place)
+        core.gram_lower(memory(x), None, memory(scatter), 3, place)
     for _ in range(3):
         x.normal_()
         graph.replay()

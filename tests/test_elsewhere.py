@@ -65,7 +65,7 @@ def test_it_keeps_pytorchs_rules(request: pytest.FixtureRequest) -> None:
     with pytest.raises(TypeError, match="cuda"):
         x.numpy()
     with pytest.raises(AssertionError, match="memory of the CPU"):
-        cuda_core().topk_mask(memory_of(torch.ones(2, 3)), 1, False, memory_of(x), (0, 0))
+        cuda_core().topk_mask(memory_of(torch.ones(2, 3)), 1, False, memory_of(x, "out", DEVICE), (0, 0))
 
 
 # ---- TopK, Jacobians -----------------------------------------------------------------------------

@@ -24,15 +24,57 @@ DTYPE_NAMES = {
 }
 
 
-def memory_of(x: torch.Tensor) -> Memory:
-    """x as the core takes it; x must outlive the call."""
-    return x.data_ptr(), DTYPE_NAMES[x.dtype], tuple(x.shape), x.stride()
+def memory_of(x: torch.Tensor, name: str = "a tensor", on: torch.device | None = None) -> Memory:
+    """x as the core takes it; x must outlive the call.
+
+    The core reads what stands at an address and can't see what that is, so every tensor goes to it through here.
+    ``name``: what an error calls x. ``on``: the device of the operation; the CPU if not given.
+
+    Raises ValueError where x is elsewhere, or has no memory (a fake tensor, one inside a transform of torch.func, one
+    whose storage was released), and TypeError for a dtype that the core doesn't know.
+    """
+    if not (x.is_cpu if on is None else x.device == on):
+        raise ValueError(_is_elsewhere(x, name, on))
+    try:
+        address = x.data_ptr()
+        memory = address, DTYPE_NAMES[x.dtype], tuple(x.shape), x.stride()
+    except KeyError:
+        raise TypeError(f"{name} is {x.dtype}; the core knows {', '.join(DTYPE_NAMES.values())}") from None
+    except RuntimeError as error:
+        raise ValueError(_has_no_memory(x, name)) from error
+    if not address and x.numel():
+        raise ValueError(_has_no_memory(x, name))
+    return memory
 
 
-def memory_of_array(x: np.ndarray) -> Memory:
-    """The same of a numpy array whose strides are whole elements."""
+def memory_of_array(x: np.ndarray, name: str = "an array") -> Memory:
+    """The same of a numpy array, which is always on the CPU. ValueError where its strides aren't whole elements."""
+    x = np.asarray(x)  # a subclass may say anything of itself
+    if any(s % x.itemsize for s in x.strides):
+        raise ValueError(
+            f"{name} has strides {x.strides} in bytes, which aren't whole elements of {x.itemsize}: give a copy of it"
+        )
     strides = tuple(s // x.itemsize for s in x.strides)
     return x.__array_interface__["data"][0], str(x.dtype), x.shape, strides
+
+
+def _is_elsewhere(x: torch.Tensor, name: str, on: torch.device | None) -> str:
+    there = "cpu" if on is None else str(on)
+    if x.device.type == "meta":
+        return (
+            f"{name}, of shape {tuple(x.shape)}, is on meta, where tensors have a shape and no numbers, and it is "
+            f"needed on {there}: make it with device={there!r}. A tensor made without a device is put on meta by "
+            'torch.set_default_device("meta") and by torch.device("meta") as a context'
+        )
+    return f"{name} is on {x.device}, and the operation runs on {there}; move it there with .to({there!r})"
+
+
+def _has_no_memory(x: torch.Tensor, name: str) -> str:
+    return (
+        f"{name} has no memory that can be read: it is a {type(x).__name__} of shape {tuple(x.shape)} that is fake, "
+        "stands for another tensor inside a transform (torch.func, vmap, functionalization), or whose storage was "
+        "released. Give an ordinary tensor with numbers"
+    )
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -40,7 +82,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
     more than what is written there."""
     fresh = torch.empty(shape, dtype=dtype, device=device)
     if fresh.numel() >= 1 << 19 and fresh.is_cpu:
-        _core.prefer_huge_pages(fresh.data_ptr(), fresh.nbytes)
+        _core.prefer_huge_pages(memory_of(fresh, "a new tensor")[0], fresh.nbytes)
     return fresh
 
 
@@ -84,7 +126,7 @@ def runs_on(device: torch.device) -> bool:
 def device_named(name: str | torch.device) -> torch.device:
     """ "cpu", "cuda" or "cuda:1" as a device. ValueError where it isn't there, or no op runs on it."""
     try:
-        there = torch.empty(0, device=name).device
+        there = torch.empty(0, dtype=torch.uint8, device=name).device
     except (AssertionError, RuntimeError) as error:  # no such kind, PyTorch without CUDA, no driver, no such GPU
         raise ValueError(f"device is {str(name)!r}, and PyTorch has none such here: {error}") from error
     if not runs_on(there):

@@ -57,14 +57,21 @@ def cases(quick: bool = False, seed: int = 0, device: str = "cpu") -> list[Case]
     return [make(quick, seed, device) for make in (keep_topk, covariance_update, jacobian_jvp)]
 
 
+def _drawn(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
 def keep_topk(quick: bool = False, seed: int = 0, device: str = "cpu") -> Case:
     """scalpel.keep_topk against abs, topk and scatter; all three write to memory that is there already."""
     from .ops import keep_topk as op
 
     rows, width, k = (64, 256, 32) if quick else (2048, 2048, 256)
-    x = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)).to(device)
+    x = _drawn(torch.Generator().manual_seed(seed), rows, width).to(device)
     ours, theirs, copied, magnitude = (torch.empty_like(x) for _ in range(4))
-    best = (torch.empty(rows, k, device=device), torch.empty(rows, k, dtype=torch.int64, device=device))
+    best = (
+        torch.empty(rows, k, device=device, dtype=torch.float32),
+        torch.empty(rows, k, dtype=torch.int64, device=device),
+    )
 
     def peer() -> Tensor:
         torch.abs(x, out=magnitude)
@@ -94,9 +101,12 @@ def covariance_update(quick: bool = False, seed: int = 0, device: str = "cpu") -
     from .covariance import StreamingCovariance
 
     rows, dim = (512, 64) if quick else (4096, 2048)
-    x = (torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed)) + 3.0).to(device)
+    x = (_drawn(torch.Generator().manual_seed(seed), rows, dim) + 3.0).to(device)
     ours = StreamingCovariance(dim)
-    product, half = torch.empty(dim, dim, device=device), torch.empty(dim // 2, dim, device=device)
+    product, half = (
+        torch.empty(dim, dim, device=device, dtype=torch.float32),
+        torch.empty(dim // 2, dim, device=device, dtype=torch.float32),
+    )
 
     def check() -> None:
         fresh = StreamingCovariance(dim)
@@ -146,12 +156,12 @@ def jacobian_jvp(quick: bool = False, seed: int = 0, device: str = "cpu") -> Cas
     generator = torch.Generator().manual_seed(seed)
     for block in model.transformer.h:
         for linear in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
-            kept = torch.rand(linear.weight.shape, generator=generator) < density
+            kept = torch.rand(linear.weight.shape, generator=generator, dtype=torch.float32, device="cpu") < density
             spread = (density * linear.in_features) ** -0.5
-            linear.weight.copy_(torch.randn(kept.shape, generator=generator) * kept * spread)
-    model, ids = model.to(device), torch.randint(64, (1, length), generator=generator).to(device)
+            linear.weight.copy_(_drawn(generator, *kept.shape) * kept * spread)
+    model, ids = model.to(device), torch.randint(64, (1, length), generator=generator, device="cpu").to(device)
     operator = jacobian(model, ids, "0.resid_in", "final_resid")
-    v = torch.randn(tangents, *operator.source_shape, generator=generator).to(device)
+    v = _drawn(generator, tangents, *operator.source_shape).to(device)
 
     def through_torch_func(model: CircuitGPT, tangent: Tensor) -> Tensor:
         def final(delta: Tensor) -> Tensor:
@@ -174,8 +184,10 @@ def jacobian_jvp(quick: bool = False, seed: int = 0, device: str = "cpu") -> Cas
     block = model.transformer.h[0]
     products = []
     for linear in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
-        x = torch.randn(rows, linear.in_features, device=device)
-        products.append((x, linear.weight.T, torch.empty(rows, linear.out_features, device=device)))
+        x = torch.randn(rows, linear.in_features, device=device, dtype=torch.float32)
+        products.append(
+            (x, linear.weight.T, torch.empty(rows, linear.out_features, device=device, dtype=torch.float32))
+        )
 
     def floor() -> None:
         for _ in range(layers):

@@ -44,10 +44,10 @@ class Lanes:
     @classmethod
     def from_rows(cls, rows: Tensor) -> Lanes:
         """(T <= 16, N, channels) → all channels; the lanes beyond T are zero."""
-        rows = rows.contiguous()
+        rows = rows.resolve_neg().contiguous()
         values = empty((*rows.shape[1:], LANES), rows.dtype, rows.device)
         core, place = core_of(rows)
-        core.rows_to_lanes(memory_of(rows), memory_of(values), place)
+        core.rows_to_lanes(memory_of(rows, "tangents", rows.device), memory_of(values, "lanes", rows.device), place)
         return cls(values, None, rows.shape[2])
 
     @classmethod
@@ -69,7 +69,7 @@ class Lanes:
         values = values.contiguous() if index is None else spread(values, index, self.channels)
         rows = empty((count, values.shape[0], self.channels), values.dtype, values.device)
         core, place = core_of(rows)
-        core.lanes_to_rows(memory_of(values), memory_of(rows), place)
+        core.lanes_to_rows(memory_of(values, "lanes", rows.device), memory_of(rows, "tangents", rows.device), place)
         return rows
 
     def at(self, index: Tensor) -> Lanes:
@@ -77,7 +77,8 @@ class Lanes:
         assert self.index is None
         out = Lanes.empty(self.values, index, self.channels)
         core, place = core_of(index, self.values)
-        core.gather_lanes(memory_of(self.values), memory_of(out.values), memory_of(index), place)
+        lanes, to = self._memory(index.device)[0], out._memory(index.device)[0]
+        core.gather_lanes(lanes, to, memory_of(index, "an index", index.device), place)
         return out
 
     def add(self, part: Lanes) -> None:
@@ -87,7 +88,8 @@ class Lanes:
             self.values[:, : part.channels] += part.values
             return
         core, place = core_of(self.values, part.values, part.index)
-        core.scatter_lanes(memory_of(part.values), _maybe(part.index), memory_of(self.values), place)
+        on = self.values.device
+        core.scatter_lanes(*part._memory(on), self._memory(on)[0], place)
 
     def restricted(self, index: Tensor | None) -> Lanes:
         """Only the channels in ``index``; these or all are there."""
@@ -104,6 +106,10 @@ class Lanes:
     def full(self) -> Lanes:
         """With all channels."""
         return Lanes(spread(self.values, self.index, self.channels), None, self.channels)
+
+    def _memory(self, on: torch.device) -> tuple[Memory, Memory | None]:
+        """Values and index for an op of the device ``on``."""
+        return memory_of(self.values, "lanes", on), _maybe(self.index, "an index", on)
 
 
 def spread(values: Tensor, index: Tensor | None, channels: int) -> Tensor:
@@ -148,26 +154,22 @@ class SparseWeight:
         """The product, at ``index`` (N, entries) of its rows or at all, times ``scale`` (N, entries)."""
         out = Lanes.empty(x.values, index, self.rows)
         core, place = core_of(out.values, self.weights, x.values, x.index, scale, index)
-        core.linear_lanes(
-            *self._matrix(),
-            memory_of(x.values),
-            _maybe(x.index),
-            _maybe(scale),
-            memory_of(out.values),
-            _maybe(index),
-            place,
-        )
+        on = out.values.device
+        core.linear_lanes(*self._matrix(on), *x._memory(on), _maybe(scale, "a scale", on), *out._memory(on), place)
         return out
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (N, cols) times the transposed matrix, plus bias (rows,): (N, rows), with sixteen tokens in the lanes."""
         x, out = x.contiguous(), empty((x.shape[0], self.rows), x.dtype, x.device)
         core, place = core_of(x, self.weights, bias)
-        core.linear_rows(*self._matrix(), memory_of(x), _maybe(bias), memory_of(out), place)
+        on = x.device
+        given, added, to = memory_of(x, "x", on), _maybe(bias, "the bias", on), memory_of(out, "the product", on)
+        core.linear_rows(*self._matrix(on), given, added, to, place)
         return out
 
-    def _matrix(self) -> tuple[Memory, Memory, Memory, int]:
-        return memory_of(self.starts), memory_of(self.columns), memory_of(self.weights), self.cols
+    def _matrix(self, on: torch.device) -> tuple[Memory, Memory, Memory, int]:
+        starts, columns = memory_of(self.starts, "starts", on), memory_of(self.columns, "columns", on)
+        return starts, columns, memory_of(self.weights, "weights", on), self.cols
 
 
 def apply_linear(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -289,16 +291,19 @@ class Norm:
     def jvp(self, x: Lanes, index: Tensor | None) -> Lanes:
         out = Lanes.empty(x.values, index, self.gain.shape[0])
         core, place = core_of(out.values, self.normed, x.values, index)
-        core.norm_jvp(*self._primal(), memory_of(x.values), memory_of(out.values), _maybe(index), place)
+        on = out.values.device
+        core.norm_jvp(*self._primal(on), x._memory(on)[0], *out._memory(on), place)
         return out
 
     def add_vjp(self, u: Lanes, out: Lanes) -> None:
         """The cotangent of the norm's input, added to ``out``."""
         core, place = core_of(out.values, self.normed, u.values, u.index)
-        core.norm_vjp(*self._primal(), memory_of(u.values), _maybe(u.index), memory_of(out.values), place)
+        on = out.values.device
+        core.norm_vjp(*self._primal(on), *u._memory(on), out._memory(on)[0], place)
 
-    def _primal(self) -> tuple[Any, Any, Any, bool, int]:
-        return memory_of(self.normed), memory_of(self.rate), memory_of(self.gain), self.centred, self.over
+    def _primal(self, on: torch.device) -> tuple[Memory, Memory, Memory, bool, int]:
+        normed, rate = memory_of(self.normed, "the normed value", on), memory_of(self.rate, "the norm's rate", on)
+        return normed, rate, memory_of(self.gain, "the norm's gain", on), self.centred, self.over
 
 
 # ---- attention ---------------------------------------------------------------------------------
@@ -336,15 +341,17 @@ class Attention:
         return found
 
     def _call(self, op: str, q: Lanes | None, k: Lanes | None, v: Lanes | None, y: Lanes) -> None:
-        lanes: list[Any] = []
-        for part in (q, k, v):
-            lanes += [None, None] if part is None else [memory_of(part.values), _maybe(part.index)]
-        primal = [memory_of(each) for each in (self.q, self.k, self.v, self.y, self.allowed)]
-        shape = (self.heads, self.kv_heads, self.scale)
         indices = [part.index for part in (q, k, v) if part is not None]
         core, place = core_of(y.values, self.q, self.k, self.v, self.allowed, self.sink, *indices)
-        getattr(core, op)(*primal, _maybe(self.sink), *shape, *lanes, memory_of(y.values), place)
+        on = y.values.device
+        lanes: list[Memory | None] = []
+        for part in (q, k, v):
+            lanes += (None, None) if part is None else part._memory(on)
+        names = ("q", "k", "v", "y", "allowed")
+        primal = [memory_of(getattr(self, name), f"attention's {name}", on) for name in names]
+        shape = (self.heads, self.kv_heads, self.scale)
+        getattr(core, op)(*primal, _maybe(self.sink, "the sink", on), *shape, *lanes, y._memory(on)[0], place)
 
 
-def _maybe(x: Tensor | None) -> Memory | None:
-    return None if x is None else memory_of(x)
+def _maybe(x: Tensor | None, name: str, on: torch.device) -> Memory | None:
+    return None if x is None else memory_of(x, name, on)

@@ -17,6 +17,8 @@ from typing import Any, Literal, TypeVar, cast
 import numpy as np
 import torch
 from torch._ops import _len_torch_dispatch_stack_pre_dispatch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from . import _core
 from ._memory import DTYPE_NAMES, check_device, core_of, empty, memory_of, memory_of_array
@@ -225,7 +227,8 @@ def _into(op: str, x: torch.Tensor, k: int, by: str, out: torch.Tensor) -> None:
     if out.is_neg() or (out.dim() > 0 and out.stride(-1) != 1 and out.size(-1) > 1):
         to = torch.empty(out.shape, dtype=out.dtype, device=out.device)
     core, place = core_of(x)
-    getattr(core, op)(memory_of(x), k, by == "value", memory_of(to), place)
+    on = None if x.is_cpu else x.device
+    getattr(core, op)(memory_of(x, "x", on), k, by == "value", memory_of(to, "out", on), place)
     if to is not out:
         out.copy_(to)
 
@@ -249,7 +252,8 @@ def _call_numpy(op: str, x: np.ndarray, k: int, by: str, out: Any) -> np.ndarray
     to = (
         out if out.ndim == 0 or out.strides[-1] == out.itemsize or out.shape[-1] <= 1 else np.empty_like(out, order="C")
     )
-    getattr(_core, op)(memory_of_array(x), k, _by_value(by), memory_of_array(to), torch.get_num_threads())
+    threads = torch.get_num_threads()
+    getattr(_core, op)(memory_of_array(x, "x"), k, _by_value(by), memory_of_array(to, "out"), threads)
     if to is not out:
         out[...] = to
     return cast(np.ndarray, out)
@@ -341,9 +345,15 @@ def untraced(x: torch.Tensor) -> bool:
         and not _transformed(x)
         and torch._C._len_torch_dispatch_stack() == 0
         and _len_torch_dispatch_stack_pre_dispatch() == 0
-        and not torch._C._is_torch_function_mode_enabled()
+        and not (torch._C._is_torch_function_mode_enabled() and _a_mode_watches())
         and torch._C._get_tracing_state() is None
     )
+
+
+def _a_mode_watches() -> bool:
+    """True when a torch function mode is there to see the op. A default device is such a mode, too, and it sees to
+    nothing but where new tensors go."""
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
 @torch.compiler.allow_in_graph

@@ -173,7 +173,7 @@ def _decoder(folder: Path, architecture: str, device: torch.device) -> Source:
     wide = None if stored is None else torch.float64 if torch.float64 in stored else torch.float32
     try:
         auto: Any = AutoModelForCausalLM
-        with torch.device("cpu"):
+        with torch.device("cpu"):  # transformers goes by torch's default device
             model, info = auto.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True, dtype=wide or "auto", output_loading_info=True
             )

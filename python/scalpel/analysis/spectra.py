@@ -100,7 +100,7 @@ class Spectra:
 
     def _blocks(self) -> list[list[Tensor]]:
         """The stretches as blocks of batches: neighbours in one block, since they are alike."""
-        ids = torch.tensor(self.text.ids[: self.stretches * self.length], dtype=torch.int64)
+        ids = torch.tensor(self.text.ids[: self.stretches * self.length], dtype=torch.int64, device="cpu")
         rows = ids.reshape(self.stretches, self.length).to(self.device)
         blocks = rows.tensor_split(min(BLOCKS, self.stretches))
         # small enough that every process has some
@@ -129,10 +129,10 @@ class Spectra:
 
             def measure(state: StreamingCovariance) -> Tensor:
                 if small:
-                    return torch.tensor(list(_numbers(state.eigenvalues()).values()))
+                    return torch.tensor(list(_numbers(state.eigenvalues()).values()), dtype=torch.float64, device="cpu")
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", RuntimeWarning)  # of few rows: a note says so
-                    return torch.tensor([state.participation_ratio()])
+                    return torch.tensor([state.participation_ratio()], dtype=torch.float64, device="cpu")
 
             jack = leave_one_out(blocks, measure)
             intervals = {n: (float(jack.low[i]), float(jack.high[i])) for i, n in enumerate(names)}

@@ -50,7 +50,7 @@ def measure_streamed(folder: Path, ids: Tensor, T: int, seed: int, narrow: bool,
         if min(J.shape) < T:
             raise ValueError(f"T is {T}; a layer at {ids.shape[1]} tokens has {min(J.shape)} singular values")
         if frame is None:
-            drawn = torch.randn(J.shape[1], T, generator=generator, dtype=torch.float64)
+            drawn = torch.randn(J.shape[1], T, generator=generator, dtype=torch.float64, device="cpu")
             frame = torch.linalg.qr(drawn)[0].to(ids.device)
             norms.append(_log_norm(layer.before))
             rest.append(_log_norm(layer.before[:, 1:]))
@@ -71,7 +71,9 @@ def measure_streamed(folder: Path, ids: Tensor, T: int, seed: int, narrow: bool,
         "log_norms_without_first": None if alone else _logs(rest),
         "frame_growth": plain(frames),
         "mean_frame_growth": plain(frames.mean(dim=0)),
-        "layers": spectra(Spectra(torch.stack(logs), tuple(sizes), torch.tensor(tails, dtype=torch.float64)))
+        "layers": spectra(
+            Spectra(torch.stack(logs), tuple(sizes), torch.tensor(tails, dtype=torch.float64, device="cpu"))
+        )
         | {"residual": residuals},
         "active": active,
         "margins": {},

@@ -28,7 +28,7 @@ class Text:
     def chunk(self, number: int, step: int, length: int) -> Tensor:
         """(1, length): chunk ``number`` of ``step`` tokens, or its first ``length``."""
         begin = number * step
-        return torch.tensor(self.ids[begin : begin + length], dtype=torch.int64)[None]
+        return torch.tensor(self.ids[begin : begin + length], dtype=torch.int64, device="cpu")[None]
 
 
 def read_text(path: str | Path, source: Source, tokenizer: str | Path | None, length: int) -> Text:
@@ -74,7 +74,9 @@ def read_text(path: str | Path, source: Source, tokenizer: str | Path | None, le
         "tokenizer": of,
         "tokens": len(ids),
         "special tokens": "none added",
-        "tokens_sha256": hashlib.sha256(torch.tensor(ids, dtype=torch.int64).numpy().tobytes()).hexdigest(),
+        "tokens_sha256": hashlib.sha256(
+            torch.tensor(ids, dtype=torch.int64, device="cpu").numpy().tobytes()
+        ).hexdigest(),
     }
     return Text(tuple(ids), facts)
 

@@ -57,7 +57,7 @@ class Substitute:
         given = self.values[name]
         if self.kind != "resample":
             return given.to(value.device)
-        draw = torch.randint(len(given), value.shape[:-1], generator=self.generator)
+        draw = torch.randint(len(given), value.shape[:-1], generator=self.generator, device="cpu")
         return given[draw].to(value.device)
 
 
@@ -69,7 +69,9 @@ def substitute(model: CircuitGPT, kind: str, reference: Any, hooks: list[str], s
     if kind not in KINDS:
         raise ValueError(f"ablation kind is {kind!r}; allowed: {', '.join(KINDS)}")
     if kind == "zero":
-        return Substitute(kind, {name: torch.zeros(hook_width(model, name)) for name in hooks})
+        return Substitute(
+            kind, {name: torch.zeros(hook_width(model, name), dtype=model.dtype, device="cpu") for name in hooks}
+        )
     if kind == "mean":
         means = _stored_means(model, hooks) if reference is None else hook_means(model, reference, hooks)
         return Substitute(kind, {name: mean.to(model.dtype).cpu() for name, mean in means.items()})

@@ -85,7 +85,7 @@ def _rates(
     """
     alone = _questions(model, words, task)
     fitted = fit_of(model, nodes, stand_in, task)
-    alone.shift = torch.tensor(fitted.shift) / max(fitted.scale, 1e-9)
+    alone.shift = torch.tensor(fitted.shift, dtype=model.dtype, device="cpu") / max(fitted.scale, 1e-9)
     row_of = {state: row for row, state in candidate.states.items()}
     rates: dict[str, Rate] = {}
     with only(model, nodes, stand_in):

@@ -105,7 +105,7 @@ def ablation_effects(
     stand_in = substitute(model, kind, reference, list(names), seed)
     tails = [Tail(model, prompts, task.answers) for prompts in pack(task, _PREFIXES)]
     answer_logits(model, task)  # refuses answers that are no tokens, and logits that are no numbers
-    base = torch.empty(len(task), len(task.answers), dtype=model.dtype)
+    base = torch.empty(len(task), len(task.answers), dtype=model.dtype, device="cpu")
     for tail in tails:
         base[tail.prompts.rows] = tail.logits.cpu()
     kept = _Kept(folder, {"model": identity(model), "task": task.digest(), "values": digest(stand_in), "seed": seed})

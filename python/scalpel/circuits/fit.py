@@ -25,8 +25,8 @@ def refit(logits: Tensor, labels: Tensor) -> Fit:
     The scale is bounded so that a circuit can't be sharpened without end.
     """
     given = logits.detach().double()
-    raw = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    shift = torch.zeros(given.shape[1], dtype=torch.float64, requires_grad=True)
+    raw = torch.zeros((), dtype=torch.float64, requires_grad=True, device=given.device)
+    shift = torch.zeros(given.shape[1], dtype=torch.float64, requires_grad=True, device=given.device)
     optimizer = torch.optim.LBFGS([raw, shift], max_iter=100, line_search_fn="strong_wolfe")
 
     def fitted() -> Tensor:

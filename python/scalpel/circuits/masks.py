@@ -62,11 +62,11 @@ def learn_masks(
     """
     generator = torch.Generator().manual_seed(seed)
     taus = {
-        name: (0.5 + 0.1 * torch.randn(width, generator=generator)).requires_grad_()
+        name: (0.5 + 0.1 * torch.randn(width, generator=generator, dtype=torch.float32, device="cpu")).requires_grad_()
         for name, width in nodes_at(model).items()
     }
-    scale = torch.zeros((), requires_grad=True)
-    shift = torch.zeros(len(task.answers), requires_grad=True)
+    scale = torch.zeros((), requires_grad=True, dtype=torch.float32, device="cpu")
+    shift = torch.zeros(len(task.answers), requires_grad=True, dtype=torch.float32, device="cpu")
     optimizer = torch.optim.Adam([*taus.values(), scale, shift], lr=schedule.lr, betas=(0.9, 0.95))
     weights = [p for p in model.parameters() if p.requires_grad]
     for p in weights:
@@ -75,11 +75,11 @@ def learn_masks(
         for step in range(schedule.steps):
             for group in optimizer.param_groups:
                 group["lr"] = schedule.lr * (1 - step / schedule.steps)
-            rows = torch.randint(len(task), (schedule.batch,), generator=generator)
+            rows = torch.randint(len(task), (schedule.batch,), generator=generator, device="cpu")
             part = task.part(rows)
             masks = {name: _Step.apply(tau, schedule.temperature) for name, tau in taus.items()}
             logits = model(part.ids, tap=masked(masks, stand_in))
-            chosen = logits[torch.arange(len(part)), part.asked][:, list(task.answers)].cpu()
+            chosen = logits[torch.arange(len(part), device="cpu"), part.asked][:, list(task.answers)].cpu()
             loss = F.cross_entropy(chosen * scale.exp() + shift, part.labels)
             kept = torch.stack([mask.sum() for mask in masks.values()]).sum()
             cost = schedule.cost * min(1.0, 2 * (step + 1) / schedule.steps)

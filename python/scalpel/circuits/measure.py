@@ -49,7 +49,7 @@ def only(
     named = _parse(model, nodes)
     masks: dict[str, Tensor] = {}
     for name, width in nodes_at(model).items():
-        kept = named.get(name, torch.zeros(width, dtype=torch.bool))
+        kept = named.get(name, torch.zeros(width, dtype=torch.bool, device="cpu"))
         masks[name] = ~kept if removed else kept
     return Ablation(model, masked(masks, stand_in))
 

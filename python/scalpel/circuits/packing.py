@@ -55,7 +55,7 @@ def pack(task: Task, most: int) -> list[Packed]:
 
 
 def _packed(task: Task, group: list[int], prompts: list[tuple[int, ...]]) -> Packed:
-    part = task.part(torch.tensor(group))
+    part = task.part(torch.tensor(group, dtype=torch.int64, device="cpu"))
     length = part.ids.shape[1]
     number: dict[tuple[int, ...], int] = {}
     first: list[int] = []
@@ -71,10 +71,15 @@ def _packed(task: Task, group: list[int], prompts: list[tuple[int, ...]]) -> Pac
                 parents.append(number[prompt[: end - 1]] if end > 1 else None)
                 depth.append(end - 1)
         asked.append(number[prompt])
-    ancestors = torch.eye(len(first), dtype=torch.bool)
+    ancestors = torch.eye(len(first), dtype=torch.bool, device="cpu")
     for i, parent in enumerate(parents):
         if parent is not None:
             ancestors[i] |= ancestors[parent]
     return Packed(
-        torch.tensor(group), part.ids, torch.tensor(first), ancestors, torch.tensor(depth), torch.tensor(asked)
+        torch.tensor(group, dtype=torch.int64, device="cpu"),
+        part.ids,
+        torch.tensor(first, dtype=torch.int64, device="cpu"),
+        ancestors,
+        torch.tensor(depth, dtype=torch.int64, device="cpu"),
+        torch.tensor(asked, dtype=torch.int64, device="cpu"),
     )

@@ -137,7 +137,7 @@ class Tail:
         for name in (*"qkv", "y"):
             value = self.values[f"{layer}.attn.{name}"].unflatten(-1, (config.n_head, width))
             parts[name] = value[:, heads].transpose(0, 1).clone()
-        parts[part][torch.arange(len(channels)), :, channels % width] += change
+        parts[part][torch.arange(len(channels), device=channels.device), :, channels % width] += change
         q, k, v, was = (parts[name] for name in (*"qkv", "y"))
         product = self._product(f"{layer}.attn.y", attention.c_proj)
         x = self._base(f"{layer}.resid_in")
@@ -239,7 +239,7 @@ def _some_rows(linear: torch.nn.Linear, x: Tensor, rows: slice) -> Tensor:
 def _changed(value: Tensor, channels: Tensor, change: Tensor) -> Tensor:
     """``value`` (1, N, width) with one channel a variant changed: (G, N, width)."""
     variants = value.repeat(len(channels), 1, 1)
-    variants[torch.arange(len(channels)), :, channels] += change
+    variants[torch.arange(len(channels), device=channels.device), :, channels] += change
     return variants
 
 

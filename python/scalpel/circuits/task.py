@@ -73,7 +73,9 @@ class Task:
             if prompt in seen:
                 bad.add(group)
             seen.add(prompt)
-        kept = torch.tensor([row for row in range(len(self)) if int(self.groups[row]) not in bad], dtype=torch.long)
+        kept = torch.tensor(
+            [row for row in range(len(self)) if int(self.groups[row]) not in bad], dtype=torch.long, device="cpu"
+        )
         if len(kept) == 0:
             raise ValueError(f"every prompt of {self.name} was seen before; give another seed or more prompts")
         return self.part(kept)
@@ -101,11 +103,21 @@ class Task:
             raise ValueError("a prompt is empty; each needs at least one token")
         if len(set(answers)) != len(answers):
             raise ValueError(f"answers {list(answers)} are not all different tokens")
-        lengths = torch.tensor([len(row) for row in rows])
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-        mask = torch.arange(ids.shape[1]) < lengths[:, None]
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64, device="cpu")
+        ids = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(row, dtype=torch.int64, device="cpu") for row in rows], batch_first=True
+        )
+        mask = torch.arange(ids.shape[1], device="cpu") < lengths[:, None]
         own = list(range(len(rows))) if groups is None else list(groups)
-        return cls(name, ids, mask, lengths - 1, tuple(answers), torch.tensor(labels), torch.tensor(own))
+        return cls(
+            name,
+            ids,
+            mask,
+            lengths - 1,
+            tuple(answers),
+            torch.tensor(labels, dtype=torch.int64, device="cpu"),
+            torch.tensor(own, dtype=torch.int64, device="cpu"),
+        )
 
 
 def answer_logits(model: CircuitGPT, task: Task, batch: int = 64) -> Tensor:
@@ -116,7 +128,7 @@ def answer_logits(model: CircuitGPT, task: Task, batch: int = 64) -> Tensor:
     for i in range(0, len(task), batch):
         part = task.part(slice(i, i + batch))
         logits = model(part.ids)  # causality hides the padding on the right
-        found.append(logits[torch.arange(len(part)), part.asked][:, list(task.answers)].cpu())
+        found.append(logits[torch.arange(len(part), device="cpu"), part.asked][:, list(task.answers)].cpu())
     every = torch.cat(found)
     if not bool(torch.isfinite(every).all()):
         raise Refused(f"the model's logits of the answers of {task.name} aren't finite; it has no answer")
@@ -133,7 +145,7 @@ def nonsense(task: Task, seed: int) -> Task:
     tokens = task.ids[:, place].unique().tolist()
     order = sorted(tokens, key=lambda token: hashlib.sha256(f"{seed} {token}".encode()).digest())
     label = {token: i % len(task.answers) for i, token in enumerate(order)}
-    labels = torch.tensor([label[token] for token in task.ids[:, place].tolist()])
+    labels = torch.tensor([label[token] for token in task.ids[:, place].tolist()], dtype=torch.int64, device="cpu")
     return task.relabelled(labels, "nonsense labels")
 
 

@@ -41,7 +41,8 @@ def all_reduce(state: State, group: Any = None) -> State:
     if any(kind != kinds[0] for kind in kinds):
         told_of = "; ".join(f"rank {r}: method, dim, center, rank = {kind}" for r, kind in enumerate(kinds))
         raise ValueError(f"states of different kinds can't be merged: {told_of}")
-    where = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else None
+    nccl = dist.get_backend(group) == "nccl"
+    where = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
     ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
     if rank:
         with _names_the_rank(ranks[0]):
@@ -105,7 +106,7 @@ def _shared(
     rank: int,
     first: int,
     group: Any,
-    where: torch.device | None,
+    where: torch.device,
 ) -> State:
     """The first rank's merged state, in all."""
     import torch.distributed as dist
@@ -131,5 +132,5 @@ def _names_the_rank(rank: int) -> Iterator[None]:
         raise RuntimeError(f"the connection to rank {rank} broke while states were merged: {error}") from error
 
 
-def _moved(tensor: Tensor, where: torch.device | None) -> Tensor:
-    return tensor.contiguous() if where is None else tensor.contiguous().to(where)
+def _moved(tensor: Tensor, where: torch.device) -> Tensor:
+    return tensor.contiguous().to(where)

@@ -56,7 +56,9 @@ def complete(vectors: Tensor, k: int) -> Tensor:
     more = k - len(vectors)
     if more <= 0:
         return vectors
-    drawn = torch.randn(more, vectors.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drawn = torch.randn(
+        more, vectors.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu"
+    )
     Q = torch.linalg.qr(torch.cat([vectors, drawn.to(vectors.device)]).T).Q.T
     return torch.cat([vectors, Q[len(vectors) :]])
 
@@ -114,7 +116,7 @@ class Leading:
     def _first_block(self, dim: int, k: int, device: torch.device) -> Tensor:
         self._calls += 1
         generator = torch.Generator().manual_seed(self._calls)
-        block = torch.randn(dim, k + _EXTRA + _FRESH, generator=generator, dtype=torch.float32).to(device)
+        block = torch.randn(dim, k + _EXTRA + _FRESH, generator=generator, dtype=torch.float32, device="cpu").to(device)
         if self._vectors is not None:
             known = self._vectors[: k + _EXTRA].T.float()
             block[:, : known.shape[1]] = known
@@ -173,7 +175,7 @@ def _orthogonal(images: Tensor, S: Tensor) -> Tensor:
     spent = torch.linalg.vector_norm(fresh, dim=0) <= _SPENT * torch.linalg.vector_norm(images, dim=0)
     if bool(spent.any()):
         generator = torch.Generator().manual_seed(S.shape[1])
-        drawn = torch.randn(len(fresh), int(spent.sum()), generator=generator, dtype=fresh.dtype)
+        drawn = torch.randn(len(fresh), int(spent.sum()), generator=generator, dtype=fresh.dtype, device="cpu")
         fresh[:, spent] = drawn.to(fresh.device)
     fresh = torch.linalg.qr(fresh).Q
     return torch.linalg.qr(fresh - S @ (S.T @ fresh)).Q  # once is not enough in float32

@@ -28,10 +28,10 @@ class Exact(State):
 
     def __init__(self, dim: int, center: bool) -> None:
         super().__init__(dim, center)
-        self._counts = torch.zeros(2, dtype=torch.int64)  # joined and waiting, the core's to write
-        self._mean = torch.zeros(dim, dtype=torch.float64)
-        self._scatter = torch.zeros(0, 0, dtype=torch.float64)
-        self._waiting = torch.empty(0, dim)
+        self._counts = torch.zeros(2, dtype=torch.int64, device="cpu")  # joined and waiting, the core's to write
+        self._mean = torch.zeros(dim, dtype=torch.float64, device="cpu")
+        self._scatter = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
+        self._waiting = torch.empty(0, dim, dtype=torch.float32, device="cpu")
         self._leading = Leading()
         self._answer: Spectrum | None = None  # to the last question, while no row has come since
 
@@ -49,7 +49,7 @@ class Exact(State):
             return -1
         joined, waiting = self._counts.tolist()
         if waiting and self._waiting.dtype != rows.dtype:
-            bad: int = _core.first_bad_row(memory_of(rows), torch.get_num_threads())
+            bad: int = _core.first_bad_row(memory_of(rows, "x"), torch.get_num_threads())
             if bad >= 0:
                 return bad  # before anything is changed
             self.fold()
@@ -59,7 +59,7 @@ class Exact(State):
         if waiting + len(rows) >= limit:
             self._need_scatter()
         self._answer = None
-        bad = _core.update_moments(*self._memory(), self.center, memory_of(rows), torch.get_num_threads())
+        bad = _core.update_moments(*self._memory(), self.center, memory_of(rows, "x"), torch.get_num_threads())
         if self.dim > BLOCK_ROWS and not joined and int(self._counts[0]):
             self._waiting = self._waiting[:BLOCK_ROWS].clone()  # more never wait from here on
         return bad
@@ -160,7 +160,7 @@ class Exact(State):
 
     def tensors(self) -> dict[str, Tensor]:
         self.fold()
-        packed = torch.zeros(self.dim * (self.dim + 1) // 2 if self.count else 0, dtype=torch.float64)
+        packed = torch.zeros(self.dim * (self.dim + 1) // 2 if self.count else 0, dtype=torch.float64, device="cpu")
         for row, part in triangle(self._scatter, packed):
             part[:] = row
         return {"count": self._counts[:1].clone(), "mean": self._mean, "scatter": packed}
@@ -178,14 +178,15 @@ class Exact(State):
 
     def _full(self, dtype: torch.dtype) -> Tensor:
         out = empty((self.dim, self.dim), dtype)
-        _core.symmetric_moments(*self._memory(), self.center, memory_of(out), torch.get_num_threads())
+        _core.symmetric_moments(*self._memory(), self.center, memory_of(out, "the covariance"), torch.get_num_threads())
         return out
 
     def _rows(self) -> Tensor:
         return self._waiting[: int(self._counts[1])]
 
     def _memory(self) -> tuple[Memory, Memory, Memory, Memory]:
-        return memory_of(self._counts), memory_of(self._mean), memory_of(self._scatter), memory_of(self._waiting)
+        counts, mean = memory_of(self._counts, "the state's counts"), memory_of(self._mean, "the state's mean")
+        return counts, mean, memory_of(self._scatter, "the scatter"), memory_of(self._waiting, "the waiting rows")
 
     def _need_scatter(self) -> None:
         if not len(self._scatter):

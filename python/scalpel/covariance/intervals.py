@@ -67,7 +67,8 @@ def _all_but(blocks: Sequence[StreamingCovariance], i: int) -> StreamingCovarian
 
 
 def _plain(value: float | Tensor) -> Tensor:
-    found = torch.as_tensor(value, dtype=torch.float64)
+    device = value.device if isinstance(value, Tensor) else "cpu"
+    found = torch.as_tensor(value, dtype=torch.float64, device=device)
     if not math.prod(found.shape):
         raise ValueError(f"measure gave a tensor of shape {tuple(found.shape)}; it must give numbers")
     return found

@@ -88,7 +88,9 @@ class OnDevice(State):
         told = sums.new_zeros(3)
         told[0].fill_(len(rows))
         limit = min(_LARGEST, torch.finfo(rows.dtype).max)
-        core.column_sums(memory_of(rows), limit, memory_of(sums), memory_of(told), place)
+        on = rows.device
+        to = memory_of(sums, "the sums", on), memory_of(told, "what is told", on)
+        core.column_sums(memory_of(rows, "x", on), limit, *to, place)
         return Look(rows, rows[0].double() + sums.sum(dim=0) / len(rows), told)
 
     def join(self, look: Look, bad: float, size: float, farthest: float) -> int:
@@ -149,8 +151,10 @@ class OnDevice(State):
         if by_core:
             once = self._precision == "fast" or (rows.dtype == torch.bfloat16 and shift is None)
             core, place = core_of(rows)
-            taken_off = None if shift is None else memory_of(shift)
-            core.gram_lower(memory_of(rows), taken_off, memory_of(scatter), 1 if once else 3, place)
+            on = rows.device
+            taken_off = None if shift is None else memory_of(shift, "the shift", on)
+            to = memory_of(scatter, "the scatter", on)
+            core.gram_lower(memory_of(rows, "x", on), taken_off, to, 1 if once else 3, place)
         else:
             for part in self._parts(rows):
                 deviations = part - mean if self.center else part.double()
@@ -209,14 +213,14 @@ class OnDevice(State):
     def tensors(self) -> dict[str, Tensor]:
         """On the CPU, and as an ``Exact`` state has them."""
         count, mean, scatter = self._moments
-        packed = torch.zeros(self.dim * (self.dim + 1) // 2 if count else 0, dtype=torch.float64)
+        packed = torch.zeros(self.dim * (self.dim + 1) // 2 if count else 0, dtype=torch.float64, device="cpu")
         for row, part in triangle(scatter.cpu(), packed):
             part[:] = row
-        return {"count": torch.tensor([count]), "mean": mean.cpu(), "scatter": packed}
+        return {"count": torch.tensor([count], dtype=torch.int64, device="cpu"), "mean": mean.cpu(), "scatter": packed}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         count = int(tensors["count"])
-        scatter = torch.zeros(self.dim if count else 0, self.dim if count else 0, dtype=torch.float64)
+        scatter = torch.zeros(self.dim if count else 0, self.dim if count else 0, dtype=torch.float64, device="cpu")
         for row, part in triangle(scatter, tensors["scatter"].cpu()):
             row[:] = part
         mean = tensors["mean"].to(self._device, copy=True)

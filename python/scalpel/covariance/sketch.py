@@ -40,8 +40,8 @@ class Sketch(State):
     def __init__(self, dim: int, center: bool, rank: int) -> None:
         super().__init__(dim, center)
         self.rank = rank
-        zeros = torch.zeros(dim, dtype=torch.float64)
-        self._kept = Kept(0, zeros, torch.zeros(0, dim, dtype=torch.float64), 0.0, 0.0)
+        zeros = torch.zeros(dim, dtype=torch.float64, device="cpu")
+        self._kept = Kept(0, zeros, torch.zeros(0, dim, dtype=torch.float64, device="cpu"), 0.0, 0.0)
         self._waiting: tuple[Tensor, ...] = ()
 
     def empty(self) -> Self:
@@ -62,7 +62,7 @@ class Sketch(State):
         return self._kept.rows + sum(map(len, self._waiting))
 
     def update(self, rows: Tensor) -> int:
-        bad: int = _core.first_bad_row(memory_of(rows), torch.get_num_threads())
+        bad: int = _core.first_bad_row(memory_of(rows, "x"), torch.get_num_threads())
         if bad >= 0 or not len(rows):
             return bad
         waiting = (*self._waiting, rows)
@@ -101,15 +101,14 @@ class Sketch(State):
 
     def _with_block(self, kept: Kept, rows: Tensor) -> Kept:
         """A block centred by its own mean; that it has another than the state is one more row (Chan et al. 1979)."""
-        mean = torch.empty(self.dim, dtype=torch.float64)
+        mean = torch.empty(self.dim, dtype=torch.float64, device="cpu")
         dtype = torch.float64 if rows.dtype == torch.float64 or self.always_wide else torch.float32
         rows = rows.double() if dtype == torch.float64 else rows
         first = len(kept.directions)  # room before the block and after it, so that nothing is copied to join them
         stack = empty((first + len(rows) + 1, self.dim), dtype)
         centred = stack[first:-1]
-        energy: float = _core.center_rows(
-            memory_of(rows), self.center, memory_of(mean), memory_of(centred), torch.get_num_threads()
-        )
+        to = memory_of(mean, "the block's mean"), memory_of(centred, "the centred block")
+        energy: float = _core.center_rows(memory_of(rows, "x"), self.center, *to, torch.get_num_threads())
         stack[:first] = kept.directions
         square = max(energy / rows.numel(), kept.energy / max(1, kept.rows * self.dim))  # of an entry, on average
         if dtype == torch.float32 and square > 0 and not _TINY < square < _HUGE:
@@ -181,10 +180,10 @@ class Sketch(State):
         self.fold()
         kept = self._kept
         return {
-            "count": torch.tensor([kept.rows]),
+            "count": torch.tensor([kept.rows], dtype=torch.int64, device="cpu"),
             "mean": kept.mean,
             "directions": kept.directions,
-            "energy": torch.tensor([kept.energy, kept.shrunk], dtype=torch.float64),
+            "energy": torch.tensor([kept.energy, kept.shrunk], dtype=torch.float64, device="cpu"),
         }
 
     def restore(self, tensors: dict[str, Tensor]) -> None:

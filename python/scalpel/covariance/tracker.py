@@ -32,7 +32,9 @@ class Tracker(Sketch):
             return turn[:kept] @ rows.double(), 0.0
         # Seeded by how many rows there were, so that a resumed sketch draws what an uninterrupted one does.
         generator = torch.Generator().manual_seed(seed)
-        mixed = torch.randn(max(0, most - known) + _PROBES, len(rows), generator=generator, dtype=rows.dtype)
+        mixed = torch.randn(
+            max(0, most - known) + _PROBES, len(rows), generator=generator, dtype=rows.dtype, device="cpu"
+        )
         found = torch.linalg.qr(_taken_to(rows, known, mixed @ rows)).Q.T @ rows
         squares, turn = by_gram(found)
         kept = int((squares[:most] > 0).sum())
@@ -51,7 +53,7 @@ def _taken_to(rows: Tensor, known: int, probes: Tensor) -> Tensor:
         probes = probes - (probes @ unit.T) @ unit
     probes = torch.linalg.qr(probes.T).Q.T
     taken = rows.new_zeros(len(rows), len(unit) + len(probes))
-    taken[:known][some, torch.arange(len(unit))] = lengths[some]
+    taken[:known][some, torch.arange(len(unit), device=rows.device)] = lengths[some]
     taken[:known, len(unit) :] = rows[:known] @ probes.T
     torch.mm(rows[known:], torch.cat([unit, probes]).T, out=taken[known:])
     return taken

@@ -143,7 +143,7 @@ def calibrate(
     for k in amounts:
         lists = h.short_lists(model, k, 2, prompts, seed)
         # The longer half of the short contexts: the first questions have hardly any filler to read.
-        asked = torch.arange(lists.asked.shape[1] // 2, lists.asked.shape[1])
+        asked = torch.arange(lists.asked.shape[1] // 2, lists.asked.shape[1], device="cpu")
         reading = h.read(model, head, lists, asked, u)
         rows = lists.ids.tolist()
         ends = lists.asked.numpy()

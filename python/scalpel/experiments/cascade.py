@@ -97,7 +97,9 @@ class Cascade:
 
 def cascades(model: CircuitGPT, texts: Sequence[Sequence[int]], ranks: bool = True) -> list[Cascade]:
     """One :class:`Cascade` a prompt; without ``ranks``, theirs are empty."""
-    return [_cascade(model, torch.tensor([list(text)], device=model.device), ranks) for text in texts]
+    return [
+        _cascade(model, torch.tensor([list(text)], device=model.device, dtype=torch.int64), ranks) for text in texts
+    ]
 
 
 def _cascade(model: CircuitGPT, ids: torch.Tensor, wanted: bool) -> Cascade:
@@ -177,7 +179,7 @@ def sweep_exponents(
     }
     T = min(directions, model.config.d_model)
     for text in texts:
-        ids = torch.tensor([list(text)], device=model.device)
+        ids = torch.tensor([list(text)], device=model.device, dtype=torch.int64)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # what didn't converge is counted
             whole, last = (

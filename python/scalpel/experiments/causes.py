@@ -138,7 +138,7 @@ def says_two(
     ids = closers(model.tokenizer)
     allowed = None
     if mask is not None:
-        allowed = torch.ones(len(cell.ids), cell.n, cell.n, dtype=torch.bool).tril()
+        allowed = torch.ones(len(cell.ids), cell.n, cell.n, dtype=torch.bool, device="cpu").tril()
         allowed[:, -1] = mask
     found = []
     for i in range(0, len(cell.ids), 16):
@@ -167,12 +167,12 @@ def _interventions(model: CircuitGPT, failing: int, prompts: int, seed: int) -> 
     # The last three tokens stay: the question stands on them.
     filler = long.filler.clone()
     filler[:, -3:] = False
-    half = filler & (torch.rand(filler.shape, generator=generator) < 0.5)
+    half = filler & (torch.rand(filler.shape, generator=generator, dtype=torch.float32, device="cpu") < 0.5)
     flat_filler = flat.filler.clone()
     flat_filler[:, -3:] = False
     brackets = ~short.filler
     brackets[:, 0] = False
-    drawn = torch.rand(filler.shape, generator=generator)
+    drawn = torch.rand(filler.shape, generator=generator, dtype=torch.float32, device="cpu")
     drawn[:, -3:] = -1
     anything = drawn >= torch.sort(drawn, descending=True).values.gather(1, filler.sum(1, keepdim=True) - 1)
     table = {
@@ -197,7 +197,7 @@ def _exchanged(cell: Evidence, generator: torch.Generator) -> Tensor:
     positions = cell.positions.clone()
     for row, is_filler in zip(positions, cell.filler, strict=True):
         where = torch.nonzero(is_filler[:-3]).flatten()
-        row[where] = row[where[torch.randperm(len(where), generator=generator)]]
+        row[where] = row[where[torch.randperm(len(where), generator=generator, device="cpu")]]
     return positions
 
 

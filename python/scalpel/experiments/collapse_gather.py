@@ -165,7 +165,7 @@ def _batch(model: CircuitGPT, texts: Texts, hooks: Sequence[str]) -> tuple[float
     here: dict[str, _Three] = {}
     for name, gradient in zip(hooks, found, strict=True):
         value = values[name].detach()
-        all_kept = torch.ones(value.shape, dtype=torch.bool)
+        all_kept = torch.ones(value.shape, dtype=torch.bool, device=value.device)
         here[name] = (value, torch.zeros_like(value) if gradient is None else gradient, masks.get(name, all_kept))
     return float(loss.detach()), here
 

@@ -67,9 +67,11 @@ def answers(model: CircuitGPT, asked: Sequence[Word], batch: int = 256) -> dict[
     found: dict[Word, int] = {}
     for begin in range(0, len(rows), batch):
         part = rows[begin : begin + batch]
-        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in part], batch_first=True)
-        last = torch.tensor([len(row) - 1 for row in part])
-        logits = model(padded)[torch.arange(len(part)), last][:, choices]  # causality hides the padding
+        padded = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(row, dtype=torch.int64, device="cpu") for row in part], batch_first=True
+        )
+        last = torch.tensor([len(row) - 1 for row in part], dtype=torch.int64, device="cpu")
+        logits = model(padded)[torch.arange(len(part), device="cpu"), last][:, choices]  # causality hides the padding
         for word, choice in zip(asked[begin : begin + batch], logits.argmax(-1).tolist(), strict=True):
             found[word] = choice + 1
     return found

@@ -114,8 +114,8 @@ def _sample(model: CircuitGPT, tokens: int, seed: int, left_out: list[str]) -> t
     try:
         task = bracket_counting(model, prompts, seed)
         ids, mask = (torch.nn.functional.pad(one, (0, 1)) for one in (task.ids, task.mask))
-        rows = torch.arange(len(ids))
-        ids[rows, task.asked + 1] = torch.tensor(task.answers)[task.labels]
+        rows = torch.arange(len(ids), device="cpu")
+        ids[rows, task.asked + 1] = torch.tensor(task.answers, dtype=torch.int64, device="cpu")[task.labels]
         mask[rows, task.asked + 1] = True
         what = "bracket prompts with their answers"
     except Refused as error:
@@ -123,7 +123,7 @@ def _sample(model: CircuitGPT, tokens: int, seed: int, left_out: list[str]) -> t
         rng = np.random.default_rng([seed, 2])
         shape = (max(GROUPS, -(-tokens // wide)), wide)
         ids = torch.from_numpy(rng.integers(model.config.vocab_size, size=shape))
-        mask, what = torch.ones(ids.shape, dtype=torch.bool), "random ids"
+        mask, what = torch.ones(ids.shape, dtype=torch.bool, device="cpu"), "random ids"
         left_out.append(f"Text: the model was measured on random ids, since bracket prompts can't be made ({error}).")
     ids, mask = ids[:, :length], mask[:, :length]
     return [Texts(ids[i : i + 64], mask[i : i + 64]) for i in range(0, len(ids), 64)], what

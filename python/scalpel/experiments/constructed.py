@@ -55,7 +55,7 @@ def threshold_circuit(
         # Every embedding has the same norm, so the norms scale all of them alike.
         model.transformer.wte.weight[:, _IS_OTHER] = 1.0
         token = tokenizer.token_to_id(evidence) if evidence == "<s>" else tokenizer.single(evidence)
-        model.transformer.wte.weight[token] = torch.eye(4)[_IS_EVIDENCE]
+        model.transformer.wte.weight[token] = torch.eye(4, dtype=torch.float32, device="cpu")[_IS_EVIDENCE]
         model.transformer.wte.weight[:, _ONE] = 1.0
         attention = model.transformer.h[0].attn
         value_rows = slice(2 * config.d_attn, 3 * config.d_attn)

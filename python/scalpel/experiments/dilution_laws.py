@@ -102,7 +102,9 @@ def rotated_errors(
     generator = torch.Generator().manual_seed(seed)
     errors = []
     for _ in range(ROTATIONS):
-        u = torch.nn.functional.normalize(torch.randn(len(short.head.u), generator=generator), dim=0)
+        u = torch.nn.functional.normalize(
+            torch.randn(len(short.head.u), generator=generator, dtype=torch.float32, device="cpu"), dim=0
+        )
         turned = calibrate(model, short.amounts, seed=seed, head=short.head, u=u.to(short.head.u), thetas=False)
         found = turned.law().u
         if found[OPEN] < found[ELEMENT]:

@@ -284,11 +284,14 @@ def _answers(model: CircuitGPT, rows: Sequence[list[int]], first: int) -> np.nda
     """Whether the model says "two" after each row, the first token at position ``first``."""
     assert model.tokenizer is not None
     ids = closers(model.tokenizer)
-    padded = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    padded = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long, device="cpu")
     for i, row in enumerate(rows):
-        padded[i, : len(row)] = torch.tensor(row)
-    logits = model(padded, position_ids=first + torch.arange(padded.shape[1]))
-    last = logits[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])]
+        padded[i, : len(row)] = torch.tensor(row, dtype=torch.int64, device="cpu")
+    logits = model(padded, position_ids=first + torch.arange(padded.shape[1], device="cpu"))
+    last = logits[
+        torch.arange(len(rows), device="cpu"),
+        torch.tensor([len(row) - 1 for row in rows], dtype=torch.int64, device="cpu"),
+    ]
     said: np.ndarray = (last[:, ids.two] > last[:, ids.one]).numpy()
     return said
 

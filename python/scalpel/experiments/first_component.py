@@ -42,7 +42,7 @@ def moments_at(model: CircuitGPT, texts: Sequence[Sequence[int]], hook: str) -> 
     capture = Capture(model, list(streams.values()), None)
     rows: dict[str, list[np.ndarray]] = {name: [] for name in streams}
     for text in texts:
-        found = capture(torch.tensor([list(text)], device=model.device), streams.values())
+        found = capture(torch.tensor([list(text)], device=model.device, dtype=torch.int64), streams.values())
         for name, stream in streams.items():
             rows[name].append(found[stream].double().numpy())
     return {

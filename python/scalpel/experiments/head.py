@@ -123,7 +123,7 @@ def _outputs(
     model: CircuitGPT, ids: Tensor, positions: Tensor, asked: Tensor
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Each layer's head outputs at the question (prompts, width), the logit difference's gradient by them, and it."""
-    rows = torch.arange(len(ids))
+    rows = torch.arange(len(ids), device="cpu")
     kept: list[Tensor] = []
     own: list[Tensor] = []
 
@@ -153,7 +153,7 @@ def _with_head(
 ) -> Tensor:
     """The logit difference when the head's output at the question is what ``given(layer's output)`` says."""
     ids, positions, asked = prompts
-    rows = torch.arange(len(ids))
+    rows = torch.arange(len(ids), device="cpu")
     part = _part(model, index)
 
     def put(value: Tensor, name: str) -> Tensor:
@@ -195,14 +195,14 @@ def threshold(
             return _with_head(model, case, head.layer, head.index, given)
 
         count = len(case[0])
-        grid = torch.linspace(middle - reach, middle + reach, 25)
+        grid = torch.linspace(middle - reach, middle + reach, 25, dtype=torch.float32, device="cpu")
         values = torch.stack([at(z.expand(count)) for z in grid])  # (grid, prompts)
         turns = (values[1:] > 0) != (values[:-1] > 0)
         # The turn nearest to what the head really says, where there are several.
         distance = torch.where(turns, (grid[:-1, None] - middle).abs(), torch.inf)
         first = distance.argmin(0)
         low, high = grid[first], grid[first + 1]
-        rising = values[first + 1, torch.arange(count)] > 0
+        rising = values[first + 1, torch.arange(count, device="cpu")] > 0
         for _ in range(20):
             centre = (low + high) / 2
             above = (at(centre) > 0) == rising
@@ -224,9 +224,9 @@ def read(model: CircuitGPT, head: Head, lists: LongLists, questions: Tensor, u: 
     part = _part(model, head.index)
     q, k, v = (cache[f"{head.layer}.attn.{what}"][..., part].double() for what in "qkv")
     asked = lists.asked[:, questions]
-    rows = torch.arange(len(asked))[:, None]
+    rows = torch.arange(len(asked), device="cpu")[:, None]
     logits = q[rows, asked] @ k.transpose(1, 2) / q.shape[-1] ** 0.5
-    seen = torch.arange(k.shape[1]) <= asked[..., None]
+    seen = torch.arange(k.shape[1], device="cpu") <= asked[..., None]
     logits = logits.masked_fill(~seen, -torch.inf)
     values = (v @ (head.u if u is None else u).double())[:, None].expand_as(logits).masked_fill(~seen, 0.0)
     sink = model.transformer.h[head.layer].attn.attn_imp.sink_logit[head.index].double() if config.sink else None
@@ -235,7 +235,7 @@ def read(model: CircuitGPT, head: Head, lists: LongLists, questions: Tensor, u: 
     a = log_a.exp()
     n = seen.sum(-1).double()
     attended = a.sum(-1)
-    distance = (asked[..., None] - torch.arange(k.shape[1])).double()
+    distance = (asked[..., None] - torch.arange(k.shape[1], device="cpu")).double()
     return Reading(
         n=n.numpy(),
         m=(a * values).sum(-1).numpy(),

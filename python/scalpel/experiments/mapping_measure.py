@@ -241,7 +241,7 @@ def record(model: CircuitGPT, prompts: Prompts, hooks: Sequence[str], at: np.nda
     last = max(hooks, key=model.hook_names.index)
     for i in range(0, len(prompts), 32):
         part = slice(i, i + 32)
-        rows, columns = torch.arange(len(index[part]))[:, None], index[part]
+        rows, columns = torch.arange(len(index[part]), device="cpu")[:, None], index[part]
         _, kept = model.run_with_cache(prompts.ids[part], hooks, last, position_ids=prompts.positions[part])
         for hook, value in kept.items():
             found[hook].append(value[rows, columns].float().flatten(0, 1))

@@ -77,7 +77,7 @@ def settling(
     for unit, layer, positions in units:
         at = entrances[layer or 0]
         own = torch.stack([x[-1:] if positions == 1 else x[:positions] for x in at])
-        drawn = torch.randn(starts, *own.shape[1:], generator=generator, dtype=torch.float64)
+        drawn = torch.randn(starts, *own.shape[1:], generator=generator, dtype=torch.float64, device="cpu")
         given = torch.cat([drawn.to(own.device), own])
         # a block by itself at the first radius alone: which direction is fixed doesn't depend on it
         found.append(_settle(double, unit, layer, given, radii if layer is None else radii[:1], iterations))
@@ -135,7 +135,9 @@ def _residuals(model: CircuitGPT, texts: list[list[int]]) -> list[list[Tensor]]:
     names = [f"{i}.resid_in" for i in range(model.config.n_layer)]
     found: list[list[Tensor]] = [[] for _ in names]
     for text in texts:
-        acts = model.run_with_cache(torch.tensor([text], device=model.device), names=names, stop_at=names[-1])[1]
+        acts = model.run_with_cache(
+            torch.tensor([text], device=model.device, dtype=torch.int64), names=names, stop_at=names[-1]
+        )[1]
         for rows, name in zip(found, names, strict=True):
             rows.append(acts[name][0])
     return found

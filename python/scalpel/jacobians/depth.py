@@ -58,7 +58,7 @@ class Spectra:
             for each in (0.0, _largest_tail(row, unseen, tail)):
                 ends.append(_exp_entropy(row**power, unseen if each > 0 else 0, each**power))
             found.append(ends)
-        return torch.tensor(found, dtype=torch.float64)
+        return torch.tensor(found, dtype=torch.float64, device="cpu")
 
     def stable_rank(self, certain: bool = True) -> Tensor:
         """(D, 2) float64: the least and the most that Σ σ_i² / σ_1² can be (Rudelson and Vershynin 2007). 0 for a
@@ -69,7 +69,7 @@ class Spectra:
             most = unseen * float(row[-1]) ** 2
             low, high = (0.0, most) if tail is None else (min(tail[0], most), min(tail[1], most))
             found.append([seen + low, seen + high])
-        return torch.tensor(found, dtype=torch.float64)
+        return torch.tensor(found, dtype=torch.float64, device="cpu")
 
     def _rows(self, certain: bool) -> list[tuple[Tensor, int, tuple[float, float] | None]]:
         """For each map: σ / σ_1, the number unseen, and the interval of its tail's energy where it is estimated."""
@@ -96,7 +96,7 @@ def _exp_entropy(weights: Tensor, more: int, each: float) -> float:
     total = float(weights.sum()) + more * each
     if total <= 0:
         return 0.0
-    p = torch.tensor(each / total, dtype=torch.float64)
+    p = torch.tensor(each / total, dtype=torch.float64, device="cpu")
     return math.exp(float(torch.special.entr(weights / total).sum()) + more * float(torch.special.entr(p)))
 
 
@@ -135,7 +135,7 @@ def measure_alignment(layers: list[Triples], floor: float, draws: int, seed: int
     for U, S, Vh in layers:
         rank = int((floor * S[0] < S).sum())
         cut.append((U[:, :rank], S[:rank].cpu().double().numpy(), Vh[:rank]))
-    cosines = torch.zeros(len(cut) - 1, width, dtype=torch.float64)
+    cosines = torch.zeros(len(cut) - 1, width, dtype=torch.float64, device="cpu")
     overlap, expected, meetings = [], [], []
     for i, ((U, _, _), (_, _, Vh)) in enumerate(pairwise(cut)):
         meeting = (Vh.double() @ U.double()).cpu().numpy()
@@ -155,10 +155,10 @@ def measure_alignment(layers: list[Triples], floor: float, draws: int, seed: int
         nulls.append(_exponents(values, drawn, floor, width))
     return Alignment(
         cosines,
-        torch.tensor(overlap, dtype=torch.float64),
-        torch.tensor(expected, dtype=torch.float64),
+        torch.tensor(overlap, dtype=torch.float64, device="cpu"),
+        torch.tensor(expected, dtype=torch.float64, device="cpu"),
         _exponents(values, meetings, floor, width),
-        torch.stack(nulls) if nulls else torch.zeros(0, width, dtype=torch.float64),
+        torch.stack(nulls) if nulls else torch.zeros(0, width, dtype=torch.float64, device="cpu"),
     )
 
 
@@ -175,7 +175,7 @@ def _exponents(values: list[np.ndarray], meetings: list[np.ndarray], floor: floa
 
 def padded(logs: np.ndarray, width: int) -> Tensor:
     """``logs`` as a tensor (width,), cut, or filled with −inf: the values past the rank are zero."""
-    found = torch.full((width,), -math.inf, dtype=torch.float64)
+    found = torch.full((width,), -math.inf, dtype=torch.float64, device="cpu")
     found[: len(logs)] = torch.from_numpy(logs[:width])
     return found
 

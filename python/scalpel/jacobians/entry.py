@@ -223,7 +223,8 @@ class _Derivative:
             at_source.append(read_at(value, self.at[0]).detach().clone())  # a later layer may work in place
             if not probe:
                 return value
-            tangent = torch.randn(at_source[0].shape, generator=torch.Generator().manual_seed(0))
+            generator = torch.Generator().manual_seed(0)
+            tangent = torch.randn(at_source[0].shape, generator=generator, dtype=torch.float32, device="cpu")
             dual = forward_ad.make_dual(torch.zeros_like(at_source[0]), tangent.to(at_source[0]))
             return add_at(value, dual, self.at[0])
 

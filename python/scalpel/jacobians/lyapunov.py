@@ -203,9 +203,9 @@ def lyapunov(
     tails = reaches = None
     if probes:
         each = [tail_energy([J], Vh, probes, generator) for J, (_, _, Vh) in zip(own, triples, strict=True)]
-        tails = torch.tensor(each, dtype=torch.float64)
+        tails = torch.tensor(each, dtype=torch.float64, device="cpu")
         each = [tail_energy(found.chain, found.right.flatten(1), probes, generator) for found in results]
-        reaches = torch.tensor(each, dtype=torch.float64)
+        reaches = torch.tensor(each, dtype=torch.float64, device="cpu")
     wider = []
     for found in results:
         ends = [size for J in found.chain for size in J.shape]
@@ -380,7 +380,7 @@ def _without_first(made: list[Jacobian], at: Selected) -> tuple[int, ...]:
 def _log_norms(made: list[Jacobian], at: Selected) -> Tensor:
     values = [made[0].T.primal, *(J.primal for J in made)]
     norms = [float(torch.linalg.vector_norm(read_at(value, at).double())) for value in values]
-    return torch.tensor(norms, dtype=torch.float64).log()
+    return torch.tensor(norms, dtype=torch.float64, device="cpu").log()
 
 
 def _integer(name: str, given: Any, least: int) -> int:

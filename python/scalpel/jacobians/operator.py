@@ -230,7 +230,7 @@ class Jacobian:
         for start in range(0, n, _DENSE_BLOCK):
             stop = min(n, start + _DENSE_BLOCK)
             unit = torch.zeros(n, stop - start, dtype=self.dtype, device=self.device)
-            unit[torch.arange(start, stop), torch.arange(stop - start)] = 1
+            unit[torch.arange(start, stop, device=self.device), torch.arange(stop - start, device=self.device)] = 1
             matrix[:, start:stop] = self @ unit
         return matrix
 

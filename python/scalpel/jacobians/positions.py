@@ -85,14 +85,14 @@ def _integer(value: Any) -> int | None:
 
 def read_at(value: Tensor, chosen: Selected) -> Tensor:
     """``value`` (B, L, ...) at the chosen positions: (B, len(chosen), ...)."""
-    return value if chosen is None else value[:, torch.tensor(chosen, device=value.device)]
+    return value if chosen is None else value[:, torch.tensor(chosen, device=value.device, dtype=torch.int64)]
 
 
 def add_at(value: Tensor, delta: Tensor, chosen: Selected) -> Tensor:
     """``value`` (B, L, ...) with ``delta`` (B, len(chosen), ...) added at the chosen positions."""
     if chosen is None:
         return value + delta
-    return value.index_add(1, torch.tensor(chosen, device=value.device), delta)
+    return value.index_add(1, torch.tensor(chosen, device=value.device, dtype=torch.int64), delta)
 
 
 def describe(chosen: Selected) -> str:

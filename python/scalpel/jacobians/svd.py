@@ -110,7 +110,7 @@ class _Bidiagonalisation:
         return small.to(self.work)
 
     def _random(self, rows: int, columns: int) -> Tensor:
-        drawn = torch.randn(rows, columns, generator=self.generator, dtype=torch.float64)
+        drawn = torch.randn(rows, columns, generator=self.generator, dtype=torch.float64, device="cpu")
         return drawn.to(self.J.device, self.work)
 
     def _product(self, J: "Jacobian", block: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class Sweeps:
             outside = kept - V @ (V.T @ kept)
             # the Frobenius norm of the first i columns: no less than the sine of the largest angle
             angles = torch.linalg.vector_norm(outside, dim=0).square().cumsum(0).sqrt()
-            residual = torch.zeros(self.T, dtype=torch.float64)
+            residual = torch.zeros(self.T, dtype=torch.float64, device="cpu")
             residual[: len(angles)] = angles.cpu()
             worst = float(residual.max())
             stuck = 0 if worst < best / 2 else stuck + 1
@@ -85,7 +85,7 @@ class Sweeps:
     def _filled(self, V: Tensor) -> Tensor:
         """V with random columns beside its own up to the block's width, orthonormal."""
         missing = self.width - V.shape[1]
-        fresh = torch.randn(self.n, max(0, missing), generator=self.generator, dtype=torch.float64)
+        fresh = torch.randn(self.n, max(0, missing), generator=self.generator, dtype=torch.float64, device="cpu")
         return torch.linalg.qr(torch.cat([V[:, : self.width], fresh.to(V.device)], dim=1))[0]
 
 
@@ -118,7 +118,7 @@ def swept(chain: list[Jacobian], V: Tensor) -> tuple[Tensor, np.ndarray]:
 def frame_growth(chain: list[Jacobian], T: int, seed: int = 0) -> Tensor:
     """(D, T): log |R_ii| after each operator, in one forward sweep of a random frame; see ``Lyapunov``."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(chain[0].shape[1], T, generator=generator, dtype=torch.float64)
+    drawn = torch.randn(chain[0].shape[1], T, generator=generator, dtype=torch.float64, device="cpu")
     rows = []
     for _, R, floor in _factors(chain, torch.linalg.qr(drawn.to(chain[0].device))[0]):
         size = R.diagonal().abs().cpu()
@@ -130,7 +130,9 @@ def tail_energy(chain: list[Jacobian], Vh: Tensor, probes: int, generator: torch
     """Σ_{i>T} σ_i² / σ_1² of a chain's product with right vectors Vh (T, n), and its standard error."""
     V = torch.linalg.qr(Vh.double().T)[0]
     n = V.shape[0]
-    signs = torch.randint(0, 2, (n, probes), generator=generator, dtype=torch.float64).to(V.device) * 2 - 1
+    signs = (
+        torch.randint(0, 2, (n, probes), generator=generator, dtype=torch.float64, device="cpu").to(V.device) * 2 - 1
+    )
     block = torch.cat([V[:, :1], signs - V @ (V.T @ signs)], dim=1)  # the first column measures σ_1
     for J in chain:
         tangents = block.T.reshape(-1, *J.source_shape).to(J.dtype)

@@ -76,10 +76,10 @@ def validity_radius(J: Jacobian, V: Tensor) -> ValidityRadius:
         raise ValueError(f"V holds {int((~V.isfinite()).sum())} values that are not finite: no step along them is")
     if not isinstance(run, CircuitPass):
         return ValidityRadius(
-            torch.full((count,), math.inf, dtype=torch.float64),
+            torch.full((count,), math.inf, dtype=torch.float64, device="cpu"),
             [None] * count,
-            torch.ones(count, dtype=torch.bool),
-            torch.zeros(count, dtype=torch.bool),
+            torch.ones(count, dtype=torch.bool, device="cpu"),
+            torch.zeros(count, dtype=torch.bool, device="cpu"),
         )
     run.check_unchanged()
     radius: list[float] = []
@@ -98,7 +98,10 @@ def validity_radius(J: Jacobian, V: Tensor) -> ValidityRadius:
             verified.append(masks.same(inside * tangent))
             flips.append(0 < reach < math.inf and not masks.same(_BEYOND * reach * tangent))
     return ValidityRadius(
-        torch.tensor(radius, dtype=torch.float64), first, torch.tensor(verified).bool(), torch.tensor(flips).bool()
+        torch.tensor(radius, dtype=torch.float64, device="cpu"),
+        first,
+        torch.tensor(verified, dtype=torch.bool, device="cpu"),
+        torch.tensor(flips, dtype=torch.bool, device="cpu"),
     )
 
 

@@ -47,7 +47,10 @@ def ablate(
         raise ValueError(f"ablation kind is {kind!r}; allowed: {', '.join(KINDS)}")
     picked = _parse(model, [nodes] if isinstance(nodes, str) else nodes)
     if kind == "zero":
-        tap: Tap = _Fixed({name: (mask, torch.zeros(mask.shape)) for name, mask in picked.items()})
+        zeros = {
+            name: (mask, torch.zeros(mask.shape, dtype=torch.float32, device="cpu")) for name, mask in picked.items()
+        }
+        tap: Tap = _Fixed(zeros)
     elif kind == "mean":
         means = _stored_means(model, picked) if reference is None else hook_means(model, reference, picked)
         tap = _Fixed({name: (mask, means[name]) for name, mask in picked.items()})
@@ -107,7 +110,7 @@ def _parse(model: "CircuitGPT", nodes: Iterable[str]) -> dict[str, Tensor]:
         name, colon, channel = str(node).partition(":")
         check_hooks(model, [name])
         width = hook_width(model, name)
-        mask = picked.setdefault(name, torch.zeros(width, dtype=torch.bool))
+        mask = picked.setdefault(name, torch.zeros(width, dtype=torch.bool, device="cpu"))
         if not colon:
             mask[:] = True
         elif channel.isdecimal() and int(channel) < width:
@@ -144,7 +147,7 @@ class _Resampled:
         pool = self.samples[name]
         # seeded at each hook: the draw depends on the shape alone, so all nodes of a token get the same one
         generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.randint(len(pool), value.shape[:-1], generator=generator)
+        drawn = torch.randint(len(pool), value.shape[:-1], generator=generator, device="cpu")
         return torch.where(self.picked[name].to(value.device), _like(pool[drawn.to(pool.device)], value), value)
 
 
@@ -169,7 +172,7 @@ def _stored_means(model: "CircuitGPT", names: Iterable[str]) -> dict[str, Tensor
                 f'kind "mean" needs reference: input_ids or prompts to take the mean of {name!r} over '
                 "(the model's card has no stored means of it)"
             )
-        means[name] = torch.as_tensor(stored[name], dtype=torch.float64)
+        means[name] = torch.as_tensor(stored[name], dtype=torch.float64, device="cpu")
         if means[name].shape != (hook_width(model, name),):
             raise ValueError(f"the card's stored mean of {name!r} has shape {tuple(means[name].shape)}")
     return means
@@ -212,8 +215,8 @@ def _batch(model: "CircuitGPT", reference: Any) -> tuple[Tensor, Tensor]:
         if not rows:
             raise ValueError("reference is empty; give at least one prompt")
         reference = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        lengths = torch.tensor([len(row) for row in rows])
-        mask = torch.arange(reference.shape[1]) < lengths[:, None]
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64, device="cpu")
+        mask = torch.arange(reference.shape[1], device="cpu") < lengths[:, None]
     reference = (reference if reference.dim() == 2 else reference[None]).to(model.device)
     mask = torch.ones_like(reference) if mask is None else mask
     real = mask.bool().to(model.device)
@@ -236,7 +239,7 @@ def _ids(model: "CircuitGPT", prompt: Any) -> Tensor:
         if model.tokenizer is None:
             raise ValueError("reference is text and the model has no tokenizer; give token ids")
         prompt = model.tokenizer.encode(prompt)
-    row = torch.as_tensor(prompt)
+    row = torch.as_tensor(prompt, device="cpu")
     if row.numel() == 0:
         raise ValueError("a prompt of the reference is empty; each needs at least one token")
     if row.dtype.is_floating_point or row.dtype.is_complex or row.dtype == torch.bool:

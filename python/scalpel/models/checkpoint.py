@@ -61,8 +61,7 @@ def from_pretrained(
     folder = _locate(source, revision, cache_dir, local_files_only)
     config = _read_config(folder)
     weights = _without_prefix(read_weights(folder))
-    with torch.device("meta"):  # shapes only: nothing is drawn at random, and no second copy is made
-        model = CircuitGPT(config)
+    model = CircuitGPT(config, device="meta")  # shapes only: nothing is drawn at random, no second copy is made
     notes = [
         f"config field {name!r} = {value!r} is unknown; it is off and was kept"
         for name, value in config.unknown_fields().items()
@@ -208,7 +207,7 @@ def _fit(model: CircuitGPT, weights: dict[str, Tensor]) -> list[str]:
                 weights[other] = weights[one]
                 notes.append(f"{other!r} is absent; tied_unembed is true, so it is {one!r}")
     if "final_logits_bias" not in weights:
-        weights["final_logits_bias"] = torch.zeros(model.config.vocab_size)
+        weights["final_logits_bias"] = torch.zeros(model.config.vocab_size, dtype=torch.float32, device="cpu")
         notes.append("'final_logits_bias' is absent and was set to zeros")
     for key in sorted(weights.keys() - wanted.keys()):
         raise CheckpointError(f"the checkpoint has an extra key {key!r}: {_why_extra(key)}")
@@ -244,7 +243,9 @@ def _drop_causal_buffers(config: CircuitGPTConfig, weights: dict[str, Tensor]) -
         mask = weights.pop(key)
         size = config.block_size
         square = mask.dim() == 4 and mask.shape[:2] == (1, 1) and mask.shape[-2:] == (size, size)
-        if not square or not torch.equal(mask[0, 0] != 0, torch.ones(size, size, dtype=torch.bool).tril()):
+        if not square or not torch.equal(
+            mask[0, 0] != 0, torch.ones(size, size, dtype=torch.bool, device="cpu").tril()
+        ):
             raise CheckpointError(
                 f"{key!r}, of shape {tuple(mask.shape)}, is not the causal mask of block_size {size}: "
                 "attention "
@@ -271,6 +272,10 @@ def _why_extra(key: str) -> str:
 
 def _check_finite(weights: dict[str, Tensor]) -> None:
     for key, tensor in weights.items():
+        if tensor.is_meta:
+            raise CheckpointError(
+                f"{key!r} is on meta, where tensors have a shape and no numbers: build or load the model on the CPU"
+            )
         if tensor.numel() == 0:
             continue
         low, high = torch.aminmax(tensor)  # NaN goes through, and no mask of the tensor's size is made

@@ -19,6 +19,7 @@ from ..lanes import apply_linear
 from ..ops import keep_topk
 from .attention import allowed_keys, attend
 from .config import CircuitGPTConfig
+from .fresh import MADE_IN, embedding, linear, sinusoids, zeros
 from .mask_watch import watched
 
 if TYPE_CHECKING:
@@ -31,12 +32,14 @@ Tap = Callable[[str, Tensor], Tensor]
 
 
 class _LayerNorm(nn.LayerNorm):
-    def __init__(self, width: int, bias: bool) -> None:
-        super().__init__(width, eps=1e-5, bias=bias)
+    def __init__(self, width: int, bias: bool, device: torch.device) -> None:
+        super().__init__(width, eps=1e-5, bias=bias, device=device, dtype=MADE_IN)
 
 
-def _norm(config: CircuitGPTConfig, width: int) -> nn.Module:
-    return nn.RMSNorm(width) if config.rms_norm else _LayerNorm(width, config.ln_bias)
+def _norm(config: CircuitGPTConfig, width: int, device: torch.device) -> nn.Module:
+    if config.rms_norm:
+        return nn.RMSNorm(width, device=device, dtype=MADE_IN)
+    return _LayerNorm(width, config.ln_bias, device)
 
 
 class _Sparsifier:
@@ -56,21 +59,21 @@ class _Sparsifier:
 class _Sink(nn.Module):
     """One slot per head that takes attention and gives nothing: logit ``sink_logit``, value zero."""
 
-    def __init__(self, n_head: int) -> None:
+    def __init__(self, n_head: int, device: torch.device) -> None:
         super().__init__()
-        self.sink_logit = nn.Parameter(torch.zeros(n_head))
+        self.sink_logit = nn.Parameter(zeros(n_head, device=device))
 
 
 class Attention(nn.Module):
     """Causal self-attention with an optional sink. Input (B, L, d_in), output (B, L, d_model)."""
 
-    def __init__(self, config: CircuitGPTConfig) -> None:
+    def __init__(self, config: CircuitGPTConfig, device: torch.device) -> None:
         super().__init__()
         self.config = config
-        self.c_attn = nn.Linear(config.d_in, 3 * config.d_attn, bias=config.bias)
-        self.c_proj = nn.Linear(config.d_attn, config.d_model, bias=config.bias)
+        self.c_attn = linear(config.d_in, 3 * config.d_attn, config.bias, device)
+        self.c_proj = linear(config.d_attn, config.d_model, config.bias, device)
         if config.sink:
-            self.attn_imp = _Sink(config.n_head)
+            self.attn_imp = _Sink(config.n_head, device)
         self._sparsify = _Sparsifier(config)
 
     def forward(self, x: Tensor, allowed: Tensor, tap: Tap, at: str) -> Tensor:
@@ -87,12 +90,12 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """One hidden layer. Input (B, L, d_in), output (B, L, d_model)."""
 
-    def __init__(self, config: CircuitGPTConfig) -> None:
+    def __init__(self, config: CircuitGPTConfig, device: torch.device) -> None:
         super().__init__()
         assert config.d_mlp is not None
         self.config = config
-        self.c_fc = nn.Linear(config.d_in, config.d_mlp, bias=config.bias)
-        self.c_proj = nn.Linear(config.d_mlp, config.d_model, bias=config.bias)
+        self.c_fc = linear(config.d_in, config.d_mlp, config.bias, device)
+        self.c_proj = linear(config.d_mlp, config.d_model, config.bias, device)
         self.activation = F.gelu if config.activation_type == "gelu" else F.relu
         self._sparsify = _Sparsifier(config)
 
@@ -108,16 +111,16 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A layer: attention then MLP, each reading the normed residual and adding to it."""
 
-    def __init__(self, config: CircuitGPTConfig) -> None:
+    def __init__(self, config: CircuitGPTConfig, device: torch.device) -> None:
         super().__init__()
         self.config = config
-        self.ln_1 = _norm(config, config.d_model)
-        self.attn = Attention(config)
-        self.ln_2 = _norm(config, config.d_model)
-        self.mlp = MLP(config)
+        self.ln_1 = _norm(config, config.d_model, device)
+        self.attn = Attention(config, device)
+        self.ln_2 = _norm(config, config.d_model, device)
+        self.mlp = MLP(config, device)
         if config.d_pos_emb is not None:
-            self.ln_p1 = _norm(config, config.d_pos_emb)
-            self.ln_p2 = _norm(config, config.d_pos_emb)
+            self.ln_p1 = _norm(config, config.d_pos_emb, device)
+            self.ln_p2 = _norm(config, config.d_pos_emb, device)
         self._sparsify = _Sparsifier(config)
 
     def forward(self, x: Tensor, positions: Tensor | None, allowed: Tensor, tap: Tap, at: str) -> Tensor:
@@ -147,6 +150,12 @@ class CircuitGPT(nn.Module):
     ``model(input_ids)`` gives the logits (B, L, vocab). Parameter names are those of the public checkpoints.
     Build an untrained one from a :class:`CircuitGPTConfig` and a seed, or load one with
     :meth:`from_pretrained`.
+
+    ``device`` and ``dtype`` say where the weights are and in which floating-point dtype: on the CPU in float32 if not
+    given, whatever torch's defaults are. ``torch.set_default_device``, ``torch.set_default_dtype`` and
+    ``with torch.device(...)`` change nothing here, so that a program that uses them for its own tensors gets the same
+    model. The weights of a seed are drawn on the CPU in float32 and then moved, so they are the same on every device
+    and, to rounding, in every dtype. ``device="meta"`` gives the shapes alone: nothing is drawn, no memory is taken.
     """
 
     # torch types what a container holds as Tensor | Module; the names below are what it is
@@ -154,34 +163,47 @@ class CircuitGPT(nn.Module):
     final_logits_bias: Tensor
     bigram_table: Tensor | None
 
-    def __init__(self, config: CircuitGPTConfig, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        config: CircuitGPTConfig,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype is {dtype!r}; it must be a torch.dtype, as torch.float32")
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype is {dtype}; a model's weights are floating point")
         self.config = config
         self.tokenizer: Tokenizer | None = None
         self.card: dict[str, Any] = {}
         self.folder: Path | None = None  # where it was loaded from
         self._interventions: list[Tap] = []
+        made_on = torch.device("meta" if torch.device(device).type == "meta" else "cpu")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.transformer = nn.ModuleDict(
                 {
-                    "wte": nn.Embedding(config.vocab_size, config.d_model),
-                    "wpe": nn.Embedding(config.block_size, config.d_pos_emb or config.d_model),
-                    "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                    "ln_f": _norm(config, config.d_model),
+                    "wte": embedding(config.vocab_size, config.d_model, made_on),
+                    "wpe": embedding(config.block_size, config.d_pos_emb or config.d_model, made_on),
+                    "h": nn.ModuleList(Block(config, made_on) for _ in range(config.n_layer)),
+                    "ln_f": _norm(config, config.d_model, made_on),
                 }
             )
-            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+            self.lm_head = linear(config.d_model, config.vocab_size, False, made_on)
             if config.tied_unembed:
                 self.lm_head.weight = self.transformer.wte.weight
             self._initialise()
-        self.register_buffer("final_logits_bias", torch.zeros(config.vocab_size))
+        self.register_buffer("final_logits_bias", zeros(config.vocab_size, device=made_on))
         if not config.enable_bigram_table:
             self.bigram_table = None
         elif config.extra.get("learnable_bigram_table"):
-            self.bigram_table = nn.Parameter(torch.zeros(config.vocab_size, config.vocab_size))
+            self.bigram_table = nn.Parameter(zeros(config.vocab_size, config.vocab_size, device=made_on))
         else:
-            self.register_buffer("bigram_table", torch.zeros(config.vocab_size, config.vocab_size))
+            self.register_buffer("bigram_table", zeros(config.vocab_size, config.vocab_size, device=made_on))
+        self.to(device=device, dtype=dtype)
 
     def _initialise(self) -> None:
         """Normal weights of deviation 0.02, projections into the residual scaled by depth (GPT-2's rule)."""
@@ -364,16 +386,3 @@ MODULE_PATHS = {
     "after": "transformer.h.{i}",
     "final_resid": "transformer.ln_f:in",
 }
-
-
-def sinusoids(block_size: int, width: int) -> Tensor:
-    """The fixed position table (block_size, width).
-
-    [sin | cos] of max(1, width // 2) periods, log-spaced from 4 to block_size tokens (4 at least), cut or
-    padded with zeros to the width.
-    """
-    count = max(1, width // 2)
-    periods = torch.logspace(math.log10(4.0), math.log10(max(4.0, float(block_size))), count)
-    angles = torch.arange(block_size, dtype=torch.float32)[:, None] * (2 * math.pi / periods)
-    table = torch.cat([angles.sin(), angles.cos()], dim=-1)[:, :width]
-    return F.pad(table, (0, width - table.shape[1]))

@@ -198,5 +198,6 @@ def rotary_of(kind: Any, config: Any) -> Rotary | None:
     """From a family's own class of rotary embeddings; None where the angles depend on the text's length."""
     if config.rope_parameters.get("rope_type", "default") not in ("default", "linear", "llama3", "yarn"):
         return None
-    made = kind(config)
+    with torch.device("cpu"):  # transformers makes its tables on torch's default device
+        made = kind(config)
     return Rotary(made.inv_freq.detach().float(), float(made.attention_scaling))

@@ -62,7 +62,7 @@ class FolderWeights:
 
     def __call__(self, name: str) -> Tensor:
         place = self._place(name)
-        memory = torch.empty(place.bytes, dtype=torch.uint8)
+        memory = torch.empty(place.bytes, dtype=torch.uint8, device="cpu")
         _read(place.path, place.begin, memory)
         return _wide(memory.view(place.dtype).view(place.shape)).to(self.device)
 
@@ -76,7 +76,7 @@ class FolderWeights:
             )
         step = place.bytes // max(1, count)
         wanted, where = index.cpu().unique(return_inverse=True)
-        memory = torch.empty(len(wanted), step, dtype=torch.uint8)
+        memory = torch.empty(len(wanted), step, dtype=torch.uint8, device="cpu")
         for row, number in zip(memory, wanted.tolist(), strict=True):
             _read(place.path, place.begin + number * step, row)
         return _wide(memory.view(place.dtype))[where].to(self.device)
@@ -221,7 +221,7 @@ def _aligned(size: int) -> int:
 
 
 def _aligned_memory(size: int) -> Tensor:
-    memory = torch.empty(size + _ALIGNED, dtype=torch.uint8)
+    memory = torch.empty(size + _ALIGNED, dtype=torch.uint8, device="cpu")
     start = -memory.data_ptr() % _ALIGNED
     return memory[start : start + size]
 

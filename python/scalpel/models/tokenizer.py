@@ -108,11 +108,11 @@ class Tokenizer:
             raise ValueError("texts is empty; give at least one")
         width = max(map(len, rows))
         padding = self.inner.padding or {}
-        ids = torch.full((len(rows), width), int(padding.get("pad_id", 0)), dtype=torch.int64)
+        ids = torch.full((len(rows), width), int(padding.get("pad_id", 0)), dtype=torch.int64, device="cpu")
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
             where = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
-            ids[i, where] = torch.tensor(row)
+            ids[i, where] = torch.tensor(row, dtype=torch.int64, device="cpu")
             mask[i, where] = 1
         return ids, mask
 

@@ -142,10 +142,12 @@ def apparent_period(text: Sequence[int]) -> tuple[int, int] | None:
 
 
 def _next(model: CircuitGPT, rows: list[list[int]]) -> list[int]:
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64, device="cpu")
+    ids = torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(row, dtype=torch.int64, device="cpu") for row in rows], batch_first=True
+    )
     # causality hides the padding on the right; without a mask positions count from 0
-    logits: Tensor = model(ids.to(model.device))[torch.arange(len(rows)), lengths - 1]
+    logits: Tensor = model(ids.to(model.device))[torch.arange(len(rows), device="cpu"), lengths - 1]
     likeliest: list[int] = logits.float().cpu().numpy().argmax(-1).tolist()  # numpy's is the first among equals
     return likeliest
 

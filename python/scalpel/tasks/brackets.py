@@ -96,14 +96,14 @@ def long_lists(
         if len(row) < length or tokenizer.encode(", ".join(pool[:1].repeat(3)))[1::2] != body[1:5:2]:
             raise Refused("this tokenizer doesn't give an element and its comma a token each")
         rows.append(row)
-        asked.append(torch.arange(len(prefix), length, 2))
+        asked.append(torch.arange(len(prefix), length, 2, device="cpu"))
     questions = min(map(len, asked))
     offset = torch.from_numpy(rng.integers(block_size - length + 1, size=(count, 1)))
     return LongLists(
         k,
         depth,
-        torch.tensor(rows),
-        offset + torch.arange(length),
+        torch.tensor(rows, dtype=torch.int64, device="cpu"),
+        offset + torch.arange(length, device="cpu"),
         torch.stack([a[:questions] for a in asked]),
     )
 
@@ -165,12 +165,12 @@ def answer(model: CircuitGPT, prompts: Sequence[tuple[str, int]], max_tokens: in
 @torch.no_grad()
 def _ask(model: CircuitGPT, rows: list[list[int]], ids: Closers) -> np.ndarray:
     length = max(map(len, rows))
-    padded = torch.zeros(len(rows), length, dtype=torch.long)
-    mask = torch.zeros(len(rows), length, dtype=torch.bool)
+    padded = torch.zeros(len(rows), length, dtype=torch.long, device="cpu")
+    mask = torch.zeros(len(rows), length, dtype=torch.bool, device="cpu")
     for i, row in enumerate(rows):
-        padded[i, : len(row)] = torch.tensor(row)
+        padded[i, : len(row)] = torch.tensor(row, dtype=torch.int64, device="cpu")
         mask[i, : len(row)] = True
-    logits = model(padded, attention_mask=mask)[torch.arange(len(rows)), mask.sum(1) - 1]
+    logits = model(padded, attention_mask=mask)[torch.arange(len(rows), device="cpu"), mask.sum(1) - 1]
     return (logits[:, ids.two] - logits[:, ids.one]).double().cpu().numpy()
 
 

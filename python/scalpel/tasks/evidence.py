@@ -79,9 +79,16 @@ def evidence_lists(
         pieces += [(bracket * (opened - 1), False), (_row(pool, last, comma, rng), True)]
         rows.append([token for tokens, _ in pieces for token in tokens])
         masks.append([is_filler for tokens, is_filler in pieces for _ in tokens])
-    ids = torch.tensor(rows)
+    ids = torch.tensor(rows, dtype=torch.int64, device="cpu")
     offset = torch.from_numpy(rng.integers(block_size - n + 1, size=(count, 1)))
-    return Evidence(ids, offset + torch.arange(ids.shape[1]), torch.tensor(masks), opened, closed, place)
+    return Evidence(
+        ids,
+        offset + torch.arange(ids.shape[1], device="cpu"),
+        torch.tensor(masks, dtype=torch.bool, device="cpu"),
+        opened,
+        closed,
+        place,
+    )
 
 
 def _row(pool: np.ndarray, count: int, comma: list[int], rng: np.random.Generator) -> list[int]:

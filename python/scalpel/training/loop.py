@@ -159,7 +159,7 @@ def _store(path: Path, step: int, recipe: Recipe, optimizer: torch.optim.Optimiz
 def _restore(path: Path, recipe: Recipe, optimizer: torch.optim.Optimizer, result: Trained) -> int:
     if not path.exists():
         return 0
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
     if state["recipe"] != repr(recipe):
         raise ValueError(
             f"{path} was written by another recipe:\n  {state['recipe']}\nand this one is\n  {recipe!r}\n"

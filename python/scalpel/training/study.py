@@ -127,7 +127,8 @@ def models_at(plan: Plan, text: Text, folder: Path, seed: int, step: int) -> dic
     for arm in ARMS:
         recipe = plan.of(arm, seed)
         model = CircuitGPT(recipe.config(), seed=seed)
-        model.load_state_dict(torch.load(_file(plan, folder, arm, seed, step), weights_only=True))
+        weights = torch.load(_file(plan, folder, arm, seed, step), map_location="cpu", weights_only=True)
+        model.load_state_dict(weights)
         model.tokenizer = text.tokenizer
         model.card = {"name": f"{arm}, seed {seed}, {step} steps", "recipe": recipe.to_dict()}
         found[arm] = model.eval()

@@ -55,13 +55,13 @@ def batches(recipe: Recipe, sources: Sources, tokenizer: Tokenizer, start: int =
 
 def batch_of(rows: list[tuple[list[int], int]], block_size: int, rng: np.random.Generator) -> Batch:
     length = max(len(ids) for ids, _ in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    mask = torch.zeros(len(rows), length, dtype=torch.bool)
+    ids = torch.zeros(len(rows), length, dtype=torch.long, device="cpu")
+    mask = torch.zeros(len(rows), length, dtype=torch.bool, device="cpu")
     for i, (row, _) in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64, device="cpu")
         mask[i, : len(row)] = True
     offset = torch.from_numpy(rng.integers(block_size - length + 1, size=(len(rows), 1)))
-    return Batch(ids, offset + torch.arange(length), mask, max(n for _, n in rows))
+    return Batch(ids, offset + torch.arange(length, device="cpu"), mask, max(n for _, n in rows))
 
 
 def loss_of(model: CircuitGPT, batch: Batch, token_weight: Tensor | None = None) -> Tensor:
@@ -73,7 +73,7 @@ def loss_of(model: CircuitGPT, batch: Batch, token_weight: Tensor | None = None)
 
 def closer_weights(recipe: Recipe, tokenizer: Tokenizer) -> Tensor:
     """Weights (vocab,) of the loss: ``recipe.closer_weight`` at the tokens that close a list, else 1."""
-    weights = torch.ones(recipe.vocab_size)
+    weights = torch.ones(recipe.vocab_size, dtype=torch.float32, device="cpu")
     for text in CLOSERS:
         weights[tokenizer.single(text)] = recipe.closer_weight
     return weights

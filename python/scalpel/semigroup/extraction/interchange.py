@@ -104,16 +104,16 @@ def after_swap(questions: ModelQuestions, triples: Sequence[tuple[Word, Word, Wo
         part = triples[i : i + step]
         ids, last = pad([questions.ids(u + w) for u, _, w in part])
         donors, _ = pad([questions.ids(v, suffix=False) for _, v, _ in part])
-        ends = torch.tensor([len(questions.ids(u, suffix=False)) for u, _, _ in part])
+        ends = torch.tensor([len(questions.ids(u, suffix=False)) for u, _, _ in part], dtype=torch.int64, device="cpu")
         _, cache = questions.model.run_with_cache(donors, names=r"\d+\.attn\.[kv]$")
 
         def put(value: Tensor, name: str, cache: dict[str, Tensor] = cache, ends: Tensor = ends) -> Tensor:
             given = cache[name]
-            at = torch.arange(given.shape[1]) < ends[:, None]
+            at = torch.arange(given.shape[1], device="cpu") < ends[:, None]
             value = value.clone()
             value[:, : given.shape[1]][at] = given[at]
             return value
 
         logits = questions.model.run_with_hooks(ids, [(name, put) for name in cache])
-        found += questions.choose(logits[torch.arange(len(part)), last])
+        found += questions.choose(logits[torch.arange(len(part), device="cpu"), last])
     return found

@@ -88,7 +88,7 @@ def _values(
     hooks = list(dict.fromkeys(name for nodes in draws for name, _ in nodes))
     for batch in batches([len(row) for row in rows]):
         ids, last = pad([rows[i] for i in batch])
-        at = torch.arange(len(batch))
+        at = torch.arange(len(batch), device="cpu")
         _, cache = questions.model.run_with_cache(ids, names=hooks)
         ends = {name: value[at, last] for name, value in cache.items()}
         for values, nodes in zip(found, draws, strict=True):

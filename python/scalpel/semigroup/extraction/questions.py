@@ -151,7 +151,7 @@ class ModelQuestions(Questions):
             raise ValueError(f"answers {list(named)} are not all different tokens")
         self.model = model
         self.outputs = list(named)
-        self.answer_ids = torch.tensor(ids)
+        self.answer_ids = torch.tensor(ids, dtype=torch.int64, device="cpu")
         self.shift: torch.Tensor | None = None  # added to the answers' logits before they are compared
         vocabulary = tokenizer.inner.get_vocab()
         start = [vocabulary[START]] if START in vocabulary else []
@@ -184,7 +184,9 @@ class ModelQuestions(Questions):
     @torch.no_grad()
     def answer(self, ids: Sequence[int]) -> Hashable:
         """The likeliest answer after a whole prompt's token ids."""
-        return self.outputs[self.choose(self.model(torch.tensor([list(ids)]))[:, -1])[0]]
+        return self.outputs[
+            self.choose(self.model(torch.tensor([list(ids)], dtype=torch.int64, device="cpu"))[:, -1])[0]
+        ]
 
     @torch.no_grad()
     def _answers(self, words: Sequence[Word]) -> list[int]:
@@ -194,7 +196,7 @@ class ModelQuestions(Questions):
         found = [0] * len(rows)
         for batch in batches([len(row) for row in rows]):
             padded, last = pad([rows[i] for i in batch])
-            logits = self.model(padded)[torch.arange(len(batch)), last]
+            logits = self.model(padded)[torch.arange(len(batch), device="cpu"), last]
             for i, answer in zip(batch, self.choose(logits), strict=True):
                 found[i] = answer
         return found
@@ -215,7 +217,7 @@ class ModelQuestions(Questions):
         answers: dict[Word, int] = {}
         for batch in batches([len(row) for row in rows]):
             padded, _ = pad([rows[i] for i in batch])
-            chosen = torch.tensor(self.choose(self.model(padded)))
+            chosen = torch.tensor(self.choose(self.model(padded)), dtype=torch.int64, device="cpu")
             for place, i in enumerate(batch):
                 answers.update(zip(prefixes[i], chosen[place, ends[i]].tolist(), strict=True))
         return [answers[word] for word in words]
@@ -235,8 +237,8 @@ def batches(lengths: Sequence[int]) -> list[list[int]]:
 def pad(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids (rows, longest) filled on the right with 0, place of each row's last token): causality hides the filling."""
     longest = max(map(len, rows))
-    padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
-    return padded, torch.tensor([len(row) - 1 for row in rows])
+    padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], dtype=torch.int64, device="cpu")
+    return padded, torch.tensor([len(row) - 1 for row in rows], dtype=torch.int64, device="cpu")
 
 
 def questions_of(
