@@ -49,6 +49,48 @@ def test_what_is_no_question_is_left_out(source):
     assert list(literals_of(source)) == []
 
 
+NESTED = """
+@d([0])
+class A:
+    a = [1]
+    def f(self, x=[2]):
+        try:
+            b = [3]
+        except E:
+            c = [4]
+        else:
+            d = [5]
+        finally:
+            e = [6]
+        return lambda: [7]
+    async def g(self):
+        async with h as i:
+            j = [8]
+        async for k in [9]:
+            while l:
+                m = [10]
+            else:
+                n = [11]
+match o:
+    case [p]:
+        q = [12]
+    case _:
+        if r:
+            s = [13]
+        elif t:
+            u = [14]
+        else:
+            v = [15]
+with w: x = [16]
+"""
+
+
+def test_literals_of_every_statement_are_read_from_the_outside_inwards():
+    """The order decides what a model was trained on."""
+    found = [int(one.leaves[0]) for one in literals_of(NESTED)]
+    assert found == [1, 16, 7, 12, 3, 5, 6, 8, 13, 4, 10, 11, 14, 15]
+
+
 def test_questions_are_distinct_and_of_two_depths():
     literals = [one for s in ("x = [1]\n", "x = [1]\n", "y = [[1]]\n", "z = [[[1]]]\n") for one in literals_of(s)]
     assert questions_from(literals) == [("x = [1", 1), ("y = [[1", 2)]

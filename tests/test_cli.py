@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import traceback
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -250,7 +251,9 @@ def test_train_knows_the_machines(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_prune_writes_its_result_and_keeps_it_beside_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(import_module("scalpel.circuits.prune"), "Schedule", lambda: Schedule(steps=30, batch=16))
+    monkeypatch.setattr(import_module("scalpel.circuits.prune"), "Schedule", lambda: Schedule(steps=8, batch=8))
+    judge = import_module("scalpel.experiments.circuit")
+    monkeypatch.setattr(judge, "examine", partial(judge.examine, prompts=48, draws=2))
     folder, out = tmp_path / "model", tmp_path / "out"
     model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
     del model.card["text"]  # the training text takes long to make

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -148,49 +148,76 @@ def test_memory_in_words() -> None:
 
 # ---- saved ---------------------------------------------------------------------------------------
 
+# A process that is forked for each collection that is killed, since a process takes long to start.
 KILLED = """
-import os, signal, sys
+import json, os, signal, sys
 import torch
 sys.path.insert(0, sys.argv[1])
 torch.set_num_threads(1)
 import scalpel
+import scalpel.streams.saved as saved
 from circuitgpt_cases import build
 from test_collect import HOOKS, corpus
-model = build("like_csp_yolo2")
-steps = []
-def stop(done):
-    if done == int(sys.argv[3]):
-        os.kill(os.getpid(), signal.SIGKILL)
-where = sys.argv[4]
-if where:
-    import scalpel.streams.saved as saved
-    real = getattr(saved, where)
-    def stopped(*given):
-        steps.append(1)
-        if len(steps) == int(sys.argv[3]):
+
+def run(folder, at, where, memory):
+    steps = []
+    def stop(done):
+        if done == at:
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(*given)
-    setattr(saved, where, stopped)
-    stop = False
-scalpel.collect(model, corpus(model, 11), HOOKS, int(sys.argv[5]), folder=sys.argv[2], save_every=3, progress=stop)
+    if where:
+        real = getattr(saved, where)
+        def stopped(*given):
+            steps.append(1)
+            if len(steps) == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*given)
+        setattr(saved, where, stopped)
+        stop = False
+    model = build("like_csp_yolo2")
+    scalpel.collect(model, corpus(model, 11), HOOKS, memory, folder=folder, save_every=3, progress=stop)
+
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        try:
+            run(*json.loads(line))
+        finally:
+            os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
+Kill = Callable[..., None]
 
-def killed(folder: Path, at: int, where: str = "", memory: int = 2**30) -> None:
-    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(folder), str(at), where, str(memory)]
-    done = subprocess.run(command, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+
+@pytest.fixture(scope="module")
+def kill() -> Iterator[Kill]:
+    """Collects into a folder, and is killed at a batch, or at a call of a function of streams/saved.py."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(Path(__file__).parent)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None
+    to, back = process.stdin, process.stdout
+
+    def killed(folder: Path, at: int, where: str = "", memory: int = 2**30) -> None:
+        print(json.dumps([str(folder), at, where, memory]), file=to, flush=True)
+        assert back.readline() == f"{-signal.SIGKILL}\n"
+
+    yield killed
+    to.close()
+    assert process.wait(60) == 0
+    back.close()
 
 
 @pytest.mark.parametrize(
     ("at", "where"),
     [(2, ""), (7, ""), (11, ""), (4, "replace_text"), (5, "replace_text"), (3, "replace_text"), (2, "flush")],
 )
-def test_killed_and_resumed_to_the_same_bits(tmp_path: Path, at: int, where: str) -> None:
+def test_killed_and_resumed_to_the_same_bits(tmp_path: Path, at: int, where: str, kill: Kill) -> None:
     model = build("like_csp_yolo2")
     whole = collect(model, corpus(model, 11), HOOKS, folder=tmp_path / "whole", save_every=3)
     folder = tmp_path / "killed"
-    killed(folder, at, where)
+    kill(folder, at, where)
     ran: list[int] = []
     found = collect(model, corpus(model, 11), HOOKS, folder=folder, save_every=3, progress=ran.append)
     assert ran[-1] == 11
@@ -198,12 +225,12 @@ def test_killed_and_resumed_to_the_same_bits(tmp_path: Path, at: int, where: str
     assert not list(folder.glob("at-*"))
 
 
-def test_killed_in_the_second_group(tmp_path: Path) -> None:
+def test_killed_in_the_second_group(tmp_path: Path, kill: Kill) -> None:
     model = build("like_csp_yolo2")
     size = state_bytes(48, None)
     whole = collect(model, corpus(model, 11), HOOKS, size, folder=tmp_path / "whole", save_every=3)
     assert not isinstance(whole, dict)
-    killed(tmp_path / "killed", 19, memory=size)
+    kill(tmp_path / "killed", 19, memory=size)
     found = collect(model, corpus(model, 11), HOOKS, size, folder=tmp_path / "killed", save_every=3)
     assert all(same_bits(found[hook], whole[hook]) for hook in HOOKS)
 
@@ -224,12 +251,12 @@ def test_a_finished_folder_is_read_and_not_made_again(tmp_path: Path, monkeypatc
         collect(other, batches, HOOKS, folder=tmp_path)
 
 
-def test_an_unsound_state_is_refused_and_the_one_before_is_used(tmp_path: Path) -> None:
+def test_an_unsound_state_is_refused_and_the_one_before_is_used(tmp_path: Path, kill: Kill) -> None:
     model = build("like_csp_yolo2")
     whole = collect(model, corpus(model, 11), HOOKS, folder=tmp_path / "whole", save_every=3)
 
     def damaged(folder: Path, change: Any) -> None:
-        killed(folder, 8)
+        kill(folder, 8)
         generations = sorted(folder.glob("at-*"))
         assert [path.name[-2:] for path in generations] == ["03", "06"]
         change(generations[-1])
@@ -247,7 +274,7 @@ def test_an_unsound_state_is_refused_and_the_one_before_is_used(tmp_path: Path) 
     damaged(tmp_path / "truncated", truncate)
     damaged(tmp_path / "foreign", foreign)
     damaged(tmp_path / "headless", lambda generation: (generation / "position.json").unlink())
-    killed(tmp_path / "all", 8)
+    kill(tmp_path / "all", 8)
     for generation in (tmp_path / "all").glob("at-*"):
         truncate(generation)
     with (
@@ -259,9 +286,9 @@ def test_an_unsound_state_is_refused_and_the_one_before_is_used(tmp_path: Path) 
     assert all(same_bits(found[hook], whole[hook]) for hook in HOOKS)
 
 
-def test_another_corpus_is_not_mixed_in(tmp_path: Path) -> None:
+def test_another_corpus_is_not_mixed_in(tmp_path: Path, kill: Kill) -> None:
     model = build("like_csp_yolo2")
-    killed(tmp_path, 8)
+    kill(tmp_path, 8)
     with pytest.raises(ValueError, match="the first 6 batches are not those that the saved states were made of"):
         collect(model, corpus(model, 11)[::-1], HOOKS, folder=tmp_path, save_every=3)
     with pytest.raises(ValueError, match="there are 4 batches, and the saved states were made of the first 6"):
@@ -271,8 +298,8 @@ def test_another_corpus_is_not_mixed_in(tmp_path: Path) -> None:
         collect(model, corpus(model, 11), HOOKS, folder=tmp_path, save_every=3)
 
 
-def test_the_files_hold_no_text(tmp_path: Path) -> None:
-    killed(tmp_path, 8)
+def test_the_files_hold_no_text(tmp_path: Path, kill: Kill) -> None:
+    kill(tmp_path, 8)
     names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert names == {"collect.json", "position.json", *(f"{hook}.safetensors" for hook in HOOKS)}
     told = json.loads(next(tmp_path.glob("at-*/position.json")).read_text())

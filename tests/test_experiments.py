@@ -222,7 +222,8 @@ def test_results_are_json_with_the_prediction_first():
     for result in (result_of("dilution", "mean"), experiments.run("minimal_simulator", None)):
         read = json.loads(result.to_json())
         provenance = read["provenance"]
-        assert provenance["predicted_at"] < provenance["measuring_from"] < provenance["measured_at"]
+        # a clock may stand still, and test_the_order_is_enforced doesn't ask it
+        assert provenance["predicted_at"] <= provenance["measuring_from"] <= provenance["measured_at"]
         assert set(read) == set(vars(result))
 
 
