@@ -59,6 +59,7 @@ NO_OPERATION = {
     "StreamingCovariance.all_reduce": "takes processes: tests/distributed_worker.py runs it under meta",
     "circuits.TASKS": "a table of functions like bracket_counting",
     "circuits.CannotDoTask": "an error",
+    "experiments.Refused": "an error",
     "circuits.CircuitGraph": "what circuit_graph gives",
     "circuits.Effects": "what ablation_effects gives",
     "circuits.Measured": "a part of Pruning",

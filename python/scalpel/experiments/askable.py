@@ -30,6 +30,6 @@ def check_askable(model: Any) -> None:
             f"the tokenizer has {model.tokenizer.vocab_size} tokens and the model knows {config.vocab_size}: give it "
             "the tokenizer that it was trained with"
         )
-    logits = model(torch.arange(min(_TOKENS, config.block_size, config.vocab_size))[None])
+    logits = model(torch.arange(min(_TOKENS, config.block_size, config.vocab_size), device="cpu")[None])
     if not bool(logits.isfinite().all()):
         raise Refused("the model's logits aren't finite; its weights hold NaN or infinities, or too large numbers")
