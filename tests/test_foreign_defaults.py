@@ -32,7 +32,7 @@ DEFAULTS: dict[str, tuple[str | None, torch.dtype]] = {
     "meta": ("meta", torch.float32),
     "float64": (None, torch.float64),
     "float16": (None, torch.float16),
-    "bfloat16": (None, torch.bfloat16),
+    "cuda and bfloat16": ("cuda", torch.bfloat16),  # without a GPU, a tensor that doesn't say where it is raises
     "meta and float16": ("meta", torch.float16),
 }
 # Those that take a good part of a second: once, with both defaults foreign.
