@@ -71,13 +71,15 @@ def gram_bound(apart: Tensor, splits: int, real: bool) -> Tensor:
     return ((step + sums + settled + left_out) * UNIT + rows * _FLOAT64) * sizes(apart)
 
 
-def covariance_bound(x: Tensor, center: bool, gpu: bool | None) -> Tensor:
-    """The most that an entry of the covariance of rows x may be off, which are one update.
+def covariance_bound(x: Tensor, center: bool, gpu: bool | None, splits: list[int] | None = None) -> Tensor:
+    """The most that an entry of the covariance of rows x may be off.
 
-    gpu: of OnDevice, on a GPU or (False) by the stand-in; None: of the CPU."""
+    gpu: of OnDevice, on a GPU or (False) by the stand-in, for updates that ``splits`` cut; None: of the CPU."""
     x = x.cpu()
-    bound = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
-    for block in x.split(len(x) if gpu is not None else 1024):  # centred by its own mean, and joined in float64
+    blocks = x.split(1024) if gpu is None else [part for part in x.tensor_split(splits or []) if len(part)]
+    mean = x.double().mean(dim=0) if center else torch.zeros(x.shape[1], dtype=torch.float64)
+    bound = len(blocks) * _FLOAT64 * sizes(x.double() - mean)
+    for block in blocks:  # centred by its own mean, and joined in float64
         mean = block.double().mean(dim=0) if center else torch.zeros(x.shape[1], dtype=torch.float64)
         apart = block.double() - mean
         bound += (len(x) + 2) * _FLOAT64 * sizes(apart)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-import signal
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -164,26 +164,38 @@ def test_no_memory_for_the_untrained_model(
     assert analysis.shrunk == []
 
 
+# Forked for every run that is killed, since a process takes long to start.
 KILLED = """
 import os, signal, sys
 from scalpel.analysis import analyze, chunks
 real, seen = chunks.measure, []
-def measure(*given):
-    seen.append(1)
-    if len(seen) > int(sys.argv[4]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*given)
-chunks.measure = measure
-analyze(*sys.argv[1:4], length=12, chunks=3, tangents=4, untrained=False, stretches=0)
+for at in sys.argv[4:]:
+    def measure(*given):
+        seen.append(1)
+        if len(seen) > int(at):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*given)
+    child = os.fork()
+    if child == 0:
+        chunks.measure = measure
+        try:
+            analyze(*sys.argv[1:4], length=12, chunks=3, tangents=4, untrained=False, stretches=0)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 """
 
 
 def test_a_run_that_is_killed_goes_on_and_then_shrinks(circuit: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
 
-    def killed(at: int) -> None:
-        done = subprocess.run([sys.executable, "-c", KILLED, circuit, text, out, str(at)], capture_output=True)
-        assert done.returncode == -signal.SIGKILL, done.stderr
+    def killed(*at: int) -> None:
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, circuit, text, out, *map(str, at)],
+            capture_output=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
 
     whole = analyze(circuit, text, tmp_path / "whole", untrained=False, **SIZES)
     killed(1)
@@ -193,8 +205,7 @@ def test_a_run_that_is_killed_goes_on_and_then_shrinks(circuit: Path, text: Path
     assert "In the middle of chunk 2 of 12 tokens an earlier run was cut off" in " ".join(again.notes)
     assert "cut off" not in " ".join(analyze(circuit, text, out, untrained=False, **SIZES).notes)
     analyze(circuit, text, out, untrained=False, fresh=True, **SIZES | {"chunks": 1})
-    killed(0)
-    killed(0)
+    killed(0, 0)
     found = analyze(circuit, text, out, untrained=False, **SIZES)
     assert [each["tokens"] for each in found.chunks] == [12, 8, 8]
     assert "2 earlier runs were cut off" in " ".join(found.notes)

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sysconfig.get_path("scripts")
 CMAKE = shutil.which("cmake", path=os.pathsep.join([SCRIPTS, os.environ.get("PATH", "")]))
+pytestmark = [pytest.mark.native, pytest.mark.slow, pytest.mark.xdist_group("native")]
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 
 

@@ -49,7 +49,7 @@ def test_leaving_out_is_leaving_out(rank: int | None) -> None:
     assert (found.low < found.value).all() and (found.value < found.high).all()
 
 
-def test_the_interval_covers(target: str) -> None:
+def test_the_interval_covers() -> None:
     """Of 200 draws, about 95 % hold the participation ratio that endless rows have."""
     scale = torch.tensor([3.0, 2.0, 1.0, 1.0, 0.5]).double()
     truth = float(scale.square().sum() ** 2 / scale.pow(4).sum())

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 SEARCH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
 CMAKE = shutil.which("cmake", path=SEARCH)
 NINJA = shutil.which("ninja", path=SEARCH)
+pytestmark = [pytest.mark.native, pytest.mark.slow, pytest.mark.xdist_group("native"), pytest.mark.timeout(900)]
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 INPUTS = 1500
 

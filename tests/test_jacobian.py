@@ -299,7 +299,9 @@ def test_float32() -> None:
     ids = tokens(double)
     J = jacobian(single, ids)
     assert J.dtype == J.primal.dtype == J.to_dense().dtype == torch.float32
-    torch.testing.assert_close(J.to_dense().double(), jacobian(double, ids).to_dense(), rtol=1e-4, atol=1e-5)
+    right = jacobian(double, ids).to_dense()
+    # some 150 sums and products one after the other, each rounded by 2^-24 at most
+    assert float((J.to_dense().double() - right).norm() / right.norm()) <= 150 * 2.0**-24
 
 
 @pytest.mark.parametrize("case", ["plain", "topk_everywhere", "like_csp_yolo2"])

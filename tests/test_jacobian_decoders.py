@@ -21,6 +21,9 @@ from scalpel.reference_jacobian import jacobian_dense
 
 pytest.importorskip("transformers")
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
+# Weights and tangents of seven products in each of three layers are rounded by 2^-8 at most; errors that know nothing
+# of each other add up as a root.
+BFLOAT16 = (2 * 7 * 3) ** 0.5 * 2.0**-8
 
 
 @pytest.fixture(autouse=True)
@@ -240,13 +243,13 @@ def test_bfloat16(model: Any) -> None:
     assert torch.equal(wide.primal, narrow.primal)
     for product in ("jvp", "vjp"):
         right, found = getattr(wide, product)(V), getattr(narrow, product)(V)
-        assert 1e-5 < float((found - right).norm() / right.norm()) < 1.5e-2
+        assert 1e-5 < float((found - right).norm() / right.norm()) < BFLOAT16
     before = narrow.jvp(V)
     for parameter in model.parameters():
         parameter.mul_(1.5)  # the copies must follow
     after = jacobian(model, ids_of(), precision="bfloat16").jvp(V)
     right = jacobian(model, ids_of()).jvp(V)
-    assert float((after - right).norm() / right.norm()) < 1.5e-2
+    assert float((after - right).norm() / right.norm()) < BFLOAT16
     assert not torch.allclose(after, before, rtol=0.05)
 
 
@@ -257,10 +260,14 @@ def test_a_bfloat16_model(model: Any) -> None:
     wide = jacobian(copy.deepcopy(model).double(), ids_of())
     V = torch.randn(4, *J.source_shape, generator=torch.Generator().manual_seed(0))
     right = wide.jvp(V.double())
-    assert float((J.jvp(V).double() - right).norm() / right.norm()) < 0.1
+    # the values that the derivative is taken at are rounded, too, and a ReLU near 0 may fall to the other side
+    allowed = 10 * BFLOAT16 if getattr(model.config, "activation_function", "") == "relu" else 2 * BFLOAT16
+    assert float((J.jvp(V).double() - right).norm() / right.norm()) < allowed
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     name=st.sampled_from(list(MODELS)),
     seed=st.integers(0, 2**16),

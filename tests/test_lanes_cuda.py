@@ -37,8 +37,7 @@ def test_rows_and_lanes(count: int, dtype: torch.dtype, gpu: Gpu) -> None:
 
 @pytest.mark.parametrize("dtype", lanes.DTYPES, ids=str)
 @pytest.mark.parametrize("centred", [False, True])
-@pytest.mark.parametrize("entries", [None, 0, 1, 9])
-@pytest.mark.parametrize("width", [1, 16, 37])
+@pytest.mark.parametrize(("width", "entries"), lanes.NORM)
 def test_norm(width: int, entries: int | None, centred: bool, dtype: torch.dtype, gpu: Gpu) -> None:
     with torch.device(gpu.device):
         lanes.test_norm(width, entries, centred, dtype, "")

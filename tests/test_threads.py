@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,6 +11,17 @@ import torch
 
 import scalpel
 from scalpel import reference
+
+pytestmark = pytest.mark.xdist_group("threads")
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    """Within each call, too, wherever the tests run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_topk_from_many_threads() -> None:

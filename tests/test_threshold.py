@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scalpel.semigroup import ThresholdCounter
@@ -34,6 +34,7 @@ def test_critical_length_is_where_the_decision_turns(theta, sink, k, n):
     assert counter.decide(k, n) == (n < counter.critical_length(k))
 
 
+@settings(max_examples=25)  # each of 287 cells
 @given(theta=fractions, sink=st.integers(0, 5))
 def test_the_region_cell_by_cell(theta, sink):
     counter = ThresholdCounter(theta, sink)

@@ -1,9 +1,10 @@
 // The lower triangle of a Gram matrix on tensor cores: a block a tile, and all rows go by it in slabs.
 //
 // Tensor cores multiply bfloat16. Of 24 bits, three bfloat16 numbers hold all: v = hi + mid + lo, and of the
-// nine products of two such sums the six largest are taken; the others are below 2^-24 of |v w|, as rounding
-// in float32 is. (Henry, Tang & Heinecke 2019, "Leveraging the bfloat16 artificial intelligence datatype for
-// higher-precision computations".) bfloat16 has float32's exponents, so no part leaves the range.
+// nine products of two such sums the six largest are taken; the others are below 2^-24 of |v w| each, as
+// rounding in float32 is. (Henry, Tang & Heinecke 2019, "Leveraging the bfloat16 artificial intelligence
+// datatype for higher-precision computations".) bfloat16 has float32's exponents, so no part leaves the
+// range.
 //
 // A tensor core cuts off what does not fit its sum, it doesn't round. Cuts all go one way, and over n
 // additions of positive products, a variance's, they grow like n (Fasi, Higham, Mikaitis & Pranesh 2021,
