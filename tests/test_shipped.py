@@ -15,6 +15,7 @@ from scalpel.experiments import suite
 from scalpel.experiments.abilities import accuracies
 from scalpel.experiments.controls import Controls, untrained
 from scalpel.experiments.provenance import fingerprint
+from scalpel.jacobians.stream import stream_layers
 from scalpel.tasks.brackets import answer
 from scalpel.training import bracket_mini, python_small
 from scalpel.training.bracket_mini import CONTROLS, SHORT_TOKENS, accuracy_card, held_out_questions
@@ -165,9 +166,9 @@ def test_the_readme_example_runs():
 
 
 def test_the_readme_example_of_the_algebra_runs():
-    """The third."""
+    """The fourth."""
     names = {"scalpel": scalpel, "m": scalpel.CircuitGPT.from_pretrained("bracket-mini")}
-    exec(readme_blocks()[2], names)
+    exec(readme_blocks()[3], names)
     assert names["S"].size == 3 and names["holes"].tolist() == [3]
     assert names["found"].verdict == "finite" and names["found"].semigroup().groups()[0].name == "Z_3"
     card = scalpel.CircuitGPT.from_pretrained("mod3-mini").card["machine"]
@@ -187,3 +188,19 @@ def test_the_readme_example_of_a_decoder_runs(tmp_path: Path):
     exec(block, names)
     assert torch.allclose(names["V"], expected, atol=1e-4)
     assert names["J"].source_shape == (1, 5, 12)
+
+
+def test_the_readme_example_of_a_gguf_file_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The third, on a tiny file of the name that it has there."""
+    for package in ("transformers", "gguf", "accelerate"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    import gguf_cases
+
+    model = gguf_cases.llama()
+    gguf_cases.write(tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf", gguf_cases.tensors_of(model))
+    exec(readme_blocks()[2], {"folder": tmp_path / "saved"})
+    assert (tmp_path / "saved" / "tokenizer.json").is_file()
+    ids = ids_of(1, 5)
+    *_, last = stream_layers(tmp_path / "saved", ids)
+    torch.testing.assert_close(last.after, scalpel.jacobian(model.float(), ids).primal, rtol=1e-4, atol=1e-4)
