@@ -205,7 +205,7 @@ def test_errors_name_the_stream_and_the_batch() -> None:
     with pytest.raises(ValueError, match=r"^0:in.grad: the values there are torch.int64"):
         collect(model, [IDS], ["0:in.grad"], loss=squares)
     for loss in (lambda output, batch: output, lambda output, batch: torch.ones(()), lambda output, batch: 3.0):
-        with pytest.raises(ValueError, match="must give one number that depends on the model's output"):
+        with pytest.raises(ValueError, match="must give one number"):
             collect(model, [good], ["1.grad"], loss=loss)
 
 

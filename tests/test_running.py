@@ -103,7 +103,10 @@ def test_a_compiled_model_gives_what_it_gave_before(name: str, how: str) -> None
     plain = model_of(name).requires_grad_(True)
     expected = second_moment(gradient_of(plain, ids, 1))
     assert float(expected.trace()) > 1e-3
-    ends = {"gpt2": ("transformer.h.0", "transformer.h.1.mlp.c_fc"), "llama": ("model.layers.0", "model.layers.1.mlp")}
+    ends = {
+        "gpt2": ("transformer.h.0", "transformer.h.1.mlp.c_fc"),
+        "llama": ("model.layers.0", "model.layers.1.mlp.up_proj"),
+    }
     by_rules, by_paths = products(plain, ids), products(plain, ids, *ends[name])
     model = COMPILED[how](model_of(name).requires_grad_(True))
     torch.testing.assert_close(collected(model, ids), expected, rtol=1e-6, atol=1e-9)
@@ -226,14 +229,14 @@ def test_offloaded_weights(where: str) -> None:
 def test_gradient_checkpointing(training: bool) -> None:
     model, ids = model_of("llama").requires_grad_(True), ids_of()
     expected, tangents = second_moment(gradient_of(model, ids, 1)), products(model, ids)
-    by_paths = products(model, ids, "model.layers.0", "model.layers.1.mlp")
+    by_paths = products(model, ids, "model.layers.0", "model.layers.1.mlp.up_proj")
     model.train(training)
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
     for _ in range(2):
         torch.testing.assert_close(collected(model, ids), expected, rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(products(model, ids), tangents, rtol=1e-9, atol=1e-9)
-        found = products(model, ids, "model.layers.0", "model.layers.1.mlp")
+        found = products(model, ids, "model.layers.0", "model.layers.1.mlp.up_proj")
         torch.testing.assert_close(found, by_paths, rtol=1e-9, atol=1e-9)
         assert model.training == training
         model.gradient_checkpointing_disable()  # which leaves the hook at the embeddings where it is
@@ -352,7 +355,7 @@ def test_buffers_that_the_forward_pass_writes_to() -> None:
 def test_a_hook_that_comes_or_goes_after_the_jacobian_is_refused(how: str) -> None:
     model: Any = build("plain") if how == "circuitgpt" else model_of("llama")
     module = model.transformer["h"][1] if how == "circuitgpt" else model.model.layers[1].mlp
-    ends = ("model.layers.0", "model.layers.2.mlp") if how == "by torch.func" else ()
+    ends = ("model.layers.0", "model.layers.2.mlp.up_proj") if how == "by torch.func" else ()
     ids = ids_of() % 11
 
     def hook(_: nn.Module, given: Any, output: Any) -> Any:

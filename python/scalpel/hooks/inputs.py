@@ -29,7 +29,7 @@ __all__ = [
 _BY_PRODUCTS = ("labels", "special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping")
 # From here down an additive mask forbids a key: models add -10000, -inf or the least number of the dtype.
 _BLOCKED = -9999.0
-_POSITION_TABLES = ("wpe", "position_embeddings", "embed_positions", "position_embedding")
+_POSITION_TABLES = ("wpe", "positions_embed", "position_embeddings", "embed_positions", "position_embedding")
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Limits:
         takes_positions: Whether positions that follow from padding are given to the model. A CircuitGPT derives them
             itself, and some models take none.
         others: Whether the model takes anything besides ids, mask and positions.
+        dtype: Of the model's values, in which a mask is added to scores.
     """
 
     vocab_size: int | None = None
@@ -50,6 +51,7 @@ class Limits:
     device: torch.device | None = None
     takes_positions: bool = False
     others: bool = True
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +79,14 @@ class Inputs:
             return None
         real = real_tokens(self.ids, self.mask)
         return None if bool(real.all()) else real
+
+    @cached_property
+    def real_of_decoder(self) -> Tensor | None:
+        """The same of a second text, ``decoder_input_ids``, that an encoder's decoder reads."""
+        ids, mask = self.others.get("decoder_input_ids"), self.others.get("decoder_attention_mask")
+        if ids is None:
+            return self.real
+        return None if mask is None else real_tokens(ids, mask)
 
     def keywords(self) -> dict[str, Any]:
         """The inputs as a model's keyword arguments."""
@@ -132,6 +142,7 @@ def read_inputs(given: Any, limits: Limits, *, attention_mask: Any = None, posit
             )
     if mask is not None and limits.vocab_size is not None:
         _check_mask(mask, ids)
+        mask = _added(mask, limits.dtype) if limits.others else mask
     if positions is None and mask is not None and limits.takes_positions:
         positions = positions_after_padding(real_tokens(ids, mask))
     elif positions is not None and limits.vocab_size is not None:
@@ -165,7 +176,8 @@ def checked_ids(ids: Any, vocab_size: int | None, context: int | None) -> Tensor
         return ids
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
         kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise TypeError(f"input_ids is {kind}; it must be an int64 tensor (batch, length)")
+        how = ": torch.tensor(ids)[None] is one text" if isinstance(ids, (list, tuple)) else ""
+        raise TypeError(f"input_ids is {kind}; it must be an int64 tensor (batch, length){how}")
     if ids.dim() != 2:
         one = ": one text is input_ids[None]" if ids.dim() == 1 else ""
         raise ValueError(f"input_ids has shape {tuple(ids.shape)}; it must be (batch, length){one}")
@@ -205,9 +217,14 @@ def real_tokens(ids: Tensor, mask: Any) -> Tensor:
         return allowed.tril().any(dim=1)
     open_to_all = allowed.all(dim=-1)
     open_to_all[:, -1] = False  # the last token of a causal model reads every key with good reason
-    read = (allowed & ~open_to_all[:, :, None]).any(dim=1)
+    reads = allowed & ~open_to_all[:, :, None]
+    read = reads.any(dim=1)
     of_padding = (~read | ~open_to_all).all(dim=-1, keepdim=True)  # no query that is open to all is a real token's
-    return torch.where(of_padding & read.any(dim=-1, keepdim=True), read, allowed.any(dim=1))
+    real = torch.where(of_padding & read.any(dim=-1, keepdim=True), read, allowed.any(dim=1))
+    # A row of nothing but padding is open to all in each of its queries, in a batch that is causal otherwise.
+    whole = allowed.all(dim=2).all(dim=1, keepdim=True)
+    causal = not bool((reads & ~whole[:, :, None]).triu(1).any()) and not bool(whole.all())
+    return real & ~whole if causal and length > 1 else real
 
 
 def positions_after_padding(real: Tensor) -> Tensor | None:
@@ -233,10 +250,11 @@ def limits_of(model: nn.Module) -> Limits:
         device = table.weight.device
     if device is not None and device.type == "meta":  # weights that come when they are needed; their hooks move inputs
         device = None
-    takes_positions = _takes(model, "position_ids") and not _counts_positions_itself(model)
+    tables = _position_tables(model, table)
+    takes_positions = _takes(model, "position_ids") and not _counts_positions_itself(model, tables)
     if table is None:
         return Limits(device=device, takes_positions=takes_positions)
-    return Limits(table.num_embeddings, _context(model), device, takes_positions)
+    return Limits(table.num_embeddings, _context(tables), device, takes_positions, dtype=table.weight.dtype)
 
 
 def _token_table(model: nn.Module) -> nn.Embedding | None:
@@ -248,6 +266,7 @@ def _token_table(model: nn.Module) -> nn.Embedding | None:
         found = ask()
     except (AttributeError, NotImplementedError):
         return None
+    found = getattr(found, "base_layer", found)  # PEFT's adapters stand around it
     return found if isinstance(found, nn.Embedding) else None
 
 
@@ -260,26 +279,33 @@ def _takes(model: nn.Module, name: str) -> bool:
     return hands_on and any(_takes(child, name) for child in model.children())
 
 
-def _position_tables(model: nn.Module) -> list[nn.Embedding]:
+def _position_tables(model: nn.Module, tokens: nn.Embedding | None) -> list[nn.Embedding]:
+    """Tables of positions, those beside the table of tokens: an image's patches are counted by others."""
+    beside = ""
+    for name, module in model.named_modules():
+        if module is tokens:
+            beside = name.removesuffix(".base_layer").rpartition(".")[0]
     return [
         module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITION_TABLES
+        if isinstance(module, nn.Embedding)
+        and name.rpartition(".")[2] in _POSITION_TABLES
+        and name.startswith(f"{beside}." if beside else "")
     ]
 
 
-def _counts_positions_itself(model: nn.Module) -> bool:
+def _counts_positions_itself(model: nn.Module, tables: list[nn.Embedding]) -> bool:
     """Whether the model's positions are of a kind that it makes itself of ids and mask: those of RoBERTa start behind a
     padding index, those of some models of images and text have three axes."""
-    if any(table.padding_idx is not None for table in _position_tables(model)):
+    if any(table.padding_idx is not None for table in tables):
         return True
     return any(hasattr(module, "get_rope_index") for module in model.modules())
 
 
-def _context(model: nn.Module) -> int | None:
+def _context(tables: list[nn.Embedding]) -> int | None:
     """How many positions a learned table has for tokens; None where positions are computed."""
     found = []
-    for table in _position_tables(model):
+    for table in tables:
         shift = 0 if table.padding_idx is None else table.padding_idx + 1
         found.append(table.num_embeddings - getattr(table, "offset", shift))
     return min(found, default=None)
@@ -313,11 +339,36 @@ def _check_mask(mask: Any, ids: Tensor) -> None:
             f"attention_mask has shape {shape}; it must be {(batch, length)} with 1 at real tokens, or say which keys "
             f"each query reads: {(batch, length, length)}, or ({batch} or 1, heads or 1, {length}, {length})"
         )
-    if mask.dim() == 2 and not bool(((mask == 0) | (mask == 1)).all()):
+    zeros_and_ones = bool(((mask == 0) | (mask == 1)).all())
+    if mask.dim() > 2 and not mask.dtype.is_floating_point and not zeros_and_ones:
+        raise ValueError(
+            f"attention_mask of shape {shape} holds {int(mask.min())} to {int(mask.max())}; as integers it is made of "
+            "zeros and ones, 1 where a query may read a key"
+        )
+    if mask.dim() == 4 and mask.dtype.is_floating_point and zeros_and_ones and bool(mask.any()):
+        raise ValueError(
+            f"attention_mask of shape {shape} is {mask.dtype} and made of zeros and ones: such a mask is added to the "
+            "scores, so it would forbid nothing. Give it as bool, or with 0 where a query may read and -inf elsewhere"
+        )
+    if mask.dim() == 2 and not zeros_and_ones:
         raise ValueError(
             f"attention_mask of shape {shape} holds {float(mask.min()):g} to {float(mask.max()):g}; a mask (batch, "
             "length) is made of zeros, at padding, and ones"
         )
+
+
+def _added(mask: Any, dtype: torch.dtype) -> Any:
+    """A mask with an axis for queries as what is added to the scores, (B or 1, heads or 1, L, L): a model's attention
+    may take a bool mask for numbers."""
+    if isinstance(mask, Mapping):
+        return {name: None if each is None else _added(each, dtype) for name, each in mask.items()}
+    if mask.dim() == 2:
+        return mask
+    mask = mask[:, None] if mask.dim() == 3 else mask
+    if mask.dtype.is_floating_point:
+        return mask
+    zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return zeros.masked_fill(~mask.bool(), torch.finfo(dtype).min)
 
 
 def _checked_positions(positions: Any, ids: Tensor, context: int | None) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
@@ -138,7 +139,9 @@ def _changes_nothing(hook: Any) -> bool:
 
 
 def as_written(model: nn.Module) -> nn.Module:
-    """The module that was given to ``torch.compile``; any other as it is."""
+    """The module that was given to ``torch.compile``; any other as it is. TypeError for one that runs no hooks."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"model is a {type(model).__name__}, which runs no hooks: give the module that it was made of")
     while _is_compiled_wrapper(model):
         model = model._modules["_orig_mod"]  # type: ignore[assignment]
     return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import weakref
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -156,7 +157,7 @@ def beyond_rules(decoder: Decoder, inputs: Inputs) -> str | None:
     longest, mask, positions = decoder.config.max_length, inputs.mask, inputs.positions
     if inputs.ids.shape[1] > longest:
         return f"the text has {inputs.ids.shape[1]} tokens, and the config's positions end at {longest}"
-    if mask is not None and mask.dim() != 2:
+    if mask is not None and (isinstance(mask, Mapping) or mask.dim() != 2):
         return "its attention_mask says for each query which keys it reads; the rules take one of shape (batch, length)"
     if positions is not None:
         if positions.dim() != 2 or int(positions.max()) >= longest:

@@ -71,10 +71,11 @@ def jacobian(
     there, while every path that doesn't pass the hook is held fixed. The target is the value that its hook
     records. A TopK or ReLU keeps the support that it has at the primal. ``source == target`` is the identity.
     The ablations, interventions and forward hooks that are active at this call count. The ablations of a CircuitGPT
-    may have been left by the time a product is taken. Where a weight or a module's forward hook has been changed by
-    then, the product raises RuntimeError, since it would not belong to the primal. The model runs in evaluation
-    mode, and as it was written where it was compiled; its training flags, parameters and gradients stay as they are.
-    A padded text has the values that it has alone: where padding comes first, positions start behind it.
+    may have been left by the time a product is taken. Where a weight, a buffer, a module or a module's forward hook
+    has been changed by then, the product raises RuntimeError, since it would not belong to the primal. The model runs
+    in evaluation mode, and as it was written where it was compiled; its training flags, parameters, buffers and
+    gradients stay as they are. Where the model heeds the mask, a padded text has the values that it has alone: where
+    padding comes first, positions start behind it.
 
     RMSNorm is differentiated as the formula says, in the dtype of the residual stream. transformers computes it in
     float32 in a float64 model too, so that model's own derivatives, and its values, differ from ours by about 1e-7 of

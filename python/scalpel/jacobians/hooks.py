@@ -48,8 +48,12 @@ class Pass:
         self.target = target
         self.inputs: Any = None
         self.interventions: list[Any] = []
-        self._weights = _weights_mark(model)
+        self.offloaded = any(each.device.type == "meta" for each in model.parameters())
+        self._weights = self._weights_mark()
         self._hooks = user_hooks(model)
+        self._modules = list(model.modules())
+        self._buffers = {} if self.offloaded else _buffers_mark(model)
+        self._written: dict[str, Tensor] = {}  # buffers of modules that write to one, as they were at the start
 
     def run(self, at_source: Callable[[Tensor], Tensor]) -> Tensor:
         raise NotImplementedError
@@ -58,26 +62,44 @@ class Pass:
         """About how many numbers one tangent needs at its peak: the chunks of tangents are cut by it."""
         raise NotImplementedError
 
-    @property
-    def offloaded(self) -> bool:
-        """Whether weights are elsewhere until their layer runs, on the device "meta" meanwhile."""
-        return any(each.device.type == "meta" for each in self.model.parameters())
+    # offloaded: weights are elsewhere until their layer runs, on the device "meta" meanwhile, or most of them are.
 
     def check_unchanged(self) -> None:
-        """RuntimeError if a weight or a hook changed since the pass was made: primal and tangents would not fit
-        together."""
-        if _weights_mark(self.model) != self._weights:
+        """RuntimeError if a weight, a buffer, a module or a hook changed since the pass was made: primal and tangents
+        would not fit together."""
+        if self._weights_mark() != self._weights:
             raise RuntimeError("the model's weights changed after this Jacobian was made: call scalpel.jacobian again")
+        modules = list(self.model.modules())
+        if len(modules) != len(self._modules) or any(a is not b for a, b in zip(modules, self._modules, strict=True)):
+            raise RuntimeError("the model's modules changed after this Jacobian was made: call scalpel.jacobian again")
+        now_held = _buffers_mark(self.model) if self._buffers else {}
+        changed = [name for name, mark in self._buffers.items() if now_held.get(name) != mark]
+        if changed := [name for name in changed if name not in self._written]:
+            raise RuntimeError(
+                f"the model's buffer {changed[0]!r} changed after this Jacobian was made: call scalpel.jacobian again"
+            )
         now = user_hooks(self.model)
         if now == self._hooks:
             return
         added = [where for where, hook in now if all(hook is not before for _, before in self._hooks)]
         gone = [where for where, hook in self._hooks if all(hook is not after for _, after in now)]
-        what = f"a hook was added to {added[0]}" if added else f"a hook was removed from {(gone or ['the model'])[0]}"
+        what = "hooks run in another order than"
+        if added or gone:
+            what = f"a hook was added to {added[0]}" if added else f"a hook was removed from {gone[0]}"
+            what += " after"
+        else:
+            what += " when"
         raise RuntimeError(
-            f"{what} after this Jacobian was made, so its products would not belong to its primal: call "
-            "scalpel.jacobian again, or put the hooks back as they were"
+            f"{what} this Jacobian was made, so its products would not belong to its primal: call scalpel.jacobian "
+            "again, or put the hooks back as they were"
         )
+
+    def _weights_mark(self) -> tuple[tuple[int, int], ...]:
+        """Where each weight is and how often it was written to. Weights that are offloaded come and go with every pass
+        and leave no such trace."""
+        if self.offloaded:
+            return ()
+        return tuple((each.data_ptr(), 0 if each.is_inference() else each._version) for each in self.model.parameters())
 
     def differs(self, other: "Pass") -> str | None:
         """Why the values of ``other`` at a shared hook are not this pass's; None where they are."""
@@ -173,7 +195,8 @@ class ModulePass(Pass):
         self.inputs = kept((arguments, keywords))
         self.largest = 0
         self._measured = False
-        self._written: dict[str, Tensor] = {}  # buffers that the forward pass writes to, as they were at the start
+        self._notes: dict[nn.Module, dict[str, Any]] = {}  # what the modules of buffers held besides, at the start
+        self._written: dict[str, Tensor] = {}  # buffers of modules that write to one, as they were at the start
 
     def run(self, at_source: Callable[[Tensor], Tensor]) -> Tensor:
         recorded: list[Tensor] = []
@@ -214,7 +237,14 @@ class ModulePass(Pass):
         if not self._written:
             return self.model(*arguments, **keywords)
         copies = {name: value.clone() for name, value in self._written.items()}
-        return functional_call(self.model, copies, arguments, keywords)
+        before = {module: _notes_of(module) for module in self._notes}
+        try:
+            for module, notes in self._notes.items():
+                vars(module).update(notes)
+            return functional_call(self.model, copies, arguments, keywords, tie_weights=False)
+        finally:
+            for module, notes in before.items():
+                vars(module).update(notes)
 
     def _called_and_measured(self) -> Any:
         """The same in the first run, which looks for the largest value, and for the buffers that are written to."""
@@ -227,15 +257,20 @@ class ModulePass(Pass):
         held = {} if self.offloaded else dict(self.model.named_buffers())
         before = {name: each.clone() for name, each in held.items()}
         marks = _buffers_mark(self.model)
+        notes = {module: _notes_of(module) for module in self.model.modules() if module._buffers}
         try:
             with watching_outputs(self.model, measure):
                 return self._called()
         finally:
-            for name, mark in _buffers_mark(self.model).items():
-                if name in held and mark != marks[name]:
-                    self._written[name] = before[name]
-                    module, _, local = name.rpartition(".")
-                    self.model.get_submodule(module)._buffers[local] = held[name].copy_(before[name])
+            after = _buffers_mark(self.model)
+            owners = {_owner(name) for name in held if after.get(name) != marks[name]}
+            for name in (name for name in held if _owner(name) in owners):
+                module = self.model.get_submodule(_owner(name))
+                self._written[name] = before[name]
+                module._buffers[name.rpartition(".")[2]] = held[name].copy_(before[name])
+                self._notes[module] = notes[module]
+            for module, noted in self._notes.items():
+                vars(module).update(noted)  # for how long a text the buffer is made, say
             self._measured = True
 
     def tangent_size(self, source: Tensor, target: Tensor) -> int:
@@ -277,16 +312,17 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or (type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b))
 
 
-def _weights_mark(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Where each weight is and how often it was written to. Weights that are elsewhere until a layer runs (offloaded:
-    on the device "meta") come and go with every pass, and leave no such trace."""
-    marks = []
-    for each in model.parameters():
-        away = each.device.type == "meta"
-        marks.append((0, 0) if away else (each.data_ptr(), 0 if each.is_inference() else each._version))
-    return tuple(marks)
-
-
 def _buffers_mark(model: nn.Module) -> dict[str, tuple[int, int]]:
     """The same of buffers, by name."""
     return {name: (id(each), 0 if each.is_inference() else each._version) for name, each in model.named_buffers()}
+
+
+def _owner(name: str) -> str:
+    """The path of the module that a buffer is of."""
+    return name.rpartition(".")[0]
+
+
+def _notes_of(module: nn.Module) -> dict[str, Any]:
+    """The plain values that a module holds: numbers, words, and tensors that are no buffers."""
+    plain = (bool, int, float, str, type(None), Tensor)
+    return {name: value for name, value in vars(module).items() if isinstance(value, plain) and name != "training"}

@@ -43,9 +43,15 @@ class ModuleWeights:
     def __init__(self, model: nn.Module) -> None:
         named = model.named_parameters(remove_duplicate=False)
         self._tensors = {plain_name(name): tensor for name, tensor in named}
+        self._read: set[int] = set()
 
     def __call__(self, name: str) -> Tensor:
+        self._read.add(id(self._tensors[name]))
         return self._tensors[name].detach()
+
+    def unread(self) -> list[str]:
+        """The parameters that nobody has asked for, under this name or another of theirs."""
+        return [name for name, tensor in self._tensors.items() if id(tensor) not in self._read]
 
     def rows(self, name: str, index: Tensor) -> Tensor:
         return self(name)[index]
@@ -100,9 +106,19 @@ def decoder_or_reason(model: nn.Module) -> Decoder | str:
         for i in range(config.layers):
             check_layer(config, family.layer(weights, i), i)
         check_head(config, *family.final(weights))
+        nothing = torch.zeros(1, 0, dtype=torch.int64, device=next(iter(devices)))
+        family.embed(weights, nothing, nothing)
     except (KeyError, ValueError) as error:
         return f"its weights are not those of its config: {error}"
+    # An adapter, say, whose part begins at zero: it changes nothing yet, and may tomorrow.
+    buffers = [name for name in model.state_dict() if name not in weights and not _passed_over(name, family)]
+    if unread := [*weights.unread(), *(name for name in map(plain_name, buffers) if name not in weights)]:
+        return f"it computes with {unread[0]!r}, which no rule reads"
     return Decoder(family, config, weights)
+
+
+def _passed_over(name: str, family: Family) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in family.PASSED_OVER)
 
 
 def config_of(family: Family, config: Any, architecture: str) -> DecoderConfig | str:

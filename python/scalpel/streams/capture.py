@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..hooks.inputs import Inputs, Limits, limits_of, read_inputs
 from ..hooks.modules import as_written, first_tensor, hooked, known_hook, module_names, with_first_tensor
-from ..hooks.running import running
+from ..hooks.running import ALONE, running
 from ..models.circuitgpt import MODULE_PATHS, CircuitGPT
 from ..models.families import family_of_model, hook_named, hooks_of_model, module_path
 
@@ -34,7 +34,9 @@ class Capture:
     def __init__(self, model: nn.Module, hooks: Names, loss: Loss | None) -> None:
         self.model = as_written(model)
         self.limits = limits_of(self.model)
-        self.loss = loss or next_token_loss
+        config = getattr(self.model, "config", None)
+        own = _no_next_token if getattr(config, "is_encoder_decoder", False) else next_token_loss
+        self.loss = loss or own
         self._usable: dict[str, Tensor] | None = None
         self._places: dict[str, str] = {}  # hook as asked for → where it is
         known = self._known()
@@ -55,7 +57,15 @@ class Capture:
             values, output = self._run(inputs, hooks, bool(gradients))
             found = {name: values[name] for name in streams if not name.endswith(GRADIENT)}
             found |= self._gradients(gradients, values, output, batch)
-        return {name: _joined([rows_at(each.detach(), inputs) for each in found[name]]) for name in streams}
+        return {name: _joined(self._rows(name, found[name], inputs)) for name in streams}
+
+    def _rows(self, name: str, values: list[Tensor], inputs: Inputs) -> list[Tensor]:
+        place = self._places[name.removesuffix(GRADIENT)]
+        real = inputs.real_of_decoder if "decoder" in place.split(":")[0].split(".") else inputs.real
+        try:
+            return [rows_at(each.detach(), real) for each in values]
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
     def _gradients(
         self, names: list[str], values: dict[str, list[Tensor]], output: Tensor, batch: Any
@@ -67,8 +77,13 @@ class Capture:
             if not dtype.is_floating_point:
                 raise ValueError(f"{name}: the values there are {dtype}, which has no gradient")
         loss = self.loss(output, batch)
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise ValueError("loss(output, batch) must give one number that depends on the model's output")
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ValueError("loss(output, batch) must give one number, as a tensor")
+        if not loss.requires_grad:
+            raise ValueError(
+                "the loss depends on no value that has a gradient: is the model's output detached, or made without "
+                "gradients (no_grad)? Give a loss= that depends on it"
+            )
         at = [value for name in names for value in values[name.removesuffix(GRADIENT)]]
         try:
             slopes = iter(torch.autograd.grad(loss.sum(), at, allow_unused=True))
@@ -129,7 +144,8 @@ class Capture:
 
         def meet(value: Tensor, place: str) -> Tensor:
             if gradients and not value.requires_grad and value.dtype.is_floating_point:
-                value = value.detach().requires_grad_()  # frozen weights: the graph begins here
+                value = value.detach()
+                value.requires_grad = True  # frozen weights: the graph begins here
             for hook in wanted.get(place, ()):
                 values[hook].append(value)
             return value
@@ -170,20 +186,29 @@ class Capture:
         """The model's output. Autograd can't keep a weight that was made in inference mode; a copy stands in for it,
         made once."""
         if gradients and self._usable is None:
-            named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-            self._usable = {name: each.detach().clone() for name, each in named.items() if each.is_inference()}
+            with ALONE:  # another thread's copies may stand in the module
+                named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+                self._usable = {name: each.detach().clone() for name, each in named.items() if each.is_inference()}
         if gradients and self._usable:
-            return functional_call(self.model, self._usable, arguments, keywords)
+            with ALONE:  # the module holds the copies meanwhile
+                return functional_call(self.model, self._usable, arguments, keywords)
         return self.model(*arguments, **keywords)
 
 
-def rows_at(value: Tensor, inputs: Inputs) -> Tensor:
-    """value (B, L, width) or (B·L, width) as rows at real tokens; a value of another shape as all of its rows."""
-    real = inputs.real
+def rows_at(value: Tensor, real: Tensor | None) -> Tensor:
+    """value (B, L, width) or (B·L, width) as rows at the ``real`` tokens (B, L); one of another shape as all its rows.
+
+    ValueError for a value (L, B, width), of which padding can't be told.
+    """
     if real is not None:
         real = real.to(value.device)
-        if value.shape[:2] == real.shape:
+        if value.dim() > 2 and value.shape[:2] == real.shape:
             value = value[real]
+        elif value.dim() > 2 and value.shape[:2] == real.T.shape:
+            raise ValueError(
+                f"the value has shape {tuple(value.shape)}, its length before its batch, so rows at padding can't be "
+                "left out: give texts without padding, one length a batch"
+            )
         elif value.dim() == 2 and len(value) == real.numel():  # tokens in a row, as experts are given them
             value = value[real.flatten()]
     return value.reshape(-1, value.shape[-1] if value.dim() else 1)
@@ -192,6 +217,13 @@ def rows_at(value: Tensor, inputs: Inputs) -> Tensor:
 def _joined(parts: list[Tensor]) -> Tensor:
     rows = (parts[0] if len(parts) == 1 else torch.cat(parts)).resolve_neg()
     return rows if rows.stride(-1) == 1 else rows.contiguous()  # of a value that was expanded or turned
+
+
+def _no_next_token(logits: Tensor, batch: Any) -> Tensor:
+    raise ValueError(
+        "a model of an encoder and a decoder has no next token of its input: give loss=, a function of the output and "
+        "the batch"
+    )
 
 
 def next_token_loss(logits: Tensor, batch: Any) -> Tensor:
