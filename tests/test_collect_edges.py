@@ -204,8 +204,12 @@ def test_errors_name_the_stream_and_the_batch() -> None:
         collect(nn.Sequential(Scores()), [IDS, IDS[:, :3]], ["0"])
     with pytest.raises(ValueError, match=r"^0:in.grad: the values there are torch.int64"):
         collect(model, [IDS], ["0:in.grad"], loss=squares)
-    for loss in (lambda output, batch: output, lambda output, batch: torch.ones(()), lambda output, batch: 3.0):
-        with pytest.raises(ValueError, match="must give one number"):
+    for loss, words in (
+        (lambda output, batch: output, "must give one number"),
+        (lambda output, batch: 3.0, "must give one number"),
+        (lambda output, batch: torch.ones(()), "depends on no value that has a gradient"),
+    ):
+        with pytest.raises(ValueError, match=words):
             collect(model, [good], ["1.grad"], loss=loss)
 
 
