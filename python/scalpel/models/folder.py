@@ -23,7 +23,7 @@ from torch import Tensor
 from .decoder import Decoder, DecoderLayer
 from .families import config_of
 from .gguf import gguf_in, no_stream
-from .strict import Stored, config_in, expected_by, match, passed_over
+from .strict import Stored, check_plain, config_in, expected_by, match, passed_over
 from .weight_files import CheckpointError, PickledWeights, numbers_equal, read_json, some
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -111,13 +111,14 @@ class FolderWeights:
 def decoder_in(folder: str | Path, device: torch.device | str = "cpu") -> Decoder:
     """The decoder in a folder with config.json and safetensors, as transformers writes them; its tensors on ``device``.
 
-    Raises CheckpointError where the folder lacks one of these, names a model that has no rules, or holds other weights
-    than those that its config describes.
+    Raises CheckpointError where the folder lacks one of these, names a model that has no rules, is quantised, or holds
+    other weights than those that its config describes.
     """
     folder = Path(folder)
     if (file := gguf_in(folder)) is not None:
         raise no_stream(file)
     stated, architecture = config_in(folder)
+    check_plain(stated, architecture, folder)
     expected = expected_by(stated, architecture, folder)
     config = config_of(expected.family, stated, architecture)
     if isinstance(config, str):

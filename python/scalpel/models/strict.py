@@ -19,7 +19,16 @@ from .decoder import Family
 from .families import FAMILIES, family_of, supported
 from .weight_files import CheckpointError, read_json, some
 
-__all__ = ["Expected", "Stored", "check_loaded", "config_in", "expected_by", "match", "passed_over"]
+__all__ = [
+    "Expected",
+    "Stored",
+    "check_loaded",
+    "check_plain",
+    "config_in",
+    "expected_by",
+    "match",
+    "passed_over",
+]
 
 _DISTRIBUTED = "shard-*-model-*-of-*.safetensors"
 
@@ -192,6 +201,24 @@ def check_loaded(info: Mapping[str, Any], architecture: str, where: str | Path) 
         said.append(f"transformers says: {info['error_msgs']}")
     if said:
         raise CheckpointError(f"{where} was not read as a {architecture} whole: {'; '.join(said)}. {_ADVICE}")
+
+
+def check_plain(config: Any, architecture: str, where: str | Path) -> None:
+    """CheckpointError where transformers' ``config`` says that the model is quantised.
+
+    Its modules are then replaced by ones that round weights or activations, which no family's rules do. Of a model that
+    transformers dequantised while it was loaded, the config says it no longer.
+    """
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is None:
+        return
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+    named = "without a 'quant_method'" if method is None else f"by {getattr(method, 'value', method)!r}"
+    raise CheckpointError(
+        f"the quantization_config of {where} says that it is quantised {named}, so it does not compute what a plain "
+        f"{architecture} with its weights does: load it with transformers, dequantise it (model.dequantize()), save it "
+        "with save_pretrained, and give that folder. A model that was published without quantisation serves as well"
+    )
 
 
 _ADVICE = (
