@@ -115,6 +115,22 @@ def test_every_family(name: str, tmp_path: Path) -> None:
         assert f"holds '{extra}'" in refused(tmp_path)
 
 
+def test_one_of_a_kind_is_said_as_one(tmp_path: Path) -> None:
+    """One layer, and one tensor beyond those that are named."""
+    weights = saved(tmp_path, num_hidden_layers=1)
+    assert "By the config it has 1 layer, numbered 0" in refused(tmp_path)
+    saved(tmp_path)
+    four = [f"{AT}mlp.{each}_proj.weight" for each in ("up", "down", "gate")] + [f"{AT}self_attn.q_proj.weight"]
+    put(weights | {name: torch.ones(3, 2) for name in four}, tmp_path)
+    assert "1 more has another shape" in refused(tmp_path)
+
+
+def test_no_model_is_said_in_whole_sentences(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"\. A model of another kind") as error:
+        load(tmp_path)
+    assert ".." not in str(error.value)
+
+
 def test_the_command_refuses(tmp_path: Path, text: Path) -> None:
     folder = tmp_path / "model"
     put(without("lm_head")(saved(folder, "qwen3")), folder)
@@ -166,6 +182,24 @@ def test_pickles_are_as_strict(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").unlink()
     with pytest.raises(CheckpointError, match=r"holds no weights: one of model\.safetensors"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
+def test_pickles_are_not_streamed(name: str, tmp_path: Path) -> None:
+    pickled(saved(tmp_path), tmp_path)
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / name)
+    with pytest.raises(CheckpointError) as error:
+        load(tmp_path, stream=True)
+    said = str(error.value)
+    assert f"{tmp_path} holds {name}, which" in said and "save_pretrained" in said and "is not there" not in said
+
+
+def test_a_link_to_weights_that_leads_nowhere(tmp_path: Path) -> None:
+    saved(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "gone")
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "removed")
+    said = refused(tmp_path)
+    assert str(tmp_path / "model.safetensors") in said and str(tmp_path / "removed") in said
 
 
 def test_a_shard_that_is_not_complete(tmp_path: Path) -> None:

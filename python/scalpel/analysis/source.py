@@ -131,8 +131,8 @@ def _circuitgpt(name: str | Path, device: torch.device) -> Source:
         if (Path(name).expanduser() / CONFIG_FILES[0]).is_file():
             raise  # it is a CircuitGPT, and the error says what is wrong with it
         raise CheckpointError(
-            f"{error} A model of another kind is analysed from its folder, with config.json and weights as "
-            f"transformers writes them: {', '.join(supported())}"
+            f"{str(error).rstrip('.')}. A model of another kind is analysed from its folder, with config.json and "
+            f"weights as transformers writes them: {', '.join(supported())}"
         ) from error
     config = model.config
     facts = {

@@ -257,7 +257,8 @@ def _complaint(
         f"{key!r} has shape {shape}, by the config {right}" for key, (shape, right) in list(other_shape.items())[:3]
     ]
     if len(other_shape) > 3:
-        said.append(f"{len(other_shape) - 3} more have other shapes")
+        more = len(other_shape) - 3
+        said.append("1 more has another shape" if more == 1 else f"{more} more have other shapes")
     advice = ". ".join([_ADVICE, *_hints(expected, missing, extra)])
     return f"{where} does not hold the {expected.architecture} that its config describes: {'; '.join(said)}. {advice}"
 
@@ -275,4 +276,4 @@ def _hints(expected: Expected, missing: list[str], extra: list[str]) -> Iterator
     count = config.num_hidden_layers
     numbers = [int(found[1]) for key in extra if (found := re.search(r"(?:layers|h)\.(\d+)\.", key))]
     if any(number >= count for number in numbers):
-        yield f"By the config it has {count} layers, numbered from 0"
+        yield f"By the config it has {'1 layer, numbered 0' if count == 1 else f'{count} layers, numbered from 0'}"
