@@ -98,6 +98,32 @@ def test_blocks_are_dequantised(tmp_path: Path) -> None:
     assert load(file).facts["dtype"].endswith("20 F32, 1 Q8_0")
 
 
+def test_transformers_is_asked_to_dequantise(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left to itself, it keeps the blocks of the architectures that it has a kernel for, of which there may be more."""
+    import transformers
+
+    if not hasattr(transformers, "GgufConfig"):
+        pytest.skip("this transformers always dequantises")
+    auto, asked = transformers.AutoModelForCausalLM, []
+    read = auto.from_pretrained
+
+    def noted(*given: Any, **options: Any) -> Any:
+        asked.append(options.get("quantization_config"))
+        return read(*given, **options)
+
+    monkeypatch.setattr(auto, "from_pretrained", noted)
+    plain_model(file)
+    assert len(asked) == 1 and isinstance(asked[0], transformers.GgufConfig) and asked[0].dequantize is True
+
+
+def test_what_transformers_could_not_load_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second lock: without the first, which reads the file's header, a weight would be drawn at random."""
+    monkeypatch.setattr(scalpel.models.gguf, "check_tensors", lambda *_: None)
+    left = {name: array for name, array in tensors_of(llama()).items() if name != "blk.1.ffn_up.weight"}
+    with pytest.raises(CheckpointError, match=r"lacks 'model\.layers\.1\.mlp\.up_proj\.weight'"):
+        plain_model(write(tmp_path / "less.gguf", left))
+
+
 def test_nothing_random_and_nothing_of_the_place(file: Path, tmp_path: Path) -> None:
     """Two readings give one config and one hash, whatever lies beside the file, and no random number is drawn."""
     state = torch.get_rng_state()
@@ -196,6 +222,26 @@ def test_a_folder_with_one(file: Path, tmp_path: Path) -> None:
         plain_model(tmp_path)
 
 
+def test_a_link_that_leads_nowhere(file: Path, tmp_path: Path) -> None:
+    """As a cache leaves it whose file was removed: the folder is still one with a GGUF."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    link = folder / "model.gguf"
+    link.symlink_to(tmp_path / "removed.gguf")
+    for name in (folder, link):
+        for call in (load, plain_model, scalpel.CircuitGPT.from_pretrained):
+            with pytest.raises(CheckpointError) as error:
+                call(name)
+            assert str(link) in str(error.value) and str(tmp_path / "removed.gguf") in str(error.value)
+    (folder / "other.gguf").symlink_to(file)
+    with pytest.raises(CheckpointError, match=r"2 GGUF files, 'model\.gguf', 'other\.gguf'"):
+        load(folder)
+    same_weights(plain_model(folder / "other.gguf"), llama())
+    (folder / "nested.gguf").mkdir()  # a folder is no file, whatever its name
+    link.unlink()
+    same_weights(plain_model(folder), llama())
+
+
 def test_what_takes_no_gguf_says_what_does(file: Path, tmp_path: Path) -> None:
     for name in (file, str(tmp_path)):
         with pytest.raises(
@@ -241,6 +287,24 @@ def test_metadata_that_transformers_passes_over(facts: dict[str, Any], words: li
     assert all(word in str(error.value) for word in words), error.value
 
 
+@pytest.mark.parametrize(
+    "facts,words,helps",
+    [
+        ({"logit_scale": 0.5}, "'logit_scale' has no place in the config", False),
+        ({"logit_scale": 0.5, "x": 1}, "'logit_scale', 'x' have no place in the config", False),
+        ({"rope.scaling.type": "linear"}, "'linear' in the file", False),
+        ({"context_length": None}, "context_length is not in the file", True),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_advice_that_can_help(facts: dict[str, Any], words: str, helps: bool, tmp_path: Path) -> None:
+    """What transformers' reader passes over, it passes over in a fresh download, too."""
+    with pytest.raises(CheckpointError) as error:
+        plain_model(write(tmp_path / "tiny.gguf", tensors_of(llama()), facts))
+    said = str(error.value)
+    assert words in said and "safetensors" in said and ("download the file again" in said) is helps, said
+
+
 def test_what_a_file_need_not_say(tmp_path: Path) -> None:
     """llama.cpp's defaults, which have to be transformers' too."""
     facts = {"rope.freq_base": None, "rope.dimension_count": None, "attention.head_count_kv": 2, "vocab_size": None}
@@ -253,11 +317,12 @@ def test_what_a_file_need_not_say(tmp_path: Path) -> None:
 def test_tensors_without_a_place_and_places_without_a_tensor(tmp_path: Path) -> None:
     tensors, ones = tensors_of(llama()), np.ones(8, dtype=np.float32)
     for extra in ("blk.0.attn_q.bias", "blk.7.attn_norm.weight", "rope_freqs.weight"):
-        with pytest.raises(CheckpointError, match=rf"would drop '{extra}'.*safetensors"):
+        with pytest.raises(CheckpointError, match=rf"would drop '{extra}'.*safetensors") as error:
             plain_model(write(tmp_path / "more.gguf", tensors | {extra: ones}))
+        assert "download" not in str(error.value)
     for lost in ("blk.1.ffn_up.weight", "output_norm.weight", "token_embd.weight"):
         left = {name: array for name, array in tensors.items() if name != lost}
-        with pytest.raises(CheckpointError, match=f"lacks '{lost}'"):
+        with pytest.raises(CheckpointError, match=f"lacks '{lost}'.*download the file again"):
             plain_model(write(tmp_path / "less.gguf", left))
     with pytest.raises(CheckpointError, match=r"'output_norm.weight' has shape \(8,\), by the config \(32,\)"):
         plain_model(write(tmp_path / "other.gguf", tensors | {"output_norm.weight": ones}))

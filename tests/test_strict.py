@@ -115,6 +115,22 @@ def test_every_family(name: str, tmp_path: Path) -> None:
         assert f"holds '{extra}'" in refused(tmp_path)
 
 
+def test_one_of_a_kind_is_said_as_one(tmp_path: Path) -> None:
+    """One layer, and one tensor beyond those that are named."""
+    weights = saved(tmp_path, num_hidden_layers=1)
+    assert "By the config it has 1 layer, numbered 0" in refused(tmp_path)
+    saved(tmp_path)
+    four = [f"{AT}mlp.{each}_proj.weight" for each in ("up", "down", "gate")] + [f"{AT}self_attn.q_proj.weight"]
+    put(weights | {name: torch.ones(3, 2) for name in four}, tmp_path)
+    assert "1 more has another shape" in refused(tmp_path)
+
+
+def test_no_model_is_said_in_whole_sentences(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"\. A model of another kind") as error:
+        load(tmp_path)
+    assert ".." not in str(error.value)
+
+
 def test_the_command_refuses(tmp_path: Path, text: Path) -> None:
     folder = tmp_path / "model"
     put(without("lm_head")(saved(folder, "qwen3")), folder)
@@ -166,6 +182,24 @@ def test_pickles_are_as_strict(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").unlink()
     with pytest.raises(CheckpointError, match=r"holds no weights: one of model\.safetensors"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
+def test_pickles_are_not_streamed(name: str, tmp_path: Path) -> None:
+    pickled(saved(tmp_path), tmp_path)
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / name)
+    with pytest.raises(CheckpointError) as error:
+        load(tmp_path, stream=True)
+    said = str(error.value)
+    assert f"{tmp_path} holds {name}, which" in said and "save_pretrained" in said and "is not there" not in said
+
+
+def test_a_link_to_weights_that_leads_nowhere(tmp_path: Path) -> None:
+    saved(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "gone")
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "removed")
+    said = refused(tmp_path)
+    assert str(tmp_path / "model.safetensors") in said and str(tmp_path / "removed") in said
 
 
 def test_a_shard_that_is_not_complete(tmp_path: Path) -> None:
@@ -306,6 +340,86 @@ def test_an_adapter_is_not_left_out(tmp_path: Path) -> None:
     saved(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "somewhere/else"}')
     assert "merge" in refused(tmp_path)
+
+
+ONLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
+
+
+@pytest.mark.parametrize(
+    "quantised,method",
+    [
+        (ONLINE, "'bitnet'"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "'bitsandbytes'"),
+        ({"quant_method": "gptq", "bits": 4}, "'gptq'"),
+        ({"quant_method": "unheard-of"}, "'unheard-of'"),
+        ({"bits": 4}, "without a 'quant_method'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_quantised_folder_is_not_streamed_as_if_it_were_plain(
+    quantised: dict[str, Any], method: str, tmp_path: Path
+) -> None:
+    saved(tmp_path, quantization_config=quantised)
+    for call in (decoder_in, lambda folder: load(folder, stream=True)):
+        with pytest.raises(CheckpointError) as error:
+            call(tmp_path)
+        said = str(error.value)
+        assert all(word in said for word in ("quantization_config", method, str(tmp_path), "save_pretrained")), said
+
+
+def test_a_null_quantisation_is_none(tmp_path: Path) -> None:
+    saved(tmp_path, quantization_config=None)
+    assert load(tmp_path).facts["parameters"] == load(tmp_path, stream=True).facts["parameters"]
+
+
+@pytest.mark.parametrize("quantised", [ONLINE, {"quant_method": "unheard-of"}], ids=["bitnet", "unheard-of"])
+def test_a_model_that_stays_quantised_is_refused_in_memory(quantised: dict[str, Any], tmp_path: Path) -> None:
+    """Weights that are rounded while the model runs look like any others: its class, names and dtypes are plain."""
+    pytest.importorskip("accelerate")
+    saved(tmp_path, quantization_config=quantised)
+    said = refused(tmp_path)
+    assert repr(quantised["quant_method"]) in said and "dequantize()" in said and "LlamaForCausalLM" in said
+
+
+@pytest.fixture
+def eighths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Weights:
+    """A folder of float8 and its scales, which transformers dequantises where there is no GPU."""
+    pytest.importorskip("accelerate")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    quantised = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    weights: Weights = {}
+    for name, tensor in saved(tmp_path, quantization_config=quantised).items():
+        weights[name] = tensor.float()
+        if "_proj" in name:
+            weights[name] = tensor.to(torch.float8_e4m3fn)
+            weights[f"{name}_scale_inv"] = torch.full((1, 1), 2.0)
+    put(weights, tmp_path)
+    return weights
+
+
+def test_a_folder_that_is_dequantised_whole(eighths: Weights, tmp_path: Path) -> None:
+    found = load(tmp_path)
+    assert found.trained is not None
+    name = f"{AT}mlp.up_proj.weight"
+    assert torch.equal(found.trained.state_dict()[name], 2 * eighths[name].double())
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        (lambda w: {name: each for name, each in w.items() if f"{AT}mlp.up" not in name}, ["lacks", f"{AT}mlp.up"]),
+        (lambda w: w | {"score.weight": torch.ones(2, 12)}, ["no place for", "'score.weight'"]),
+    ],
+    ids=["missing", "extra"],
+)
+def test_a_quantised_folder_that_is_not_whole(
+    change: Callable[[Weights], Weights], words: list[str], eighths: Weights, tmp_path: Path
+) -> None:
+    """Its names are the quantisation's own, so only what transformers reports of loading can say it."""
+    put(change(eighths), tmp_path)
+    with pytest.raises(CheckpointError) as error:
+        load(tmp_path)
+    assert all(word in str(error.value) for word in words), error.value
 
 
 def test_weights_are_not_rounded_to_the_configs_dtype(tmp_path: Path) -> None:

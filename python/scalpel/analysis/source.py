@@ -21,7 +21,7 @@ from ..models.families import decoder_of, family_of, supported
 from ..models.folder import FolderWeights, check_folder, decoder_in
 from ..models.gguf import gguf_in, no_stream, plain_model, stored_as
 from ..models.gguf import tokenizer as gguf_tokenizer
-from ..models.strict import check_loaded, config_in
+from ..models.strict import check_loaded, check_plain, config_in
 from ..models.tokenizer import Tokenizer
 from ..models.weight_files import CheckpointError, read_json
 
@@ -131,8 +131,8 @@ def _circuitgpt(name: str | Path, device: torch.device) -> Source:
         if (Path(name).expanduser() / CONFIG_FILES[0]).is_file():
             raise  # it is a CircuitGPT, and the error says what is wrong with it
         raise CheckpointError(
-            f"{error} A model of another kind is analysed from its folder, with config.json and weights as "
-            f"transformers writes them: {', '.join(supported())}"
+            f"{str(error).rstrip('.')}. A model of another kind is analysed from its folder, with config.json and "
+            f"weights as transformers writes them: {', '.join(supported())}"
         ) from error
     config = model.config
     facts = {
@@ -182,6 +182,7 @@ def _decoder(folder: Path, architecture: str, device: torch.device) -> Source:
             raise
         raise CheckpointError(f"{folder} can't be loaded by transformers: {type(error).__name__}: {error}") from error
     check_loaded(info, architecture, folder)
+    check_plain(model.config, architecture, folder)
     stored = stored or {next(model.parameters()).dtype}
     dtype = torch.float64 if torch.float64 in stored else torch.float32
     said = _name(dtype) + ("" if stored == {dtype} else f", stored as {', '.join(sorted(map(_name, stored)))}")

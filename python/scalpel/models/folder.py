@@ -23,8 +23,8 @@ from torch import Tensor
 from .decoder import Decoder, DecoderLayer
 from .families import config_of
 from .gguf import gguf_in, no_stream
-from .strict import Stored, config_in, expected_by, match, passed_over
-from .weight_files import CheckpointError, PickledWeights, numbers_equal, read_json, some
+from .strict import Stored, check_plain, config_in, expected_by, match, passed_over
+from .weight_files import WEIGHT_FILES, CheckpointError, PickledWeights, check_link, numbers_equal, read_json, some
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ALIGNED = 4096  # where reads past the cache begin and end, in the file and in memory
@@ -71,8 +71,8 @@ class FolderWeights:
         count = place.shape[0] if place.shape else 0
         if index.numel() and int(index.max()) >= count:
             raise CheckpointError(
-                f"{name!r} has {count} rows, and row {int(index.max())} is asked for: is config.json "
-                "that of these weights?"
+                f"{name!r} has {count} row{'' if count == 1 else 's'}, and row {int(index.max())} is asked for: "
+                "is config.json that of these weights?"
             )
         step = place.bytes // max(1, count)
         wanted, where = index.cpu().unique(return_inverse=True)
@@ -111,13 +111,14 @@ class FolderWeights:
 def decoder_in(folder: str | Path, device: torch.device | str = "cpu") -> Decoder:
     """The decoder in a folder with config.json and safetensors, as transformers writes them; its tensors on ``device``.
 
-    Raises CheckpointError where the folder lacks one of these, names a model that has no rules, or holds other weights
-    than those that its config describes.
+    Raises CheckpointError where the folder lacks one of these, names a model that has no rules, is quantised, or holds
+    other weights than those that its config describes.
     """
     folder = Path(folder)
     if (file := gguf_in(folder)) is not None:
         raise no_stream(file)
     stated, architecture = config_in(folder)
+    check_plain(stated, architecture, folder)
     expected = expected_by(stated, architecture, folder)
     config = config_of(expected.family, stated, architecture)
     if isinstance(config, str):
@@ -264,10 +265,23 @@ def _shards(folder: Path) -> list[Path]:
         if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
             raise CheckpointError(f"{index} has no 'weight_map' of key to file name")
         paths = [folder / name for name in sorted(set(where.values()))]
+    elif not whole.is_file():
+        _check_not_pickled(folder)
     for path in paths:
+        check_link(path)
         if path.parent != folder or not path.is_file():  # a map may not point outside its folder
             raise CheckpointError(f"{path} is not there: a folder of safetensors is read, whole or in shards")
     return paths
+
+
+def _check_not_pickled(folder: Path) -> None:
+    """CheckpointError where a folder without safetensors has pickles, whose tensors can't be read one by one."""
+    name = next((name for name in WEIGHT_FILES if ".bin" in name and (folder / name).is_file()), None)
+    if name is not None:
+        raise CheckpointError(
+            f"{folder} holds {name}, which can't be streamed: load the model with transformers, save it with "
+            "save_pretrained, and give that folder"
+        )
 
 
 def _header(path: Path) -> dict[str, _Place]:

@@ -27,7 +27,7 @@ from .gguf_checks import check_metadata, check_tensors, check_whole
 from .gguf_header import MAGIC, Header, read_header
 from .strict import Expected, check_loaded, expected_by
 from .tokenizer import Tokenizer
-from .weight_files import WEIGHT_FILES, CheckpointError, some
+from .weight_files import WEIGHT_FILES, CheckpointError, check_link, some
 
 __all__ = ["gguf_in", "plain_model", "stored_as", "tokenizer"]
 
@@ -44,21 +44,27 @@ def gguf_in(path: str | Path) -> Path | None:
     """The GGUF file that ``path`` stands for: a file, or a folder with one and no other weights. None where it stands
     for something else.
 
-    Raises CheckpointError for a folder with several, and for a file named .gguf that isn't there.
+    Raises CheckpointError for a folder with several, and for a file named .gguf, or a link named so, that leads to
+    nothing.
     """
     path = Path(path).expanduser()
     if path.is_dir():
         if any((path / name).is_file() for name in WEIGHT_FILES):
             return None
-        found = sorted(each for each in path.iterdir() if each.suffix.lower() == ".gguf" and each.is_file())
+        named = sorted(each for each in path.iterdir() if each.suffix.lower() == ".gguf")
+        found = [each for each in named if each.is_file() or not each.exists()]  # a link that leads nowhere counts
         if len(found) > 1:
             raise CheckpointError(
                 f"{path} holds {len(found)} GGUF files, {some(each.name for each in found)}: give one of them. {_JOIN}"
             )
-        return found[0] if found else None
+        if not found:
+            return None
+        check_link(found[0])
+        return found[0]
     if path.is_file():
         return path if path.suffix.lower() == ".gguf" or _begins_as_gguf(path) else None
     if path.suffix.lower() == ".gguf":
+        check_link(path)
         raise CheckpointError(f"there is no file {path}")
     return None
 

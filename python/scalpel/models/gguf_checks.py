@@ -16,10 +16,7 @@ from .weight_files import CheckpointError, some
 
 # Metadata of an architecture that changes nothing of what a model computes, or that the tensors' shapes repeat.
 _HARMLESS = ("feed_forward_length", "rope.scaling.finetuned", "rope.scaling.original_context_length", "pooling_type")
-_OTHERWISE = (
-    "The model would compute something else than it was made for: download the file again, or use the model's "
-    "safetensors, if they are published"
-)
+_OTHERWISE = "The model would compute something else than it was made for"
 
 
 def check_whole(header: Header) -> None:
@@ -77,14 +74,28 @@ def check_metadata(header: Header, config: Any, shape: DecoderConfig) -> None:
         for key in said.keys() & right.keys()
         if not _same(said[key], right[key])
     ]
-    other += [f"{key} is not in the file, and {right[key]!r} in the config" for key in needed if key not in said]
+    lacking = [key for key in needed if key not in said]
+    other += [f"{key} is not in the file, and {right[key]!r} in the config" for key in lacking]
     if unknown:
-        other.append(f"{some(unknown)} have no place in the config")
+        other.append(f"{some(unknown)} {'has' if len(unknown) == 1 else 'have'} no place in the config")
     if other:
         raise CheckpointError(
             f"transformers does not read all that {header.path} says of its {header.architecture!r}: "
-            f"{'; '.join(sorted(other))}. {_OTHERWISE}"
+            f"{'; '.join(sorted(other))}. {_advice(len(lacking) == len(other))}"
         )
+
+
+def _advice(lacking: bool) -> str:
+    """What to do; ``lacking``: nothing is wrong but that the file lacks something, as a damaged one may.
+
+    A whole file is the same after another download, and transformers' reader passes over the same of it.
+    """
+    if lacking:
+        return f"{_OTHERWISE}: download the file again, or use the model's safetensors, if they are published"
+    return (
+        f"{_OTHERWISE}, since transformers' reader passes over what it does not know: use the model's safetensors, if "
+        "they are published"
+    )
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -120,5 +131,6 @@ def check_tensors(header: Header, expected: Expected, shape: DecoderConfig) -> N
         if "rope_freqs.weight" in extra:
             why = "rope_freqs.weight scales the positions (Llama 3 is made so), and without it they would be others. "
         raise CheckpointError(
-            f"{header.path} is not the {expected.architecture} of its metadata: {'; '.join(said)}. {why}{_OTHERWISE}"
+            f"{header.path} is not the {expected.architecture} of its metadata: {'; '.join(said)}. {why}"
+            f"{_advice(not extra)}"
         )

@@ -19,7 +19,16 @@ from .decoder import Family
 from .families import FAMILIES, family_of, supported
 from .weight_files import CheckpointError, read_json, some
 
-__all__ = ["Expected", "Stored", "check_loaded", "config_in", "expected_by", "match", "passed_over"]
+__all__ = [
+    "Expected",
+    "Stored",
+    "check_loaded",
+    "check_plain",
+    "config_in",
+    "expected_by",
+    "match",
+    "passed_over",
+]
 
 _DISTRIBUTED = "shard-*-model-*-of-*.safetensors"
 
@@ -194,6 +203,24 @@ def check_loaded(info: Mapping[str, Any], architecture: str, where: str | Path) 
         raise CheckpointError(f"{where} was not read as a {architecture} whole: {'; '.join(said)}. {_ADVICE}")
 
 
+def check_plain(config: Any, architecture: str, where: str | Path) -> None:
+    """CheckpointError where transformers' ``config`` says that the model is quantised.
+
+    Its modules are then replaced by ones that round weights or activations, which no family's rules do. Of a model that
+    transformers dequantised while it was loaded, the config says it no longer.
+    """
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is None:
+        return
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+    named = "without a 'quant_method'" if method is None else f"by {getattr(method, 'value', method)!r}"
+    raise CheckpointError(
+        f"the quantization_config of {where} says that it is quantised {named}, so it does not compute what a plain "
+        f"{architecture} with its weights does: load it with transformers, dequantise it (model.dequantize()), save it "
+        "with save_pretrained, and give that folder. A model that was published without quantisation serves as well"
+    )
+
+
 _ADVICE = (
     "A missing weight would be drawn at random and an extra one dropped, so the model is refused. Check that "
     "config.json and the weights are of the same model, and that the download is complete"
@@ -230,7 +257,8 @@ def _complaint(
         f"{key!r} has shape {shape}, by the config {right}" for key, (shape, right) in list(other_shape.items())[:3]
     ]
     if len(other_shape) > 3:
-        said.append(f"{len(other_shape) - 3} more have other shapes")
+        more = len(other_shape) - 3
+        said.append("1 more has another shape" if more == 1 else f"{more} more have other shapes")
     advice = ". ".join([_ADVICE, *_hints(expected, missing, extra)])
     return f"{where} does not hold the {expected.architecture} that its config describes: {'; '.join(said)}. {advice}"
 
@@ -248,4 +276,4 @@ def _hints(expected: Expected, missing: list[str], extra: list[str]) -> Iterator
     count = config.num_hidden_layers
     numbers = [int(found[1]) for key in extra if (found := re.search(r"(?:layers|h)\.(\d+)\.", key))]
     if any(number >= count for number in numbers):
-        yield f"By the config it has {count} layers, numbered from 0"
+        yield f"By the config it has {'1 layer, numbered 0' if count == 1 else f'{count} layers, numbered from 0'}"

@@ -43,6 +43,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         path = folder / name
         if path.is_file():
             return _read_shards(path) if name.endswith(".index.json") else _read_file(path)
+    for name in WEIGHT_FILES:
+        check_link(folder / name)
     raise CheckpointError(f"{folder} holds no weights: one of {', '.join(WEIGHT_FILES)} was expected beside the config")
 
 
@@ -52,6 +54,8 @@ class PickledWeights:
     def __init__(self, folder: Path) -> None:
         whole, index = folder / "pytorch_model.bin", folder / "pytorch_model.bin.index.json"
         if not whole.is_file() and not index.is_file():
+            for name in WEIGHT_FILES[1:]:
+                check_link(folder / name)
             raise CheckpointError(
                 f"{folder} holds no weights: one of {', '.join(WEIGHT_FILES[1:])} was expected beside config.json"
             )
@@ -74,6 +78,14 @@ def numbers_equal(one: Tensor, other: Tensor) -> bool:
     size = 1 << 24  # no whole copies in float64
     pairs = zip(one.flatten().split(size), other.flatten().split(size), strict=True)
     return all(torch.equal(a.double(), b.double()) for a, b in pairs)
+
+
+def check_link(path: Path) -> None:
+    """CheckpointError where ``path`` is a symbolic link that leads to nothing: it is listed, and can't be read."""
+    if path.is_symlink() and not path.exists():
+        raise CheckpointError(
+            f"{path} is a link to {path.readlink()}, which is not there: put that file back, or download it again"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:
