@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from analysis_cases import invoke, letters
+from analysis_cases import invoke
 from decoder_cases import MODELS, exact_norms, ids_of, model_of
 from scalpel.analysis.source import load
 from scalpel.jacobians.stream import stream_layers
@@ -20,49 +19,9 @@ from scalpel.models import families, llama
 from scalpel.models.folder import decoder_in
 from scalpel.models.strict import check_loaded
 from scalpel.models.weight_files import CheckpointError
+from strict_cases import AT, Weights, beside, put, refused, saved, without
 
 pytest.importorskip("transformers")
-
-Weights = dict[str, Tensor]
-
-
-def saved(folder: Path, name: str = "llama", **config: Any) -> Weights:
-    model_of(name).save_pretrained(folder)
-    letters(13).save(folder)
-    said = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(said | config))
-    return load_file(folder / "model.safetensors")
-
-
-def put(weights: Weights, folder: Path) -> None:
-    save_file({name: tensor.clone() for name, tensor in weights.items()}, folder / "model.safetensors")
-
-
-def refused(folder: Path) -> str:
-    """What both readers say, which must be the same."""
-    said = []
-    for stream in (False, True):
-        with pytest.raises(CheckpointError) as error:
-            load(folder, stream=stream)
-        said.append(str(error.value))
-    assert said[0] == said[1]
-    return said[0]
-
-
-def without(*ends: str) -> Callable[[Weights], Weights]:
-    def changed(weights: Weights) -> Weights:
-        left = {name: tensor for name, tensor in weights.items() if not any(end in name for end in ends)}
-        assert len(left) < len(weights)
-        return left
-
-    return changed
-
-
-def beside(name: str, *shape: int) -> Callable[[Weights], Weights]:
-    return lambda weights: weights | {name: torch.ones(shape, dtype=torch.float64)}
-
-
-AT = "model.layers.1."
 
 
 @pytest.mark.parametrize(
@@ -340,86 +299,6 @@ def test_an_adapter_is_not_left_out(tmp_path: Path) -> None:
     saved(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "somewhere/else"}')
     assert "merge" in refused(tmp_path)
-
-
-ONLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
-
-
-@pytest.mark.parametrize(
-    "quantised,method",
-    [
-        (ONLINE, "'bitnet'"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "'bitsandbytes'"),
-        ({"quant_method": "gptq", "bits": 4}, "'gptq'"),
-        ({"quant_method": "unheard-of"}, "'unheard-of'"),
-        ({"bits": 4}, "without a 'quant_method'"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_a_quantised_folder_is_not_streamed_as_if_it_were_plain(
-    quantised: dict[str, Any], method: str, tmp_path: Path
-) -> None:
-    saved(tmp_path, quantization_config=quantised)
-    for call in (decoder_in, lambda folder: load(folder, stream=True)):
-        with pytest.raises(CheckpointError) as error:
-            call(tmp_path)
-        said = str(error.value)
-        assert all(word in said for word in ("quantization_config", method, str(tmp_path), "save_pretrained")), said
-
-
-def test_a_null_quantisation_is_none(tmp_path: Path) -> None:
-    saved(tmp_path, quantization_config=None)
-    assert load(tmp_path).facts["parameters"] == load(tmp_path, stream=True).facts["parameters"]
-
-
-@pytest.mark.parametrize("quantised", [ONLINE, {"quant_method": "unheard-of"}], ids=["bitnet", "unheard-of"])
-def test_a_model_that_stays_quantised_is_refused_in_memory(quantised: dict[str, Any], tmp_path: Path) -> None:
-    """Weights that are rounded while the model runs look like any others: its class, names and dtypes are plain."""
-    pytest.importorskip("accelerate")
-    saved(tmp_path, quantization_config=quantised)
-    said = refused(tmp_path)
-    assert repr(quantised["quant_method"]) in said and "dequantize()" in said and "LlamaForCausalLM" in said
-
-
-@pytest.fixture
-def eighths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Weights:
-    """A folder of float8 and its scales, which transformers dequantises where there is no GPU."""
-    pytest.importorskip("accelerate")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    quantised = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    weights: Weights = {}
-    for name, tensor in saved(tmp_path, quantization_config=quantised).items():
-        weights[name] = tensor.float()
-        if "_proj" in name:
-            weights[name] = tensor.to(torch.float8_e4m3fn)
-            weights[f"{name}_scale_inv"] = torch.full((1, 1), 2.0)
-    put(weights, tmp_path)
-    return weights
-
-
-def test_a_folder_that_is_dequantised_whole(eighths: Weights, tmp_path: Path) -> None:
-    found = load(tmp_path)
-    assert found.trained is not None
-    name = f"{AT}mlp.up_proj.weight"
-    assert torch.equal(found.trained.state_dict()[name], 2 * eighths[name].double())
-
-
-@pytest.mark.parametrize(
-    "change,words",
-    [
-        (lambda w: {name: each for name, each in w.items() if f"{AT}mlp.up" not in name}, ["lacks", f"{AT}mlp.up"]),
-        (lambda w: w | {"score.weight": torch.ones(2, 12)}, ["no place for", "'score.weight'"]),
-    ],
-    ids=["missing", "extra"],
-)
-def test_a_quantised_folder_that_is_not_whole(
-    change: Callable[[Weights], Weights], words: list[str], eighths: Weights, tmp_path: Path
-) -> None:
-    """Its names are the quantisation's own, so only what transformers reports of loading can say it."""
-    put(change(eighths), tmp_path)
-    with pytest.raises(CheckpointError) as error:
-        load(tmp_path)
-    assert all(word in str(error.value) for word in words), error.value
 
 
 def test_weights_are_not_rounded_to_the_configs_dtype(tmp_path: Path) -> None:
