@@ -1,13 +1,11 @@
-"""Models as people keep them: compiled, offloaded, checkpointed, shared by threads, made in inference mode."""
+"""Models as people keep them: offloaded, checkpointed, hooked, made in inference mode."""
 
 from __future__ import annotations
 
 import copy
 import tempfile
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,14 +17,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import scalpel
-from circuitgpt_cases import build, tokens
+from circuitgpt_cases import build
 from decoder_cases import VOCAB, exact_norms, ids_of, model_of
-from scalpel.hooks.running import evaluating
+from running_cases import collected, gradient_of, products, second_moment
 from scalpel.models.decoder import Decoder
 from scalpel.models.families import decoder_or_reason
 
 pytest.importorskip("transformers")
-GRADIENT = "1.resid_in.grad"
 ENDS = ["0.resid_in", "1.resid_in", "final_resid"]
 
 
@@ -35,96 +32,6 @@ def _exact() -> Iterator[None]:
     with exact_norms(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="scalpel.jacobian differentiates")
         yield
-
-
-def gradient_of(model: Any, ids: Tensor, layer: int) -> Tensor:
-    """∂loss/∂(the input of a layer), rows of all tokens, by plain autograd and without the library."""
-    held: list[Tensor] = []
-
-    def keep(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        held.append(arguments[0].detach().requires_grad_())
-        return (held[0], *arguments[1:])
-
-    layers = model.transformer.h if hasattr(model, "transformer") else model.model.layers
-    handle = layers[layer].register_forward_pre_hook(keep)
-    logits = model(input_ids=ids, use_cache=False).logits
-    handle.remove()
-    loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-    return torch.autograd.grad(loss, held[0])[0].flatten(0, 1)
-
-
-def second_moment(rows: Tensor) -> Tensor:
-    return rows.T @ rows / len(rows)
-
-
-def collected(model: Any, ids: Tensor, hook: str = GRADIENT, **options: Any) -> Tensor:
-    return scalpel.collect(model, [ids], [hook], center=False, progress=False, **options)[hook].covariance()
-
-
-def products(model: Any, ids: Tensor, *ends: str) -> Tensor:
-    J = scalpel.jacobian(model, ids, *ends)
-    generator = torch.Generator().manual_seed(0)
-    return J.jvp(torch.randn(2, *J.source_shape, generator=generator, dtype=J.dtype))
-
-
-# ---- compiled ------------------------------------------------------------------------------------
-
-
-def _in_place(model: Any) -> Any:
-    model.compile(backend="aot_eager")
-    return model
-
-
-def _a_layer_in_place(model: Any) -> Any:
-    layers = model.transformer.h if hasattr(model, "transformer") else model.model.layers
-    layers[1].compile(backend="aot_eager")
-    return model
-
-
-def _a_layer(model: Any) -> Any:
-    layers = model.transformer.h if hasattr(model, "transformer") else model.model.layers
-    layers[1] = torch.compile(layers[1], backend="aot_eager")
-    return model
-
-
-COMPILED: dict[str, Callable[[Any], Any]] = {
-    "the model, in place": _in_place,
-    "the model, wrapped": lambda model: torch.compile(model, backend="aot_eager"),
-    "a layer, in place": _a_layer_in_place,
-    "a layer, wrapped": _a_layer,
-}
-
-
-@pytest.mark.parametrize("how", COMPILED)
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_a_compiled_model_gives_what_it_gave_before(name: str, how: str) -> None:
-    torch._dynamo.reset()
-    ids = ids_of()
-    plain = model_of(name).requires_grad_(True)
-    expected = second_moment(gradient_of(plain, ids, 1))
-    assert float(expected.trace()) > 1e-3
-    ends = {
-        "gpt2": ("transformer.h.0", "transformer.h.1.mlp.c_fc"),
-        "llama": ("model.layers.0", "model.layers.1.mlp.up_proj"),
-    }
-    by_rules, by_paths = products(plain, ids), products(plain, ids, *ends[name])
-    model = COMPILED[how](model_of(name).requires_grad_(True))
-    torch.testing.assert_close(collected(model, ids), expected, rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(products(model, ids), by_rules, rtol=1e-7, atol=1e-9)
-    torch.testing.assert_close(products(model, ids, *ends[name]), by_paths, rtol=1e-7, atol=1e-9)
-    assert collected(model, ids, ends[name][1]).shape == collected(plain, ids, ends[name][1]).shape
-    found, before = (scalpel.lyapunov(each, ids, 2).exponents for each in (model, plain))
-    torch.testing.assert_close(found, before, rtol=1e-6, atol=1e-8)
-
-
-def test_a_compiled_circuitgpt() -> None:
-    torch._dynamo.reset()
-    plain = build("like_csp_yolo2")
-    ids = tokens(plain)
-    expected, tangents = collected(plain, ids), products(plain, ids)
-    model = torch.compile(copy.deepcopy(plain), backend="aot_eager")
-    assert torch.equal(collected(model, ids), expected)
-    assert torch.equal(products(model, ids), tangents)
 
 
 def test_a_gradient_that_does_not_exist_is_an_error() -> None:
@@ -141,62 +48,6 @@ def test_a_gradient_that_does_not_exist_is_an_error() -> None:
         collected(Cut(), ids, "before.grad")
     assert all(words in str(caught.value) for words in ("before.grad", "detach", "leave this stream out"))
     assert collected(Cut(), ids, "after.grad").trace() > 0
-
-
-# ---- several threads -----------------------------------------------------------------------------
-
-
-def test_collecting_from_several_threads_on_one_model() -> None:
-    model = model_of("llama")
-    batches = [ids_of(2, 8, seed) for seed in range(8)]
-    expected = [collected(model, ids) for ids in batches]
-    with ThreadPoolExecutor(4) as pool:
-        for _ in range(3):
-            for found, wanted in zip(pool.map(lambda ids: collected(model, ids), batches), expected, strict=True):
-                torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2, by torch.func", "circuitgpt"])
-def test_jacobians_beside_collecting_and_plain_passes(name: str) -> None:
-    model: Any = build("like_csp_yolo2") if name == "circuitgpt" else model_of(name.partition(",")[0])
-    ids = ids_of() % 11
-    ends = ("transformer.h.0", "transformer.h.1.mlp.c_fc") if "torch.func" in name else ()
-
-    def plain(ids: Tensor) -> Tensor:
-        with torch.no_grad():
-            output = model(ids)
-        return output if isinstance(output, Tensor) else output.logits
-
-    jobs: list[Callable[[], Tensor]] = [
-        lambda: products(model, ids, *ends),
-        lambda: collected(model, ids),
-        lambda: plain(ids),
-    ]
-    expected = [job() for job in jobs]
-    with ThreadPoolExecutor(6) as pool:
-        for number, found in enumerate(pool.map(lambda i: jobs[i % 3](), range(24))):
-            torch.testing.assert_close(found, expected[number % 3], rtol=1e-6, atol=1e-9)
-
-
-def test_training_flags_are_put_back_by_the_last_pass() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout()).train()
-    model[0].eval()
-    inside, leave = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with evaluating(model):
-            inside.set()
-            leave.wait(60)
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    assert inside.wait(60)
-    with evaluating(model):
-        assert not any(module.training for module in model.modules())
-    assert not model[1].training, "the other thread still needs it"
-    leave.set()
-    thread.join()
-    assert [module.training for module in model.modules()] == [True, False, True]
 
 
 # ---- weights and hooks that others put there -----------------------------------------------------
