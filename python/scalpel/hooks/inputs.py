@@ -60,8 +60,8 @@ class Inputs:
 
     Args:
         ids: Token ids (B, L), int64. For a model that takes no token ids: its input, of any shape.
-        mask: As it was given, or None: (B, L) with 1 at real tokens, or (B, L, L) or (B or 1, heads or 1, L, L) with
-            the keys that each query may read, as bool or as what is added to the scores.
+        mask: (B, L) with 1 at real tokens; or which keys each query may read, for a model of transformers as what is
+            added to the scores (B or 1, heads or 1, L, L), for a CircuitGPT as (B, L, L); None where none was given.
         positions: (B, L) or (1, L), int64: those given, or those that follow from padding; None where the model's own
             default, 0, 1, 2 and so on, is right.
         others: What else the batch holds for the model, by keyword.
