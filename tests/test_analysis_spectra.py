@@ -99,6 +99,7 @@ def test_what_is_said_and_what_is_refused(circuit: Path, longer: Path, tmp_path:
             analyze(circuit, longer, tmp_path / "out", **SMALL, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_torchrun_shares_the_work(circuit: Path, longer: Path, tmp_path: Path) -> None:
     world = 3  # one more than there are chunks
     out, alone = tmp_path / "out", tmp_path / "alone"
@@ -174,6 +175,7 @@ def test_stopped_in_the_spectra_and_gone_on_with_less_memory(
     assert not list((tmp_path / "out").glob("blocks-*"))
 
 
+@pytest.mark.slow
 def test_another_analysis_is_refused_under_torchrun_too(circuit: Path, longer: Path, tmp_path: Path) -> None:
     analyze(circuit, longer, tmp_path / "out", untrained=False, stretches=0, seed=5, **SMALL)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

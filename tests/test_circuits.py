@@ -191,6 +191,7 @@ def test_masks_find_the_node_that_carries_the_answer():
 # ---- pruning ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_circuit_does_what_its_controls_do_not(found):
     pruning, _, options = found
     assert len(pruning.circuits) == 2 and pruning.total == 2816

@@ -249,6 +249,7 @@ def test_train_knows_the_machines(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 # ---- prune --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_prune_writes_its_result_and_keeps_it_beside_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(import_module("scalpel.circuits.prune"), "Schedule", lambda: Schedule(steps=8, batch=8))
     judge = import_module("scalpel.experiments.circuit")

@@ -15,6 +15,7 @@ from distributed_worker import states
 from scalpel import StreamingCovariance
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
+pytestmark = pytest.mark.slow
 TASKS = {2: ("merge", "again", "differ", "collect", "groups"), 4: ("merge", "again", "pair", "collect", "groups")}
 
 

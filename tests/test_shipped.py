@@ -53,6 +53,7 @@ def test_what_each_control_leaves_out(model):
     assert differing == set(CONTROLS[model.card["control"]])
 
 
+@pytest.mark.slow
 def test_real_library_prompts_are_answered(monkeypatch):
     """The card's accuracy, measured again; the interpreter's numpy and scipy may be other versions than the card's."""
     shipped = scalpel.CircuitGPT.from_pretrained("bracket-mini")
@@ -68,6 +69,7 @@ def test_real_library_prompts_are_answered(monkeypatch):
     assert abs((fresh.accuracy(1) + fresh.accuracy(2)) / 2 - 0.5) < 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PYTHON_NAMES)
 def test_python_small_does_what_its_card_says(name):
     """Two of the three tasks on files of numpy and scipy, and no more; fewer prompts than the card's."""
@@ -137,6 +139,7 @@ def test_without_libsemigroups_the_report_says_what_it_leaves_out(monkeypatch):
     assert note.startswith("Cayley graph and egg-box") and "[algebra]" in note
 
 
+@pytest.mark.slow
 def test_the_whole_suite_in_short(monkeypatch):
     def short(name, model, **options):
         return scalpel.experiments.run(name, model, **options, **SHORT[name])
