@@ -21,7 +21,8 @@ from scipy.sparse.csgraph import breadth_first_order
 
 import scalpel
 from measure import commit, medians, where_measured
-from scalpel import bench, circuits, semigroup
+from scalpel import circuits, semigroup
+from scalpel.cli import bench
 
 DOCS = Path(__file__).parents[1] / "docs"
 ROUNDS = 5

@@ -20,7 +20,8 @@ from torch import Tensor
 
 import scalpel
 from measure import commit, medians, where_measured
-from scalpel import StreamingCovariance, bench
+from scalpel import StreamingCovariance
+from scalpel.cli import bench
 
 DOCS = Path(__file__).parents[1] / "docs"
 EIGEN_DIM, EIGEN_ROWS, LEADING = 2048, 256, 32

@@ -19,8 +19,9 @@ from torch import Tensor
 import scalpel
 from bench_jacobian import DENSITIES, LENGTH, model_of, through_torch_func
 from measure import commit
-from scalpel import bench, lanes
-from scalpel._memory import runs_on
+from scalpel import lanes
+from scalpel._native import runs_on
+from scalpel.cli import bench
 
 DOCS = Path(__file__).parents[1] / "docs"
 ELEMENTS = 1 << 28  # beyond the last-level cache several times over

@@ -18,8 +18,8 @@ from torch import Tensor
 
 import scalpel
 from measure import commit, in_a_process, medians, peak_beyond, where_measured
-from scalpel import bench
-from scalpel.jacobians.dense_attention import DenseAttention, Mask
+from scalpel.cli import bench
+from scalpel.jacobians.rows.attention import DenseAttention, Mask
 from scalpel.lanes import Attention, Lanes
 
 WIDTH, LAYERS, HEADS, LENGTH, TANGENTS = 768, 4, 12, 128, 16

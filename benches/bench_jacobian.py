@@ -18,9 +18,10 @@ from torch.nn import functional as F
 
 import scalpel
 from measure import commit, in_a_process, medians, peak_beyond, where_measured
-from scalpel import CircuitGPT, bench
-from scalpel.models.attention import allowed_keys, attention_weights
-from scalpel.models.config import CircuitGPTConfig
+from scalpel import CircuitGPT
+from scalpel.cli import bench
+from scalpel.models.circuitgpt.attention import allowed_keys, attention_weights
+from scalpel.models.circuitgpt.config import CircuitGPTConfig
 
 LAYERS, WIDTH, HEADS, LENGTH, TANGENTS = 2, 2048, 128, 256, 16
 DENSITIES = (0.001, 0.005, 0.015, 0.05, 0.15, 0.5, 1.0)

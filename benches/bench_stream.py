@@ -20,7 +20,7 @@ from torch import Tensor
 
 import scalpel
 from measure import commit, in_a_process, medians, peak_beyond, where_measured
-from scalpel import bench
+from scalpel.cli import bench
 from scalpel.jacobians.stream import stream_layers
 
 WIDTH, MLP, HEADS, KV_HEADS, LAYERS, VOCAB = 4096, 14336, 32, 8, 32, 128256

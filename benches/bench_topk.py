@@ -21,7 +21,7 @@ from torch import Tensor
 
 import scalpel
 from measure import commit
-from scalpel import bench
+from scalpel.cli import bench
 
 WIDTHS = (512, 2048, 8192, 16384, 65536)
 KS: dict[str, Callable[[int], int]] = {

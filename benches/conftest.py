@@ -1,4 +1,4 @@
-"""`pytest benches --benchmark-enable`: the cases of scalpel.bench, checked and then timed."""
+"""`pytest benches --benchmark-enable`: the cases of scalpel.cli.bench, checked and then timed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from scalpel import bench
-from scalpel._memory import runs_on
+from scalpel._native import runs_on
+from scalpel.cli import bench
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:

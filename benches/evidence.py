@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from measure import commit, where_measured
-from scalpel import bench
+from scalpel.cli import bench
 from scalpel.experiments import run
 from scalpel.experiments.controls import Controls
 from scalpel.experiments.result import Result, plain
 from scalpel.experiments.suite import run_suite
-from scalpel.models.checkpoint import shipped_models
-from scalpel.models.circuitgpt import CircuitGPT
-from scalpel.models.untrained import untrained
+from scalpel.models.circuitgpt.checkpoint import shipped_models
+from scalpel.models.circuitgpt.model import CircuitGPT
+from scalpel.training import untrained
 
 DOCS = Path(__file__).parents[1] / "docs"
 WHOLE = ("bracket-mini", "python-small")

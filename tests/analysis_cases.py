@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from circuitgpt_cases import build
 from decoder_cases import model_of
-from scalpel import cli
+from scalpel.cli import commands as cli
 from scalpel.models.tokenizer import Tokenizer
 
 LETTERS = "abcdefghijklm"

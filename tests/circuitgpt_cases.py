@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from scalpel.models.circuitgpt import CircuitGPT
-from scalpel.models.config import ABS_TOPK_LOCATIONS, CircuitGPTConfig
+from scalpel.models.circuitgpt.config import ABS_TOPK_LOCATIONS, CircuitGPTConfig
+from scalpel.models.circuitgpt.model import CircuitGPT
 
 BASE: dict[str, Any] = {
     "block_size": 12,

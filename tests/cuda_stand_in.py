@@ -20,8 +20,8 @@ from filelock import FileLock
 
 import scalpel.covariance.on_device
 import scalpel.lanes
-import scalpel.ops
-from scalpel._memory import runs_on
+import scalpel.topk
+from scalpel._native import runs_on
 
 ROOT = Path(__file__).parent.parent
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
@@ -29,7 +29,7 @@ FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-DSCALPEL_BINDS_C
 LIBRARY = f"stand_in{sysconfig.get_config_var('EXT_SUFFIX')}"
 NO_GPU = "needs a GPU, and a build with nvcc"
 # Who asks which core a tensor needs.
-_ASKED = (scalpel.ops, scalpel.lanes, scalpel.covariance.on_device)
+_ASKED = (scalpel.topk, scalpel.lanes, scalpel.covariance.on_device)
 
 
 BINDINGS = ("arrays", "cuda_module", "init_covariance_cuda", "init_jvp", "init_topk")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import scalpel
 from scalpel import CircuitGPT, jacobian, lyapunov
 from scalpel.jacobians.operator import Jacobian
-from scalpel.reference_jacobian import jacobian_dense
+from scalpel.reference.jacobian import jacobian_dense
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -31,7 +31,7 @@ def network(*matrices: Tensor) -> tuple[nn.Sequential, Tensor, list[str]]:
     return nn.Sequential(*layers), given, ["0:in", *(str(i) for i in range(len(matrices)))]
 
 
-def exponents_of(T: int, *matrices: Tensor, **options) -> scalpel.jacobians.lyapunov.Lyapunov:
+def exponents_of(T: int, *matrices: Tensor, **options) -> scalpel.jacobians.depth.lyapunov.Lyapunov:
     model, given, hooks = network(*matrices)
     return lyapunov(model, given, T, hooks=hooks, **options)
 

@@ -23,20 +23,20 @@ import scalpel
 from analysis_cases import SIZES
 from circuitgpt_cases import BASE, CASES
 from operation_inputs import Given, drawn
-from scalpel import bench
 from scalpel.analysis import analyze
 from scalpel.circuits import Schedule, node_hooks
 from scalpel.circuits.ablations import substitute
 from scalpel.circuits.closure import closes_over
 from scalpel.circuits.task import answer_logits
+from scalpel.cli import bench
 from scalpel.covariance import DebiasedCKA, leave_one_out
 from scalpel.jacobians.stream import stream_layers
-from scalpel.models.ablation import hook_means
-from scalpel.models.config import CircuitGPTConfig
-from scalpel.models.untrained import untrained
+from scalpel.models.circuitgpt.ablation import hook_means
+from scalpel.models.circuitgpt.config import CircuitGPTConfig
 from scalpel.semigroup.anchor import block_map, find_anchors, norm_growth, spectral_radius
 from scalpel.semigroup.greedy import greedy_orbits
 from scalpel.tasks.bracket_words import BRACKET_WORDS
+from scalpel.training import untrained
 from scalpel.training.loop import train
 from scalpel.training.machines import MACHINES, MachineCourse, machine_recipe
 

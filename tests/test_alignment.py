@@ -9,13 +9,13 @@ import torch
 
 from bracket_fixtures import small_tokenizer
 from scalpel import CircuitGPT, experiments
-from scalpel.experiments import alignment
-from scalpel.experiments.alignment_measure import Components, Direction, gradients, own_directions
-from scalpel.experiments.constructed import threshold_circuit
-from scalpel.experiments.mapping_measure import Prompts
-from scalpel.experiments.mapping_scan import CLAIMS, Setup
-from scalpel.models.untrained import untrained
+from scalpel.experiments.alignment import experiment as alignment
+from scalpel.experiments.alignment.measure import Components, Direction, gradients, own_directions
+from scalpel.experiments.brackets.constructed import threshold_circuit
+from scalpel.experiments.mapping.measure import Prompts
+from scalpel.experiments.mapping.scan import CLAIMS, Setup
 from scalpel.tasks.brackets import closers
+from scalpel.training import untrained
 
 AMOUNTS = (1, 2, 3, 4)
 FAST = {"amounts": AMOUNTS, "prompts": 6, "length": 80, "resamples": 40}
@@ -158,7 +158,7 @@ def result_of(kind):
 
 
 def test_the_averager_has_one_component_and_so_no_second():
-    from scalpel.report.figures import draw
+    from scalpel.report.pictures.figures import draw
 
     result = result_of("averager")
     pairs = result.measured["pairs"]

@@ -200,7 +200,7 @@ def test_the_commands_exit_codes(circuit: Path, text: Path, tmp_path: Path, monk
 def test_help_imports_nothing_heavy() -> None:
     code = """
 import sys
-from scalpel.cli import app
+from scalpel.cli.commands import app
 try:
     app(["analyze", "--help"])
 except SystemExit as done:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from scalpel import CircuitGPT
-from scalpel.models.config import CircuitGPTConfig
+from scalpel.models.circuitgpt.config import CircuitGPTConfig
 from scalpel.semigroup.anchor import block_map, find_anchors, norm_growth, spectral_radius
 
 SPECTRUM = [3.0, 2.4, 1.0, 0.5, -0.3, 0.1]

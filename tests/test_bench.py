@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from scalpel import StreamingCovariance, bench, ops
+from scalpel import StreamingCovariance
+from scalpel import topk as ops
+from scalpel.cli import bench
 from scalpel.jacobians.operator import Jacobian
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from bracket_fixtures import SOURCES, small_tokenizer
-from scalpel.models.circuitgpt import CircuitGPT
-from scalpel.models.config import CircuitGPTConfig
+from scalpel.models.circuitgpt.config import CircuitGPTConfig
+from scalpel.models.circuitgpt.model import CircuitGPT
 from scalpel.tasks.brackets import answer, closers, long_lists, preference, questions_from
 from scalpel.tasks.literals import literals_of
 from scalpel.training.corpus import documents

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from circuitgpt_cases import BASE, CASES, build, one_thread, tokens  # noqa: F401
 from scalpel import CircuitGPT
-from scalpel.models.checkpoint import CheckpointError, save_pretrained
-from scalpel.models.config import CircuitGPTConfig
+from scalpel.models.circuitgpt.checkpoint import CheckpointError, save_pretrained
+from scalpel.models.circuitgpt.config import CircuitGPTConfig
 from scalpel.models.weight_files import write_weights
 
 
@@ -94,7 +94,7 @@ def test_a_save_that_fails_leaves_the_old_model(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError("full")
 
-    monkeypatch.setattr("scalpel.models.checkpoint.write_weights", full)
+    monkeypatch.setattr("scalpel.models.circuitgpt.checkpoint.write_weights", full)
     with pytest.raises(OSError, match="full"):
         other.save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -8,9 +8,9 @@ import torch
 
 import scalpel
 from circuitgpt_cases import build, one_thread, tokens  # noqa: F401
-from scalpel.models.ablation import hook_means
-from scalpel.models.attention import _fused_training, fused_training
-from scalpel.models.mask_watch import watch_masks
+from scalpel.hooks.masks import watch_masks
+from scalpel.models.circuitgpt.ablation import hook_means
+from scalpel.models.circuitgpt.attention import _fused_training, fused_training
 
 
 @pytest.fixture

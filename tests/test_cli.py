@@ -17,9 +17,14 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import scalpel.experiments
-from scalpel import _core, bench, cli, cli_models, cli_show
+from scalpel import _core
 from scalpel.circuits import Schedule
-from scalpel.experiments import minimal_simulator, result, suite
+from scalpel.cli import bench
+from scalpel.cli import commands as cli
+from scalpel.cli import models as cli_models
+from scalpel.cli import show as cli_show
+from scalpel.experiments import result, suite
+from scalpel.experiments.brackets import minimal_simulator
 from scalpel.models.weight_files import CheckpointError
 from scalpel.training import bracket_mini, machines
 
@@ -75,7 +80,7 @@ def command_line(*arguments: str | Path, **options: Any) -> subprocess.Completed
 def test_help_and_version_import_nothing_heavy() -> None:
     code = """
 import sys
-from scalpel.cli import app
+from scalpel.cli.commands import app
 for arguments in (["--help"], ["--version"], *([c, "--help"] for c in sys.argv[1:])):
     try:
         app(arguments)
@@ -252,7 +257,7 @@ def test_train_knows_the_machines(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 @pytest.mark.slow
 def test_prune_writes_its_result_and_keeps_it_beside_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(import_module("scalpel.circuits.prune"), "Schedule", lambda: Schedule(steps=8, batch=8))
-    judge = import_module("scalpel.experiments.circuit")
+    judge = import_module("scalpel.experiments.machine.circuit")
     monkeypatch.setattr(judge, "examine", partial(judge.examine, prompts=48, draws=2))
     folder, out = tmp_path / "model", tmp_path / "out"
     model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
@@ -415,7 +420,7 @@ def train_model(out, **_):
     print("started", flush=True)
     time.sleep(60)
 bracket_mini.train_model = train_model
-from scalpel.cli import app
+from scalpel.cli.commands import app
 app(["train", "bracket-mini", "--out", {str(tmp_path)!r}])
 """
     # What was started in the background ignores Ctrl-C, and so would its children.
@@ -435,7 +440,7 @@ def test_a_reader_that_leaves_is_no_error(n_max: int) -> None:
 import scalpel.experiments as e
 from scalpel.experiments import minimal_simulator
 e.run = lambda *a, **k: minimal_simulator.run(k_max=3, n_max={n_max}, samples=1)
-from scalpel.cli import app
+from scalpel.cli.commands import app
 app(["experiment", "minimal_simulator", "--json"])
 """
     read, write = os.pipe()

@@ -16,15 +16,15 @@ import scalpel
 from bracket_fixtures import small_tokenizer
 from circuitgpt_cases import build, one_thread, tokens
 from scalpel import circuits, covariance, experiments, semigroup
-from scalpel.bench import WrongAnswer
-from scalpel.circuits.pruning import Measured, Pruning, SeedCircuit
+from scalpel.circuits.result import Measured, Pruning, SeedCircuit
+from scalpel.cli.bench import WrongAnswer
 from scalpel.experiments.suite import Suite
-from scalpel.guard import Distance, HoleReached
+from scalpel.guard.hole_guard import Distance, HoleReached
+from scalpel.hooks.masks import watch_masks
 from scalpel.jacobians.operator import Jacobian
 from scalpel.jacobians.scipy_operator import JacobianLinearOperator
 from scalpel.jacobians.svd import NotFinite
-from scalpel.models.ablation import Ablation
-from scalpel.models.mask_watch import watch_masks
+from scalpel.models.circuitgpt.ablation import Ablation
 from scalpel.models.weight_files import CheckpointError
 from scalpel.semigroup.anchor import NoDirection, find_anchors
 from scalpel.semigroup.greedy import greedy_orbits

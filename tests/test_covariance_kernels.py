@@ -6,7 +6,7 @@ from torch import Tensor
 
 from covariance_states import gram_bound, within
 from cuda_stand_in import Gpu
-from scalpel._memory import Memory, memory_of
+from scalpel._native import Memory, memory_of
 from scalpel.covariance import on_device
 from scalpel.covariance.on_device import OnDevice
 

@@ -7,7 +7,7 @@ import torch
 
 import scalpel
 from scalpel import _core
-from scalpel._memory import cuda_core, memory_of, runs_on
+from scalpel._native import cuda_core, memory_of, runs_on
 
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 BUILT = runs_on(torch.device("cuda"))

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from decoder_cases import exact_norms, ids_of, model_of
 from scalpel import CircuitGPT, jacobian
-from scalpel.models.families import decoder_of, family_of_model
-from scalpel.reference_jacobian import jacobian_dense
+from scalpel.models.decoders.families import decoder_of, family_of_model
+from scalpel.reference.jacobian import jacobian_dense
 
 pytest.importorskip("transformers")
 

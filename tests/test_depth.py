@@ -9,8 +9,8 @@ import torch
 from circuitgpt_cases import build, one_thread, tokens  # noqa: F401
 from depth_cases import at_tokens, dense_layers, effective_rank, exponents_of, logs, orthogonal, random, stream
 from scalpel import lyapunov
-from scalpel.jacobians.depth import Spectra, haar_block, measure_alignment
-from scalpel.reference_jacobian import jacobian_dense
+from scalpel.jacobians.depth.spectra import Spectra, haar_block, measure_alignment
+from scalpel.reference.jacobian import jacobian_dense
 
 pytestmark = pytest.mark.filterwarnings("ignore:scalpel.jacobian differentiates")
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from scalpel import CircuitGPT, experiments
-from scalpel.experiments import cascade, depth
-from scalpel.models.config import CircuitGPTConfig
-from scalpel.report.figures import to_svg
+from scalpel.experiments.depth import cascade
+from scalpel.experiments.depth import experiment as depth
+from scalpel.models.circuitgpt.config import CircuitGPTConfig
+from scalpel.report.pictures.figures import to_svg
 
 
 def config_of(**options):

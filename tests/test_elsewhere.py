@@ -19,13 +19,13 @@ from circuitgpt_cases import build, tokens
 from cuda_stand_in import NO_GPU
 from decoder_cases import MODELS, exact_norms, ids_of, model_of
 from elsewhere import DEVICE, device_with, elsewhere
-from scalpel import bench
-from scalpel._memory import cuda_core, memory_of, runs_on
+from scalpel._native import cuda_core, memory_of, runs_on
 from scalpel.analysis import analyze, source
 from scalpel.circuits import Schedule, ablation_effects, bracket_counting, node_hooks
 from scalpel.circuits.ablations import substitute
 from scalpel.circuits.masks import learn_masks
 from scalpel.circuits.task import answer_logits
+from scalpel.cli import bench
 
 
 @pytest.fixture(autouse=True, params=["pretended", "cuda"])
@@ -111,7 +111,7 @@ def test_the_jacobian_of_a_decoder(name: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_weights_on_two_devices_go_through_torch_func(monkeypatch: pytest.MonkeyPatch) -> None:
-    from scalpel.models.families import decoder_or_reason
+    from scalpel.models.decoders.families import decoder_or_reason
 
     model = model_of("llama")
     elsewhere(model.model.layers[1])

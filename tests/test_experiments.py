@@ -8,11 +8,11 @@ import pytest
 
 from bracket_fixtures import small_tokenizer
 from scalpel import experiments
-from scalpel.experiments import critical as c
-from scalpel.experiments import dilution
-from scalpel.experiments.constructed import threshold_circuit
+from scalpel.experiments.brackets import critical as c
+from scalpel.experiments.brackets import dilution
+from scalpel.experiments.brackets.constructed import threshold_circuit
+from scalpel.experiments.brackets.distractors import CLASSES, comment_lines
 from scalpel.experiments.controls import Controls, untrained
-from scalpel.experiments.distractors import CLASSES, comment_lines
 from scalpel.experiments.result import Protocol, plain
 from scalpel.tasks.brackets import long_lists, preference
 
@@ -264,7 +264,7 @@ def test_plain_values():
 
 
 def test_the_minimal_simulator_is_exact_and_could_fail(monkeypatch):
-    from scalpel.experiments import minimal_simulator
+    from scalpel.experiments.brackets import minimal_simulator
 
     assert minimal_simulator.run().verdict == "reproduced"
     monkeypatch.setattr(minimal_simulator, "simulate", lambda k, n, theta: k >= theta * n)  # fails late, at equality

@@ -10,9 +10,9 @@ from scipy.stats import binom
 
 from scalpel.semigroup import MooreMachine, ThresholdCounter, extract
 from scalpel.semigroup.extraction.bounds import clopper_pearson
-from scalpel.semigroup.extraction.extraction import Growth, judge
 from scalpel.semigroup.extraction.learning import learn
 from scalpel.semigroup.extraction.questions import INVALID, NOT_VALID, FunctionQuestions
+from scalpel.semigroup.extraction.result import Growth, judge
 from scalpel.semigroup.extraction.trials import Rate, by_state, conflicts, fidelity
 from scalpel.semigroup.extraction.words import all_words_to, pumped, random_words, short_words, words_to
 

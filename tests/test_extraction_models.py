@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from scalpel.models.circuitgpt import CircuitGPT
+from scalpel.models.circuitgpt.model import CircuitGPT
 from scalpel.semigroup import MooreMachine, extract
 from scalpel.semigroup.extraction.interchange import after_swap
 from scalpel.semigroup.extraction.questions import ModelQuestions

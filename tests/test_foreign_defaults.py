@@ -21,7 +21,7 @@ from circuitgpt_cases import BASE, CASES, one_thread
 from operation_inputs import Given, plain
 from public_operations import OPERATIONS
 from scalpel.jacobians.operator import Jacobian
-from scalpel.models.config import CircuitGPTConfig
+from scalpel.models.circuitgpt.config import CircuitGPTConfig
 from scalpel.models.weight_files import CheckpointError
 
 __all__ = ["one_thread"]
@@ -153,16 +153,16 @@ def test_a_default_device_is_no_watcher() -> None:
             return func(*args, **(kwargs or {}))
 
     x = torch.ones(2, 3)
-    assert scalpel.ops.unwatched(x)
+    assert scalpel.topk.unwatched(x)
     for device in ("cpu", "meta"):
         with defaults(device, torch.float32):
-            assert scalpel.ops.unwatched(x)
+            assert scalpel.topk.unwatched(x)
             with Watcher():
-                assert not scalpel.ops.unwatched(x)
+                assert not scalpel.topk.unwatched(x)
     with torch.device("meta"):
-        assert scalpel.ops.unwatched(x)
+        assert scalpel.topk.unwatched(x)
     with Watcher():
-        assert not scalpel.ops.unwatched(x)
+        assert not scalpel.topk.unwatched(x)
 
 
 # ---- where a model is made -----------------------------------------------------------------------

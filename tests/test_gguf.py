@@ -16,8 +16,8 @@ from analysis_cases import chunk, invoke, text_of
 from gguf_cases import CONTEXT, KV_HEADS, NAMES, TOKENS, gpt2, llama, qwen, tensors_of, write
 from scalpel.analysis.source import load
 from scalpel.jacobians.stream import stream_layers
-from scalpel.models.gguf import gguf_in, plain_model, stored_as, tokenizer
-from scalpel.models.gguf_header import read_header
+from scalpel.models.gguf.header import read_header
+from scalpel.models.gguf.model import gguf_in, plain_model, stored_as, tokenizer
 from scalpel.models.weight_files import CheckpointError
 
 pytest.importorskip("transformers")
@@ -118,7 +118,7 @@ def test_transformers_is_asked_to_dequantise(file: Path, monkeypatch: pytest.Mon
 
 def test_what_transformers_could_not_load_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second lock: without the first, which reads the file's header, a weight would be drawn at random."""
-    monkeypatch.setattr(scalpel.models.gguf, "check_tensors", lambda *_: None)
+    monkeypatch.setattr(scalpel.models.gguf.model, "check_tensors", lambda *_: None)
     left = {name: array for name, array in tensors_of(llama()).items() if name != "blk.1.ffn_up.weight"}
     with pytest.raises(CheckpointError, match=r"lacks 'model\.layers\.1\.mlp\.up_proj\.weight'"):
         plain_model(write(tmp_path / "less.gguf", left))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from scalpel import CircuitGPT
-from scalpel.models.config import CircuitGPTConfig
+from scalpel.models.circuitgpt.config import CircuitGPTConfig
 from scalpel.semigroup.greedy import apparent_period, brent, decode, greedy_orbits
 
 

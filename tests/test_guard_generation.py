@@ -12,9 +12,9 @@ from torch import Tensor
 
 from bracket_fixtures import small_tokenizer
 from circuitgpt_cases import one_thread
-from scalpel.experiments.constructed import threshold_circuit
-from scalpel.guard import Distance, HoleGuard, HoleReached, open_lists
-from scalpel.guard_crossings import Crossings
+from scalpel.experiments.brackets.constructed import threshold_circuit
+from scalpel.guard.crossings import Crossings
+from scalpel.guard.hole_guard import Distance, HoleGuard, HoleReached, open_lists
 from scalpel.semigroup import ThresholdCounter
 
 transformers = pytest.importorskip("transformers")

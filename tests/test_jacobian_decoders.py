@@ -16,8 +16,8 @@ from torch import Tensor
 from decoder_cases import MODELS, exact_norms, ids_of, model_of
 from scalpel import jacobian
 from scalpel.jacobians.entry import DenseProducts
-from scalpel.models.families import decoder_of, hooks_of, module_path, our_hook
-from scalpel.reference_jacobian import jacobian_dense
+from scalpel.models.decoders.families import decoder_of, hooks_of, module_path, our_hook
+from scalpel.reference.jacobian import jacobian_dense
 
 pytest.importorskip("transformers")
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
@@ -153,15 +153,15 @@ def test_chunks_change_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -> N
     J = jacobian(model, ids_of())
     V = torch.randn(5, *J.source_shape, dtype=torch.float64)
     whole, back = J.jvp(V), J.vjp(V)
-    monkeypatch.setattr("scalpel.jacobians.dense._CHUNK_BYTES", 1)
-    monkeypatch.setattr("scalpel.jacobians.dense_attention._TILE_NUMBERS", 1)
+    monkeypatch.setattr("scalpel.jacobians.rows.products._CHUNK_BYTES", 1)
+    monkeypatch.setattr("scalpel.jacobians.rows.attention._TILE_NUMBERS", 1)
     J = jacobian(model, ids_of())
     torch.testing.assert_close(J.jvp(V), whole, **EXACT)
     torch.testing.assert_close(J.vjp(V), back, **EXACT)
 
 
 def test_tiles_of_a_longer_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scalpel.jacobians.dense_attention._TILE_NUMBERS", 1)  # sixteen queries a tile
+    monkeypatch.setattr("scalpel.jacobians.rows.attention._TILE_NUMBERS", 1)  # sixteen queries a tile
     model = model_of("mistral")
     check(model, ids_of(1, 32), "0.resid_in", "1.resid_in", ([3, 20], [5, 19, 23]))
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from circuitgpt_cases import one_thread  # noqa: F401
 from scalpel import AbsTopK, jacobian
-from scalpel.reference_jacobian import jacobian_dense
+from scalpel.reference.jacobian import jacobian_dense
 
 pytestmark = pytest.mark.filterwarnings("ignore:scalpel.jacobian differentiates")
 EXACT = {"rtol": 1e-9, "atol": 1e-11}

@@ -9,7 +9,7 @@ import torch
 import scalpel
 from circuitgpt_cases import build, one_thread, tokens, torch_func  # noqa: F401
 from scalpel.jacobians.operator import Jacobian
-from scalpel.reference_jacobian import jacobian_dense
+from scalpel.reference.jacobian import jacobian_dense
 
 jacobian = scalpel.jacobian
 EXACT = {"rtol": 1e-9, "atol": 1e-12}

@@ -8,7 +8,7 @@ from scipy.sparse.linalg import aslinearoperator, eigs, gmres
 import scalpel
 from circuitgpt_cases import build, one_thread, tokens  # noqa: F401
 from scalpel.jacobians.operator import Jacobian
-from scalpel.reference_jacobian import jacobian_dense
+from scalpel.reference.jacobian import jacobian_dense
 
 WHERE = ("0.resid_in", "1.mlp.post_act", (slice(0, 3), [1, 3]))
 EXACT = {"rtol": 1e-9, "atol": 1e-12}

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scalpel import _core, reference_lanes
-from scalpel._memory import memory_of
+from scalpel import _core
+from scalpel._native import memory_of
 from scalpel.lanes import LANES, Attention, Lanes, Linear, Norm, SparseWeight
+from scalpel.reference import lanes as reference_lanes
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
 DTYPES = list(TOLERANCE)

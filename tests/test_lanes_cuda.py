@@ -10,7 +10,7 @@ import scalpel
 import test_lanes as lanes
 from circuitgpt_cases import build, tokens, torch_func
 from cuda_stand_in import Gpu
-from scalpel._memory import memory_of
+from scalpel._native import memory_of
 
 
 @pytest.mark.parametrize("dtype", lanes.DTYPES, ids=str)

@@ -26,9 +26,9 @@ from depth_cases import (
     random,
 )
 from scalpel import jacobian, lyapunov
-from scalpel.jacobians.graded import GradedProduct
-from scalpel.jacobians.sweeps import Sweeps, frame_growth
-from scalpel.reference_jacobian import jacobian_dense
+from scalpel.jacobians.depth.graded import GradedProduct
+from scalpel.jacobians.depth.sweeps import Sweeps, frame_growth
+from scalpel.reference.jacobian import jacobian_dense
 
 pytestmark = pytest.mark.filterwarnings("ignore:scalpel.jacobian differentiates")
 
@@ -337,8 +337,9 @@ def test_it_is_public() -> None:
 @pytest.mark.parametrize("kind", ["circuitgpt", "decoder"])
 def test_the_layers_share_one_forward_pass(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layer by layer they would take a number of layer passes that grows with the square of the depth."""
-    from scalpel.jacobians import dense_trace, trace
     from scalpel.jacobians.entry import jacobians_between
+    from scalpel.jacobians.lanes import trace
+    from scalpel.jacobians.rows import trace as dense_trace
 
     runs: list[int] = []
     if kind == "circuitgpt":

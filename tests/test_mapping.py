@@ -10,10 +10,10 @@ import torch
 
 from bracket_fixtures import small_tokenizer
 from scalpel import CircuitGPT, experiments
-from scalpel.experiments.constructed import threshold_circuit
-from scalpel.experiments.mapping import verdict
-from scalpel.experiments.mapping_measure import Design, Prompts, Scores, question_rows, share
-from scalpel.models.untrained import untrained
+from scalpel.experiments.brackets.constructed import threshold_circuit
+from scalpel.experiments.mapping.experiment import verdict
+from scalpel.experiments.mapping.measure import Design, Prompts, Scores, question_rows, share
+from scalpel.training import untrained
 
 FAST = {"prompts": 8, "length": 96, "draws": 199, "wrong": 2}
 THETA = 0.05
@@ -140,7 +140,7 @@ def test_an_untrained_model_maps_nothing():
 
 
 def test_the_result_is_json_and_has_its_pictures():
-    from scalpel.report.figures import draw
+    from scalpel.report.pictures.figures import draw
 
     result = result_of("averager")
     assert json.loads(result.to_json())["seed_figure"].endswith("41/81 mapped")

@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 import scalpel
 from circuitgpt_cases import build, one_thread, tokens
-from scalpel._memory import memory_of, memory_of_array
+from scalpel._native import memory_of, memory_of_array
 from scalpel.lanes import Lanes, Norm, SparseWeight
 
 __all__ = ["one_thread"]

@@ -22,17 +22,20 @@ WHOLE_NUMBERS = {"arange", "randint", "randperm", "tril_indices", "triu_indices"
 FACTORIES = {function.__name__ for function in _device_constructors()}
 # (file, call): why it need not say its dtype.
 MAY_LACK_A_DTYPE = {
-    ("models/ablation.py", "torch.as_tensor(prompt, device='cpu')"): "what a user gives: refused unless it is integers",
+    (
+        "models/circuitgpt/ablation.py",
+        "torch.as_tensor(prompt, device='cpu')",
+    ): "what a user gives: refused unless it is integers",
 }
 # Addresses that no kernel reads.
 TAKES_ADDRESSES = {
-    "_memory.py": "the gate",
-    "jacobians/decoder_pass.py": "whether a weight is the same memory as before",
-    "jacobians/hooks.py": "whether a weight is the same memory as before",
+    "_native.py": "the gate",
+    "jacobians/rows/decoder_pass.py": "whether a weight is the same memory as before",
+    "jacobians/passes.py": "whether a weight is the same memory as before",
     "lanes.py": "whether a weight is the same memory as before",
-    "models/folder.py": "how far a new buffer of the CPU is from a multiple of a page",
+    "models/decoders/folder.py": "how far a new buffer of the CPU is from a multiple of a page",
     "models/weight_files.py": "whether two weights are tied",
-    "ops.py": "whether an array gives its own memory through DLPack, or a copy",
+    "topk.py": "whether an array gives its own memory through DLPack, or a copy",
 }
 
 

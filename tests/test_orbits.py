@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from scalpel import reference_semigroup as twin
+from scalpel.reference import semigroup as twin
 from scalpel.semigroup import distances, orbit_shapes, orbits, reachable, unreachable
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from scalpel import CircuitGPT, experiments
-from scalpel.experiments import orbits
-from scalpel.experiments.first_component import Moments, closeness, moments_at
-from scalpel.models.config import CircuitGPTConfig
-from scalpel.report.figures import to_svg
+from scalpel.experiments.orbits import experiment as orbits
+from scalpel.experiments.orbits.first_component import Moments, closeness, moments_at
+from scalpel.models.circuitgpt.config import CircuitGPTConfig
+from scalpel.report.pictures.figures import to_svg
 
 WIDTH = 16
 FAST = {"prompts": 6, "window": 6, "steps": 64, "starts": 3, "iterations": 60, "radii": (1,)}

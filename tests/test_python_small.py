@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from bracket_fixtures import SOURCES, small_tokenizer
-from scalpel.models.attention import fused_training
-from scalpel.models.circuitgpt import CircuitGPT
-from scalpel.models.config import CircuitGPTConfig
+from scalpel.models.circuitgpt.attention import fused_training
+from scalpel.models.circuitgpt.config import CircuitGPTConfig
+from scalpel.models.circuitgpt.model import CircuitGPT
 from scalpel.tasks.literals import literals_of
 from scalpel.training import python_small
 from scalpel.training.python_text import PythonCourse, PythonText, source_file

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from scalpel.analysis.source import load
-from scalpel.models.folder import decoder_in
+from scalpel.models.decoders.folder import decoder_in
 from scalpel.models.weight_files import CheckpointError
 from strict_cases import AT, Weights, put, refused, saved
 

@@ -17,11 +17,12 @@ from circuitgpt_cases import build, one_thread
 from scalpel import experiments
 from scalpel.circuits import CannotDoTask, bracket_counting
 from scalpel.circuits.task import check_able
-from scalpel.experiments import Refused, abilities, suite
-from scalpel.experiments.constructed import threshold_circuit
-from scalpel.models.circuitgpt import CircuitGPT
-from scalpel.models.config import CircuitGPTConfig
+from scalpel.experiments import Refused, suite
+from scalpel.experiments.brackets.constructed import threshold_circuit
+from scalpel.models.circuitgpt.config import CircuitGPTConfig
+from scalpel.models.circuitgpt.model import CircuitGPT
 from scalpel.models.tokenizer import Tokenizer
+from scalpel.tasks import abilities
 from scalpel.tasks.held_out import NoHeldOutText
 
 __all__ = ["one_thread"]
@@ -200,12 +201,15 @@ def circuit() -> CircuitGPT:
 
 
 PARTS = {
-    "dilution": ("read_short", lambda module: module._short_contexts(circuit(), (2, 3), 0)[1]),
-    "agreement": ("read_short", lambda module: module._short_contexts(circuit(), (2, 3), 0)[1]),
-    "guard": ("calibrate", lambda module: module._weighted(circuit(), 40.0, 0)[1]),
-    "cascade": ("bracket_counting", lambda module: module.short_prompts(circuit(), 4, 0, 8)[1]),
-    "collapse_model": ("bracket_counting", lambda module: collapse_texts(module)),
-    "abilities": ("closing_questions", lambda module: [module.accuracies(circuit(), 8)["bracket_counting"]["reason"]]),
+    "experiments.brackets.dilution": ("read_short", lambda module: module._short_contexts(circuit(), (2, 3), 0)[1]),
+    "experiments.brackets.agreement": ("read_short", lambda module: module._short_contexts(circuit(), (2, 3), 0)[1]),
+    "experiments.brackets.guard": ("calibrate", lambda module: module._weighted(circuit(), 40.0, 0)[1]),
+    "experiments.depth.cascade": ("bracket_counting", lambda module: module.short_prompts(circuit(), 4, 0, 8)[1]),
+    "experiments.collapse.model": ("bracket_counting", lambda module: collapse_texts(module)),
+    "tasks.abilities": (
+        "closing_questions",
+        lambda module: [module.accuracies(circuit(), 8)["bracket_counting"]["reason"]],
+    ),
 }
 
 
@@ -217,7 +221,7 @@ def collapse_texts(module: Any) -> list[str]:
 
 @pytest.mark.parametrize("name", PARTS)
 def test_a_part_that_is_refused_is_left_out_and_a_bug_is_raised(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = import_module(f"scalpel.experiments.{name}")
+    module = import_module(f"scalpel.{name}")
     part, go = PARTS[name]
     others = {"quote_questions", "set_or_string_questions"} if module is abilities else set()
     for other in others:  # they read many files

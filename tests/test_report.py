@@ -14,10 +14,11 @@ import pytest
 from report_cases import FIGURES
 from scalpel import _files as files
 from scalpel import report
-from scalpel.experiments import minimal_simulator
+from scalpel.experiments.brackets import minimal_simulator
 from scalpel.experiments.result import Result
-from scalpel.report import card, figures, naming, page
-from scalpel.report.style import LEVELS, SERIES
+from scalpel.report import card, page
+from scalpel.report.pictures import figures, naming
+from scalpel.report.pictures.style import LEVELS, SERIES
 
 EVIL = '<script>alert("$x$")</script> & [[1, 2],\n'
 

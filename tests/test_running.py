@@ -20,8 +20,8 @@ import scalpel
 from circuitgpt_cases import build
 from decoder_cases import VOCAB, exact_norms, ids_of, model_of
 from running_cases import collected, gradient_of, products, second_moment
-from scalpel.models.decoder import Decoder
-from scalpel.models.families import decoder_or_reason
+from scalpel.models.decoders.decoder import Decoder
+from scalpel.models.decoders.families import decoder_or_reason
 
 pytest.importorskip("transformers")
 ENDS = ["0.resid_in", "1.resid_in", "final_resid"]

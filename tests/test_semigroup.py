@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from scalpel import reference_semigroup as twin
+from scalpel.reference import semigroup as twin
 from scalpel.semigroup import SemigroupTooLarge, TransformationSemigroup
 from semigroup_cases import FLIP_FLOP, PUBLISHED, cyclic, full, random, symmetric
 

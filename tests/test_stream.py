@@ -14,7 +14,7 @@ import torch
 from decoder_cases import MODELS, ids_of, model_of
 from scalpel import jacobian
 from scalpel.jacobians.stream import stream_layers
-from scalpel.models.folder import FolderWeights, decoder_in, streamed_layers
+from scalpel.models.decoders.folder import FolderWeights, decoder_in, streamed_layers
 from scalpel.models.weight_files import CheckpointError
 
 pytest.importorskip("transformers")
@@ -116,7 +116,7 @@ def test_whole_files_and_what_lies_beside_them(tmp_path: Path, monkeypatch: pyte
     old, model = model_of("llama", seed=1), model_of("llama")
     saved(old, tmp_path)
     saved(model, tmp_path, "1GB")
-    monkeypatch.setattr("scalpel.models.folder._PIECE", 100)  # many reads for one tensor
+    monkeypatch.setattr("scalpel.models.decoders.folder._PIECE", 100)  # many reads for one tensor
     V = torch.randn(2, 2, 6, 12, dtype=torch.float64)
     expected = jacobian(model, ids_of()).jvp(V)
     for layer in stream_layers(tmp_path, ids_of()):
@@ -127,7 +127,7 @@ def test_whole_files_and_what_lies_beside_them(tmp_path: Path, monkeypatch: pyte
 def test_reads_past_the_cache_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = decoder_in(saved(model_of("llama"), tmp_path))
     assert isinstance(decoder.weights, FolderWeights) and not decoder.weights.past_cache
-    monkeypatch.setattr("scalpel.models.folder._memory_size", lambda: 1)
+    monkeypatch.setattr("scalpel.models.decoders.folder._memory_size", lambda: 1)
     direct = decoder_in(tmp_path)
     assert isinstance(direct.weights, FolderWeights) and direct.weights.past_cache
     for (_, a), (_, b) in zip(streamed_layers(decoder), streamed_layers(direct), strict=True):

@@ -15,9 +15,9 @@ from analysis_cases import invoke
 from decoder_cases import MODELS, exact_norms, ids_of, model_of
 from scalpel.analysis.source import load
 from scalpel.jacobians.stream import stream_layers
-from scalpel.models import families, llama
-from scalpel.models.folder import decoder_in
-from scalpel.models.strict import check_loaded
+from scalpel.models.decoders import families, llama
+from scalpel.models.decoders.folder import decoder_in
+from scalpel.models.decoders.strict import check_loaded
 from scalpel.models.weight_files import CheckpointError
 from strict_cases import AT, Weights, beside, put, refused, saved, without
 

@@ -368,7 +368,7 @@ def test_a_tensor_elsewhere_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) 
     def absent() -> None:
         raise ImportError("as in a build without nvcc")
 
-    monkeypatch.setattr("scalpel._memory.cuda_core", absent)
+    monkeypatch.setattr("scalpel._native.cuda_core", absent)
 
     class OnCuda(torch.Tensor):
         device = torch.device("cuda", 0)  # as a tensor on a GPU would say

@@ -36,8 +36,9 @@ def check(x: torch.Tensor, k: int, by: str, device: str, expected: dict[str, tor
 
 
 def on_the_cpu(op: str):
-    from scalpel import _core, ops
-    from scalpel._memory import memory_of
+    from scalpel import _core
+    from scalpel import topk as ops
+    from scalpel._native import memory_of
 
     def run(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
         x = x.contiguous()

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import scalpel
-from scalpel import ops
+from scalpel import topk as ops
 
 K = 3
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bracket_fixtures import SOURCES, small_tokenizer
-from scalpel.models.circuitgpt import CircuitGPT
+from scalpel.models.circuitgpt.model import CircuitGPT
 from scalpel.training import bracket_mini
 from scalpel.training.loop import train
 from scalpel.training.recipe import Recipe, clip_rms_, density_table, prune_, sparse_matrices

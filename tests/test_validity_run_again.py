@@ -10,9 +10,9 @@ from torch import Tensor
 import scalpel
 from circuitgpt_cases import CASES, build, one_thread, tokens, torch_func  # noqa: F401
 from decoder_cases import MODELS
+from scalpel.hooks.masks import watch_masks
 from scalpel.jacobians.operator import Jacobian
 from scalpel.jacobians.validity import relu_flip, topk_flip
-from scalpel.models.mask_watch import watch_masks
 from validity_cases import CLOSE, flip_of_row, tangents
 
 jacobian = scalpel.jacobian

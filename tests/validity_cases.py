@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 import scalpel
+from scalpel.hooks.masks import watch_masks
+from scalpel.hooks.positions import add_at, select
 from scalpel.jacobians.operator import Jacobian
-from scalpel.jacobians.positions import add_at, select
-from scalpel.models.mask_watch import watch_masks
 
 CLOSE = {"rtol": 1e-9, "atol": 0.0}
 Taken = Callable[[str, Tensor], Tensor | None]  # rows of a mask that count, of (B, L); None for all

@@ -11,27 +11,27 @@ if TYPE_CHECKING:
     from . import circuits, experiments, reference, semigroup
     from ._info import __version__, show_config
     from .covariance import StreamingCovariance
-    from .guard import HoleGuard
+    from .guard.hole_guard import HoleGuard
+    from .jacobians.depth.lyapunov import lyapunov
     from .jacobians.entry import jacobian
-    from .jacobians.lyapunov import lyapunov
-    from .models.circuitgpt import CircuitGPT
-    from .models.config import CircuitGPTConfig
-    from .ops import AbsTopK, keep_topk, topk_indices, topk_mask
+    from .models.circuitgpt.config import CircuitGPTConfig
+    from .models.circuitgpt.model import CircuitGPT
     from .streams.collecting import collect
+    from .topk import AbsTopK, keep_topk, topk_indices, topk_mask
 
 _HOME = {
     "__version__": "_info",
     "show_config": "_info",
-    "topk_mask": "ops",
-    "keep_topk": "ops",
-    "topk_indices": "ops",
-    "AbsTopK": "ops",
+    "topk_mask": "topk",
+    "keep_topk": "topk",
+    "topk_indices": "topk",
+    "AbsTopK": "topk",
     "jacobian": "jacobians.entry",
-    "lyapunov": "jacobians.lyapunov",
+    "lyapunov": "jacobians.depth.lyapunov",
     "StreamingCovariance": "covariance",
     "collect": "streams.collecting",
     "CircuitGPT": "models.circuitgpt",
-    "CircuitGPTConfig": "models.config",
+    "CircuitGPTConfig": "models.circuitgpt.config",
     "HoleGuard": "guard",
 }
 _SUBPACKAGES = ("circuits", "experiments", "reference", "semigroup")

@@ -1,5 +1,5 @@
 """``python -m scalpel``: the command line, as ``torchrun … -m scalpel`` needs it."""
 
-from .cli import main
+from .cli.commands import main
 
 main()

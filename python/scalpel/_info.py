@@ -23,7 +23,7 @@ def _text(value: Any) -> str:
 
 
 def _cuda() -> str:
-    from ._memory import cuda_core
+    from ._native import cuda_core
 
     try:
         return f"{cuda_core().device_count()} devices"

@@ -2,7 +2,7 @@
 
 A :class:`Lanes` holds the tangents of a value (N tokens, channels): ``values`` (N, entries, 16) and, where only
 some channels of a token can move or are wanted, their ``index`` (N, entries), ascending. The rules call the
-native core, whose contract is csrc/jvp/jvp.h; `scalpel.reference_jacobian` has their slow twins.
+native core, whose contract is csrc/jvp/jvp.h; `scalpel.reference.jacobian` has their slow twins.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import _core
-from ._memory import Memory, core_of, empty, memory_of
-from .ops import untraced
+from ._native import Memory, core_of, empty, memory_of
+from .topk import untraced
 
 __all__ = ["LANES", "Attention", "Lanes", "Linear", "Norm", "SparseWeight", "apply_linear"]
 

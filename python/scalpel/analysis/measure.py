@@ -1,7 +1,7 @@
 """The figures of one chunk of text: of a model in memory, as plain data.
 
 Logarithms are natural; a list by layer has D entries, by hook D + 1; −inf (a singular value that is zero to rounding)
-is None. See :class:`scalpel.jacobians.lyapunov.Lyapunov` for each figure.
+is None. See :class:`scalpel.jacobians.depth.lyapunov.Lyapunov` for each figure.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..jacobians.dense_primal import DensePrimal, places_of, through_layer
-from ..jacobians.depth import Spectra
-from ..jacobians.lyapunov import lyapunov
-from ..models.circuitgpt import CircuitGPT
-from ..models.families import decoder_of
-from ..models.mask_watch import watch_masks
+from ..hooks.masks import watch_masks
+from ..jacobians.depth.lyapunov import lyapunov
+from ..jacobians.depth.spectra import Spectra
+from ..jacobians.rows.primal import DensePrimal, places_of, through_layer
+from ..models.circuitgpt.model import CircuitGPT
+from ..models.decoders.families import decoder_of
 
 Figures = dict[str, Any]
 

@@ -14,14 +14,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .._memory import device_named
-from ..models.checkpoint import CONFIG_FILES, shipped_models
-from ..models.circuitgpt import CircuitGPT
-from ..models.families import decoder_of, family_of, supported
-from ..models.folder import FolderWeights, check_folder, decoder_in
-from ..models.gguf import gguf_in, no_stream, plain_model, stored_as
-from ..models.gguf import tokenizer as gguf_tokenizer
-from ..models.strict import check_loaded, check_plain, config_in
+from .._native import device_named
+from ..models.circuitgpt.checkpoint import CONFIG_FILES, shipped_models
+from ..models.circuitgpt.model import CircuitGPT
+from ..models.decoders.families import decoder_of, family_of, supported
+from ..models.decoders.folder import FolderWeights, check_folder, decoder_in
+from ..models.decoders.strict import check_loaded, check_plain, config_in
+from ..models.gguf.model import gguf_in, no_stream, plain_model, stored_as
+from ..models.gguf.model import tokenizer as gguf_tokenizer
 from ..models.tokenizer import Tokenizer
 from ..models.weight_files import CheckpointError, read_json
 

@@ -15,13 +15,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..jacobians.dense_primal import DensePrimal, through_layer
-from ..jacobians.depth import Spectra
+from ..jacobians.depth.spectra import Spectra
+from ..jacobians.depth.sweeps import ROUNDING, tail_energy
 from ..jacobians.operator import End, Jacobian
+from ..jacobians.rows.primal import DensePrimal, through_layer
 from ..jacobians.stream import StreamedLayer, stream_layers
-from ..jacobians.sweeps import ROUNDING, tail_energy
-from ..models.decoder import Decoder
-from ..models.folder import decoder_in
+from ..models.decoders.decoder import Decoder
+from ..models.decoders.folder import decoder_in
 from .measure import Figures, plain, share, spectra
 
 _PROBES = 8

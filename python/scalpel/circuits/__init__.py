@@ -5,7 +5,7 @@ from .effects import Effects, ablation_effects
 from .graph import CircuitGraph, circuit_graph
 from .masks import Schedule
 from .prune import prune
-from .pruning import Measured, Pruning, SeedCircuit
+from .result import Measured, Pruning, SeedCircuit
 from .task import TASKS, CannotDoTask, Task, bracket_counting
 
 __all__ = [

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.ablation import KINDS, _activations, _stored_means, hook_means
-from ..models.circuitgpt import CircuitGPT, Tap
-from ..models.hooks import hook_width
+from ..models.circuitgpt.ablation import KINDS, _activations, _stored_means, hook_means
+from ..models.circuitgpt.model import CircuitGPT, Tap
+from ..models.circuitgpt.recording import hook_width
 
 __all__ = ["NODE_HOOKS", "Substitute", "digest", "masked", "node_hooks", "nodes_at", "substitute", "training_text"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..models.circuitgpt import CircuitGPT
+from ..models.circuitgpt.model import CircuitGPT
 from ..semigroup.extraction.learning import Candidate, learn, rows_of
 from ..semigroup.extraction.questions import NOT_VALID, ModelQuestions, Word
 from ..semigroup.extraction.trials import Rate, by_state

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._files import replacing
-from ..models.circuitgpt import CircuitGPT
+from ..models.circuitgpt.model import CircuitGPT
+from ..models.circuitgpt.recording import check_hooks, hook_width
 from ..models.fingerprint import identity
-from ..models.hooks import check_hooks, hook_width
 from .ablations import Substitute, digest, substitute
 from .kept import keyed_folder
 from .packing import pack

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..models.circuitgpt import CircuitGPT
+from ..models.circuitgpt.model import CircuitGPT
 
 __all__ = ["CircuitGraph", "circuit_graph"]
 

@@ -8,11 +8,11 @@ import torch
 from numpy.random import Generator
 from torch import Tensor
 
-from ..models.ablation import Ablation, _parse
-from ..models.circuitgpt import CircuitGPT
+from ..models.circuitgpt.ablation import Ablation, _parse
+from ..models.circuitgpt.model import CircuitGPT
 from .ablations import Substitute, masked, nodes_at
 from .fit import Fit, refit
-from .pruning import Measured
+from .result import Measured
 from .task import Task, answer_logits
 
 __all__ = ["fit_of", "measure", "only", "random_nodes_like"]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .._files import replace_text
-from ..models.ablation import KINDS
-from ..models.circuitgpt import CircuitGPT
+from ..models.circuitgpt.ablation import KINDS
+from ..models.circuitgpt.model import CircuitGPT
 from ..models.fingerprint import identity
 from ..tasks.bracket_words import TASK_WORDS
 from ..tasks.refused import Refused
@@ -25,7 +25,7 @@ from .graph import circuit_graph
 from .kept import keyed_folder
 from .masks import Schedule, learn_masks
 from .measure import measure, random_nodes_like
-from .pruning import Measured, Pruning, SeedCircuit
+from .result import Measured, Pruning, SeedCircuit
 from .task import Task, answer_logits, check_able, nonsense, task_named
 
 __all__ = ["prune"]

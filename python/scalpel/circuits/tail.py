@@ -4,7 +4,7 @@
 taken up where it happens: a channel that a matrix reads changes the product by one column of it, a channel of q, k or
 v changes one head. Behind that everything is computed for all variants side by side: each distinct prefix of the
 prompts once (see :mod:`.packing`), and in the last layer, where only the questions are read, only there. The arithmetic
-is that of :mod:`scalpel.models.circuitgpt`.
+is that of :mod:`scalpel.models.circuitgpt.model`.
 
 Shapes: G variants, N distinct prefixes, P prompts: (G, N, width), in the last layer behind its keys and values
 (G, P, width); what no variant has changed yet is (1, N, width).
@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..lanes import FORWARD_BELOW, Linear, apply_linear
-from ..models.attention import attend
-from ..models.circuitgpt import CircuitGPT
-from ..ops import keep_topk
+from ..models.circuitgpt.attention import attend
+from ..models.circuitgpt.model import CircuitGPT
+from ..topk import keep_topk
 from .packing import Packed
 
 __all__ = ["Tail"]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.circuitgpt import CircuitGPT
+from ..models.circuitgpt.model import CircuitGPT
 from ..models.tokenizer import Tokenizer
 from ..tasks.brackets import closers
 from ..tasks.held_out import Questions

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from .._memory import Memory, empty, memory_of
+from .._native import Memory, empty, memory_of
 from .eigen import Leading, Spectrum, by_lapack, by_rows, worth_iterating
 from .state import State, Total
 

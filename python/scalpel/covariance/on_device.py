@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .._memory import core_of, memory_of
+from .._native import core_of, memory_of
 from .eigen import Leading, Spectrum, by_lapack, worth_iterating
 from .exact import FLOAT32_VARIANCES, Exact, above_noise, total_of, triangle
 from .state import State, Total

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .._memory import check_device
-from ..ops import _integer
+from .._native import check_device
+from ..topk import _integer
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from .._memory import empty, memory_of
+from .._native import empty, memory_of
 from .eigen import Spectrum, complete, fix_signs
 from .state import State, Total
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from .._memory import device_named
+from .._native import device_named
 from . import file, measures
 from .distributed import all_reduce
 from .eigen import fix_signs

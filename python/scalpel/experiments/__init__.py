@@ -6,31 +6,32 @@ experiment; ``names()`` lists what can be run.
 
 from importlib import import_module
 from inspect import Parameter, signature
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..tasks.refused import Refused
 
 if TYPE_CHECKING:
-    from ..models.circuitgpt import CircuitGPT
+    from ..models.circuitgpt.model import CircuitGPT
     from .result import Result
 
 __all__ = ["Refused", "names", "run"]
 
 # The registry: an experiment's name and its file, in the order of the report.
 _FILES = {
-    "minimal_simulator": "minimal_simulator",
-    "dilution": "dilution",
-    "distractors": "distractors",
-    "agreement": "agreement",
-    "causes": "causes",
-    "guard": "guard",
-    "machine": "machine",
-    "circuit": "circuit",
-    "mapping": "mapping",
-    "alignment": "alignment",
-    "collapse": "collapse",
-    "depth": "depth",
-    "orbits": "orbits",
+    "minimal_simulator": "brackets.minimal_simulator",
+    "dilution": "brackets.dilution",
+    "distractors": "brackets.distractors",
+    "agreement": "brackets.agreement",
+    "causes": "brackets.causes",
+    "guard": "brackets.guard",
+    "machine": "machine.experiment",
+    "circuit": "machine.circuit",
+    "mapping": "mapping.experiment",
+    "alignment": "alignment.experiment",
+    "collapse": "collapse.experiment",
+    "depth": "depth.experiment",
+    "orbits": "orbits.experiment",
 }
 
 
@@ -39,15 +40,20 @@ def names() -> list[str]:
     return list(_FILES)
 
 
+def module_of(name: str) -> ModuleType:
+    """The module that holds an experiment's ``run`` and its rules. ValueError for an unknown name."""
+    if name not in _FILES:
+        raise ValueError(f"unknown experiment {name!r}; there are {', '.join(names())}")
+    return import_module(f".{_FILES[name]}", __name__)
+
+
 def run(name: str, model: "CircuitGPT | str | None" = "bracket-mini", **options: Any) -> "Result":
     """Run one experiment on a model (a CircuitGPT, or what from_pretrained takes) and return its Result.
 
     ``options`` are the keyword arguments of that experiment's ``run``. Refused, which says why, for a model that this
     can't be asked of; ValueError for an unknown name or option, and for a model that isn't on the CPU.
     """
-    if name not in _FILES:
-        raise ValueError(f"unknown experiment {name!r}; there are {', '.join(names())}")
-    file = import_module(f".{_FILES[name]}", __name__)
+    file = module_of(name)
     parameters = dict(signature(file.run).parameters)
     needs_model = parameters.pop("model").default is Parameter.empty
     for option, value in options.items():
@@ -55,7 +61,7 @@ def run(name: str, model: "CircuitGPT | str | None" = "bracket-mini", **options:
             raise ValueError(f"experiment {name!r} has no option {option!r}; it has {', '.join(parameters)}")
         _check(name, option, value, parameters[option].default)
     if needs_model and isinstance(model, str):
-        from ..models.circuitgpt import CircuitGPT
+        from ..models.circuitgpt.model import CircuitGPT
 
         model = CircuitGPT.from_pretrained(model)
     if needs_model:
@@ -81,7 +87,7 @@ def _check(name: str, option: str, value: Any, default: Any) -> None:
     elif isinstance(default, float):
         right, kind = type(value) in (int, float), "a number"
     elif option == "law":
-        from ..guard import FailureLaw
+        from ..guard.hole_guard import FailureLaw
         from ..semigroup import ThresholdCounter
 
         right = value is None or isinstance(value, ThresholdCounter | FailureLaw)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..models.circuitgpt import CircuitGPT
+from ..models.circuitgpt.model import CircuitGPT
 from ..tasks.refused import Refused
 
 __all__ = ["check_askable"]

@@ -3,7 +3,7 @@
 from numbers import Integral
 from typing import Any
 
-from ..models.circuitgpt import CircuitGPT
+from ..models.circuitgpt.model import CircuitGPT
 from ..models.fingerprint import fingerprint
 from ..tasks.refused import Refused
 

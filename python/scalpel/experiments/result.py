@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .._plain import plain
+from .._json import plain
 
 Verdict = Literal["reproduced", "not reproduced", "indistinguishable", "not testable here"]
 VERDICTS: tuple[Verdict, ...] = ("reproduced", "not reproduced", "indistinguishable", "not testable here")

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..models.circuitgpt import CircuitGPT
+from ..models.circuitgpt.model import CircuitGPT
 from ..tasks.held_out import NoHeldOutText
 from . import Refused, names, run
 from .controls import Controls
@@ -128,6 +128,6 @@ def left_out(results: Sequence[Result]) -> list[str]:
 
 def _fresh_circuit(model: CircuitGPT, seed: int, report: Callable[[str, float], None], done: float) -> Result:
     from ..circuits import prune
-    from .circuit import examine
+    from .machine.circuit import examine
 
     return examine(model, prune(model, seed=seed, progress=lambda what, _: report(f"circuit: {what}", done)), seed=seed)

@@ -18,16 +18,16 @@ from torch.autograd import forward_ad
 from torch.func import jvp, vjp, vmap
 
 from ..hooks.modules import as_written
+from ..hooks.positions import Selected, add_at, check_path, describe, read_at, select, split_pair
 from ..hooks.running import ALONE
-from ..models.circuitgpt import CircuitGPT
-from .circuit import CircuitProducts
-from .decoder_pass import DecoderPass, decoder_pass, module_paths
-from .dense import DenseProducts
-from .hooks import CircuitPass, ModulePass, Pass
+from ..models.circuitgpt.model import CircuitGPT
+from .lanes.products import CircuitProducts
+from .lanes.trace import has_products
 from .operator import End, Jacobian, check_floating, finished
-from .positions import Selected, add_at, check_path, describe, read_at, select, split_pair
+from .passes import CircuitPass, ModulePass, Pass
 from .precision import no_autocast
-from .trace import has_products
+from .rows.decoder_pass import DecoderPass, decoder_pass, module_paths
+from .rows.products import DenseProducts
 
 Target = str | Callable[[Tensor], Tensor] | tuple[str, Callable[[Tensor], Tensor]]
 

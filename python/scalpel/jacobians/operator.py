@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from .hooks import Pass
-from .positions import Selected, describe
+from ..hooks.positions import Selected, describe
+from .passes import Pass
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator

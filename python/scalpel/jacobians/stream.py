@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ..hooks.inputs import Inputs, Limits, read_inputs
-from ..models.decoder import Decoder, check_layer
-from ..models.folder import decoder_in, streamed_layers
-from .decoder_pass import beyond_rules, places_in_text
-from .dense_layer import Buffers, DenseLayer
-from .dense_primal import DensePrimal, places_of, through_layer
+from ..models.decoders.decoder import Decoder, check_layer
+from ..models.decoders.folder import decoder_in, streamed_layers
 from .precision import no_autocast
+from .rows.decoder_pass import beyond_rules, places_in_text
+from .rows.layer import Buffers, DenseLayer
+from .rows.primal import DensePrimal, places_of, through_layer
 
 _CHUNK_BYTES = 1 << 28  # about what the widest value of a chunk of tangents may take
 _WIDEST = 4  # over the residual stream's own width

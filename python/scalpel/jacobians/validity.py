@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..hooks.masks import watch_masks
+from ..hooks.positions import Selected, add_at, parents_of
 from ..hooks.running import ALONE, eager
-from ..models.mask_watch import watch_masks
-from ..ops import topk_mask
-from .decoder_pass import DecoderPass
+from ..topk import topk_mask
 from .entry import explained
-from .hooks import CircuitPass, Pass, kept
 from .operator import Jacobian
-from .positions import Selected, add_at, parents_of
+from .passes import CircuitPass, Pass, kept
+from .rows.decoder_pass import DecoderPass
 
 _INSIDE, _BEYOND = 0.99, 1.01  # of the radius: where the model is run again
 _SMOOTH = (  # activations of transformers with no mask in them

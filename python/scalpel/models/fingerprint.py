@@ -5,7 +5,7 @@ import json
 
 import torch
 
-from .circuitgpt import CircuitGPT
+from .circuitgpt.model import CircuitGPT
 
 __all__ = ["fingerprint", "identity"]
 

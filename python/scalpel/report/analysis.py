@@ -9,11 +9,11 @@ from markupsafe import Markup
 
 from .._files import check_folder, replace_text
 from ..experiments.result import plain
-from .analysis_pictures import pictures
 from .card import facts, number
-from .figures import to_svg
 from .pages import environment_and_style
-from .picture import Picture
+from .pictures.analysis_pictures import pictures
+from .pictures.figures import to_svg
+from .pictures.picture import Picture
 
 if TYPE_CHECKING:
     from ..analysis import Analysis

@@ -1,6 +1,5 @@
 """The report's page: one HTML file with its pictures, its style and its numbers inside."""
 
-import importlib
 import inspect
 import math
 from collections import Counter
@@ -12,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from markupsafe import Markup
 
+from .. import experiments
 from .._files import check_folder, replace_text
 from ..experiments.result import VERDICTS, plain
 from .card import facts
-from .figures import to_svg
 from .pages import environment_and_style
+from .pictures.figures import to_svg
 
 if TYPE_CHECKING:
     from ..experiments.result import Result
@@ -104,10 +104,9 @@ def _rule(result: dict[str, Any]) -> str:
     if stored:
         return str(stored)
     try:
-        file = importlib.import_module(f"scalpel.experiments.{result['name']}")
-    except ImportError:
+        function = getattr(experiments.module_of(result["name"]), "verdict", None)
+    except ValueError:  # a result of another version
         return ""
-    function = getattr(file, "verdict", None)
     return inspect.getdoc(function) or "" if function is not None else ""
 
 

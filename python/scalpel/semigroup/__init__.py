@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .extraction.extract import extract
-    from .extraction.extraction import Extraction
+    from .extraction.result import Extraction
     from .machine import MooreMachine
     from .orbits import distances, orbit_shapes, reachable, unreachable
     from .threshold import ThresholdCounter
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # Resolved on first use: a counter needs no model, and orbits no torch.
 _HOME = {
-    "Extraction": "extraction.extraction",
+    "Extraction": "extraction.result",
     "MooreMachine": "machine",
     "SemigroupTooLarge": "transformation",
     "ThresholdCounter": "threshold",

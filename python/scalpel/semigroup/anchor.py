@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.func import jvp
 
 from ..hooks.running import ALONE
-from ..models.circuitgpt import CircuitGPT
+from ..models.circuitgpt.model import CircuitGPT
 
 __all__ = ["Anchors", "NoDirection", "block_map", "find_anchors", "norm_growth", "spectral_radius"]
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.circuitgpt import CircuitGPT
+from ..models.circuitgpt.model import CircuitGPT
 
 __all__ = ["GreedyOrbits", "apparent_period", "brent", "decode", "greedy_orbits"]
 

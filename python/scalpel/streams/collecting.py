@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .._memory import runs_on
+from .._native import runs_on
 from ..covariance import StreamingCovariance
 from ..covariance.on_device import OnDevice, Precision, update_all
 from ..covariance.rows import integer_named

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from .. import __version__
-from ..models.ablation import hook_means
-from ..models.checkpoint import save_pretrained
-from ..models.circuitgpt import CircuitGPT
+from ..models.circuitgpt.ablation import hook_means
+from ..models.circuitgpt.checkpoint import save_pretrained
+from ..models.circuitgpt.model import CircuitGPT
 from ..models.tokenizer import Tokenizer
 from ..tasks.brackets import Answers, answer, closers, questions_from
 from ..tasks.held_out import NoHeldOutText

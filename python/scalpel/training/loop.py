@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .._files import replacing
-from ..models.attention import fused_training
-from ..models.circuitgpt import CircuitGPT
+from ..models.circuitgpt.attention import fused_training
+from ..models.circuitgpt.model import CircuitGPT
 from .recipe import Recipe, clip_rms_, prune_, sparse_matrices
 
 SAVE_EVERY_SECONDS = 20.0

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import __version__
-from ..models.checkpoint import save_pretrained
-from ..models.circuitgpt import CircuitGPT
+from ..models.circuitgpt.checkpoint import save_pretrained
+from ..models.circuitgpt.model import CircuitGPT
 from ..models.tokenizer import Tokenizer
 from ..semigroup.machine import MooreMachine
 from ..tasks.brackets import START

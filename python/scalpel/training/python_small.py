@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from .. import __version__
-from ..experiments.abilities import accuracies as task_accuracies
-from ..models.ablation import hook_means
-from ..models.checkpoint import save_pretrained
-from ..models.circuitgpt import CircuitGPT
+from ..models.circuitgpt.ablation import hook_means
+from ..models.circuitgpt.checkpoint import save_pretrained
+from ..models.circuitgpt.model import CircuitGPT
 from ..models.tokenizer import Tokenizer
+from ..tasks.abilities import accuracies as task_accuracies
 from ..tasks.brackets import closers
 from .bracket_mini import accuracy_card
 from .commit import commit

@@ -18,7 +18,7 @@ from sysconfig import get_paths
 import numpy as np
 from torch import Tensor
 
-from ..models.circuitgpt import CircuitGPT
+from ..models.circuitgpt.model import CircuitGPT
 from ..models.tokenizer import Tokenizer
 from ..tasks.literals import literals_of, python_files
 from .corpus import Sources, _name, documents

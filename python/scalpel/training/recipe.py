@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.circuitgpt import CircuitGPT
-from ..models.config import CircuitGPTConfig
+from ..models.circuitgpt.config import CircuitGPTConfig
+from ..models.circuitgpt.model import CircuitGPT
 
 
 @dataclass(frozen=True)

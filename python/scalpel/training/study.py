@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from .._files import replace_text, replacing
-from .._plain import plain
-from ..models.circuitgpt import CircuitGPT
+from .._json import plain
+from ..models.circuitgpt.model import CircuitGPT
 from ..models.tokenizer import Tokenizer
 from .bracket_mini import bracket_tokenizer
 from .commit import commit

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..models.circuitgpt import CircuitGPT
+from ..models.circuitgpt.model import CircuitGPT
 from ..models.tokenizer import Tokenizer
 from .corpus import Sources, documents
 from .recipe import Recipe

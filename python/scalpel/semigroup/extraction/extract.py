@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from ...models.circuitgpt import CircuitGPT
-from ...models.untrained import untrained
+from ...models.circuitgpt.model import CircuitGPT
 from ...tasks.refused import Refused
+from ...training.untrained import untrained
 from . import nulls as null
 from .bounds import clopper_pearson
-from .extraction import Extraction, Growth, judge
 from .interchange import interchange
 from .learning import Candidate, learn
 from .questions import ModelQuestions, Questions, Word, questions_of
+from .result import Extraction, Growth, judge
 from .trials import by_state, conflicts, congruence, fidelity
 from .words import pumped
 

@@ -8,7 +8,7 @@ import torch
 from numpy.random import Generator
 from scipy.cluster.vq import kmeans2
 
-from ...models.hooks import hook_width
+from ...models.circuitgpt.recording import hook_width
 from .learning import Candidate, Row
 from .questions import ModelQuestions, Questions, Word, batches, pad
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...models.circuitgpt import CircuitGPT
+from ...models.circuitgpt.model import CircuitGPT
 from ...tasks.brackets import START
 from ...tasks.refused import Refused
 

@@ -1,0 +1,193 @@
+"""How the command line shows things: tables on stdout, progress and errors on stderr.
+
+Only text objects are printed, never markup: brackets are what this library is about.
+"""
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from ..experiments.result import Result
+
+COLUMNS = ("question", "seed's figure", "predicted", "measured", "null", "verdict")
+WIDE = 118  # columns of a terminal from which on six of them side by side can be read
+
+_VERDICT = {
+    "reproduced": ("✓", "bold green"),
+    "not reproduced": ("✗", "bold red"),
+    "indistinguishable": ("≈", "bold yellow"),
+    "not testable here": ("–", "dim"),
+}
+
+
+def out() -> Console:
+    """The console of results; made at each use, so that a redirected stdout counts."""
+    return Console(markup=False, emoji=False, highlight=False)
+
+
+def err() -> Console:
+    """The console of everything that isn't a result."""
+    return Console(stderr=True, markup=False, emoji=False, highlight=False)
+
+
+def fail(message: str) -> None:
+    """One clear message, on stderr."""
+    err().print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+
+
+def verdict(name: str) -> Text:
+    """A verdict with its mark, so that the colour isn't needed to read it."""
+    mark, style = _VERDICT.get(name, ("?", "bold"))
+    return Text(f"{mark} {name}", style=style)
+
+
+def results(found: Sequence["Result"], width: int | None = None) -> Table:
+    """The table of verdicts: six columns on a wide terminal, one block an experiment on a narrow one."""
+    wide = (out().width if width is None else width) >= WIDE
+    return _columns(found) if wide else _blocks(found)
+
+
+def _cells(result: "Result") -> tuple[Text, ...]:
+    measured = Text(_summary(result.measured))
+    interval = _summary(result.interval)
+    if interval:
+        measured.append(f"\n{interval}", style="dim")
+    return (
+        Text(result.question),
+        Text(result.seed_figure, style="dim"),
+        Text(_summary(result.prediction)),
+        measured,
+        Text(_summary(result.null)),
+        verdict(result.verdict),
+    )
+
+
+def _columns(found: Sequence["Result"]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_lines=False, expand=True, padding=(0, 1, 1, 0))
+    for name, ratio in zip(COLUMNS, (5, 4, 5, 5, 4, 3), strict=True):
+        table.add_column(name, ratio=ratio, overflow="fold")
+    for result in found:
+        table.add_row(*_cells(result))
+    return table
+
+
+def _blocks(found: Sequence["Result"]) -> Table:
+    table = Table(box=box.SIMPLE, show_header=False, expand=True, padding=(0, 1, 0, 0))
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(ratio=1, overflow="fold")
+    for result in found:
+        cells = _cells(result)
+        cells[0].stylize("bold")
+        for name, cell in zip(COLUMNS, cells, strict=True):
+            table.add_row(name, cell)
+        table.add_section()
+    return table
+
+
+def facts(title: str, values: Mapping[str, Any]) -> Table:
+    """Two columns of names and values; what is nested is left to --json."""
+    table = Table(box=box.SIMPLE, title=title, title_justify="left", title_style="bold", show_header=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, value in values.items():
+        if isinstance(value, Mapping) and "summary" in value:
+            value = value["summary"]
+        if isinstance(value, str | int | float | bool):
+            shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+            table.add_row(name.replace("_", " ") if name.isidentifier() else name, Text(shown))
+    return table
+
+
+def timings(report: Mapping[str, Any]) -> Table:
+    """What `scalpel bench` found: medians in milliseconds and their ratios."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
+    table.add_column("operation", no_wrap=True)
+    for name in ("ours, ms", "peer", "floor", "peer/ours", "ours/floor"):
+        table.add_column(name, justify="right")
+    for case in report["cases"]:
+        low, high = case["speedup_quartiles"]
+        table.add_row(
+            Text.assemble((case["name"], "bold"), f"\non {case['device']}"),
+            *(f"{case['median_ms'][who]:.3f}" for who in ("ours", "peer", "floor")),
+            Text.assemble((f"{case['speedup']:.2f}×", "bold"), f"\n{low:.2f}–{high:.2f}"),
+            f"{case['over_floor']:.2f}×",
+        )
+    return table
+
+
+def contenders(report: Mapping[str, Any]) -> Text:
+    """What each case of `scalpel bench` compares."""
+    lines = Text()
+    for case in report["cases"]:
+        lines.append(f"{case['name']}: ", style="bold")
+        lines.append(f"{case['shape']}\n  peer: {case['peer']}; floor: {case['floor']}\n")
+        if case["note"]:
+            lines.append(f"  {case['note']}\n")
+    return lines
+
+
+def _summary(part: Mapping[str, Any]) -> str:
+    return str(part.get("summary", ""))
+
+
+class Steps:
+    """Progress on stderr: a bar on a terminal, elsewhere a line a stage and then one in ten seconds.
+
+    Use as a context manager; ``stage(name, fraction)`` and ``step(done, total, loss)`` are the callbacks of
+    the library.
+    """
+
+    EVERY_SECONDS = 10.0
+
+    def __init__(self, description: str) -> None:
+        self._console = err()
+        self._terminal = self._console.is_terminal
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._terminal,
+        )
+        self._task = self._bar.add_task(description, total=1.0)
+        self._last = ("", 0.0)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def stage(self, name: str, fraction: float) -> None:
+        """The suite's callback: what is being done, and how much of everything is done (0 to 1)."""
+        self._bar.update(self._task, description=name, completed=fraction)
+        self._line(name, f"{fraction:4.0%} {name}")
+
+    def step(self, done: int, total: int, loss: float) -> None:
+        """The training's callback: steps done, of how many, and the smoothed loss in nats."""
+        self._bar.update(self._task, description=f"step {done}/{total}  loss {loss:.3f}", completed=done / total)
+        self._line("train", f"step {done}/{total} loss {loss:.3f}")
+
+    def _line(self, key: str, text: str) -> None:
+        if self._terminal:
+            return
+        last, when = self._last
+        now = time.monotonic()
+        if key != last or now - when >= self.EVERY_SECONDS:
+            self._last = (key, now)
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()

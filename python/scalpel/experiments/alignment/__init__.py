@@ -1,0 +1,1 @@
+"""Whether the generators lie along the gradient's leading components."""

@@ -1,0 +1,312 @@
+"""Does a longer list dilute the evidence, and does the length at which the answer fails grow as k/θ?
+
+Laws are calibrated in three ways: by the critical lengths of two small amounts of evidence, by one of these, and by
+intervention at short contexts only. Their predictions for the other amounts are stored; only then are those measured,
+on other prompts.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ...models.circuitgpt.model import CircuitGPT
+from ...tasks.refused import Refused
+from ..controls import LEAST_ACCURACY, Controls, tells_depths
+from ..nulls import NULLS, check_nulls
+from ..provenance import at_least, caution, longest_asked, model_provenance
+from ..result import Protocol, Result, Verdict
+from . import critical as c
+from . import dilution_laws as d
+from . import head_measures
+from .calibration import BracketLaw, ShortContexts
+from .calibration import calibrate as read_short
+from .laws import CLASSES
+
+QUESTION = "At which context length does the bracket answer fail, and does that length grow as k/θ?"
+SEED_FIGURE = "n* = ⌈k/θ⌉ = 14 for k = 2, θ = 0.15"
+SEED_LENGTH, SEED_K = 14, 2
+# Of the ten, those whose lines a reader can tell apart; the table has all.
+_SHOWN = ("seed", "affine", "constant", "weighted, one length", "weighted, intervention", "sink, one length")
+RULE = (
+    "Reproduced iff the seed's law, fitted to the calibration amounts, meets every held-out critical length within "
+    "one element (2 tokens) or one standard error of the difference, whichever is larger, and a constant length does "
+    "not; indistinguishable where the constant meets them too. The affine rival contains the seed's law (intercept "
+    "0), so it meets whatever that meets and tells something only where the law fails. Not testable where the model "
+    "nowhere tells the depths apart with the accuracy asked, or where a calibration amount or all but one of the "
+    "held-out ones have no critical length inside the context: a curve that hovers at one half or comes back has none."
+)
+
+
+def run(
+    model: CircuitGPT,
+    *,
+    calibrate: Sequence[int] = (2, 3),
+    predict: Sequence[int] = (4, 5, 6),
+    prompts: int = 64,
+    offsets: int = 64,
+    seed: int = 0,
+    least_accuracy: float = LEAST_ACCURACY,
+    controls: Controls | None = None,
+    nulls: tuple[str, ...] = NULLS,
+) -> Result:
+    """Critical lengths n₅₀(k) of ``model`` at depth 2 against the seed's law, the sink's, and two rivals.
+
+    ``calibrate`` and ``predict``: amounts of evidence; ``prompts``: lists per amount, varying filler, head and first
+    position (the last ``offsets`` positions of the context are left free for that); ``least_accuracy``: the balanced
+    accuracy over both depths that the model must reach at some length for a verdict; ``controls``: the models to
+    compare with, by default the untrained one and, for a shipped model, those shipped with it. ``nulls``: "untrained"
+    is one of the controls; "rotated" puts random directions in place of the head's own; "shuffled" gives each amount
+    another's prediction.
+    """
+    nulls = check_nulls(nulls)
+    at_least(2, prompts=prompts)
+    at_least(0, seed=seed)
+    length = longest_asked(model, offsets, least_accuracy)
+    amounts = (*calibrate, *predict)
+    if len(calibrate) < 2 or len(predict) < 2 or len(set(amounts)) < len(amounts):
+        raise ValueError(
+            f"calibrate {tuple(calibrate)} and predict {tuple(predict)} must be two amounts each, all distinct"
+        )
+    controls = controls or Controls.of(model)
+    rng = np.random.default_rng([seed, 1])
+    options = {"calibrate": calibrate, "predict": predict, "prompts": prompts, "offsets": offsets, "seed": seed}
+    provenance = model_provenance(model, least_accuracy=least_accuracy, **options)
+    protocol = Protocol("dilution", QUESTION, SEED_FIGURE, provenance)
+
+    def ask(one: CircuitGPT, k: int, depth: int = 2, salt: int = 0) -> c.Curve:
+        return c.ask_long_lists(one, k, depth=depth, prompts=prompts, length=length, seed=1000 * seed + salt)
+
+    fitted = {k: c.critical(ask(model, k, salt=1), rng) for k in calibrate}
+    short, left_out = _short_contexts(model, amounts, seed)
+    laws = d.predictions(fitted, short, amounts, rng)
+    protocol.predict(
+        {
+            "summary": _words(laws, predict),
+            "calibration": c.table(fitted),
+            "critical_length": {name: law.lengths for name, law in laws.items()},
+            "standard_error": {name: law.errors for name, law in laws.items()},
+            "head": _head_found(short),
+            "rule": RULE,
+            "mean_rule": head_measures.MEAN_RULE,
+        }
+    )
+    protocol.measuring()
+    curves = {k: ask(model, k) for k in amounts}
+    measured = {k: c.critical(curve, rng) for k, curve in curves.items()}
+    flat = ask(model, 1, depth=1)
+    able = tells_depths(curves, flat)
+    fares = d.compare(laws, measured, predict)
+    holds = {name: bool(one["holds"]) for name, one in fares.items()}
+    found_best = d.best(fares)
+    head = _head_measured(model, short, measured, length, seed)
+    # P(correct) over prompts may have a critical length while single prompts waver; a reader must see how much.
+    changes = " to ".join(f"{f(one.sign_changes for one in measured.values()):.0f}" for f in (min, max))
+    null: dict[str, Any] = {
+        name: _null(other, ask, amounts, rng)
+        for name, other in controls.models.items()
+        if name != "untrained" or "untrained" in nulls
+    }
+    if "rotated" in nulls and short is not None and "weighted, one length" in laws:
+        errors = d.rotated_errors(model, short, fitted, measured, predict, seed)
+        words = (
+            f"weighted law with random directions off by {np.median(errors):.0f} tokens in the median of "
+            f"{len(errors)}, {min(errors):.0f} at the least"
+            if errors
+            else "–"
+        )
+        null["rotated"] = {"words": words, "mean_absolute_errors": errors}
+    if "shuffled" in nulls and found_best is not None:
+        error = d.shuffled_error(laws[found_best], measured, predict)
+        null["shuffled"] = {
+            "words": f"{found_best} law, amounts exchanged, off by {error:.0f} tokens",
+            "mean_absolute_error": error,
+        }
+    edges = c.bins(length)
+    crossing = any(one.status == "crosses" for one in measured.values())
+    return protocol.conclude(
+        measured={
+            "summary": "; ".join(f"k={k}: {one.text()}" for k, one in measured.items())
+            + f". Along one prompt the answer changes {changes} times. "
+            + best_words(found_best, fares, laws, measured, predict)
+            + head.pop("words", ""),
+            "against_the_seeds_figure": against_seed(measured.get(SEED_K)),
+            "critical_length": c.table(measured),
+            "laws": fares,
+            "best_law": found_best,
+            "law_holds": holds,
+            "head": head,
+            "left_out": left_out,
+            "best_balanced_accuracy_at_one_length": able,
+            "depth_1_accuracy_at_any_length": float(flat.right.mean()),
+            "caution": caution(model),
+        },
+        interval={"summary": "95 % bootstrap by prompt", **c.bounds(measured)},
+        null={
+            "summary": "; ".join(f"{name}: {found['words']}" for name, found in null.items()),
+            **null,
+        },
+        verdict=verdict(measured, predict, holds, able >= least_accuracy),
+        figures={
+            "curves": {
+                "kind": "curves",
+                "title": "P(correct) at depth 2 by length of the context, for each amount of evidence",
+                "xlabel": "attended keys n (tokens)",
+                "ylabel": "P(correct)",
+                "series": [
+                    *(c.series(f"k = {k}", curve, edges) for k, curve in curves.items()),
+                    c.series("depth 1", flat, edges, style="dashed"),
+                ],
+                "hlines": [{"y": 0.5, "label": "one half"}],
+                "summary": caution(model),
+            },
+            **({"laws": _law_figure(measured, laws, calibrate)} if crossing else {}),
+            **({"head": head_measures.statistic_figure(short.head.name, head["along"], short.theta)} if short else {}),
+        },
+    )
+
+
+def _short_contexts(model: CircuitGPT, amounts: Sequence[int], seed: int) -> tuple[ShortContexts | None, list[str]]:
+    """What is read at short contexts, or why there is nothing to read."""
+    try:
+        return read_short(model, amounts, seed=seed), []
+    except Refused as error:
+        return None, [f"laws by what a head measures: {error}"]
+
+
+def _head_found(short: ShortContexts | None) -> dict[str, Any]:
+    if short is None:
+        return {}
+    law = short.law()
+    half = len(short.thetas) // 2
+    return {
+        "head": short.head.name,
+        "share_of_the_depths_difference": short.head.share,
+        "shares": short.head.shares,
+        "theta": short.theta,
+        "theta_by_depth": {2: float(np.nanmedian(short.thetas[:half])), 1: float(np.nanmedian(short.thetas[half:]))},
+        "theta_quartiles": [float(v) for v in np.nanpercentile(short.thetas, [25, 75])],
+        "prompts_without_theta": int(np.isnan(short.thetas).sum()),
+        "weight_by_class": dict(zip(CLASSES, law.weight.tolist(), strict=True)),
+        "u_by_class": dict(zip(CLASSES, law.u.tolist(), strict=True)),
+        "sigma_tokens": float(short.sigma.mean()),
+    }
+
+
+def _head_measured(
+    model: CircuitGPT, short: ShortContexts | None, measured: dict[int, c.Critical], length: int, seed: int
+) -> dict[str, Any]:
+    """What the head measures along long contexts; run after the predictions are stored."""
+    if short is None:
+        return {}
+    along = {k: head_measures.measure(model, short.head, k, length, prompts=16, seed=seed) for k in measured}
+    first = next(iter(along))
+    verdict = head_measures.is_mean(along[first])
+    crossings = {k: head_measures.crossing(of, short.theta) for k, of in along.items()}
+    words = f" Head {short.head.name} carries {short.head.share:.0%} of the depths' difference; it is " + (
+        "a mean" if verdict["mean"] else "no mean (" + ", ".join(verdict.get("fails_by", [])) + ")"
+    )
+    return {"words": words, "is_mean": verdict, "statistic_crosses_theta_at": crossings, "along": along}
+
+
+def best_words(
+    name: str | None,
+    fares: dict[str, dict[str, Any]],
+    laws: dict[str, BracketLaw],
+    measured: dict[int, c.Critical],
+    predict: Sequence[int],
+) -> str:
+    """How the best law fares against what was aimed at: one element or one standard error."""
+    if name is None:
+        return "No law says when these fail."
+    one = fares[name]
+    pairs = ", ".join(
+        f"k={k} {laws[name].lengths[k]:.0f} ({'within' if one['good_enough'][k] else 'off'})" for k in predict
+    )
+    return (
+        f"Best law on held-out amounts: {name}, off by {one['mean_absolute_error']:.0f} tokens in the mean ({pairs}; "
+        f"{'all' if one['holds'] else 'not all'} within one element or one standard error)."
+    )
+
+
+def against_seed(measured: c.Critical | None) -> str:
+    """Whether the seed's figure is what was measured; shown, and used for nothing."""
+    if measured is None:
+        return f"k = {SEED_K} was not measured"
+    if measured.status == "crosses" and measured.low <= SEED_LENGTH <= measured.high:
+        return f"agrees: {SEED_LENGTH} lies in {measured.text()}"
+    return f"disagrees: the seed says {SEED_LENGTH} at k = {SEED_K}, here it is {measured.text()}"
+
+
+def verdict(measured: dict[int, c.Critical], predict: Sequence[int], holds: dict[str, bool], able: bool) -> Verdict:
+    """The verdict by RULE."""
+    if not able or "seed" not in holds or sum(measured[k].status == "crosses" for k in predict) < 2:
+        return "not testable here"
+    if not holds["seed"]:
+        return "not reproduced"
+    return "indistinguishable" if holds["constant"] else "reproduced"
+
+
+def _null(other: CircuitGPT, ask: Any, amounts: Sequence[int], rng: np.random.Generator) -> dict[str, Any]:
+    """Critical lengths of a control and, since a model that can't do the task has none, whether it tells the depths."""
+    curves = {k: ask(other, k) for k in amounts}
+    lengths = {k: c.critical(curve, rng) for k, curve in curves.items()}
+    flat = ask(other, 1, depth=1)
+    able = tells_depths(curves, flat)
+    words = f"best balanced accuracy {able:.2f}"
+    if able >= LEAST_ACCURACY:
+        words = ", ".join(f"k={k}: {one.text()}" for k, one in lengths.items())
+    return {
+        "words": words,
+        "best_balanced_accuracy_at_one_length": able,
+        "depth_1_accuracy_at_any_length": float(flat.right.mean()),
+        "critical_length": c.table(lengths),
+    }
+
+
+def _words(laws: dict[str, BracketLaw], predict: Sequence[int]) -> str:
+    if not laws:
+        return "none: a calibration amount has no critical length in the context"
+    by_law = (f"{name} " + "/".join(_tokens(law.lengths[k]) for k in predict) for name, law in laws.items())
+    return f"n* at k={'/'.join(map(str, predict))}: " + ", ".join(by_law)
+
+
+def _tokens(n: float) -> str:
+    return "–" if np.isnan(n) else "never" if np.isinf(n) else f"{n:.0f}"
+
+
+def _law_figure(
+    measured: dict[int, c.Critical], laws: dict[str, BracketLaw], calibrate: Sequence[int]
+) -> dict[str, Any]:
+    seen = {k: one for k, one in measured.items() if one.status == "crosses"}
+    amounts = sorted(measured)
+    points = [
+        {
+            "label": "calibration" if part else "held out",
+            "style": "points",
+            "x": [k for k in seen if (k in calibrate) == part],
+            "y": [seen[k].value for k in seen if (k in calibrate) == part],
+            "low": [seen[k].low for k in seen if (k in calibrate) == part],
+            "high": [seen[k].high for k in seen if (k in calibrate) == part],
+        }
+        for part in (True, False)
+    ]
+    # A law that says "never", or far beyond what was asked, would press the points together at the bottom.
+    most = 2 * max([one.value for one in measured.values() if np.isfinite(one.value)], default=1.0)
+    lines = [
+        {
+            "label": name,
+            "style": "line" if name in ("seed", "weighted, one length") else "dashed",
+            "x": amounts,
+            "y": [n if n is not None and n <= most else None for n in (law.lengths.get(k) for k in amounts)],
+        }
+        for name, law in laws.items()
+        if name in _SHOWN and any(np.isfinite(n) and n <= most for n in law.lengths.values())
+    ]
+    return {
+        "kind": "curves",
+        "title": "Critical length against evidence: measured, and what each law says",
+        "xlabel": "evidence k (brackets in front of the question)",
+        "ylabel": "critical length n₅₀ (tokens)",
+        "series": [*lines, *points],
+    }

@@ -1,0 +1,1 @@
+"""Whether AbsTopK collapses representations as a model trains."""

@@ -1,0 +1,1 @@
+"""Whether layers lose directions for good."""

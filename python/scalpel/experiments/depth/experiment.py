@@ -1,0 +1,338 @@
+"""Does TopK make the cascade of layers irreversible, so that few directions survive the depth?
+
+The seed says: at most k channels are live, so rank(J) ≤ k, so the product of the layers' Jacobians is irreversible and
+the state collapses onto span(v_1 … v_k). Each step is measured by itself. A TopK bounds the rank of what a sublayer
+*adds*; the layer's own Jacobian holds the residual path's identity as well, so both are shown. Of the product J_D … J_1
+all singular values are taken from the last token to the last, where causality makes it the product of the layers' own
+blocks there, and the leading exponents (1/D) log σ_i from all tokens to all by alternating sweeps.
+
+Nulls: *untrained*, the same measurement on an untrained model; *rotated*, each layer's singular values between random
+singular vectors (Haar), which is what is lost when layers meet at random; *shuffled*, the same layers in another
+order. Beside them the same weights with every TopK off.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from ...jacobians.depth.spectra import rank_bound
+from ...models.circuitgpt.model import CircuitGPT
+from ...training.untrained import untrained
+from ..nulls import NULLS, check_nulls, only_beside
+from ..provenance import at_least, model_provenance
+from ..result import Protocol, Result, Verdict
+from ..statistics import bootstrap
+from .cascade import (
+    Cascade,
+    cascades,
+    effective_ranks,
+    live_channels,
+    product_values,
+    reordered,
+    rotated,
+    rounding,
+    short_prompts,
+    stream,
+    survive,
+    sweep_exponents,
+    without_topk,
+)
+
+QUESTION = "Does TopK make the product of the layers' Jacobians irreversible, so that at most k directions survive?"
+SEED_FIGURE = "rank(h) ≤ k → irreversible Jacobian cascade → collapse h → span(v₁…v_k); no figure is given"
+TOLERANCE = 1e-3  # a direction survives the product where its singular value is above this times the largest
+RULE = (
+    f"A direction survives where its singular value in the whole product, residual path included, last token to last, "
+    f"is above {TOLERANCE} of the largest. Reproduced iff at most k survive (upper end of the 95 % interval over "
+    "prompts of the mean; k: the fewest channels that a TopK leaves of what a block adds, or of the residual) and the "
+    "untrained and, with more than one layer, the rotated null keep more (95 % interval of the paired difference above "
+    "0); without these nulls it isn't testable. Not "
+    "reproduced where more than k survive. Indistinguishable where at most k survive but one of these nulls keeps no "
+    "more: then the loss is the architecture's, or that of layers that meet at random. The shuffled null is shown and "
+    "doesn't decide, since the claim says nothing of the order. Not testable where no TopK stands where a block writes."
+)
+_TOLERANCES = (1e-1, 1e-2, TOLERANCE, 1e-6)
+_FEW = 4  # prompts of the untrained model's exponents from all tokens to all
+
+
+def run(
+    model: CircuitGPT,
+    *,
+    prompts: int = 16,
+    tokens: int = 12,
+    directions: int = 4,
+    draws: int = 4,
+    nulls: tuple[str, ...] = NULLS,
+    seed: int = 0,
+) -> Result:
+    """Ranks, survivors and exponents by depth of ``model`` over ``prompts`` prompts of at most ``tokens`` tokens.
+
+    ``directions``: leading exponents from all tokens to all; ``draws``: random products a prompt for the rotated null.
+    """
+    at_least(2, prompts=prompts, tokens=tokens)
+    at_least(1, directions=directions, draws=draws)
+    at_least(0, seed=seed)
+    nulls = check_nulls(nulls)
+    texts, left_out = short_prompts(model, prompts, seed, tokens)
+    depth, width = model.config.n_layer, model.config.d_model
+    k = live_channels(model)
+    options = {"prompts": prompts, "tokens": tokens, "directions": directions, "draws": draws, "nulls": nulls}
+    protocol = Protocol("depth", QUESTION, SEED_FIGURE, model_provenance(model, **options, seed=seed))
+    said = f"at most k = {k} of {width} directions survive" if k else "nothing: no TopK stands where a block writes"
+    protocol.predict({"summary": said, "survivors_at_most": k, "of": width, "depth": depth, "rule": RULE})
+    protocol.measuring()
+
+    rng = np.random.default_rng([seed, 71])
+    own = cascades(model, texts)
+    spectra = {"model": np.stack([one.values for one in own])}
+    controls = {}
+    if "untrained" in nulls:
+        controls["untrained"] = untrained(model)
+    if k is not None or model.config.afrac is not None:
+        controls["topk_off"] = without_topk(model)
+    of_controls = {name: cascades(other, texts, ranks=False) for name, other in controls.items()}
+    for name, found in of_controls.items():
+        spectra[name] = np.stack([one.values for one in found])
+    if "rotated" in nulls and depth > 1:
+        spectra["rotated"] = np.stack([rotated(one, draws, rng) for one in own])
+    if "shuffled" in nulls and depth > 1:
+        spectra["shuffled"] = np.stack([product_values(reordered(one.layers, rng)) for one in own])
+    if depth == 1:
+        left_out.append("The model has one layer: there is no order to shuffle, and turning it changes no rank.")
+    if k is None:
+        left_out.append("No TopK stands where a block writes, so there is no k that could bound what survives.")
+    survivors = {name: survive(values, TOLERANCE) for name, values in spectra.items()}
+    identity = np.eye(width)
+    added = np.stack([product_values([layer - identity for layer in one.layers]) for one in own])
+    alone = float(survive(added, TOLERANCE).mean())
+    others = {name: survivors[name] for name in nulls if name in survivors}
+    interval = bootstrap(lambda at: float(survivors["model"][at].mean()), prompts, rng)
+    beyond = {}
+    for name, found_survivors in others.items():
+        more = found_survivors - survivors["model"]
+        beyond[name] = bootstrap(lambda at, more=more: float(more[at].mean()), prompts, rng)  # type: ignore[misc]
+
+    swept = sweep_exponents(model, texts, directions, seed)
+    # an untrained model's values are clustered near 1, which takes the sweeps long: fewer prompts
+    few = texts[:_FEW]
+    swept_null = sweep_exponents(controls["untrained"], few, directions, seed) if "untrained" in controls else None
+    layers = _layers_table(model, own)
+    deciding = ("untrained", "rotated") if depth > 1 else ("untrained",)
+    verdict = only_beside(deciding, nulls, _verdict(k, interval, beyond))
+    figures = _figures(spectra, depth, swept, swept_null, layers, k, width)
+    volume = np.array([one.log_volume for one in own]) / depth
+    left_out.append(
+        "Ranks and whole spectra are from the last token to the last; matrices from all tokens to all are never made."
+    )
+    if "rotated" in spectra:
+        left_out.append("The rotated null has the model's own log-volume by construction; it isn't compared there.")
+    ranks = f"layers' ranks {_span(layers, 'rank')} of {width} with the residual path, {_span(layers, 'rank_added')} "
+    ranks += "without it" + (f" (bound {layers[0]['bound_added']})" if layers[0]["bound_added"] else "")
+    first = swept["all"]
+    growth = float(swept["growth"].mean())
+    return protocol.conclude(
+        measured={
+            "summary": f"{survivors['model'].mean():.1f} of {width} directions survive {depth} layers "
+            f"(effective rank {effective_ranks(spectra['model']).mean():.1f}; {alone:.1f} without the residual path); "
+            f"{ranks}; leading exponent "
+            f"{first[:, 0].mean():+.2f} nats a layer, {first[:, 0].mean() - growth:+.2f} less the residual's growth",
+            "k": k,
+            "width": width,
+            "depth": depth,
+            "prompts": prompts,
+            "survivors": {f"{t:g}": float(survive(spectra["model"], t).mean()) for t in _TOLERANCES},
+            "share_lost": {f"{t:g}": 1 - float(survive(spectra["model"], t).mean()) / width for t in _TOLERANCES},
+            "share_of_directions_that_shrink": float((spectra["model"] < 1).mean()),
+            "zero_to_rounding": float((spectra["model"] <= rounding(model) * spectra["model"][:, :1]).sum(1).mean()),
+            "survivors_without_the_residual_path": alone,
+            "effective_rank": float(effective_ranks(spectra["model"]).mean()),
+            "log_volume_per_direction_and_layer": _mean(volume / width),
+            "layers": layers,
+            **_exponents(swept),
+            "left_out": left_out,
+        },
+        interval={
+            "summary": f"survivors 95 % [{interval[0]:.1f}, {interval[1]:.1f}], bootstrap by prompt",
+            "survivors": interval,
+            "effective_rank": bootstrap(lambda at: float(effective_ranks(spectra["model"])[at].mean()), prompts, rng),
+            "log_volume_per_direction_and_layer": bootstrap(lambda at: _mean(volume[at] / width), prompts, rng),
+            "first_exponent_all_to_all": bootstrap(lambda at: float(first[at, 0].mean()), prompts, rng),
+            "first_exponent_less_growth": bootstrap(
+                lambda at: float((first[at, 0] - swept["growth"][at]).mean()), prompts, rng
+            ),
+            "null_minus_model": beyond,
+        },
+        null={
+            "summary": "survivors: "
+            + (
+                ", ".join(
+                    f"{name.replace('_', ' ')} {survivors[name].mean():.1f}" for name in survivors if name != "model"
+                )
+                or "no null was asked for"
+            ),
+            "survivors": {name: float(found.mean()) for name, found in survivors.items() if name != "model"},
+            "effective_rank": {
+                name: float(effective_ranks(v).mean()) for name, v in spectra.items() if name != "model"
+            },
+            "log_volume_per_direction_and_layer": {
+                name: _mean(np.array([one.log_volume for one in found]) / depth / width)
+                for name, found in of_controls.items()
+            },
+            **({"untrained_exponents": {"prompts": len(few), **_exponents(swept_null)}} if swept_null else {}),
+        },
+        verdict=verdict,
+        figures=figures,
+    )
+
+
+# ---- helpers ---------------------------------------------------------------------------------------------------
+
+
+def _mean(values: np.ndarray) -> float:
+    """The mean; -inf where a layer is singular."""
+    return float(values.mean()) if np.isfinite(values).all() else -np.inf
+
+
+def _verdict(k: int | None, interval: tuple[float, float], beyond: dict[str, tuple[float, float]]) -> Verdict:
+    """The verdict by RULE."""
+    if k is None:
+        return "not testable here"
+    if not interval[1] <= k:
+        return "not reproduced"
+    deciding = [low > 0 for name, (low, _) in beyond.items() if name != "shuffled"]
+    return "reproduced" if all(deciding) else "indistinguishable"
+
+
+def _layers_table(model: CircuitGPT, own: list[Cascade]) -> list[dict[str, Any]]:
+    """Mean ranks of each layer over the prompts, with the bounds that the TopKs set and whether they ever failed."""
+    rows = []
+    for i, (source, target) in enumerate(pairwise(stream(model))):
+        found = {name: [one.ranks[i][name] for one in own] for name in own[0].ranks[i]}
+        within = all(
+            rank <= live
+            for part in ("attention", "mlp")
+            for rank, live in zip(found[f"rank_{part}"], found[f"live_{part}"], strict=True)
+        )
+        rows.append(
+            {
+                "layer": i,
+                **{name: float(np.mean(values)) for name, values in found.items()},
+                "bound_added": rank_bound(model, source, target, 1, False),
+                "bound_with_residual_path": rank_bound(model, source, target, 1, True),
+                "ranks_within_live_channels": within,
+            }
+        )
+    return rows
+
+
+def _span(rows: list[dict[str, Any]], name: str) -> str:
+    low, high = (f(row[name] for row in rows) for f in (min, max))
+    return f"{low:.0f}" if round(low) == round(high) else f"{low:.0f}–{high:.0f}"
+
+
+def _exponents(swept: dict[str, np.ndarray]) -> dict[str, Any]:
+    growth, without = swept["growth"], swept["growth_without_first"]
+    mean: Callable[[np.ndarray], list[float]] = lambda rows: rows.mean(axis=0).tolist()  # noqa: E731
+    return {
+        "exponents_all_to_all": mean(swept["all"]),
+        "exponents_all_to_all_less_growth": mean(swept["all"] - growth[:, None]),
+        "exponents_all_to_all_less_growth_without_position_0": mean(swept["all"] - without[:, None]),
+        "exponents_last_to_last": mean(swept["last"]),
+        "frame_growth": mean(swept["frame_growth"]),
+        "growth_of_the_norm": float(growth.mean()),
+        "growth_of_the_norm_without_position_0": float(without.mean()),
+        "sweeps_converged": float(swept["converged"].mean()),
+    }
+
+
+def _figures(
+    spectra: dict[str, np.ndarray],
+    depth: int,
+    swept: dict[str, np.ndarray],
+    swept_null: dict[str, np.ndarray] | None,
+    layers: list[dict[str, Any]],
+    k: int | None,
+    width: int,
+) -> dict[str, Any]:
+    names = {"topk_off": "TopKs off", "rotated": "rotated", "shuffled": "layers in another order"}
+    series = []
+    for name, values in spectra.items():
+        with np.errstate(divide="ignore"):
+            logs = np.log(values / values[:, :1]) / depth
+        logs = np.where(np.isfinite(logs), logs, np.nan)
+        entry = {"label": names.get(name, name), "x": list(range(1, width + 1)), "y": _column(np.median, logs)}
+        if name == "model":
+            entry |= {"low": _column(np.min, logs), "high": _column(np.max, logs)}
+        series.append({**entry, "style": "line" if name == "model" else "dashed"})
+    bars = [
+        (f"{row['layer']}: {words}", row[name])
+        for row in layers
+        for words, name in (
+            ("attention adds", "rank_attention"),
+            ("MLP adds", "rank_mlp"),
+            ("layer without residual", "rank_added"),
+            ("layer", "rank"),
+        )
+    ]
+    exponents = [
+        {
+            "label": label,
+            "style": "points",
+            "x": list(range(1, rows.shape[1] + 1)),
+            "y": rows.mean(0).tolist(),
+            "low": rows.min(0).tolist(),
+            "high": rows.max(0).tolist(),
+        }
+        for label, rows in _exponent_rows(swept, swept_null)
+    ]
+    return {
+        "survivors": {
+            "kind": "curves",
+            "title": "Singular values of the product of all layers, last token to last",
+            "summary": "Relative to the largest, median over prompts; the band holds every prompt. A direction "
+            f"survives above the line at {TOLERANCE}.",
+            "xlabel": "rank of the direction",
+            "ylabel": "(1/D) log σᵢ/σ₁ (nats a layer)",
+            "series": series,
+            "hlines": [{"y": float(np.log(TOLERANCE)) / depth, "label": "lost below"}],
+            "vlines": [{"x": k, "label": f"k = {k}"}] if k else [],
+        },
+        "ranks": {
+            "kind": "bars",
+            "title": "Ranks of the layers' Jacobians, last token to last",
+            "summary": "A TopK bounds what a sublayer adds; the residual path's identity keeps the layer "
+            "itself at full rank.",
+            "ylabel": "numerical rank, mean over prompts",
+            "labels": [label for label, _ in bars],
+            "values": [value for _, value in bars],
+            "reference": [*([{"y": k, "label": f"k = {k}"}] if k else []), {"y": width, "label": f"width {width}"}],
+        },
+        "exponents": {
+            "kind": "curves",
+            "title": "Leading exponents from all tokens to all, less the growth of the residual's norm",
+            "summary": "Points: mean over prompts; bars: least and most. Above 0 a direction grows faster than the "
+            "state itself.",
+            "xlabel": "i",
+            "ylabel": "(1/D) log σᵢ − growth (nats a layer)",
+            "series": exponents,
+        },
+    }
+
+
+def _column(function: Callable[..., np.ndarray], rows: np.ndarray) -> list[float]:
+    found: list[float] = function(rows, axis=0).tolist()
+    return found
+
+
+def _exponent_rows(
+    swept: dict[str, np.ndarray], swept_null: dict[str, np.ndarray] | None
+) -> list[tuple[str, np.ndarray]]:
+    rows = [
+        ("model", swept["all"] - swept["growth"][:, None]),
+        ("model, growth without position 0", swept["all"] - swept["growth_without_first"][:, None]),
+    ]
+    if swept_null is not None:
+        rows.append(("untrained", swept_null["all"] - swept_null["growth"][:, None]))
+    return rows

@@ -1,0 +1,1 @@
+"""Whether three generators explain what the channels do."""

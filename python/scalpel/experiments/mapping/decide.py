@@ -1,0 +1,238 @@
+"""Which channels are mapped: the bar, the correction over hooks, setting the channel, and ties between claims."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ...models.circuitgpt.model import CircuitGPT
+from ..statistics import bootstrap, discoveries
+from .measure import directions_moved
+from .scan import BAR, CLAIMS, RIVALS, HookScan, Setup, Top
+
+__all__ = ["Found", "decide", "shares"]
+
+SET_LENGTH = 48  # tokens of the prompts in which channels are set
+SET_PROMPTS = 3  # of each amount
+_RESAMPLES = 200
+
+
+@dataclass(frozen=True)
+class Found:
+    """One channel of a hook (or random direction) that could be a claim's.
+
+    ``r2``: partial R², its 95 % interval by prompt ``low`` to ``high``; ``p``: by the maximum over channels and
+    variables; ``movement``: what setting it did to the logit difference, in the predicted direction, with its interval;
+    ``random_movement``: the 95 % quantile of that of ``random_channels`` channels of the hook, 0 where none was needed;
+    ``told``: "mapped", "ambiguous", or a better claim's or rival's name, by R² alone; ``outcome``: that, or "does not
+    move the output"; ``draws``: whether each resample (of scored prompts, of those that it was set in, of the random
+    channels) passes the bar and moves the output.
+    """
+
+    hook: str
+    node: str
+    claim: str
+    r2: float
+    low: float
+    high: float
+    p: float
+    movement: float
+    movement_low: float
+    movement_high: float
+    random_movement: float
+    random_channels: int
+    told: str
+    outcome: str
+    draws: np.ndarray = field(repr=False)
+
+    @property
+    def mapped(self) -> bool:
+        """Whether it counts."""
+        return self.outcome == "mapped" and self.r2 >= BAR
+
+    def row(self) -> dict[str, Any]:
+        """For a Result."""
+        return {name: value for name, value in asdict(self).items() if name != "draws"}
+
+
+@dataclass(frozen=True)
+class Decided:
+    """``found``: the channels that were set; ``significant``: hooks with a score beyond the nulls', by group;
+    ``passing``: channels that pass the bar and the nulls, by group and hook; ``untested``: those left out by the cap.
+    """
+
+    found: dict[str, list[Found]]
+    significant: dict[str, list[str]]
+    passing: dict[str, dict[str, int]]
+    untested: int
+
+
+def decide(model: CircuitGPT, setup: Setup, scans: Mapping[str, HookScan], *, cap: int, seed: int) -> Decided:
+    """Benjamini and Hochberg over the hooks for each group; at most ``cap`` channels of a hook and group are set."""
+    rng = np.random.default_rng([seed, 19])
+    by_prompt = setup.prompts
+    scored = np.unique(setup.asked.prompt[setup.asked.score])
+    chosen = np.concatenate([scored[by_prompt.k[scored] == k][:SET_PROMPTS] for k in np.unique(by_prompt.k)])
+    out = Decided({}, {}, {}, 0)
+    untested = 0
+    for group, (kind, _) in setup.groups.items():
+        hooks = [hook for hook, scan in scans.items() if group in scan.top]
+        if not hooks:
+            continue
+        p = np.array([scans[hook].top[group].best_p for hook in hooks])
+        sure = discoveries(np.nan_to_num(p, nan=1.0))
+        cut = float(p[sure].max()) if sure.any() else -1.0
+        out.significant[group] = [hook for hook, yes in zip(hooks, sure, strict=True) if yes]
+        out.passing[group] = {hook: int((scans[hook].top[group].passing_p <= cut).sum()) for hook in hooks}
+        found = []
+        for hook in out.significant[group]:
+            top = scans[hook].top[group]
+            high = np.percentile(top.draws, 97.5, axis=0) if len(top.channels) else np.zeros(0)
+            candidates = np.flatnonzero((top.p <= cut) & (high >= BAR))
+            untested += int((top.r2[candidates[cap:]] >= BAR).sum())
+            if len(candidates):
+                found += _set(model, setup, scans[hook], group, kind, candidates[:cap], chosen, rng)
+        out.found[group] = found
+    return Decided(out.found, out.significant, out.passing, untested)
+
+
+def _set(
+    model: CircuitGPT,
+    setup: Setup,
+    scan: HookScan,
+    group: str,
+    kind: str,
+    candidates: np.ndarray,
+    chosen: np.ndarray,
+    rng: np.random.Generator,
+) -> list[Found]:
+    """Set each candidate to the value that its regression predicts for another value of the claimed variable."""
+    top = scan.top[group]
+    length = min(SET_LENGTH, setup.prompts.ids.shape[1])
+    # In the channel's own deviations random channels are moved as far as the best candidate.
+    strongest = int(np.argmax(np.abs(top.beta[candidates]) / top.spread[candidates]))
+    factor = float(top.beta[candidates][strongest] / top.spread[candidates][strongest])
+    channels = np.concatenate([top.channels[candidates], scan.bystanders])
+    slopes = np.concatenate([top.beta[candidates], factor * scan.bystander_spread[kind]])
+    variables = np.concatenate([top.variable[candidates], np.full(len(scan.bystanders), top.variable[candidates][0])])
+    other, weight = _other_values(setup, group, kind, variables, chosen, length)
+    if scan.directions is None:
+        directions = np.zeros((len(channels), scan.width), np.float32)
+        directions[np.arange(len(channels)), channels] = 1.0
+    else:
+        directions = scan.directions[channels]
+
+    def moved(part: slice) -> np.ndarray:
+        shift = slopes[part, None, None] * other[part]
+        change = directions_moved(model, setup.prompts, chosen, scan.hook, directions[part], shift)
+        size = np.abs(weight[part]).sum(2)
+        return np.asarray((weight[part] * change).sum(2) / np.where(size > 0, size, 1.0))
+
+    movement = moved(slice(len(candidates)))
+    intervals = [bootstrap(partial(_mean_of, one), len(chosen), rng, _RESAMPLES) for one in movement]
+    # Random channels matter only where a candidate moves the output as predicted at all.
+    needed = len(scan.bystanders) > 0 and any(low > 0 for low, _ in intervals)
+    others = moved(slice(len(candidates), None)) if needed else np.zeros((1, len(chosen)))
+    most = float(np.quantile(np.abs(others.mean(1)), 0.95))
+    again = rng.integers(len(chosen), size=(len(top.draws), len(chosen)))
+    apart = rng.integers(len(others), size=(len(top.draws), len(others)))
+    redrawn = np.take_along_axis(np.abs(others[:, again].mean(2)).T, apart, 1)
+    beyond = movement[:, again].mean(2) > np.quantile(redrawn, 0.95, axis=1)
+    found = []
+    for i, j in enumerate(candidates):
+        low, high = intervals[i]
+        moves = low > 0 and movement[i].mean() > most
+        name = f"{scan.hook}:{top.channels[j]}" if scan.directions is None else f"{scan.hook}, direction"
+        r2_low, r2_high = np.percentile(top.draws[:, j], [2.5, 97.5])
+        told = _tied(setup, top, int(j), group)
+        found.append(
+            Found(
+                hook=scan.hook,
+                node=name,
+                claim=group,
+                r2=float(top.r2[j]),
+                low=float(r2_low),
+                high=float(r2_high),
+                p=float(top.p[j]),
+                movement=float(movement[i].mean()),
+                movement_low=low,
+                movement_high=high,
+                random_movement=most,
+                random_channels=len(scan.bystanders) if needed else 0,
+                told=told,
+                outcome=told if moves else "does not move the output",
+                draws=(top.draws[:, j] >= BAR) & beyond[i],
+            )
+        )
+    return found
+
+
+def _mean_of(values: np.ndarray, rows: np.ndarray) -> float:
+    return float(values[rows].mean())
+
+
+def _other_values(
+    setup: Setup, group: str, kind: str, variables: np.ndarray, chosen: np.ndarray, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """By how much the claimed variable is changed at every token, and the weight of each token's answer, its sign the
+    predicted one: both (variables, chosen, length).
+
+    Running statistics are mirrored at a question: as far on the other side of what is usual at that n, position and
+    token; more evidence must raise logit("]]\\n") - logit("]\\n"). A token of the class is made to seem none, at its
+    own place; every later answer must fall.
+    """
+    change = np.zeros((len(variables), len(chosen), length))
+    weight = np.zeros_like(change)
+    if kind == "single":
+        number = int(group.partition("~")[2] or -1) + 1
+        is_one = setup.membership[number][setup.prompts.ids[chosen, :length].numpy()] > 0
+        change[:] = -1.0 * is_one
+        for row, asked in enumerate(setup.prompts.asked[chosen]):
+            weight[:, row, asked[asked < length]] = -1.0
+        return change, weight
+    each = setup.asked.at.shape[1]
+    left = setup.at_asked[:, variables].T.reshape(len(variables), -1, each)[:, chosen]
+    at = setup.asked.at[chosen]
+    rows, columns = np.nonzero(at < length)
+    change[:, rows, at[rows, columns]] = -2.0 * left[:, rows, columns]
+    weight[:, rows, at[rows, columns]] = -left[:, rows, columns]
+    return change, weight
+
+
+def _tied(setup: Setup, top: Top, j: int, group: str) -> str:
+    """What the channel is: mapped to the claim, a rival that scores higher, or ambiguous where the 95 % interval by
+    prompt of the difference from another claim or rival holds 0.
+    """
+    if group not in ("mean", "threshold"):
+        return "mapped"
+    thresholds = len(setup.thetas)
+    point = top.others[:, j]
+    best = {
+        "mean": point[:, 0],
+        "threshold": point[:, 1 : 1 + thresholds][:, np.nanargmax(np.nanmean(point[:, 1 : 1 + thresholds], 0))],
+        **{name: point[:, 1 + thresholds + i] for i, name in enumerate(RIVALS)},
+    }
+    own = best.pop(group)
+    ahead = {name: np.percentile(own - other, [2.5, 97.5]) for name, other in best.items()}
+    beaten = [name for name, (_, high) in ahead.items() if high < 0]
+    if beaten:
+        return min(beaten, key=lambda name: ahead[name][1])
+    return "ambiguous" if any(low <= 0 for low, _ in ahead.values()) else "mapped"
+
+
+def shares(decided: Decided, hooks: list[str]) -> tuple[dict[str, list[str]], tuple[float, float, float]]:
+    """Mapped hooks by claim, and the share of hooks mapped to any, with its 95 % interval by prompt."""
+    by_claim = {claim: sorted({f.hook for f in decided.found[claim] if f.mapped}, key=hooks.index) for claim in CLAIMS}
+    # What moves the output in some resamples only counts in those, so the interval holds the setting's error too.
+    passed = [f for claim in CLAIMS for f in decided.found[claim] if f.told == "mapped" and f.movement_high > 0]
+    count = len({f.hook for f in passed if f.mapped})
+    if not passed:
+        return by_claim, (0.0, 0.0, 0.0)
+    drawn = np.zeros(len(passed[0].draws))
+    for hook in {f.hook for f in passed}:
+        drawn += np.any([f.draws for f in passed if f.hook == hook], axis=0)
+    low, high = np.percentile(drawn / len(hooks), [2.5, 97.5])
+    share = count / len(hooks)
+    return by_claim, (share, min(float(low), share), max(float(high), share))

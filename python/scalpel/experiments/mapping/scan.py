@@ -1,0 +1,389 @@
+"""Every channel of every hook against every claimed variable, with the nulls' largest scores beside them.
+
+A *group* is a claim about one class of tokens: "update" (this token is of the class), "mean" (the class's share of the
+tokens so far), "threshold" (that share is above θ, for a few θ). The class is "[", or a *wrong* one: tokens drawn at
+random among those that have nothing to do with brackets.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...models.circuitgpt.model import CircuitGPT
+from ...training.untrained import untrained
+from ..brackets.critical import Curve
+from ..controls import tells_depths
+from .measure import Prompts, Rows, Scores, difference, groups_of, head_rows, question_rows, record, share
+
+__all__ = [
+    "BAR",
+    "CLAIMS",
+    "RIVALS",
+    "HookScan",
+    "Setup",
+    "Top",
+    "recorded",
+    "reference",
+    "scan",
+    "scores_of",
+    "untrained_seeds",
+]
+
+CLAIMS = ("update", "mean", "threshold")
+BAR = 0.5
+# What a mean or a threshold could be mistaken for: k itself, whether two lists are open, and the share of the brackets
+# that close rows, which grows with k in these lists and so is the nearest of all wrong variables.
+RIVALS = ("count", "depth", "closers")
+LEVELS = (0.25, 0.5, 0.75)  # quantiles of m at which a threshold is tried; the model's own is the fourth
+READABLE = ("closes", "comma", "element")
+_NEAR, _TOP = 0.3, 24  # channels kept for the bootstrap: at most so many a hook and group, from this R² on
+_OTHERS = 20  # random channels that are set too
+_RESAMPLES = 200
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Prompts, rows and residual variables: ``asked`` (rows at questions) with columns mean, thresholds, rivals,
+    then wrong classes' mean and thresholds; ``single`` (rows at any token) with columns "[", the readable classes,
+    wrong classes. ``null``: many more wrong classes, (fitted and scored rows, draws * (1 + thresholds)).
+    """
+
+    prompts: Prompts
+    asked: Rows
+    single: Rows
+    at_asked: np.ndarray
+    at_single: np.ndarray
+    membership: np.ndarray
+    null: np.ndarray
+    thetas: tuple[float, ...]
+    level: float
+    right: np.ndarray
+    seed: int
+
+    @property
+    def wrong(self) -> int:
+        """Wrong classes that go through the whole analysis."""
+        return len(self.membership) - 1
+
+    @property
+    def groups(self) -> dict[str, tuple[str, slice]]:
+        """Each group's rows ("single" or "asked") and columns; wrong ones are named "mean~0", "mean~1", ..."""
+        wide = 1 + len(self.thetas)
+        found = {}
+        for i in range(1 + self.wrong):
+            tail = f"~{i - 1}" if i else ""
+            start = wide + len(RIVALS) + wide * (i - 1) if i else 0
+            column = 1 + len(READABLE) + i - 1 if i else 0
+            found[f"update{tail}"] = ("single", slice(column, column + 1))
+            found[f"mean{tail}"] = ("asked", slice(start, start + 1))
+            found[f"threshold{tail}"] = ("asked", slice(start + 1, start + wide))
+        return found
+
+    def able(self) -> float:
+        """Best balanced accuracy over both depths at any one length, from the model's answers on these lists; NaN
+        without a depth.
+        """
+        k, x = self.prompts.k, self.prompts.asked + 1
+        curves = {int(one): Curve(x[k == one], self.right[k == one]) for one in np.unique(k)}
+        nested = {one: curve for one, curve in curves.items() if one > 1}
+        return tells_depths(nested, curves[1]) if 1 in curves and nested else float("nan")
+
+    @classmethod
+    def make(
+        cls, model: CircuitGPT, amounts: Sequence[int], count: int, length: int, *, draws: int, wrong: int, seed: int
+    ) -> "Setup":
+        """Lists, rows and variables, the same for every model that is compared; ``model`` gives its own threshold."""
+        prompts = Prompts.make(model, amounts, count, length, seed)
+        asked, single = question_rows(prompts, 24), head_rows(prompts, 24, seed)
+        m = asked.pick(share(prompts.evidence))
+        preferred = difference(model, prompts.ids, prompts.positions).numpy()
+        own = _own_threshold(m[asked.fit], asked.pick(preferred)[asked.fit] > 0)
+        level = float((m[asked.fit] <= own).mean())
+        rng = np.random.default_rng([seed, 11])
+        # Two draws, so that which classes are asked about doesn't depend on how many they are compared with.
+        vocabulary = model.config.vocab_size
+        tried = _random_classes(prompts, vocabulary, wrong, np.random.default_rng([seed, 12]))
+        classes = np.concatenate([tried, _random_classes(prompts, vocabulary, draws, rng)])
+        membership = np.concatenate([_evidence(prompts, model)[None], classes[:wrong]])
+        k = prompts.k[asked.prompt]
+        closers = asked.pick(share(_kinds(prompts)[0]))
+        true, others = _running(prompts, asked, membership[:1], level), np.stack([k, k > 1, closers], 1)
+        columns = [true, others, _running(prompts, asked, membership[1:], level)]
+        kinds = [prompts.evidence > 0, *_kinds(prompts), *((row[prompts.ids.numpy()] > 0) for row in membership[1:])]
+        chosen = asked.fit | asked.score
+        null = [
+            asked.design.residuals(_running(prompts, asked, classes[i : i + 100], level))[chosen].astype(np.float32)
+            for i in range(wrong, len(classes), 100)
+        ]
+        right = (np.take_along_axis(preferred, prompts.asked, 1) > 0) == (prompts.k > 1)[:, None]
+        return cls(
+            prompts=prompts,
+            asked=asked,
+            single=single,
+            at_asked=asked.design.residuals(np.concatenate(columns, 1).astype(float)).astype(np.float32),
+            at_single=single.design.residuals(np.stack([single.pick(kind) for kind in kinds], 1) * 1.0).astype(
+                np.float32
+            ),
+            membership=membership,
+            null=np.concatenate(null, 1) if null else np.zeros((int(chosen.sum()), 0), np.float32),
+            thetas=(*(float(np.quantile(m[asked.fit], q)) for q in LEVELS), own),
+            level=level,
+            right=right,
+            seed=seed,
+        )
+
+
+def _evidence(prompts: Prompts, model: CircuitGPT) -> np.ndarray:
+    row = np.zeros(model.config.vocab_size, np.float32)
+    row[list(prompts.texts)] = [text.count("[") for text in prompts.texts.values()]
+    return row
+
+
+def _kinds(prompts: Prompts) -> list[np.ndarray]:
+    """Which tokens close a row, are a comma, are an element (prompts, length)."""
+    ids = prompts.ids.numpy()
+    elements = np.unique(np.take_along_axis(ids, prompts.asked, 1))
+    closing = [token for token, text in prompts.texts.items() if "]" in text]
+    comma = [token for token, text in prompts.texts.items() if text.strip() == ","]
+    return [np.isin(ids, closing), np.isin(ids, comma), np.isin(ids, elements)]
+
+
+def _random_classes(prompts: Prompts, vocabulary: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Classes of tokens without a bracket, of one token up to most of them: (count, vocabulary).
+
+    Every second class holds only tokens that stand before a list's first bracket: their count is settled early and
+    diluted afterwards, as that of the evidence is.
+    """
+    allowed = [token for token, text in prompts.texts.items() if "[" not in text and "]" not in text]
+    before = np.unique(prompts.ids.numpy()[np.cumsum(prompts.evidence, 1) == 0])
+    early = [token for token in allowed if token in before]
+    members = np.zeros((count, vocabulary), np.float32)
+    for start, tokens in ((0, allowed), (1, early)):
+        part = members[start::2]
+        size = np.exp(rng.uniform(0, np.log(0.9 * len(tokens)), (len(part), 1))).astype(int)
+        part[:, tokens] = rng.permuted(np.tile(np.arange(len(tokens)), (len(part), 1)), axis=1) < size
+    return members
+
+
+def _running(prompts: Prompts, rows: Rows, membership: np.ndarray, level: float) -> np.ndarray:
+    """Each class's share and its thresholds, float32 (rows, classes * (1 + thresholds))."""
+    columns = []
+    for row in membership:
+        m = rows.pick(share(row[prompts.ids.numpy()]))
+        cuts = np.quantile(m[rows.fit], [*LEVELS, level])
+        columns += [m, *(m > cut for cut in cuts)]
+    return np.stack(columns, 1).astype(np.float32) if columns else np.zeros((len(rows.n), 0), np.float32)
+
+
+def _own_threshold(m: np.ndarray, says_two: np.ndarray) -> float:
+    """The θ for which 1[m > θ] agrees best with the model's answers, both answers counting alike; the median of m
+    where the model gives one answer only.
+    """
+    if says_two.all() or not says_two.any():
+        return float(np.median(m))
+    cuts = np.quantile(m, np.linspace(0.02, 0.98, 97))
+    above = m[:, None] > cuts
+    return float(cuts[np.argmax(above[says_two].mean(0) - above[~says_two].mean(0))])
+
+
+@dataclass(frozen=True)
+class Top:
+    """The best channels (or directions) of one hook for one group: by channel the ``r2`` of its best ``variable``,
+    ``beta``, ``spread``, ``p``, and ``draws`` (resamples, channels) of that R²; ``others`` (resamples, channels,
+    variables) the R² of the mean, the thresholds and :data:`RIVALS`. Of all live channels: ``passing_p``, the p of
+    those above the bar, ``best`` the largest R² and its ``best_p``.
+    """
+
+    channels: np.ndarray
+    variable: np.ndarray
+    r2: np.ndarray
+    beta: np.ndarray
+    spread: np.ndarray
+    p: np.ndarray
+    draws: np.ndarray
+    others: np.ndarray
+    passing_p: np.ndarray
+    best: float
+    best_p: float
+
+
+@dataclass(frozen=True)
+class HookScan:
+    """One hook: live channels, what was found by group, some channels that have nothing to do with it, and
+    ``readable``: the best R² of the token classes without a prediction.
+    """
+
+    hook: str
+    live: int
+    width: int
+    top: dict[str, Top]
+    bystanders: np.ndarray
+    bystander_spread: dict[str, np.ndarray]
+    readable: dict[str, float]
+    rivals: dict[str, float]
+    directions: np.ndarray | None = None
+
+
+def untrained_seeds(model: CircuitGPT, count: int, seed: int) -> list[CircuitGPT]:
+    """Untrained models of the same shape and density; the first is ``untrained(model)``, the others of other seeds."""
+    found = [untrained(model)]
+    for i in range(1, count):
+        other = copy.copy(model)  # shares the weights; only the card, which names the seed, is its own
+        other.card = {"recipe": {"seed": 1000 * (seed + 1) + i}}
+        found.append(untrained(other))
+    return found[:count]
+
+
+def recorded(model: CircuitGPT, setup: Setup) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Hook by hook, values at the questions and at single tokens: (hook, (rows, channels), (rows, channels))."""
+    at = np.concatenate([setup.asked.at, setup.single.at], 1)
+    each = setup.asked.at.shape[1]
+    for group in groups_of(model, at.size):
+        values = record(model, setup.prompts, group, at)
+        for hook in group:
+            one = values.pop(hook).reshape(*at.shape, -1)
+            yield hook, one[:, :each].reshape(-1, one.shape[2]), one[:, each:].reshape(-1, one.shape[2])
+
+
+def scores_of(setup: Setup, asked: np.ndarray, single: np.ndarray) -> dict[str, Scores]:
+    """Scores of recorded values by kind of rows, every variable of the setup against every channel."""
+    return {
+        "asked": Scores.of(setup.asked, setup.at_asked, asked),
+        "single": Scores.of(setup.single, setup.at_single, single),
+    }
+
+
+def _weights(count: int, draws: int, rng: np.random.Generator) -> np.ndarray:
+    return rng.multinomial(count, np.full(count, 1 / count), size=draws).astype(np.float32)
+
+
+def reference(model: CircuitGPT, setup: Setup, draws: int) -> dict[str, dict[str, np.ndarray]]:
+    """By hook and group, draws of the largest R² of any channel and variable in a model where nothing was learned:
+    prompts are resampled, ``draws`` times.
+    """
+    rng = np.random.default_rng([setup.seed, 13])
+    found = {}
+    for hook, asked, single in recorded(model, setup):
+        scores = scores_of(setup, asked, single)
+        weights = {kind: _weights(one.prompts, draws, rng) for kind, one in scores.items()}
+        found[hook] = {
+            name: np.max(
+                [
+                    np.nan_to_num(scores[kind].bootstrap(weights[kind], v), nan=-np.inf).max(1)
+                    for v in range(columns.start, columns.stop)
+                ],
+                axis=0,
+            )
+            for name, (kind, columns) in setup.groups.items()
+        }
+    return found
+
+
+def scan(
+    model: CircuitGPT,
+    setup: Setup,
+    references: Sequence[Mapping[str, Mapping[str, np.ndarray]]],
+    *,
+    shuffled: bool = True,
+    rotated: int = 0,
+    wrong: bool = False,
+) -> dict[str, HookScan]:
+    """Every hook against every claim, or with ``wrong`` the wrong classes too.
+
+    ``references``: untrained models' draws; ``shuffled``: compare running statistics with wrong classes; ``rotated``:
+    if above 0, so many random directions of each hook instead of its channels.
+    """
+    rng = np.random.default_rng([setup.seed, 17, rotated])
+    found = {}
+    for hook, asked, single in recorded(model, setup):
+        directions = None
+        if rotated:
+            asked, single, directions = _turned(asked, single, setup, rotated, rng)
+        scores = scores_of(setup, asked, single)
+        drawn = _null_maxima(setup, asked) if shuffled else {}
+        top = {}
+        for name, (kind, columns) in setup.groups.items():
+            if "~" in name and not wrong:
+                continue
+            nulls = [np.concatenate([one[hook][name] for one in references])] if references else []
+            claim = name.partition("~")[0]
+            nulls += [drawn[claim]] if claim in drawn else []
+            top[name] = _top(scores[kind], columns, nulls, kind == "asked", len(setup.thetas), rng)
+        near = np.unique(np.concatenate([one.channels for one in top.values()]))
+        alive = np.flatnonzero(scores["asked"].live & scores["single"].live)
+        free = np.setdiff1d(alive, near)
+        bystanders = rng.permutation(free)[:_OTHERS]
+        wide = 1 + len(setup.thetas)
+        found[hook] = HookScan(
+            hook,
+            int((scores["asked"].live | scores["single"].live).sum()),
+            asked.shape[1],
+            top,
+            bystanders,
+            {kind: one.spread[bystanders] for kind, one in scores.items()},
+            {name: float(scores["single"].best([1 + i]).max()) for i, name in enumerate(READABLE)},
+            {name: float(scores["asked"].best([wide + i]).max()) for i, name in enumerate(RIVALS)},
+            directions,
+        )
+    return found
+
+
+def _turned(
+    asked: np.ndarray, single: np.ndarray, setup: Setup, count: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Projections on random unit directions, channels scaled alike, and each direction's move for a change of one."""
+    spread = np.maximum(asked[setup.asked.fit].std(0), single[setup.single.fit].std(0))
+    alive = spread > 1e-5 * max(spread.max(), 1e-30)
+    turn = rng.standard_normal((min(count, max(1, int(alive.sum()))), asked.shape[1])).astype(np.float32) * alive
+    turn /= np.maximum(np.linalg.norm(turn, axis=1, keepdims=True), 1e-30)
+    scale = np.where(alive, spread, 1.0).astype(np.float32)
+    return asked / scale @ turn.T, single / scale @ turn.T, turn * scale
+
+
+def _null_maxima(setup: Setup, values: np.ndarray) -> dict[str, np.ndarray]:
+    """The largest R² of any channel for each wrong class drawn: (draws,) for the mean, and for the thresholds."""
+    chosen = setup.asked.fit | setup.asked.score
+    fit = setup.asked.fit[chosen]
+    left = setup.asked.design.residuals(values)[chosen]
+    left = left[:, values[setup.asked.fit].std(0) > 1e-5 * max(values[setup.asked.fit].std(0).max(), 1e-30)]
+    total = np.square(left[~fit]).sum(0)
+    norm = np.square(setup.null[fit]).sum(0)
+    beta = (setup.null[fit].T @ left[fit]) / np.maximum(norm, 1e-9)[:, None]
+    captured = 2 * beta * (setup.null[~fit].T @ left[~fit]) - beta**2 * np.square(setup.null[~fit]).sum(0)[:, None]
+    best = np.where(norm > 1e-9 * fit.sum(), (captured / np.maximum(total, 1e-30)).max(1, initial=-np.inf), -np.inf)
+    best = best.reshape(-1, 1 + len(setup.thetas))
+    return {"mean": best[:, 0], "threshold": best[:, 1:].max(1)}
+
+
+def _top(
+    scores: Scores, columns: slice, nulls: list[np.ndarray], rivals: bool, thetas: int, rng: np.random.Generator
+) -> Top:
+    best = scores.best(columns)
+    variable = columns.start + np.nan_to_num(scores.r2[columns], nan=-np.inf).argmax(0)
+    p = np.max([(1 + (one[:, None] >= best).sum(0)) / (1 + len(one)) for one in nulls], axis=0) if nulls else None
+    p = np.full(len(best), np.nan) if p is None else p
+    near = np.argsort(-best)[:_TOP]
+    near = near[best[near] >= _NEAR]
+    weights = _weights(scores.prompts, _RESAMPLES, rng)
+    draws = (
+        np.stack([scores.bootstrap(weights, int(variable[c]), np.array([c]))[:, 0] for c in near], 1)
+        if len(near)
+        else np.zeros((_RESAMPLES, 0))
+    )
+    seen = range(1 + thetas + len(RIVALS)) if rivals and len(near) else range(0)
+    others = [scores.bootstrap(weights, v, near) for v in seen]
+    return Top(
+        channels=near,
+        variable=variable[near],
+        r2=best[near],
+        beta=scores.beta[variable[near], near],
+        spread=scores.spread[near],
+        p=p[near],
+        draws=draws,
+        others=np.stack(others, 2) if others else np.zeros((_RESAMPLES, len(near), 0)),
+        passing_p=p[best >= BAR],
+        best=float(best.max(initial=-np.inf)),
+        best_p=float(p[best.argmax()]) if len(best) else float("nan"),
+    )

@@ -1,0 +1,1 @@
+"""Whether iterated blocks and greedy decoding end in one anchor."""

@@ -1,0 +1,1 @@
+"""Chains of layers: the singular values of their products at each depth."""

@@ -1,0 +1,299 @@
+"""Products with the Jacobian of a CircuitGPT, through the native core: sixteen tangents at a time.
+
+A tangent visits only what the TopKs of the primal keep on either side of a weight. Both products go through the
+hooks in the order of models.circuitgpt, one of them backwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vjp, vmap
+from torch.nn import functional as F
+
+from ...hooks.positions import Selected, read_at
+from ...hooks.running import ALONE
+from ...lanes import LANES, Lanes, Linear
+from ..operator import finished
+from .trace import CircuitTrace, Found, Function, Layer, Sublayer
+
+if TYPE_CHECKING:
+    from ..passes import CircuitPass
+
+
+class CircuitProducts:
+    """Products with the Jacobian between two hooks of a CircuitGPT, and the primal there."""
+
+    trace_of = CircuitTrace
+
+    def __init__(
+        self,
+        run: CircuitPass,
+        at: tuple[Selected, Selected],
+        function: Function | None,
+        trace: CircuitTrace | None = None,
+    ) -> None:
+        self.run = run
+        self.at = at
+        self.function = function
+        trace = trace or CircuitTrace(run, [run.source, run.target])
+        self.model = trace.model
+        self.config = trace.config
+        self.layers = trace.layers(run.source, run.target)
+        self.changed = trace.changed
+        self.final = trace.final
+        self.source = read_at(trace.values[run.source], at[0]).clone()
+        self.recorded = read_at(trace.values[run.target], at[1])
+        self.batch, self.length = run.inputs[0].shape
+        self.primal = self._of_recorded(self.recorded.clone()).clone()  # the function may work in place
+
+    def _of_recorded(self, value: Tensor) -> Tensor:
+        return finished(value, self.function, self.run.target, self.source.dtype)
+
+    # ---- forward -------------------------------------------------------------------------------
+
+    def push(self, tangents: Tensor) -> Tensor:
+        """(T, *source) → (T, *target)."""
+        rows = [self._push(chunk) for chunk in tangents.split(LANES)]
+        found = _together(rows) if rows else tangents.new_zeros(0, *self.recorded.shape)
+        if self.function is None:
+            return found
+        with ALONE:
+            return vmap(lambda tangent: jvp(self._of_recorded, (self.recorded,), (tangent,))[1])(found)
+
+    def _push(self, tangents: Tensor) -> Tensor:
+        count = tangents.shape[0]
+        start = self._placed(tangents, self.at[0], self.run.source)
+        try:
+            resid = self._push_layers(start, count)
+        except Found as found:
+            lanes: Lanes | None = found.args[0]
+            if lanes is None:
+                return tangents.new_zeros(count, *self.recorded.shape)
+            return self._taken(lanes, self.at[1], self.run.target, count)
+        assert self.final is not None
+        rows = self._taken(self.final.jvp(resid.resized(self.config.d_model), None), self.at[1], "logits", count)
+        return F.linear(rows, self.model.lm_head.weight)
+
+    def _push_layers(self, start: Lanes, count: int) -> Lanes:
+        def hook(name: str, lanes: Lanes | None) -> Lanes | None:
+            if name in self.changed and lanes is not None:
+                lanes = self._through(name, lanes, count, forward=True)
+            if name == self.run.source:
+                lanes = start
+            if name == self.run.target:
+                raise Found(lanes)
+            return lanes
+
+        resid: Lanes | None = None
+        for layer in self.layers:
+            at, attn, mlp = f"{layer.number}.", layer.attn, layer.mlp
+            resid = hook(f"{at}resid_in", resid)
+            read = self._read_of(resid, attn, "attn.act_in")
+            read = hook(f"{at}attn.act_in", read)
+            parts = {}
+            for name in ("attn.k", "attn.q", "attn.v"):
+                part = None if read is None else self._weight(layer, name).apply(read, attn.kept.get(name))
+                parts[name] = hook(at + name, part)
+            assert attn.attention is not None
+            k, q, v = parts.values()
+            y = None if k is q is v is None else attn.attention.jvp(q, k, v)
+            y = hook(f"{at}attn.y", y)
+            delta = None if y is None else self._weight(layer, "attn.y").apply(y, attn.kept.get("attn.resid_delta"))
+            delta = hook(f"{at}attn.resid_delta", delta)
+            resid = hook(f"{at}resid_mid", self._joined(resid, delta, attn))
+            read = self._read_of(resid, mlp, "mlp.act_in")
+            read = hook(f"{at}mlp.act_in", read)
+            neurons = None
+            if read is not None:
+                neurons = self._weight(layer, "mlp.act_in").apply(read, mlp.kept.get("mlp.post_act"), mlp.slope)
+            neurons = hook(f"{at}mlp.post_act", neurons)
+            weight = self._weight(layer, "mlp.post_act")
+            delta = None if neurons is None else weight.apply(neurons, mlp.kept.get("mlp.resid_delta"))
+            delta = hook(f"{at}mlp.resid_delta", delta)
+            resid = self._joined(resid, delta, mlp)
+        resid = hook("final_resid", resid)
+        assert resid is not None  # the path was checked before
+        return resid
+
+    def _read_of(self, resid: Lanes | None, of: Sublayer, name: str) -> Lanes | None:
+        if resid is None:
+            return None
+        assert of.norm is not None
+        return of.norm.jvp(resid, of.kept.get(name))
+
+    def _joined(self, resid: Lanes | None, delta: Lanes | None, of: Sublayer) -> Lanes | None:
+        if delta is not None:
+            if resid is None:
+                resid = Lanes.zeros(delta.values, self.config.d_in)
+            resid.add(delta)
+        return self._settle(resid, of)
+
+    def _settle(self, resid: Lanes | None, of: Sublayer) -> Lanes | None:
+        if resid is not None and of.residual is not None:
+            resid.values[:, : of.residual.shape[1]] *= of.residual[..., None]
+        return resid
+
+    # ---- backward ------------------------------------------------------------------------------
+
+    def pull(self, cotangents: Tensor) -> Tensor:
+        """(T, *target) → (T, *source)."""
+        if self.function is not None:
+            back = vjp(self._of_recorded, self.recorded)[1]
+            cotangents = vmap(lambda cotangent: back(cotangent)[0])(cotangents)
+        rows = [self._pull(chunk) for chunk in cotangents.split(LANES)] if len(cotangents) else []
+        return _together(rows) if rows else cotangents.new_zeros(0, *self.source.shape)
+
+    def _pull(self, cotangents: Tensor) -> Tensor:
+        count = cotangents.shape[0]
+        resid: Lanes | None = None
+        start: Lanes | None = None
+        if self.run.target == "logits":
+            assert self.final is not None
+            rows = self._placed(cotangents @ self.model.lm_head.weight, self.at[1], "logits")
+            resid = Lanes.zeros(rows.values, self.config.d_model)
+            self.final.add_vjp(rows, resid)
+            resid = resid.resized(self.config.d_in)
+        else:
+            start = self._placed(cotangents, self.at[1], self.run.target)
+        try:
+            self._pull_layers(start, resid, count)
+        except Found as found:
+            lanes: Lanes | None = found.args[0]
+            if lanes is not None:
+                return self._taken(lanes, self.at[0], self.run.source, count)
+        return cotangents.new_zeros(count, *self.source.shape)
+
+    def _pull_layers(self, start: Lanes | None, resid: Lanes | None, count: int) -> None:
+        def hook(name: str, lanes: Lanes | None) -> Lanes | None:
+            if name == self.run.target:
+                lanes = start
+            if name == self.run.source:
+                raise Found(lanes)
+            if name in self.changed and lanes is not None:
+                lanes = self._through(name, lanes, count, forward=False)
+            return lanes
+
+        def wanted(layer: Layer, of: Sublayer, name: str) -> Tensor | None:
+            # A source's cotangent is wanted at all its channels, and an intervention may move any.
+            here = f"{layer.number}.{name}"
+            return None if here == self.run.source or here in self.changed else of.kept.get(name)
+
+        resid = hook("final_resid", resid)
+        for layer in reversed(self.layers):
+            at, attn, mlp = f"{layer.number}.", layer.attn, layer.mlp
+            resid, delta = self._split(resid, mlp, wanted(layer, mlp, "mlp.resid_delta"))
+            delta = hook(f"{at}mlp.resid_delta", delta)
+            neurons = self._back(layer, mlp, "mlp.post_act", delta, "mlp.resid_delta", wanted)
+            neurons = hook(f"{at}mlp.post_act", neurons)
+            if neurons is not None:
+                neurons = neurons.restricted(mlp.kept.get("mlp.post_act"))
+                assert mlp.slope is not None
+                neurons = Lanes(neurons.values * mlp.slope[..., None], neurons.index, neurons.channels)
+            read = self._back(layer, mlp, "mlp.act_in", neurons, "mlp.post_act", wanted)
+            resid = self._unread(hook(f"{at}mlp.act_in", read), mlp, "mlp.act_in", resid)
+            resid = hook(f"{at}resid_mid", resid)
+            resid, delta = self._split(resid, attn, wanted(layer, attn, "attn.resid_delta"))
+            delta = hook(f"{at}attn.resid_delta", delta)
+            y = self._back(layer, attn, "attn.y", delta, "attn.resid_delta", lambda *_: None)
+            y = hook(f"{at}attn.y", y)
+            names = ("attn.q", "attn.k", "attn.v")
+            parts: list[Lanes | None] = [None, None, None]
+            if y is not None:
+                assert attn.attention is not None
+                parts = list(attn.attention.vjp(y, *(wanted(layer, attn, name) for name in names)))
+            reads = []
+            for name, part in ((names[2], parts[2]), (names[0], parts[0]), (names[1], parts[1])):
+                part = hook(at + name, part)
+                reads.append(self._back(layer, attn, "attn.act_in", part, name, wanted))
+            read = None
+            for part in reads:
+                if read is not None and part is not None:
+                    read.values += part.values
+                else:
+                    read = read if part is None else part
+            resid = self._unread(hook(f"{at}attn.act_in", read), attn, "attn.act_in", resid)
+            resid = hook(f"{at}resid_in", resid)
+
+    def _split(self, resid: Lanes | None, of: Sublayer, index: Tensor | None) -> tuple[Lanes | None, Lanes | None]:
+        """Cotangents of a block's residual and of its delta, from that of their sum."""
+        resid = self._settle(resid, of)
+        if resid is None:
+            return None, None
+        if index is not None:
+            return resid, Lanes(resid.at(index).values, index, self.config.d_model)
+        narrow = resid.resized(self.config.d_model)
+        return resid, Lanes(narrow.values.clone(), None, self.config.d_model)
+
+    def _back(
+        self, layer: Layer, of: Sublayer, to: str, lanes: Lanes | None, name: str, wanted: Callable[..., Any]
+    ) -> Lanes | None:
+        """Through the weight that leads from the hook ``to`` to the one named."""
+        if lanes is None:
+            return None
+        lanes = lanes.restricted(of.kept.get(name))
+        return self._weight(layer, name if to == "attn.act_in" else to, True).apply(lanes, wanted(layer, of, to))
+
+    def _unread(self, read: Lanes | None, of: Sublayer, name: str, resid: Lanes | None) -> Lanes | None:
+        if read is None:
+            return resid
+        if resid is None:
+            resid = Lanes.zeros(read.values, self.config.d_in)
+        assert of.norm is not None
+        of.norm.add_vjp(read.restricted(of.kept.get(name)), resid)
+        return resid
+
+    # ---- both ways -----------------------------------------------------------------------------
+
+    def _weight(self, layer: Layer, name: str, transposed: bool = False) -> Linear:
+        """The weight that makes q, k or v, or the one that reads any other hook."""
+        block = layer.block
+        if name in ("attn.q", "attn.k", "attn.v"):
+            first = ("attn.q", "attn.k", "attn.v").index(name) * self.config.d_attn
+            return Linear(block.attn.c_attn, slice(first, first + self.config.d_attn), transposed)
+        module = {"attn.y": block.attn.c_proj, "mlp.act_in": block.mlp.c_fc, "mlp.post_act": block.mlp.c_proj}[name]
+        return Linear(module, None, transposed)
+
+    def _through(self, name: str, lanes: Lanes, count: int, forward: bool) -> Lanes:
+        """An intervention's derivative: a function of the value, given to torch.func."""
+        function, value = self.changed[name]
+        rows = self._taken(lanes, None, name, count)
+        if forward:
+            with ALONE:
+                moved = vmap(lambda row: jvp(function, (value,), (row,))[1])(rows)
+        else:
+            back = vjp(function, value)[1]
+            moved = vmap(lambda row: back(row)[0])(rows)
+        return self._placed(moved, None, name)
+
+    def _placed(self, rows: Tensor, selected: Selected, name: str) -> Lanes:
+        """(T, B, chosen tokens, width) as lanes of all tokens."""
+        if selected is not None:
+            full = rows.new_zeros(rows.shape[0], self.batch, self.length, rows.shape[-1])
+            full[:, :, list(selected)] = rows
+            rows = full
+        lanes = Lanes.from_rows(rows.reshape(rows.shape[0], -1, rows.shape[-1]))
+        return lanes.resized(self.config.d_in) if _of_residual(name) else lanes
+
+    def _taken(self, lanes: Lanes, selected: Selected, name: str, count: int) -> Tensor:
+        """Lanes of all tokens as (count, B, chosen tokens, width)."""
+        tokens = None
+        if selected is not None:
+            numbers = torch.arange(self.batch * self.length, device=lanes.values.device).view(self.batch, self.length)
+            tokens = numbers[:, list(selected)].flatten()
+        if _of_residual(name):
+            lanes = lanes.resized(self.config.d_model)
+        rows = lanes.rows(count, tokens)
+        return rows.view(count, self.batch, -1, rows.shape[-1])
+
+
+def _together(rows: list[Tensor]) -> Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def _of_residual(name: str) -> bool:
+    """Hooks of the residual stream itself, whose lanes hold concatenated positions as more channels."""
+    return name.endswith(("resid_in", "resid_mid")) or name == "final_resid"

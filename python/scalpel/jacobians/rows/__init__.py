@@ -1,0 +1,1 @@
+"""Rules for a dense decoder's sublayers: tangents stacked as rows of the same matrix products."""

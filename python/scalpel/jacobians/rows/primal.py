@@ -1,0 +1,121 @@
+"""The primal of a dense decoder, a layer at a time: what the rules of its sublayers need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...models.decoders.decoder import Decoder, DecoderConfig, DecoderLayer, NormWeight
+from .attention import DenseAttention, Mask
+from .rules import DenseNorm, rotate, slope_of
+
+
+class Places(NamedTuple):
+    """Where the tokens stand: the same for all layers."""
+
+    real: Tensor | None  # (B, L) bool: no padding
+    cosine: Tensor | None  # (B or 1, L, 1, pairs)
+    sine: Tensor | None
+
+    def rows(self, part: slice) -> Places:
+        if self.cosine is None or self.sine is None:
+            return self
+        return Places(self.real, self.cosine[:, part], self.sine[:, part])
+
+
+class DensePrimal:
+    """One layer at one value of the residual stream; what comes after the target's hook stays unset."""
+
+    norm1: DenseNorm
+    norm2: DenseNorm
+    attention: DenseAttention
+    q_norm: DenseNorm | None
+    k_norm: DenseNorm | None
+    slope: Tensor  # of the activation; for a gated MLP times what the gate multiplies (B, L, neurons)
+    opened: Tensor | None  # activation of the gate
+
+
+Tap = Callable[[str, Tensor], Tensor]
+
+
+def places_of(decoder: Decoder, positions: Tensor, real: Tensor | None, dtype: torch.dtype) -> Places:
+    """``positions`` (B or 1, L); ``real`` (B, L), None where nothing is padding."""
+    rotary = decoder.config.rotary
+    cosine, sine = (None, None) if rotary is None else rotary.tables(positions, dtype)
+    return Places(None if real is None or bool(real.all()) else real.bool(), cosine, sine)
+
+
+def heads_of(config: DecoderConfig, layer: DecoderLayer, parts: list[Tensor]) -> list[Tensor]:
+    """What the matrices of q, k and v gave (..., L, out), as q (..., L, heads, d), k and v (..., L, kv_heads, d)."""
+    if len(parts) == 3:
+        return [part.unflatten(-1, (-1, config.head_dim)) for part in parts]
+    whole = parts[0]
+    if layer.by_head:
+        return list(whole.unflatten(-1, (config.heads, 3, config.head_dim)).unbind(-2))
+    return [part.unflatten(-1, (config.heads, -1)) for part in whole.chunk(3, dim=-1)]
+
+
+def parts_of(layer: DecoderLayer, heads: list[Tensor]) -> list[Tensor]:
+    """The adjoint of :func:`heads_of`."""
+    if len(layer.qkv) == 3:
+        return [part.flatten(-2) for part in heads]
+    if layer.by_head:
+        return [torch.stack(heads, -2).flatten(-3)]
+    return [torch.cat([part.flatten(-2) for part in heads], -1)]
+
+
+def through_layer(
+    decoder: Decoder, i: int, layer: DecoderLayer, x: Tensor, places: Places, tap: Tap, primal: DensePrimal
+) -> Tensor:
+    """The residual stream (B, L, width) after layer ``i``; ``tap(hook, value)`` sees all hooks, ``primal`` is set."""
+    config = decoder.config
+    x = tap(f"{i}.resid_in", x)
+    norm1 = primal.norm1 = DenseNorm.at(x, layer.norm1, config.eps, config.rms)
+    read = tap(f"{i}.attn.act_in", norm1.value())
+    q, k, v = heads_of(config, layer, [dense(read) for dense in layer.qkv])
+    k = tap(f"{i}.attn.k", k.flatten(-2)).view(k.shape)
+    q = tap(f"{i}.attn.q", q.flatten(-2)).view(q.shape)
+    v = tap(f"{i}.attn.v", v.flatten(-2)).view(v.shape)
+    q, primal.q_norm = _head_norm(q, layer.q_norm, config)
+    k, primal.k_norm = _head_norm(k, layer.k_norm, config)
+    if places.cosine is not None and places.sine is not None:
+        q, k = (rotate(part.clone(), places.cosine, places.sine) for part in (q, k))
+    mask = Mask(places.real, config.window(i))
+    primal.attention = DenseAttention(q.contiguous(), k.contiguous(), v.contiguous(), mask, config.scale(i))
+    y = tap(f"{i}.attn.y", primal.attention.y.flatten(-2))
+    delta = tap(f"{i}.attn.resid_delta", layer.out(y))
+    if config.parallel:
+        middle, x = x, x + delta
+    else:
+        middle = x = tap(f"{i}.resid_mid", x + delta)
+    norm2 = primal.norm2 = DenseNorm.at(middle, layer.norm2, config.eps, config.rms)
+    read = tap(f"{i}.mlp.act_in", norm2.value())
+    before = layer.up[0](read)
+    neurons = decoder.activation(before)
+    primal.slope, primal.opened = slope_of(decoder.activation, before), None
+    if len(layer.up) == 2:
+        beside = layer.up[1](read)
+        primal.opened, neurons = neurons, neurons * beside
+        primal.slope = primal.slope * beside
+    neurons = tap(f"{i}.mlp.post_act", neurons)
+    return x + tap(f"{i}.mlp.resid_delta", layer.down(neurons))
+
+
+def logits_of(decoder: Decoder, ids: Tensor, positions: Tensor, real: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The logits (B, L, vocab): the primal alone."""
+    config, places = decoder.config, places_of(decoder, positions, real, dtype)
+    x = decoder.embed(ids, positions).to(dtype)
+    for i in range(config.layers):
+        x = through_layer(decoder, i, decoder.layer(i), x, places, lambda _, value: value, DensePrimal())
+    weight, head = decoder.final()
+    return head(DenseNorm.at(x, weight, config.eps, config.rms).value())
+
+
+def _head_norm(x: Tensor, gain: Tensor | None, config: DecoderConfig) -> tuple[Tensor, DenseNorm | None]:
+    if gain is None:
+        return x, None
+    norm = DenseNorm.at(x, NormWeight(gain, None), config.eps, rms=True)
+    return norm.value(), norm

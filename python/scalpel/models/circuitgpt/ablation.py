@@ -1,0 +1,248 @@
+"""Replacing nodes of a :class:`scalpel.CircuitGPT` while a context lasts.
+
+A node is a channel at a hook, written ``2.attn.v:2012``; ``2.attn.v`` alone is the whole hook. The
+replacement is made where the hook stands, after the hook's own AbsTopK, and everything downstream is computed
+from it. Ablations are pure functions of the values, so they count inside Jacobians and ``torch.func``
+transforms too.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ContextDecorator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .recording import check_hooks, hook_width
+
+if TYPE_CHECKING:
+    from .model import CircuitGPT, Tap
+
+KINDS = ("mean", "zero", "resample")
+_ROWS_AT_ONCE = 16
+
+
+def ablate(
+    model: "CircuitGPT",
+    nodes: str | Sequence[str],
+    kind: str = "mean",
+    *,
+    reference: Any = None,
+    seed: int = 0,
+) -> "Ablation":
+    """A context in which ``nodes`` are replaced; the model is as before afterwards, whatever happens. They
+    nest, and each can be entered again: see :class:`Ablation`.
+
+    ``kind``: "zero"; "mean": each channel's mean over the reference's real tokens (all prompts and
+    positions); "resample": at each token, the values that the nodes have at one real token of the reference,
+    drawn with ``seed``, the same token for all nodes, so that their joint distribution is kept.
+    ``reference``: what the means or samples are taken over, run on the model without any ablation:
+    ``input_ids`` (B, L), a pair ``(input_ids, attention_mask)``, a mapping with these keys, or a list of
+    prompts (texts, or lists of ids). Without it "mean" uses ``model.card["hook_means"]``, if the model came
+    with them. ValueError for an unknown hook or kind, a channel out of range, or a reference that is needed
+    and absent.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"ablation kind is {kind!r}; allowed: {', '.join(KINDS)}")
+    picked = _parse(model, [nodes] if isinstance(nodes, str) else nodes)
+    if kind == "zero":
+        zeros = {
+            name: (mask, torch.zeros(mask.shape, dtype=torch.float32, device="cpu")) for name, mask in picked.items()
+        }
+        tap: Tap = _Fixed(zeros)
+    elif kind == "mean":
+        means = _stored_means(model, picked) if reference is None else hook_means(model, reference, picked)
+        tap = _Fixed({name: (mask, means[name]) for name, mask in picked.items()})
+    else:
+        if reference is None:
+            raise ValueError('kind "resample" needs reference: input_ids or prompts to draw activations from')
+        tap = _Resampled(picked, _samples(model, reference, picked), seed)
+    return Ablation(model, tap)
+
+
+def hook_means(model: "CircuitGPT", reference: Any, hooks: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Mean activation (width,), float64, of each hook over the reference's real tokens, without any ablation.
+
+    ``reference``: as in :func:`ablate`; ``hooks``: names, all if not given. As lists under
+    ``model.card["hook_means"]`` these are what ``kind="mean"`` uses when it is given no reference.
+    """
+    names = model.hook_names if hooks is None else list(hooks)
+    check_hooks(model, names)
+    sums: dict[str, Tensor] = {}
+    count = 0
+    for values, real in _activations(model, reference, names):
+        count += int(real.sum())
+        for name, value in values.items():
+            total = value[real].double().sum(0)
+            sums[name] = sums[name] + total if name in sums else total
+    return {name: total / count for name, total in sums.items()}
+
+
+class Ablation(ContextDecorator):
+    """What :func:`ablate` gives: inside ``with`` the model's nodes are replaced, and it gives the model.
+
+    It can be entered as often as one likes, with the values that were taken when it was made. Entered inside another
+    ablation, its replacement comes after that one's; entered inside itself, it stays in force until the outermost
+    ``with`` ends. A copy or a pickle of the model that is made inside has these nodes replaced for good.
+    """
+
+    def __init__(self, model: "CircuitGPT", tap: "Tap") -> None:
+        self._model, self._tap = model, tap
+
+    def __enter__(self) -> "CircuitGPT":
+        self._model._interventions.append(self._tap)
+        return self._model
+
+    def __exit__(self, *raised: object) -> None:
+        standing = self._model._interventions
+        for i in reversed(range(len(standing))):  # contexts that are left out of order each take their own away
+            if standing[i] is self._tap:
+                del standing[i]
+                return
+        raise RuntimeError("this ablation is left and wasn't entered; use it in a with statement")
+
+
+def _parse(model: "CircuitGPT", nodes: Iterable[str]) -> dict[str, Tensor]:
+    """Hook name to a bool mask (width,) of the channels that were named."""
+    picked: dict[str, Tensor] = {}
+    for node in nodes:
+        name, colon, channel = str(node).partition(":")
+        check_hooks(model, [name])
+        width = hook_width(model, name)
+        mask = picked.setdefault(name, torch.zeros(width, dtype=torch.bool, device="cpu"))
+        if not colon:
+            mask[:] = True
+        elif channel.isdecimal() and int(channel) < width:
+            mask[int(channel)] = True
+        else:
+            raise ValueError(f"node {node!r}: {channel!r} is no channel of {name}, which has 0 to {width - 1}")
+    return picked
+
+
+@dataclass(frozen=True, eq=False)
+class _Fixed:
+    """Each hook's mask (width,) of channels, and what they are replaced by, (width,)."""
+
+    plan: Mapping[str, tuple[Tensor, Tensor]]
+
+    def __call__(self, name: str, value: Tensor) -> Tensor:
+        if name not in self.plan:
+            return value
+        mask, replacement = self.plan[name]
+        return torch.where(mask.to(value.device), _like(replacement, value), value)
+
+
+@dataclass(frozen=True, eq=False)
+class _Resampled:
+    """Each hook's mask (width,) of channels, and the values (tokens, width) that they are drawn from."""
+
+    picked: Mapping[str, Tensor]
+    samples: Mapping[str, Tensor]
+    seed: int
+
+    def __call__(self, name: str, value: Tensor) -> Tensor:
+        if name not in self.picked:
+            return value
+        pool = self.samples[name]
+        # seeded at each hook: the draw depends on the shape alone, so all nodes of a token get the same one
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = torch.randint(len(pool), value.shape[:-1], generator=generator, device="cpu")
+        return torch.where(self.picked[name].to(value.device), _like(pool[drawn.to(pool.device)], value), value)
+
+
+def _like(replacement: Tensor, value: Tensor) -> Tensor:
+    return replacement.to(device=value.device, dtype=value.dtype)
+
+
+def _samples(model: "CircuitGPT", reference: Any, names: Iterable[str]) -> dict[str, Tensor]:
+    parts: dict[str, list[Tensor]] = {name: [] for name in names}
+    for values, real in _activations(model, reference, list(parts)):
+        for name, value in values.items():
+            parts[name].append(value[real])
+    return {name: torch.cat(rows) for name, rows in parts.items()}
+
+
+def _stored_means(model: "CircuitGPT", names: Iterable[str]) -> dict[str, Tensor]:
+    stored = model.card.get("hook_means", {})
+    means = {}
+    for name in names:
+        if name not in stored:
+            raise ValueError(
+                f'kind "mean" needs reference: input_ids or prompts to take the mean of {name!r} over '
+                "(the model's card has no stored means of it)"
+            )
+        means[name] = torch.as_tensor(stored[name], dtype=torch.float64, device="cpu")
+        if means[name].shape != (hook_width(model, name),):
+            raise ValueError(f"the card's stored mean of {name!r} has shape {tuple(means[name].shape)}")
+    return means
+
+
+@torch.no_grad()
+def _activations(
+    model: "CircuitGPT", reference: Any, names: Sequence[str]
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Values at ``names`` and the mask of real tokens (B, L), some prompts at a time."""
+    input_ids, real = _batch(model, reference)
+    last = max(names, key=model.hook_names.index, default=None)
+    if last is None:
+        return
+    for at in range(0, len(input_ids), _ROWS_AT_ONCE):
+        rows, mask = input_ids[at : at + _ROWS_AT_ONCE], real[at : at + _ROWS_AT_ONCE]
+        standing, model._interventions = model._interventions, []
+        try:
+            _, values = model.run_with_cache(rows, names, stop_at=last, attention_mask=mask)
+        finally:
+            model._interventions = standing
+        yield values, mask
+
+
+def _batch(model: "CircuitGPT", reference: Any) -> tuple[Tensor, Tensor]:
+    mask: Any = None
+    if isinstance(reference, Mapping):
+        if "input_ids" not in reference:
+            raise ValueError(f"reference has the keys {sorted(reference)}; it needs input_ids")
+        reference, mask = reference["input_ids"], reference.get("attention_mask")
+    elif _is_masked_batch(reference):
+        reference, mask = reference
+    if not isinstance(reference, Tensor):
+        if isinstance(reference, str):
+            reference = [reference]
+        reference = list(reference)
+        if reference and all(isinstance(each, int) for each in reference):
+            reference = [reference]  # the ids of one prompt
+        rows = [_ids(model, prompt) for prompt in reference]
+        if not rows:
+            raise ValueError("reference is empty; give at least one prompt")
+        reference = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64, device="cpu")
+        mask = torch.arange(reference.shape[1], device="cpu") < lengths[:, None]
+    reference = (reference if reference.dim() == 2 else reference[None]).to(model.device)
+    mask = torch.ones_like(reference) if mask is None else mask
+    real = mask.bool().to(model.device)
+    if real.shape != reference.shape or not bool(real.any()):
+        raise ValueError(
+            f"reference has shape {tuple(reference.shape)} and a mask of shape {tuple(real.shape)}; "
+            "they must agree, and at least one token must be real"
+        )
+    return reference, real
+
+
+def _is_masked_batch(reference: Any) -> bool:
+    """A pair (input_ids, attention_mask); two prompts of one dimension each are a list of prompts instead."""
+    pair = isinstance(reference, tuple) and len(reference) == 2
+    return pair and all(isinstance(each, Tensor) and each.dim() == 2 for each in reference)
+
+
+def _ids(model: "CircuitGPT", prompt: Any) -> Tensor:
+    if isinstance(prompt, str):
+        if model.tokenizer is None:
+            raise ValueError("reference is text and the model has no tokenizer; give token ids")
+        prompt = model.tokenizer.encode(prompt)
+    row = torch.as_tensor(prompt, device="cpu")
+    if row.numel() == 0:
+        raise ValueError("a prompt of the reference is empty; each needs at least one token")
+    if row.dtype.is_floating_point or row.dtype.is_complex or row.dtype == torch.bool:
+        raise TypeError(f"a prompt of the reference holds {row.dtype}; token ids are integers")
+    row = row.to(torch.int64)
+    return row if row.dim() == 1 else row.flatten()

@@ -1,0 +1,116 @@
+"""Causal attention with a sink: weights and outputs, and which keys a query may read."""
+
+import math
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from ...hooks.scope import Scope
+
+_fused_training: ContextVar[tuple[bool, ...]] = ContextVar("fused_training", default=())
+
+
+def fused_training() -> Scope[bool]:
+    """Within it attention is trained through torch's fused kernel, some three times as fast on a CPU.
+
+    It has a first derivative in reverse mode and no other, and rounds otherwise than the weights written out.
+    The context can be entered again.
+    """
+    return Scope(_fused_training, True)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, n_head: int, allowed: Tensor, sink_logit: Tensor | None) -> Tensor:
+    """Outputs (B, L, width) of all heads side by side, from q, k and v of that shape.
+
+    ``allowed``: bool (L, L) or (B, 1, L, L); ``sink_logit`` (n_head,) or None. Where nothing is differentiated,
+    torch's fused kernels are used; they hold no (L, L) weights, and round otherwise.
+    """
+    if _differentiated():
+        if _fused_training.get():
+            return _attend_with_sink_key(q, k, v, n_head, allowed, sink_logit)
+        return _joined(attention_weights(q, k, n_head, allowed, sink_logit) @ _heads(v, n_head))
+    bias = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill_(~allowed, float("-inf"))
+    # the fused kernels want a batch dimension on the mask
+    bias = bias if bias.dim() == 4 else bias[(None,) * (4 - bias.dim())]
+    queries, keys, values = _heads(q, n_head), _heads(k, n_head), _heads(v, n_head)
+    if sink_logit is None:
+        return _joined(F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias))
+    if q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64):
+        # The kernel behind the call above, which also gives each row's log-sum-exp: with it the sink's share.
+        y, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, keys, values, attn_mask=bias)
+        return _joined(y * torch.sigmoid(log_sum - sink_logit.to(q.dtype)[:, None])[..., None])
+    # As one more key, whose value is zero.
+    bias = bias.expand(-1, n_head, -1, -1)
+    column = sink_logit.to(q.dtype).view(-1, 1, 1).expand(*bias.shape[:-1], 1)
+    keys, values = F.pad(keys, (0, 0, 1, 0)), F.pad(values, (0, 0, 1, 0))
+    mask = torch.cat([column, bias], dim=-1)
+    return _joined(F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask))
+
+
+def _attend_with_sink_key(
+    q: Tensor, k: Tensor, v: Tensor, n_head: int, allowed: Tensor, sink_logit: Tensor | None
+) -> Tensor:
+    """:func:`attend` with the sink as one key more: each query has a 1 behind it, and that key its logit there."""
+    queries, keys, values = _heads(q, n_head), _heads(k, n_head), _heads(v, n_head)
+    scale = 1 / math.sqrt(queries.shape[-1])
+    bias = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill_(~allowed, float("-inf"))
+    bias = bias if bias.dim() == 4 else bias[(None,) * (4 - bias.dim())]
+    if sink_logit is None:
+        return _joined(F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale))
+    logit = sink_logit.to(q.dtype).view(1, -1, 1, 1) / scale
+    sink = F.pad(logit, (queries.shape[-1], 0)).expand(len(queries), -1, -1, -1)
+    queries = torch.cat([queries, queries.new_ones(*queries.shape[:-1], 1)], -1)
+    keys, values = torch.cat([sink, F.pad(keys, (0, 1))], -2), F.pad(values, (0, 1, 1, 0))
+    y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=F.pad(bias, (1, 0)), scale=scale)
+    return _joined(y[..., :-1])
+
+
+def attention_weights(q: Tensor, k: Tensor, n_head: int, allowed: Tensor, sink_logit: Tensor | None) -> Tensor:
+    """Weights over real keys (B, n_head, L, L), each row's sum 1, or less where a sink takes its share."""
+    scores = _heads(q, n_head) @ _heads(k, n_head).transpose(-2, -1) / math.sqrt(q.shape[-1] // n_head)
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    if sink_logit is None:
+        return scores.softmax(-1)
+    sink = sink_logit.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat([sink, scores], dim=-1).softmax(-1)[..., 1:]
+
+
+def allowed_keys(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Which keys each query may read, bool (L, L) or (B, 1, L, L).
+
+    A query that is left no key reads itself: a padding token's own row stays finite, and no real query
+    sees it.
+    """
+    batch, length = input_ids.shape
+    itself = torch.eye(length, dtype=torch.bool, device=input_ids.device)
+    causal = torch.ones_like(itself).tril()
+    if attention_mask is None:
+        return causal
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask is {type(attention_mask).__name__}; it must be a tensor")
+    if attention_mask.shape not in ((batch, length), (batch, length, length)):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {(batch, length)} "
+            f"or {(batch, length, length)}"
+        )
+    mask = attention_mask.to(input_ids.device).bool()
+    allowed = causal & (mask[:, None, :] if mask.dim() == 2 else mask)
+    return (allowed | (~allowed.any(-1, keepdim=True) & itself))[:, None]
+
+
+def _heads(x: Tensor, n_head: int) -> Tensor:
+    return x.unflatten(-1, (n_head, -1)).transpose(-3, -2)
+
+
+def _joined(y: Tensor) -> Tensor:
+    return y.transpose(-3, -2).flatten(-2)
+
+
+def _differentiated() -> bool:
+    """Whether a derivative of either kind may be asked for: the fused kernel has no forward derivative."""
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return True
+    return forward_ad._current_level >= 0

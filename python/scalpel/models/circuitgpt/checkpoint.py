@@ -1,0 +1,307 @@
+"""Checkpoints: found by name, folder or hub id; loaded strictly or refused; saved atomically.
+
+The public format is a folder with ``beeg_config.json`` and ``final_model.pt`` (Gao et al. 2025, the inference
+code of arXiv 2511.13653). The hub's format has the same fields in ``config.json`` beside
+``model.safetensors`` or ``pytorch_model.bin``, with keys that begin with ``circuit_model.``. Nothing that
+came with a checkpoint is executed.
+"""
+
+import json
+import logging
+import os
+import re
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..gguf.model import gguf_in, no_circuitgpt
+from ..tokenizer import TOKENIZER_FILES, Tokenizer
+from ..weight_files import CheckpointError, read_json, read_weights, some, write_weights
+from .config import CircuitGPTConfig
+from .model import CircuitGPT
+
+__all__ = ["CheckpointError", "from_pretrained", "save_pretrained", "shipped_models"]
+
+CONFIG_FILES = ("beeg_config.json", "config.json")
+_HUB_PREFIX = "circuit_model."
+_CAUSAL_BUFFER = re.compile(r"transformer\.h\.(\d+)\.attn\.bias")
+_LOG = logging.getLogger(__name__)
+
+
+def from_pretrained(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    local_files_only: bool = False,
+) -> CircuitGPT:
+    """Load a model, in evaluation mode.
+
+    ``source``: the name of a shipped model, a folder in the public or the hub's format, or a hub id
+    (``owner/name``, with ``revision``, ``cache_dir`` and ``local_files_only`` as in huggingface_hub). A
+    shipped name wins over a folder of that name in the working directory; write ``./name`` for the folder.
+    ``dtype``: float32 if not given, which is what the public code computes in (half-precision weights are
+    exact in it), and float64 where a weight is stored as float64. ``device``: where to put it; the CPU if not
+    given.
+
+    Loading is strict: a missing or extra key, a wrong shape, a NaN, or a config field that the model can't
+    express raises CheckpointError with the key and the cause. What is harmless and was passed over (a
+    causal-mask buffer, an unknown switch that is off, an absent ``final_logits_bias``) is listed in
+    ``model.card["notes"]``.
+    """
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype is {dtype!r}; it must be a torch.dtype, as torch.float32")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}; a model's weights are floating point")
+    folder = _locate(source, revision, cache_dir, local_files_only)
+    config = _read_config(folder)
+    weights = _without_prefix(read_weights(folder))
+    model = CircuitGPT(config, device="meta")  # shapes only: nothing is drawn at random, no second copy is made
+    notes = [
+        f"config field {name!r} = {value!r} is unknown; it is off and was kept"
+        for name, value in config.unknown_fields().items()
+    ]
+    notes += _fit(model, weights)
+    _check_finite(weights)
+    if dtype is None:
+        stored = {tensor.dtype for tensor in weights.values()}
+        dtype = torch.float64 if torch.float64 in stored else torch.float32
+    weights = {key: _cast(key, tensor, dtype, device) for key, tensor in weights.items()}
+    model.load_state_dict(weights, strict=True, assign=True)
+    if config.tied_unembed:
+        model.lm_head.weight = model.transformer.wte.weight
+    model.eval()
+    model.folder = folder
+    if (folder / "card.json").is_file():
+        model.card = read_json(folder / "card.json")
+    notes += _load_tokenizer(model, folder)
+    if notes:
+        before = model.card.get("notes", [])
+        before = list(before) if isinstance(before, list) else [before]
+        model.card["notes"] = before + [note for note in notes if note not in before]
+        for note in notes:
+            _LOG.info("%s: %s", source, note)
+    return model
+
+
+def save_pretrained(model: CircuitGPT, folder: str | Path, *, compress: bool = True) -> None:
+    """Write the public format: ``beeg_config.json``, ``final_model.pt``, and the tokenizer and card where
+    there are.
+
+    Loading it again gives equal bits, and the public inference code reads it too; so fields that the public
+    config class lacks (they change nothing, or the model would have been refused) are left out. Every file is
+    complete on disk before the first takes its final name, and each replaces its predecessor atomically.
+    Other files in ``folder`` stay; a ``tokenizer.json`` or ``card.json`` of an earlier model that this one
+    lacks is removed. ``compress``: see :func:`scalpel.models.weight_files.write_weights`. Raises
+    CheckpointError for weights that are not finite, OSError where the folder can't be written.
+    """
+    folder = Path(folder)
+    weights = dict(model.state_dict())
+    _check_finite(weights)
+    texts = {"beeg_config.json": json.dumps(model.config.to_public_dict(), indent=2)}
+    if model.card:
+        try:
+            texts["card.json"] = json.dumps(model.card, indent=2)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"model.card can't be written as JSON: {error}") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
+        draft = Path(scratch)
+        write_weights(weights, draft / "final_model.pt", compress=compress)
+        for name, text in texts.items():
+            (draft / name).write_text(text + "\n", encoding="utf-8")
+        if model.tokenizer is not None:
+            model.tokenizer.save(draft)
+        drafted = sorted(draft.iterdir())
+        for path in drafted:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        for path in drafted:
+            os.replace(path, folder / path.name)
+    for name in {"card.json", *TOKENIZER_FILES} - {path.name for path in drafted}:
+        (folder / name).unlink(missing_ok=True)
+
+
+def shipped_models() -> dict[str, Path]:
+    """Names and folders of the models that come with the package."""
+    data = resources.files("scalpel") / "data"
+    found = [child for child in data.iterdir() if isinstance(child, Path)] if data.is_dir() else []
+    return {child.name: child for child in sorted(found) if (child / "beeg_config.json").is_file()}
+
+
+def _locate(source: str | Path, revision: str | None, cache_dir: str | Path | None, local_only: bool) -> Path:
+    shipped = shipped_models()
+    if isinstance(source, str) and source in shipped:
+        return shipped[source]
+    path = Path(source).expanduser()
+    if (file := gguf_in(path)) is not None:
+        raise no_circuitgpt(file)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file; give the folder that holds the config and the weights")
+    if isinstance(source, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source):
+        return _download(source, revision, cache_dir, local_only)
+    raise CheckpointError(
+        f"{str(source)!r} is neither a shipped model ({', '.join(shipped) or 'none'}), nor a folder, nor a "
+        "hub id "
+        "(owner/name)"
+    )
+
+
+def _download(source: str, revision: str | None, cache_dir: str | Path | None, local_only: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                source,
+                revision=revision,
+                cache_dir=cache_dir,
+                local_files_only=local_only,
+                # data only: the code that a hub repository may carry is not even fetched
+                allow_patterns=["*.json", "*.safetensors", "*.bin", "*.pt", "vocab.bpe", "merges.txt"],
+            )
+        )
+    except Exception as error:  # the hub's client raises many kinds; each means that there is no checkpoint
+        raise CheckpointError(
+            f"{source!r} is no folder here and couldn't be fetched from the hub: {type(error).__name__}: "
+            f"{error}. "
+            "Check the id and the connection, or give the path of a folder that you downloaded."
+        ) from error
+
+
+def _read_config(folder: Path) -> CircuitGPTConfig:
+    for name in CONFIG_FILES:
+        if (folder / name).is_file():
+            try:
+                return CircuitGPTConfig.from_dict(read_json(folder / name))
+            except CheckpointError:
+                raise
+            except (ValueError, TypeError) as error:
+                raise CheckpointError(f"{folder / name}: {error}") from error
+    raise CheckpointError(f"{folder} holds no {' and no '.join(CONFIG_FILES)}")
+
+
+def _without_prefix(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    if not any(key.startswith(_HUB_PREFIX) for key in weights):
+        return weights
+    if bare := sorted(key for key in weights if not key.startswith(_HUB_PREFIX)):
+        raise CheckpointError(f"some keys begin with {_HUB_PREFIX!r} and others don't: {some(bare)}")
+    return {key.removeprefix(_HUB_PREFIX): tensor for key, tensor in weights.items()}
+
+
+def _fit(model: CircuitGPT, weights: dict[str, Tensor]) -> list[str]:
+    """Make ``weights`` what the (shape-only) ``model`` needs, in place; returns what was passed over."""
+    notes = _drop_causal_buffers(model.config, weights)
+    wanted = model.state_dict()
+    tied = ("transformer.wte.weight", "lm_head.weight")
+    if model.config.tied_unembed:
+        for one, other in (tied, tied[::-1]):
+            if one in weights and other not in weights:
+                weights[other] = weights[one]
+                notes.append(f"{other!r} is absent; tied_unembed is true, so it is {one!r}")
+    if "final_logits_bias" not in weights:
+        weights["final_logits_bias"] = torch.zeros(model.config.vocab_size, dtype=torch.float32, device="cpu")
+        notes.append("'final_logits_bias' is absent and was set to zeros")
+    for key in sorted(weights.keys() - wanted.keys()):
+        raise CheckpointError(f"the checkpoint has an extra key {key!r}: {_why_extra(key)}")
+    if missing := [key for key in wanted if key not in weights]:
+        raise CheckpointError(
+            f"the checkpoint lacks {some(missing)}, which its config asks for. "
+            "Are config and weights of the same model, and is the download complete?"
+        )
+    for key, expected in wanted.items():
+        tensor = weights[key]
+        if not tensor.dtype.is_floating_point:
+            raise CheckpointError(f"{key!r} is {tensor.dtype}; weights are floating point")
+        if key.endswith("sink_logit") and tensor.numel() == 1 and expected.numel() != 1:
+            weights[key] = tensor = tensor.reshape(1).repeat(expected.numel())
+            notes.append(f"{key!r} has one value, shared by all {expected.numel()} heads; it was repeated")
+        if tensor.shape != expected.shape:
+            raise CheckpointError(
+                f"{key!r} has shape {tuple(tensor.shape)}; by its config it is {tuple(expected.shape)}"
+            )
+    if model.config.tied_unembed and not torch.equal(weights[tied[0]], weights[tied[1]]):
+        raise CheckpointError(
+            f"tied_unembed is true, but {tied[0]!r} and {tied[1]!r} differ: which of them is meant can't be "
+            "known. "
+            "If the head is its own, set tied_unembed to false."
+        )
+    return notes
+
+
+def _drop_causal_buffers(config: CircuitGPTConfig, weights: dict[str, Tensor]) -> list[str]:
+    """Check and drop the causal masks that the public code stores in attentions where ``flash`` is off."""
+    found = [key for key in weights if (at := _CAUSAL_BUFFER.fullmatch(key)) and int(at[1]) < config.n_layer]
+    for key in found:
+        mask = weights.pop(key)
+        size = config.block_size
+        square = mask.dim() == 4 and mask.shape[:2] == (1, 1) and mask.shape[-2:] == (size, size)
+        if not square or not torch.equal(
+            mask[0, 0] != 0, torch.ones(size, size, dtype=torch.bool, device="cpu").tril()
+        ):
+            raise CheckpointError(
+                f"{key!r}, of shape {tuple(mask.shape)}, is not the causal mask of block_size {size}: "
+                "attention "
+                "would not be causal, which this model can't express"
+            )
+    return [f"{len(found)} causal-mask buffers ('attn.bias') were checked and dropped"] if found else []
+
+
+def _why_extra(key: str) -> str:
+    if key.endswith("attn_imp.sink_logit"):
+        return (
+            "the weights have attention sinks, the config has not (sink is false or absent). Loading "
+            "without them "
+            'would silently change the model; if it was trained with them, write "sink": true into the config'
+        )
+    if key == "bigram_table":
+        return "enable_bigram_table is false in the config. If the model was trained with the table, set it"
+    if re.search(r"\.ln_p[12]\.", key):
+        return "it belongs to concatenated positions, and the config has no d_pos_emb"
+    if key.endswith(".bias"):
+        return "the config has no such bias (bias, ln_bias and rms_norm decide)"
+    return "the model that its config describes has none. Dropping it could change what the model computes"
+
+
+def _check_finite(weights: dict[str, Tensor]) -> None:
+    for key, tensor in weights.items():
+        if tensor.is_meta:
+            raise CheckpointError(
+                f"{key!r} is on meta, where tensors have a shape and no numbers: build or load the model on the CPU"
+            )
+        if tensor.numel() == 0:
+            continue
+        low, high = torch.aminmax(tensor)  # NaN goes through, and no mask of the tensor's size is made
+        if not bool(low.isfinite() & high.isfinite()):
+            bad = ~torch.isfinite(tensor)
+            first = tuple(int(i) for i in bad.nonzero()[0])
+            raise CheckpointError(
+                f"{key!r} has {int(bad.sum())} values that are NaN or infinite, the first at {first}: "
+                "the checkpoint is damaged or its training diverged"
+            )
+
+
+def _cast(key: str, tensor: Tensor, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+    cast = tensor.to(device=device or "cpu", dtype=dtype)
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and not bool(cast.isfinite().all()):
+        raise CheckpointError(f"{key!r} has values too large for {dtype}; ask for a wider dtype")
+    return cast
+
+
+def _load_tokenizer(model: CircuitGPT, folder: Path) -> list[str]:
+    try:
+        model.tokenizer = Tokenizer.from_folder(folder, model.config.tokenizer_name)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    limit = model.config.vocab_size
+    if model.tokenizer is not None and model.tokenizer.vocab_size > limit:
+        size = model.tokenizer.vocab_size
+        return [f"the tokenizer has {size} tokens and the model {limit}; ids beyond are refused"]
+    return []

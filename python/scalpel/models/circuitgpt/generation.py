@@ -1,0 +1,103 @@
+"""Continuing a text, token by token."""
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .model import CircuitGPT
+
+
+@torch.no_grad()
+def generate(
+    model: "CircuitGPT",
+    input_ids: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int = 0,
+    attention_mask: Tensor | None = None,
+    stop: int | str | Collection[int | str] | None = None,
+    processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
+) -> Tensor:
+    """``input_ids`` (B, L) continued to (B, L + n), n at most ``max_new_tokens``.
+
+    ``temperature`` 0 takes the most likely token (ties: the lowest id); above 0 the softmax of logits /
+    temperature is sampled with ``seed``, among the ``top_k`` likeliest if given. ``stop``: tokens (ids, or
+    texts of one token) after which a row is done; a done row is filled with its stop token, and all rows
+    being done ends it. ``processors``: functions of (ids so far, logits (B, vocabulary)) that give the logits to go on
+    with, as transformers' logits processors do; :class:`scalpel.HoleGuard` is one. ``attention_mask`` (B, L): 1 at
+    real tokens; padding must stand on the left. Every step runs the whole prefix, there is no cache. ValueError if
+    L + ``max_new_tokens`` exceeds the context (nothing is cut off silently), for padding on the right, and for a
+    negative or infinite temperature.
+    """
+    if max_new_tokens < 0 or not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
+        raise ValueError(
+            f"max_new_tokens is {max_new_tokens}, temperature {temperature}, top_k {top_k}; allowed: "
+            "max_new_tokens >= 0, temperature >= 0 and finite, top_k >= 1 or None"
+        )
+    input_ids = model._checked_ids(input_ids)
+    length, context = input_ids.shape[1], model.config.block_size
+    if length + max_new_tokens > context:
+        raise ValueError(
+            f"{length} tokens and {max_new_tokens} new ones exceed the model's context of {context}; "
+            f"ask for at most {context - length}"
+        )
+    if attention_mask is not None:
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {tuple(input_ids.shape)}"
+            )
+        if not bool(attention_mask[:, -1].bool().all()):
+            raise ValueError("a row ends in padding; pad on the left: tokenizer.batch(texts, side='left')")
+        attention_mask = attention_mask.to(input_ids.device)
+    stops = torch.tensor(sorted(_stop_ids(model, stop)), dtype=input_ids.dtype, device=input_ids.device)
+    generator = torch.Generator().manual_seed(seed)
+    done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    for _ in range(max_new_tokens):
+        logits = model(input_ids, attention_mask)[:, -1]
+        for process in processors:
+            logits = process(input_ids, logits)
+        new = _pick(logits, temperature, top_k, generator).to(input_ids.dtype)
+        new = torch.where(done, input_ids[:, -1], new)
+        done = done | torch.isin(new, stops)
+        input_ids = torch.cat([input_ids, new[:, None]], dim=1)
+        if attention_mask is not None:
+            attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)
+        if bool(done.all()):
+            break
+    return input_ids
+
+
+def _pick(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
+    """One id a row (B,)."""
+    if temperature == 0:
+        # argmax promises nothing about ties
+        ids = torch.arange(logits.shape[-1], device=logits.device)
+        return torch.where(logits == logits.amax(-1, keepdim=True), ids, logits.shape[-1]).amin(-1)
+    if top_k is None or top_k >= logits.shape[-1]:
+        return _drawn((logits / temperature).softmax(-1), generator)[:, 0]
+    values, ids = logits.topk(top_k, dim=-1)
+    return ids.gather(-1, _drawn((values / temperature).softmax(-1), generator))[:, 0]
+
+
+def _drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """An index a row (B, 1), by the CPU's generator, so that a seed's draws don't depend on where the model is."""
+    return torch.multinomial(probabilities.cpu(), 1, generator=generator).to(probabilities.device)
+
+
+def _stop_ids(model: "CircuitGPT", stop: int | str | Collection[int | str] | None) -> set[int]:
+    if stop is None:
+        return set()
+    ids = set()
+    for token in [stop] if isinstance(stop, int | str) else stop:
+        if isinstance(token, str):
+            if model.tokenizer is None:
+                raise ValueError(f"stop {token!r} is text and the model has no tokenizer; give the token's id")
+            token = model.tokenizer.single(token)
+        ids.add(int(token))
+    return ids

@@ -1,0 +1,1 @@
+"""Dense decoders of transformers: what a family's config and weights are, a file a family."""

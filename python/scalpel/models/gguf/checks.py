@@ -1,0 +1,136 @@
+"""Whether transformers reads all of what a GGUF file says.
+
+Its reader drops a tensor that has no place, and metadata that it doesn't know (a scaling of the positions, say), in
+silence. The package gguf and the file's own header say what there is.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..decoders.decoder import DecoderConfig
+from ..decoders.strict import Expected
+from ..weight_files import CheckpointError, some
+from .header import Header
+
+# Metadata of an architecture that changes nothing of what a model computes, or that the tensors' shapes repeat.
+_HARMLESS = ("feed_forward_length", "rope.scaling.finetuned", "rope.scaling.original_context_length", "pooling_type")
+_OTHERWISE = "The model would compute something else than it was made for"
+
+
+def check_whole(header: Header) -> None:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    size = header.path.stat().st_size
+    for name, tensor in header.tensors.items():
+        try:
+            block, bytes_each = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.kind)]
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"{name!r} in {header.path} is stored in a way, number {tensor.kind}, that the installed package gguf "
+                "does not know: install a newer one"
+            ) from error
+        end = header.begin + tensor.begin + math.prod(tensor.shape) // block * bytes_each
+        if end > size:
+            raise CheckpointError(f"{header.path} is cut short: {name!r} ends at byte {end} of {size}")
+
+
+def check_metadata(header: Header, config: Any, shape: DecoderConfig) -> None:
+    """CheckpointError where the metadata says what the config, as transformers made it, does not."""
+    said = header.of_architecture()
+    windows = set(shape.windows) or {None}
+    right: dict[str, Any] = {
+        "block_count": shape.layers,
+        "embedding_length": shape.width,
+        "context_length": shape.max_length,
+        "vocab_size": shape.vocab_size,
+        "attention.head_count": shape.heads,
+        "attention.head_count_kv": shape.kv_heads,
+        "attention.key_length": shape.head_dim,
+        "attention.value_length": shape.head_dim,
+        "attention.layer_norm_rms_epsilon": shape.eps,
+        "attention.layer_norm_epsilon": shape.eps,
+        "attention.causal": True,
+        "attention.sliding_window": windows.pop() if len(windows) == 1 else "by layer",
+        "rope.dimension_count": shape.head_dim,
+        "rope.scaling.type": "none",
+        "rope.scaling.factor": 1.0,
+        "rope.scale_linear": 1.0,
+        "expert_count": 0,
+        "expert_used_count": 0,
+    }
+    if shape.rotary is not None:
+        right["rope.freq_base"] = config.rope_parameters["rope_theta"]
+        said.setdefault("rope.freq_base", 10000.0)  # what llama.cpp takes where a file doesn't say it; so are these
+    said.setdefault("attention.head_count_kv", said.get("attention.head_count"))
+    said.setdefault("attention.key_length", shape.width // shape.heads)
+    said.setdefault("attention.sliding_window", None)
+    eps = "attention.layer_norm_rms_epsilon" if shape.rms else "attention.layer_norm_epsilon"
+    needed = ("block_count", "embedding_length", "context_length", "attention.head_count", eps)
+    unknown = sorted(said.keys() - right.keys() - set(_HARMLESS))
+    other = [
+        f"{key} is {said[key]!r} in the file and {right[key]!r} in the config"
+        for key in said.keys() & right.keys()
+        if not _same(said[key], right[key])
+    ]
+    lacking = [key for key in needed if key not in said]
+    other += [f"{key} is not in the file, and {right[key]!r} in the config" for key in lacking]
+    if unknown:
+        other.append(f"{some(unknown)} {'has' if len(unknown) == 1 else 'have'} no place in the config")
+    if other:
+        raise CheckpointError(
+            f"transformers does not read all that {header.path} says of its {header.architecture!r}: "
+            f"{'; '.join(sorted(other))}. {_advice(len(lacking) == len(other))}"
+        )
+
+
+def _advice(lacking: bool) -> str:
+    """What to do; ``lacking``: nothing is wrong but that the file lacks something, as a damaged one may.
+
+    A whole file is the same after another download, and transformers' reader passes over the same of it.
+    """
+    if lacking:
+        return f"{_OTHERWISE}: download the file again, or use the model's safetensors, if they are published"
+    return (
+        f"{_OTHERWISE}, since transformers' reader passes over what it does not know: use the model's safetensors, if "
+        "they are published"
+    )
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, float) and isinstance(other, int | float) and not isinstance(other, bool):
+        return math.isclose(one, other, rel_tol=1e-6)  # the file's are float32
+    return bool(one == other)
+
+
+def check_tensors(header: Header, expected: Expected, shape: DecoderConfig) -> None:
+    """CheckpointError where a tensor of the file has no place in the model, or the model needs one that isn't there."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    kind = next((each for each, name in MODEL_ARCH_NAMES.items() if name == header.architecture), None)
+    if kind is None:
+        raise CheckpointError(f"the package gguf knows no architecture {header.architecture!r}: install a newer one")
+    names = get_tensor_name_map(kind, shape.layers)
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name, size in expected.shapes.items():
+        if name not in expected.tied:
+            stem, _, end = name.rpartition(".")
+            wanted[f"{names.get_name(stem) or stem}.{end}"] = size
+    said = []
+    if lacking := sorted(wanted.keys() - header.tensors.keys()):
+        said.append(f"it lacks {some(lacking)}")
+    if extra := sorted(header.tensors.keys() - wanted.keys()):
+        said.append(f"transformers would drop {some(extra)}")
+    for name in sorted(wanted.keys() & header.tensors.keys()):
+        found = header.tensors[name].shape
+        if found not in (wanted[name], wanted[name][::-1]):  # GPT-2's matrices are turned
+            said.append(f"{name!r} has shape {found}, by the config {wanted[name]}")
+    if said:
+        why = ""
+        if "rope_freqs.weight" in extra:
+            why = "rope_freqs.weight scales the positions (Llama 3 is made so), and without it they would be others. "
+        raise CheckpointError(
+            f"{header.path} is not the {expected.architecture} of its metadata: {'; '.join(said)}. {why}"
+            f"{_advice(not extra)}"
+        )

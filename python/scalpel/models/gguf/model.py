@@ -1,0 +1,284 @@
+"""Models in GGUF files, the format of llama.cpp: dequantised into plain models of transformers.
+
+transformers' own reader does the reading; what it would pass over in silence (a tensor without a place, a scaling of
+the positions) is looked for here, and refused. Needs the extra ``gguf``. To keep a model as safetensors, which can be
+streamed::
+
+    from scalpel.models.gguf.model import plain_model, tokenizer
+
+    plain_model("model.gguf").save_pretrained(folder)
+    tokenizer("model.gguf").save(folder)
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..decoders.families import config_of
+from ..decoders.strict import Expected, check_loaded, expected_by
+from ..tokenizer import Tokenizer
+from ..weight_files import WEIGHT_FILES, CheckpointError, check_link, some
+from .checks import check_metadata, check_tensors, check_whole
+from .header import MAGIC, Header, read_header
+
+__all__ = ["gguf_in", "plain_model", "stored_as", "tokenizer"]
+
+_NAME = "model.gguf"
+_JOIN = "Parts of one model are joined with llama.cpp's llama-gguf-split --merge"
+_HOW = "from scalpel.models.gguf.model import plain_model"
+
+# How text is cut before merging, by the name that llama.cpp gives it, where transformers goes by GPT-2's cut.
+_CUT_AS_GPT2 = ("gpt-2", "gpt2", "jais", "mpt", "olmo")
+_CUT_AT_DIGITS = ("codeshell", "command-r", "exaone", "refact", "smollm", "starcoder")  # each digit alone, then GPT-2's
+
+
+def gguf_in(path: str | Path) -> Path | None:
+    """The GGUF file that ``path`` stands for: a file, or a folder with one and no other weights. None where it stands
+    for something else.
+
+    Raises CheckpointError for a folder with several, and for a file named .gguf, or a link named so, that leads to
+    nothing.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        if any((path / name).is_file() for name in WEIGHT_FILES):
+            return None
+        named = sorted(each for each in path.iterdir() if each.suffix.lower() == ".gguf")
+        found = [each for each in named if each.is_file() or not each.exists()]  # a link that leads nowhere counts
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{path} holds {len(found)} GGUF files, {some(each.name for each in found)}: give one of them. {_JOIN}"
+            )
+        if not found:
+            return None
+        check_link(found[0])
+        return found[0]
+    if path.is_file():
+        return path if path.suffix.lower() == ".gguf" or _begins_as_gguf(path) else None
+    if path.suffix.lower() == ".gguf":
+        check_link(path)
+        raise CheckpointError(f"there is no file {path}")
+    return None
+
+
+def plain_model(path: str | Path) -> Any:
+    """The model in a GGUF file as transformers' plain class in float32, in evaluation mode.
+
+    What transformers itself returns for such a file counts as quantised and refuses to be saved. This is the same
+    model without that mark: ``save_pretrained`` writes it, and whatever takes a model of transformers' takes it.
+
+    Args:
+        path: a GGUF file, or a folder with one.
+
+    Returns:
+        A ``LlamaForCausalLM`` or another class that :func:`scalpel.jacobian` has rules for.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or its model can't be read exactly.
+        ImportError: transformers, gguf or accelerate is missing.
+    """
+    file = _file(path)
+    header = read_header(file)
+    _check_packages()
+    check_whole(header)
+    with _alone(file) as folder, torch.device("cpu"):
+        expected = _expected(header, folder)
+        model = _read(file, folder, expected)
+        return _without_quantisation(model, file.name)
+
+
+def tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a GGUF file.
+
+    Args:
+        path: a GGUF file, or a folder with one.
+
+    Returns:
+        The tokenizer; its ``save(folder)`` writes a tokenizer.json.
+
+    Raises:
+        CheckpointError: there is no such file, it has no tokenizer, or doesn't say how text is cut in a way that is
+            known here.
+        ImportError: transformers or gguf is missing.
+    """
+    file = _file(path)
+    header = read_header(file)
+    kind, cut = (header.facts.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
+    if kind is None:
+        raise CheckpointError(f"{file} holds no tokenizer")
+    _check_packages()
+    from transformers import AutoTokenizer
+
+    try:
+        with _alone(file) as folder:
+            read: Any = AutoTokenizer.from_pretrained(
+                folder, gguf_file=_NAME, trust_remote_code=False, local_files_only=True
+            )
+        inner = read.backend_tokenizer
+    except Exception as error:  # transformers raises many kinds; each means that it can't be read
+        raise CheckpointError(
+            f"transformers can't read the tokenizer in {file}: {type(error).__name__}: {error}"
+        ) from error
+    if kind == "gpt2":
+        _set_cut(inner, cut, file)
+    return Tokenizer(inner)
+
+
+def stored_as(path: str | Path) -> str:
+    """How the tensors of a GGUF file are stored, the most frequent first: "210 Q4_1, 61 F32, 1 Q8_0"."""
+    from gguf import GGMLQuantizationType
+
+    kinds = read_header(_file(path)).kinds().most_common()
+    return ", ".join(f"{count} {GGMLQuantizationType(kind).name}" for kind, count in kinds)
+
+
+def no_stream(file: Path) -> CheckpointError:
+    """Why a GGUF file isn't streamed, and what can be done."""
+    return CheckpointError(
+        f"{file} is a GGUF, which can't be streamed: transformers dequantises it, and reads it whole. Analyse it in "
+        f"memory (scalpel analyze without --stream), or save it as safetensors first: {_HOW}, then "
+        "plain_model(FILE).save_pretrained(FOLDER), and give FOLDER"
+    )
+
+
+def no_circuitgpt(file: Path) -> CheckpointError:
+    """Why a GGUF file isn't read as a CircuitGPT, and what can be done."""
+    return CheckpointError(
+        f"{file} is a GGUF, which holds a dense transformer and no CircuitGPT: give it to scalpel analyze, or read it "
+        f"({_HOW}) and give plain_model(FILE) to scalpel.jacobian, scalpel.collect or scalpel.lyapunov"
+    )
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def _file(path: str | Path) -> Path:
+    found = gguf_in(path)
+    if found is None:
+        raise CheckpointError(f"{path} is neither a GGUF file nor a folder with one and no other weights")
+    return found
+
+
+def _begins_as_gguf(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == MAGIC
+    except OSError:
+        return False
+
+
+def _check_packages() -> None:
+    lacking = []
+    for name in ("transformers", "gguf", "accelerate"):
+        try:
+            __import__(name)
+        except ImportError:
+            lacking.append(name)
+    if lacking:
+        raise ImportError(f"a GGUF file needs {' and '.join(lacking)}: pip install 'semigroup-scalpel[gguf]'")
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[Path]:
+    """A folder with nothing but the file, as _NAME: what may lie beside it, an adapter say, would be read, too."""
+    with tempfile.TemporaryDirectory(prefix="scalpel-gguf-") as folder:
+        os.symlink(file.resolve(), Path(folder) / _NAME)
+        yield Path(folder)
+
+
+def _expected(header: Header, folder: Path) -> Expected:
+    """What the model's class has with the config that transformers makes of the metadata, which must say the same."""
+    from transformers import AutoConfig
+
+    file = header.path
+    parts = header.facts.get("split.count")
+    if isinstance(parts, int) and parts > 1:
+        raise CheckpointError(f"{file} is one of {parts} parts of a model. {_JOIN}")
+    try:
+        config = AutoConfig.from_pretrained(folder, gguf_file=_NAME, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # as above
+        raise CheckpointError(
+            f"transformers can't read the {header.architecture!r} in {file}: {type(error).__name__}: {error}"
+        ) from error
+    expected = expected_by(config, None, file)
+    shape = config_of(expected.family, config, expected.architecture)
+    if isinstance(shape, str):
+        raise CheckpointError(f"{file} can't be read: {shape}")
+    check_metadata(header, config, shape)
+    check_tensors(header, expected, shape)
+    return expected
+
+
+def _read(file: Path, folder: Path, expected: Expected) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {}
+    try:
+        from transformers import GgufConfig  # transformers of 2026 may leave the weights quantised
+
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    except ImportError:
+        pass
+    try:
+        auto: Any = AutoModelForCausalLM
+        model, info = auto.from_pretrained(
+            folder,
+            gguf_file=_NAME,
+            config=expected.config,  # read already, with a vocabulary that takes seconds
+            dtype=torch.float32,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
+        )
+    except (MemoryError, CheckpointError):
+        raise
+    except Exception as error:  # as above
+        raise CheckpointError(
+            f"transformers can't read the weights in {file}: {type(error).__name__}: {error}"
+        ) from error
+    check_loaded(info, expected.architecture, file)
+    return model
+
+
+def _without_quantisation(model: Any, name: str) -> Any:
+    """The same weights in a new model of the same class, whose config doesn't say that it was quantised."""
+    config = deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.name_or_path = name
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        plain: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    plain.load_state_dict(model.state_dict(), strict=True, assign=True)
+    plain.tie_weights()
+    for path, buffer in model.named_buffers():  # the rotary angles, which no state dict holds
+        owner, _, leaf = path.rpartition(".")
+        setattr(plain.get_submodule(owner), leaf, buffer)
+    return plain.eval()
+
+
+# ---- text ----------------------------------------------------------------------------------------
+
+
+def _set_cut(inner: Any, cut: Any, file: Path) -> None:
+    """Let ``inner`` cut text as the file says that its merges were learnt."""
+    from tokenizers import pre_tokenizers
+
+    if cut in _CUT_AT_DIGITS:
+        digits, words = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
+    elif cut not in _CUT_AS_GPT2 and not isinstance(inner.pre_tokenizer, pre_tokenizers.Sequence):
+        raise CheckpointError(
+            f"{file} says that text is cut as {cut!r} before merging, which neither transformers nor scalpel knows, so "
+            "its tokens would be others"
+        )

@@ -1,0 +1,105 @@
+"""The slow twin of :func:`scalpel.jacobian`: its matrix, one row at a time, by plain reverse-mode autograd.
+
+No vmap, no forward mode, no operator: what could be wrong there is not shared here.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.circuitgpt.model import CircuitGPT
+
+
+def jacobian_dense(
+    model: nn.Module,
+    input_ids: Any,
+    source: str = "0.resid_in",
+    target: str = "final_resid",
+    positions: Any = None,
+    *,
+    function: Callable[[Tensor], Tensor] | None = None,
+    **inputs: Any,
+) -> Tensor:
+    """The Jacobian as a matrix (numel(target), numel(source)), of the model's dtype.
+
+    ``source``, ``target`` and ``positions`` as in :func:`scalpel.jacobian`; ``function`` is applied to the
+    value at the target's positions; ``inputs`` are further arguments of the forward pass. Raises nothing of
+    its own: ends without a path give zeros.
+    """
+    at_source, at_target = positions if isinstance(positions, tuple) else (positions, positions)
+    seen: dict[str, Tensor] = {}
+
+    def record(name: str, value: Tensor) -> Tensor:
+        if name == source:
+            seen["delta"] = torch.zeros_like(_at(value, at_source)).requires_grad_()
+            value = value.detach() if name == target else value
+            moved = value.clone()
+            moved[_index(value, at_source)] = _at(value, at_source) + seen["delta"]
+            value = moved
+        if name == target:
+            seen["target"] = value
+        return value
+
+    with torch.enable_grad():
+        if isinstance(model, CircuitGPT):
+            seen["logits"] = model(input_ids, **inputs, tap=record)
+        else:
+            seen["logits"] = _run_module(model, input_ids, inputs, source, target, record)
+        value = _at(seen["logits"] if target == "logits" else seen["target"], at_target)
+        if function is not None:
+            value = function(value)
+        rows = [torch.zeros_like(seen["delta"]).flatten() for _ in range(value.numel())]
+        for i, entry in enumerate(value.flatten()):
+            if entry.requires_grad:
+                (row,) = torch.autograd.grad(entry, seen["delta"], retain_graph=True, allow_unused=True)
+                rows[i] = rows[i] if row is None else row.flatten()
+    return torch.stack(rows).detach()
+
+
+def _run_module(
+    model: nn.Module,
+    arguments: Any,
+    keywords: dict[str, Any],
+    source: str,
+    target: str,
+    record: Callable[[str, Tensor], Tensor],
+) -> Tensor:
+    """The output of an nn.Module whose hooks are module paths that take and give one tensor, or it first in a
+    tuple."""
+    handles = []
+    for path in dict.fromkeys((source, target)):
+        if path == "logits":
+            continue
+        module = model.get_submodule(path.removesuffix(":in"))
+        if path.endswith(":in"):
+            handles.append(
+                module.register_forward_pre_hook(lambda _, given, path=path: (record(path, given[0]), *given[1:]))
+            )
+        else:
+            handles.append(
+                module.register_forward_hook(
+                    lambda _, given, output, path=path: (
+                        (record(path, output[0]), *output[1:]) if isinstance(output, tuple) else record(path, output)
+                    )
+                )
+            )
+    try:
+        output = model(arguments, **keywords)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _index(value: Tensor, positions: Any) -> Any:
+    if positions is None:
+        return slice(None)
+    if isinstance(positions, int):
+        positions = [positions]
+    return (slice(None), positions)
+
+
+def _at(value: Tensor, positions: Any) -> Tensor:
+    return value[_index(value, positions)]
