@@ -79,8 +79,8 @@ class Leading:
 
     Small residuals say that these are eigenvectors, and not that they are the leading ones: a direction that has come
     since the last answer may be orthogonal to all of it. Every block has _FRESH random directions for that, and _LEAST
-    products to bring it out. That is likely to find them, not certain: tests/test_eigen.py tries directions from a
-    twentieth above the last value asked for.
+    products to bring it out. That is likely to find them, not certain: tests/unit/covariance/test_eigen.py
+    tries directions from a twentieth above the last value asked for.
     """
 
     def __init__(self) -> None:

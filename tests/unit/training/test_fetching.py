@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import smollm2
+from places import SUPPORT
 
 CONTENT = b"GGUF, or what stands for it here"
 
@@ -35,7 +36,7 @@ def place(tmp_path: Path) -> dict[str, str]:
 
 
 def code(sha256: str) -> str:
-    folder = str(Path(__file__).parent)
+    folder = str(SUPPORT)
     return (
         f"import sys; sys.path.insert(0, {folder!r}); import pytest, smollm2; smollm2.SHA256 = {sha256!r}\n"
         "try:\n"

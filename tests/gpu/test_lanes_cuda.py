@@ -1,4 +1,4 @@
-"""The rules on lanes on a GPU, against their twins on the cases of test_lanes.py; without a GPU, by the stand-in."""
+"""The rules on lanes on a GPU, against their twins on the cases of lanes_cases.py; without a GPU, by the stand-in."""
 
 from types import ModuleType
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+import lanes_cases as lanes
 import scalpel
-import test_lanes as lanes
 from circuitgpt_cases import build, tokens, torch_func
 from cuda_stand_in import Gpu
 from scalpel._native import memory_of
@@ -32,7 +32,7 @@ def test_a_layer(tokens: int, dtype: torch.dtype, gpu: Gpu) -> None:
 @pytest.mark.parametrize("count", [0, 1, 15, 16])
 def test_rows_and_lanes(count: int, dtype: torch.dtype, gpu: Gpu) -> None:
     with torch.device(gpu.device):
-        lanes.test_rows_and_lanes(count, dtype, "")
+        lanes.check_rows_and_lanes(count, dtype)
 
 
 @pytest.mark.parametrize("dtype", lanes.DTYPES, ids=str)
@@ -40,30 +40,30 @@ def test_rows_and_lanes(count: int, dtype: torch.dtype, gpu: Gpu) -> None:
 @pytest.mark.parametrize(("width", "entries"), lanes.NORM)
 def test_norm(width: int, entries: int | None, centred: bool, dtype: torch.dtype, gpu: Gpu) -> None:
     with torch.device(gpu.device):
-        lanes.test_norm(width, entries, centred, dtype, "")
+        lanes.check_norm(width, entries, centred, dtype)
 
 
 def test_channels_behind_a_norm_take_no_part(gpu: Gpu) -> None:
     with torch.device(gpu.device):
-        lanes.test_channels_behind_a_norm_take_no_part()
+        lanes.check_channels_behind_a_norm_take_no_part()
 
 
 @pytest.mark.parametrize("dtype", lanes.DTYPES, ids=str)
 def test_gather_and_scatter(dtype: torch.dtype, gpu: Gpu) -> None:
     with torch.device(gpu.device):
-        lanes.test_gather_and_scatter(dtype, "")
+        lanes.check_gather_and_scatter(dtype)
 
 
 @pytest.mark.parametrize("dtype", lanes.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", lanes.ATTENTION, ids=str)
 def test_attention(shape: tuple[Any, ...], dtype: torch.dtype, gpu: Gpu) -> None:
     with torch.device(gpu.device):
-        lanes.test_attention(shape, dtype, "")
+        lanes.check_attention(shape, dtype)
 
 
 def test_many_keys_and_large_scores(gpu: Gpu) -> None:
     with torch.device(gpu.device):
-        lanes.test_many_keys_and_large_scores()
+        lanes.check_many_keys_and_large_scores()
 
 
 # What is seen without reading the GPU's memory; what an index holds is not looked at there.

@@ -2,14 +2,14 @@
 
 import runpy
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 
+from places import ROOT
 from scalpel.circuits.masks import Schedule
 
 prune = import_module("scalpel.circuits.prune")
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.mark.parametrize(("name", "words"), [("mod3-mini", "Z_3"), ("flip-flop-mini", "aperiodic")])

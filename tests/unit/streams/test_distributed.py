@@ -12,9 +12,10 @@ import scalpel
 from circuitgpt_cases import build, one_thread, tokens  # noqa: F401
 from covariance_states import assert_close, same_bits
 from distributed_worker import states
+from places import SUPPORT
 from scalpel import StreamingCovariance
 
-WORKER = Path(__file__).with_name("distributed_worker.py")
+WORKER = SUPPORT / "distributed_worker.py"
 pytestmark = pytest.mark.slow
 TASKS = {2: ("merge", "again", "differ", "collect", "groups"), 4: ("merge", "again", "pair", "collect", "groups")}
 

@@ -56,7 +56,7 @@ NO_OPERATION = {
     "circuits": "a package; its names are in the table",
     "experiments": "a package; its names are in the table",
     "semigroup": "a package; its names are in the table",
-    "StreamingCovariance.all_reduce": "takes processes: tests/distributed_worker.py runs it under meta",
+    "StreamingCovariance.all_reduce": "takes processes: tests/support/distributed_worker.py runs it under meta",
     "circuits.TASKS": "a table of functions like bracket_counting",
     "circuits.CannotDoTask": "an error",
     "experiments.Refused": "an error",

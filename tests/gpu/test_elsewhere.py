@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 
+import lanes_cases as lanes
 import scalpel
 import scalpel.jacobians.entry as entry
-import test_lanes as lanes
 from analysis_cases import SIZES
 from circuitgpt_cases import build, tokens
 from cuda_stand_in import NO_GPU
 from decoder_cases import MODELS, exact_norms, ids_of, model_of
 from elsewhere import DEVICE, device_with, elsewhere
+from places import ROOT
 from scalpel._native import cuda_core, memory_of, runs_on
 from scalpel.analysis import analyze, source
 from scalpel.circuits import Schedule, ablation_effects, bracket_counting, node_hooks
@@ -224,7 +225,7 @@ def test_a_model_and_what_reads_it() -> None:
 
 def test_the_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text = (Path(__file__).parents[1] / "docs/cuda.md").read_text()
+    text = (ROOT / "docs/cuda.md").read_text()
     block = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
     names: dict[str, Any] = {}
     exec("import torch, scalpel\n" + block.replace("(4096, 16384,", "(3, 40,").replace("(x, 512)", "(x, 5)"), names)

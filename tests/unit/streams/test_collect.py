@@ -21,6 +21,7 @@ import scalpel
 from circuitgpt_cases import build, one_thread, tokens  # noqa: F401
 from covariance_states import same_bits, state_of
 from decoder_cases import model_of
+from places import SUPPORT
 from scalpel.streams.budget import bytes_of, state_bytes
 
 collect = scalpel.collect
@@ -193,7 +194,7 @@ Kill = Callable[..., None]
 def kill() -> Iterator[Kill]:
     """Collects into a folder, and is killed at a batch, or at a call of a function of streams/saved.py."""
     process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(Path(__file__).parent)],
+        [sys.executable, "-c", KILLED, str(SUPPORT)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert process.stdin is not None and process.stdout is not None

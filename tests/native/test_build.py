@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from places import ROOT
+
 SCRIPTS = sysconfig.get_path("scripts")
 CMAKE = shutil.which("cmake", path=os.pathsep.join([SCRIPTS, os.environ.get("PATH", "")]))
 pytestmark = [pytest.mark.native, pytest.mark.slow, pytest.mark.xdist_group("native")]

@@ -21,9 +21,9 @@ from filelock import FileLock
 import scalpel.covariance.on_device
 import scalpel.lanes
 import scalpel.topk
+from places import ROOT
 from scalpel._native import runs_on
 
-ROOT = Path(__file__).parent.parent
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-DSCALPEL_BINDS_CUDA", "-DSCALPEL_CUDA_MODULE=stand_in"]
 LIBRARY = f"stand_in{sysconfig.get_config_var('EXT_SUFFIX')}"

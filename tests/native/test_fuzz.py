@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from places import ROOT
+
 SEARCH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
 CMAKE = shutil.which("cmake", path=SEARCH)
 NINJA = shutil.which("ninja", path=SEARCH)

@@ -11,6 +11,7 @@ import torch
 
 import scalpel
 from decoder_cases import ids_of, model_of
+from places import ROOT
 from scalpel.experiments import suite
 from scalpel.experiments.controls import Controls, untrained
 from scalpel.experiments.provenance import fingerprint
@@ -156,7 +157,7 @@ def test_the_whole_suite_in_short(monkeypatch):
 
 
 def readme_blocks() -> list[str]:
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+    text = (ROOT / "README.md").read_text()
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
