@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..models.circuitgpt.model import CircuitGPT
-from ..training.untrained import untrained
+from ..models.untrained import untrained
 from .brackets.critical import Curve
 
 LEAST_ACCURACY = 0.95  # below it a model is said not to do the task, and nothing measured on it means anything

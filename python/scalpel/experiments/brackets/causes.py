@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ...models.circuitgpt.model import CircuitGPT
+from ...models.untrained import untrained
 from ...tasks.brackets import closers
 from ...tasks.evidence import PLACES, Evidence, evidence_lists
-from ...training.untrained import untrained
 from ..controls import LEAST_ACCURACY, tells_depths
 from ..nulls import NULLS, check_nulls
 from ..provenance import at_least, longest_asked, model_provenance

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from ...models.circuitgpt.model import CircuitGPT
+from ...models.untrained import untrained
 from ...semigroup import ThresholdCounter
 from ...tasks.brackets import closers, long_lists
 from ...tasks.refused import Refused
-from ...training.untrained import untrained
 from ..controls import LEAST_ACCURACY, tells_depths
 from ..nulls import NULLS, check_nulls
 from ..provenance import at_least, longest_asked, model_provenance

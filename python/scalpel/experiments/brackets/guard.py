@@ -20,10 +20,10 @@ from scipy.stats import rankdata
 from ...circuits.task import Task, answer_logits
 from ...guard.hole_guard import FailureLaw, HoleGuard
 from ...models.circuitgpt.model import CircuitGPT
+from ...models.untrained import untrained
 from ...semigroup import ThresholdCounter
 from ...tasks.brackets import closers
 from ...tasks.refused import Refused
-from ...training.untrained import untrained
 from ..controls import LEAST_ACCURACY, tells_depths
 from ..nulls import NULLS, check_nulls
 from ..provenance import at_least, longest_asked, model_provenance
