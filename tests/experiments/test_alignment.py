@@ -15,7 +15,7 @@ from scalpel.experiments.brackets.constructed import threshold_circuit
 from scalpel.experiments.mapping.measure import Prompts
 from scalpel.experiments.mapping.scan import CLAIMS, Setup
 from scalpel.tasks.brackets import closers
-from scalpel.training.untrained import untrained
+from scalpel.models.untrained import untrained
 
 AMOUNTS = (1, 2, 3, 4)
 FAST = {"amounts": AMOUNTS, "prompts": 6, "length": 80, "resamples": 40}

@@ -11,7 +11,7 @@ from scalpel.experiments.brackets import head as h
 from scalpel.experiments.brackets.constructed import threshold_circuit
 from scalpel.tasks.brackets import long_lists
 from scalpel.tasks.evidence import PLACES, evidence_lists
-from scalpel.training.untrained import untrained
+from scalpel.models.untrained import untrained
 
 THETA = 0.05
 

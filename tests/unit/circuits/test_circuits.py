@@ -29,7 +29,7 @@ from scalpel.circuits.task import answer_logits, check_able, nonsense
 from scalpel.experiments.machine.circuit import FILE, examine, read_pruning, run, stored
 from scalpel.models.circuitgpt.model import CircuitGPT
 from scalpel.tasks.bracket_words import BRACKET_WORDS
-from scalpel.training.untrained import untrained
+from scalpel.models.untrained import untrained
 
 __all__ = ["one_thread"]
 
