@@ -2,8 +2,8 @@
 
 The table holds what README, an example or a package's ``__init__`` once showed, and the modules of classes that a user
 may have pickled. A name is looked up here only after Python has found no module of that name, so that importing what
-exists costs nothing. Old modules that are packages today (``models.circuitgpt``, ``guard``) are not in the table: such a
-package exports what the module of its name held.
+exists costs nothing. Old modules that are packages today (``models.circuitgpt``, ``guard``) are not in the table; such
+a package exports what the module of its name held.
 """
 
 import sys
@@ -75,7 +75,7 @@ class MovedModuleFinder:
     ) -> ModuleSpec | None:
         """The spec of an old name of the table, and None for every other name."""
         new_name = _new_name(fullname)
-        return None if new_name is None else ModuleSpec(fullname, self, origin=new_name)
+        return None if new_name is None else ModuleSpec(fullname, self, origin=new_name)  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         """None: Python makes an empty module, which exec_module replaces."""

@@ -36,9 +36,9 @@ from scalpel.models.circuitgpt.config import CircuitGPTConfig
 from scalpel.semigroup.anchor import block_map, find_anchors, norm_growth, spectral_radius
 from scalpel.semigroup.greedy import greedy_orbits
 from scalpel.tasks.bracket_words import BRACKET_WORDS
-from scalpel.training import untrained
 from scalpel.training.loop import train
 from scalpel.training.machines import MACHINES, MachineCourse, machine_recipe
+from scalpel.training.untrained import untrained
 
 
 def generate(g: Given, **options: Any) -> Tensor:

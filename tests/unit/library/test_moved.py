@@ -19,7 +19,7 @@ PICKLED = {
     "scalpel.guard_crossings": "Crossings",
     "scalpel.jacobians.depth": "Alignment Spectra",
     "scalpel.jacobians.lyapunov": "Lyapunov",
-    "scalpel.models.circuitgpt": "Attention Block CircuitGPT MLP _Sink",
+    "scalpel.models.circuitgpt": "Attention Block CircuitGPT MLP _LayerNorm _Sink _Sparsifier",
     "scalpel.models.config": "CircuitGPTConfig",
     "scalpel.models.edges": "EdgeTable",
     "scalpel.models.logit_attribution": "LogitAttribution",
