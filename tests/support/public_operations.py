@@ -39,7 +39,6 @@ from scalpel.semigroup.greedy import greedy_orbits
 from scalpel.tasks.bracket_words import BRACKET_WORDS
 from scalpel.training.loop import train
 from scalpel.training.machines import MACHINES, MachineCourse, machine_recipe
-from scalpel.training.untrained import untrained
 
 
 def generate(g: Given, **options: Any) -> Tensor:
