@@ -28,8 +28,8 @@ from scalpel.circuits.packing import pack
 from scalpel.circuits.task import answer_logits, check_able, nonsense
 from scalpel.experiments.machine.circuit import FILE, examine, read_pruning, run, stored
 from scalpel.models.circuitgpt.model import CircuitGPT
-from scalpel.tasks.bracket_words import BRACKET_WORDS
 from scalpel.models.untrained import untrained
+from scalpel.tasks.bracket_words import BRACKET_WORDS
 
 __all__ = ["one_thread"]
 
