@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import scalpel
 from decoder_cases import MODELS, VOCAB, _llama_like, exact_norms, ids_of, model_of
 from scalpel.hooks.inputs import limits_of
-from scalpel.jacobians.passes import ModulePass
+from scalpel.jacobians.module_pass import ModulePass
 from scalpel.models.decoders.decoder import Decoder
 from scalpel.models.decoders.families import decoder_or_reason
 

@@ -18,7 +18,7 @@ from ...hooks.positions import Selected, read_at
 from ...hooks.running import ALONE
 from ...hooks.stopping import Stop
 from ...lanes import LANES, Lanes, Linear
-from ..operator import finished
+from ..ends import finished
 from .trace import CircuitTrace, Function, Layer, Sublayer
 
 if TYPE_CHECKING:
@@ -28,19 +28,16 @@ if TYPE_CHECKING:
 class CircuitProducts:
     """Products with the Jacobian between two hooks of a CircuitGPT, and the primal there."""
 
-    trace_of = CircuitTrace
-
     def __init__(
         self,
         run: CircuitPass,
         at: tuple[Selected, Selected],
         function: Function | None,
-        trace: CircuitTrace | None = None,
+        trace: CircuitTrace,
     ) -> None:
         self.run = run
         self.at = at
         self.function = function
-        trace = trace or CircuitTrace(run, [run.source, run.target])
         self.model = trace.model
         self.config = trace.config
         self.layers = trace.layers(run.source, run.target)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._native import runs_on
+from ...hooks.masks import watched
 from ...hooks.modules import hooks_on
 from ...hooks.stopping import Stop
 from ...lanes import Attention, Norm, apply_linear
@@ -69,12 +70,16 @@ class CircuitTrace:
         run: A pass of the model at the inputs, under the interventions of that moment.
         hooks: Where the primal is to be cut, in the model's order. Layers before the first are not kept, and nothing
             is computed after the last.
+        see: Called at every hook up to the last, with its name and the value that it records.
 
     ``values``: the value at each of ``hooks``, all tokens. ``changed``: the hooks at which an intervention moves it.
     """
 
-    def __init__(self, run: CircuitPass, hooks: Sequence[str]) -> None:
+    def __init__(
+        self, run: CircuitPass, hooks: Sequence[str], see: Callable[[str, Tensor], None] | None = None
+    ) -> None:
         self.run = run
+        self.see = see
         self.model = run._frozen
         self.config = self.model.config
         self.hooks = hooks
@@ -89,6 +94,11 @@ class CircuitTrace:
         self.allowed = (allowed[None] if allowed.dim() == 2 else allowed[:, 0]).contiguous()
         with torch.no_grad(), self._stop:
             self._hook("logits", self._run())
+
+    def has(self, source: str, target: str) -> bool:
+        """Whether it can be cut at ``source`` and, no earlier in the model, at ``target``."""
+        kept = list(self.hooks)
+        return source in kept and target in kept[kept.index(source) :]
 
     def layers(self, source: str, target: str) -> list[Layer]:
         """Those that a tangent meets on its way from one hook to another."""
@@ -128,7 +138,7 @@ class CircuitTrace:
         attn.norm = self._norm(block.ln_1, x)
 
         def kept(of: Sublayer, value: Tensor, location: str, hook: str) -> Tensor:
-            value, of.kept[hook] = self._sparsified(value, location)
+            value, of.kept[hook] = self._sparsified(value, location, f"{number}.{hook}")
             return self._hook(f"{number}.{hook}", value)
 
         read = kept(attn, self._read(block, "1", x, positions), "attn_in", "attn.act_in")
@@ -152,24 +162,26 @@ class CircuitTrace:
         )
         y = self._hook(f"{number}.attn.y", y)
         delta = kept(attn, apply_linear(block.attn.c_proj, y), "attn_out", "attn.resid_delta")
-        x, attn.residual = self._settled(x + delta, "resid_post_attn")
+        x, attn.residual = self._settled(x + delta, "resid_post_attn", number)
         x = self._hook(f"{number}.resid_mid", x)
 
         mlp.norm = self._norm(block.ln_2, x)
         read = kept(mlp, self._read(block, "2", x, positions), "mlp_in", "mlp.act_in")
         before = apply_linear(block.mlp.c_fc, read)
-        after, support = self._sparsified(block.mlp.activation(before), "mlp_neuron")
+        after, support = self._sparsified(block.mlp.activation(before), "mlp_neuron", f"{number}.mlp.post_act")
         mlp.kept["mlp.post_act"] = support
         mlp.slope = self._slope(before, support)
         after = self._hook(f"{number}.mlp.post_act", after)
         delta = kept(mlp, apply_linear(block.mlp.c_proj, after), "mlp_out", "mlp.resid_delta")
-        x, mlp.residual = self._settled(x + delta, "resid_post_mlp")
+        x, mlp.residual = self._settled(x + delta, "resid_post_mlp", number)
         return x
 
     def _hook(self, name: str, value: Tensor) -> Tensor:
         after = self.tap(name, value)
         if after is not value:
             self.changed[name] = (lambda each: self.tap(name, each), value)
+        if self.see is not None:
+            self.see(name, after)
         if name in self.hooks:
             self.values[name] = after
             if name == self.hooks[-1]:
@@ -191,18 +203,19 @@ class CircuitTrace:
         beside = getattr(block, f"ln_p{which}")(positions).expand(*read.shape[:-1], -1)
         return torch.cat([read, beside], dim=-1)
 
-    def _sparsified(self, x: Tensor, location: str) -> tuple[Tensor, Tensor | None]:
+    def _sparsified(self, x: Tensor, location: str, name: str) -> tuple[Tensor, Tensor | None]:
         k = self.config.k_at(location, x.shape[-1])
         if k is None:
             return x, None
+        watched(name, x, k)
         return keep_topk(x, k), topk_indices(self._tokens(x), k)
 
-    def _settled(self, x: Tensor, location: str) -> tuple[Tensor, Tensor | None]:
+    def _settled(self, x: Tensor, location: str, number: int) -> tuple[Tensor, Tensor | None]:
         passes = None
         if self.config.residual_activation_type == "relu":
             x = x.relu()
             passes = (x > 0).to(x.dtype)
-        x, support = self._sparsified(x, location)
+        x, support = self._sparsified(x, location, f"{number}.{location}")
         if support is not None:
             kept = torch.zeros_like(self._tokens(x)).scatter_(1, support, 1.0).view_as(x)
             passes = kept if passes is None else passes * kept

@@ -16,7 +16,7 @@ from ...hooks.positions import Selected, read_at
 from ...hooks.running import ALONE
 from ...hooks.stopping import Stop
 from ...models.decoders.decoder import Dense
-from ..operator import finished
+from ..ends import finished
 from .layer import Buffers, DenseLayer
 from .primal import DensePrimal
 from .trace import DenseTrace
@@ -32,25 +32,22 @@ _CHUNK_BYTES = 1 << 28  # what the largest buffer of a chunk of tangents may tak
 class DenseProducts:
     """Products with the Jacobian between two hooks of a decoder, and the primal there."""
 
-    trace_of = DenseTrace
-
     def __init__(
         self,
         run: DecoderPass,
         at: tuple[Selected, Selected],
         function: Function | None,
-        trace: DenseTrace | None = None,
+        trace: DenseTrace,
     ) -> None:
         self.run = run
         self.at = at
         self.function = function
         self.config = run.decoder.config
-        self.batch, self.length = run.ids.shape
+        self.batch, self.length = run.text.ids.shape
         chosen = [range(self.length) if each is None else each for each in at]
         self.first, self.stop = min(chosen[0]), max(chosen[1]) + 1
-        trace = trace or DenseTrace(run, [run.source, run.target])
         self.places = trace.places
-        self.primals = trace.primals(run.source, run.target)
+        self.primals = trace.layers(run.source, run.target)
         self.final = trace.final
         self.neurons = trace.neurons
         self.source = read_at(trace.values[run.source], at[0]).clone()
