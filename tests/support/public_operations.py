@@ -31,6 +31,7 @@ from scalpel.circuits.task import answer_logits
 from scalpel.cli import bench
 from scalpel.covariance import DebiasedCKA, leave_one_out
 from scalpel.jacobians.stream import stream_layers
+from scalpel.models import untrained
 from scalpel.models.circuitgpt.ablation import hook_means
 from scalpel.models.circuitgpt.config import CircuitGPTConfig
 from scalpel.semigroup.anchor import block_map, find_anchors, norm_growth, spectral_radius
@@ -38,7 +39,6 @@ from scalpel.semigroup.greedy import greedy_orbits
 from scalpel.tasks.bracket_words import BRACKET_WORDS
 from scalpel.training.loop import train
 from scalpel.training.machines import MACHINES, MachineCourse, machine_recipe
-from scalpel.training.untrained import untrained
 
 
 def generate(g: Given, **options: Any) -> Tensor:

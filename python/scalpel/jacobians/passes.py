@@ -28,7 +28,9 @@ from ..hooks.modules import (
     with_first_tensor,
 )
 from ..hooks.running import ALONE, running
-from ..models.circuitgpt.model import MODULE_PATHS, CircuitGPT, allowed_keys
+from ..models.circuitgpt.attention import allowed_keys
+from ..models.circuitgpt.core import MODULE_PATHS
+from ..models.circuitgpt.model import CircuitGPT
 from ..models.decoders.families import hook_named
 
 LOGITS = "logits"

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from ..hooks.inputs import Inputs, Limits, limits_of, read_inputs
 from ..hooks.modules import as_written, first_tensor, hooked, known_hook, module_names, with_first_tensor
 from ..hooks.running import ALONE, running
-from ..models.circuitgpt.model import MODULE_PATHS, CircuitGPT
+from ..models.circuitgpt.core import MODULE_PATHS
+from ..models.circuitgpt.model import CircuitGPT
 from ..models.decoders.families import family_of_model, hook_named, hooks_of_model, module_path
 
 GRADIENT = ".grad"  # what the name of a stream of gradients ends with

@@ -4,7 +4,7 @@ transformers' own reader does the reading; what it would pass over in silence (a
 the positions) is looked for here, and refused. Needs the extra ``gguf``. To keep a model as safetensors, which can be
 streamed::
 
-    from scalpel.models.gguf.model import plain_model, tokenizer
+    from scalpel.models.gguf import plain_model, tokenizer
 
     plain_model("model.gguf").save_pretrained(folder)
     tokenizer("model.gguf").save(folder)
@@ -33,7 +33,7 @@ __all__ = ["gguf_in", "plain_model", "stored_as", "tokenizer"]
 
 _NAME = "model.gguf"
 _JOIN = "Parts of one model are joined with llama.cpp's llama-gguf-split --merge"
-_HOW = "from scalpel.models.gguf.model import plain_model"
+_HOW = "from scalpel.models.gguf import plain_model"
 
 # How text is cut before merging, by the name that llama.cpp gives it, where transformers goes by GPT-2's cut.
 _CUT_AS_GPT2 = ("gpt-2", "gpt2", "jais", "mpt", "olmo")
