@@ -1,7 +1,7 @@
-"""Semigroups, orbits, extraction, ablation effects, pruning: each against its peer in one run, answers checked first.
+"""Semigroups, orbits, extraction, ablation effects and pruning, each beside its peer, after the answers were checked.
 
 `python benches/bench_algebra.py` takes about eight minutes and writes docs/algebra.json and docs/algebra.md;
-`--without-pruning` leaves out the four that pruning takes.
+`--without-pruning` leaves out pruning, which takes four of these minutes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def full_transformations(n: int) -> dict[str, list[int]]:
 
 
 def semigroups() -> dict[str, Any]:
-    """T_7, 823,543 elements: enumerated by ours and by libsemigroups alone, from maps to a size."""
+    """Times the enumeration of T_7 (823,543 elements) by Scalpel and by libsemigroups alone, from maps to a size."""
     from libsemigroups_pybind11 import FroidurePin, ReportGuard, Transf
 
     generators = full_transformations(7)
@@ -63,7 +63,7 @@ def semigroups() -> dict[str, Any]:
 
 
 def orbits() -> list[dict[str, Any]]:
-    """Breadth-first on 12 million states: ours, scipy's breadth_first_order, and a copy of the maps' bytes."""
+    """Times breadth-first search on 12 million states: ours, scipy's breadth_first_order, and a copy of the maps."""
     rows, columns = 3000, 4000
     states = rows * columns
     row, column = np.divmod(np.arange(states), columns)
@@ -108,7 +108,7 @@ def orbits() -> list[dict[str, Any]]:
 
 
 def extraction() -> list[dict[str, Any]]:
-    """Seconds of a whole extraction, nulls and the untrained model included."""
+    """Times whole extractions, nulls and the untrained model included."""
     found = []
     for name in ("mod3-mini", "flip-flop-mini", "parity-mini"):
         model = scalpel.CircuitGPT.from_pretrained(name)
@@ -129,7 +129,7 @@ def extraction() -> list[dict[str, Any]]:
 
 
 def effects() -> list[dict[str, Any]]:
-    """All 3,712 nodes of bracket-mini: ours, and one pass a node with model.ablate, in batches of 64 prompts."""
+    """Times the effects of all 3,712 nodes of bracket-mini: ours, and one pass for each node with model.ablate."""
     model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
     found = []
     for prompts in (64, 256):
@@ -167,7 +167,7 @@ def effects() -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def one_pass(model: scalpel.CircuitGPT, node: str, parts: list[circuits.Task]) -> np.ndarray:
-    """The answers' logits with one node ablated, by a forward pass."""
+    """The logits of the answers with one node ablated, from a forward pass."""
     found = []
     with model.ablate([node]):
         for part in parts:
@@ -177,7 +177,7 @@ def one_pass(model: scalpel.CircuitGPT, node: str, parts: list[circuits.Task]) -
 
 
 def pruning() -> dict[str, Any]:
-    """Ten seeds, their controls, and what the best closes over."""
+    """Times pruning from ten seeds, with their controls, and what the best circuit closes over."""
     model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
     found = circuits.prune(model)
     return {
@@ -200,13 +200,13 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         "# Semigroups, orbits, extraction, circuits",
         "",
-        "Made by `python benches/bench_algebra.py`; answers were checked before anything was timed.",
+        "Made by `python benches/bench_algebra.py`. Every answer was checked before anything was timed.",
         where_measured(report["environment"], report["commit"]),
         "",
         "## A semigroup of 823,543 elements (T_7)",
         "",
-        f"Enumerated in {s['ms']['ours']:.0f} ms; by libsemigroups alone {s['ms']['libsemigroups']:.0f} ms: "
-        f"**{s['ratio']:.2f}×**. After that, in seconds: "
+        f"Enumerating it takes {s['ms']['ours']:.0f} ms, and {s['ms']['libsemigroups']:.0f} ms by libsemigroups alone: "
+        f"**{s['ratio']:.2f}×**. What follows takes, in seconds: "
         + ", ".join(f"{name} {value:.1f}" for name, value in s["tables_seconds"].items())
         + ".",
         "",
@@ -223,12 +223,12 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     lines += [
         "",
-        "Reachability is shared by threads where the frontier is wide; index and period of a single map are one walk "
-        "on one thread, and each step of a random map waits for memory.",
+        "Threads share the search for reachable states where the frontier is wide. Index and period of a single map "
+        "are found in one walk on one thread, and each step of a random map waits for memory.",
         "",
         "## Extraction, nulls included",
         "",
-        "| model | seconds | elements | words asked | conflict at most, in any cell |",
+        "| model | seconds | elements | words asked | highest bound on conflict in any cell |",
         "|---|---|---|---|---|",
     ]
     lines += [
@@ -239,9 +239,10 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         "## Ablation effects of every node of bracket-mini",
         "",
-        "The peer is one pass a node with `model.ablate`, in batches of 64 prompts (48 nodes timed, times all nodes).",
+        "The peer runs one pass for each node with `model.ablate`, in batches of 64 prompts. 48 nodes are timed, and "
+        "their mean is multiplied by the number of nodes.",
         "",
-        "| prompts | nodes | ours, s | one pass, ms | ratio | of three runs | largest difference of a logit |",
+        "| prompts | nodes | ours, s | one pass, ms | ratio | ratios of three runs | largest difference of a logit |",
         "|---|---|---|---|---|---|---|",
     ]
     lines += [
@@ -255,7 +256,7 @@ def markdown(report: dict[str, Any]) -> str:
             "",
             "## Pruning bracket-mini for bracket counting",
             "",
-            f"{p['seeds']} seeds with their controls in {p['seconds']:.0f} s; {p['reached']} reach 0.15 nats, with "
+            f"{p['seeds']} seeds with their controls take {p['seconds']:.0f} s. {p['reached']} reach 0.15 nats, with "
             f"{min(p['nodes'])} to {max(p['nodes'])} of {p['of']:,} nodes.",
         ]
     return "\n".join(lines) + "\n"

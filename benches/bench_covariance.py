@@ -1,7 +1,7 @@
-"""StreamingCovariance against plain torch and scikit-learn, all in one run, after the answers were checked.
+"""Compares StreamingCovariance with plain torch and scikit-learn in one run, after the answers were checked.
 
 `python benches/bench_covariance.py` takes about four minutes and writes docs/covariance.json and docs/covariance.md.
-Under pytest it is `scalpel bench`'s own case: `pytest benches/bench_covariance.py`.
+`pytest benches/bench_covariance.py` times the covariance case of `scalpel bench` instead.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ def test_covariance_update(timed: Callable[[bench.Case], None], device: str) -> 
 
 
 def decaying(power: float, rows: int, dim: int) -> Iterator[Tensor]:
-    """Batches whose eigenvalues fall as i^-power, in axes that were turned at random."""
+    """Batches whose eigenvalues fall as i^-power, in randomly rotated axes."""
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (dim,), generator=generator) * 2.0 - 1
     scale = torch.arange(1, dim + 1) ** (-power / 2)
     while True:
         x = torch.randn(rows, dim, generator=generator) * scale
-        # a turn that costs d log d: the Fourier transform of real rows, as an orthogonal matrix
+        # a rotation that costs d log d: the Fourier transform of real rows, as an orthogonal matrix
         bins = torch.fft.rfft(x * signs, norm="ortho")
         inner = bins[:, 1:-1] * 2**0.5
         yield torch.cat([bins[:, :1].real, inner.real, inner.imag, bins[:, -1:].real], dim=1)
 
 
 def activations(rows: int, dim: int) -> Iterator[Tensor]:
-    """All hooks of the shipped bracket-mini side by side, then its logits, over its training texts: real rows."""
+    """Real rows: all hooks of the shipped bracket-mini side by side, then its logits, over its training texts."""
     from scalpel.tasks.corpus import documents, interpreter_sources
 
     model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
@@ -76,7 +76,7 @@ KINDS: dict[str, Callable[[int, int], Iterator[Tensor]]] = {
 
 
 def error_of(found: Tensor, x: Tensor) -> float:
-    """Largest, against two passes in float64, relative to the largest entry."""
+    """The largest error against two passes in float64, relative to the largest entry."""
     wide = x.double() - x.double().mean(dim=0)
     expected = wide.T @ wide / len(x)
     return float((found - expected).abs().max() / expected.abs().max())
@@ -89,7 +89,7 @@ def exact(dim: int, rows: int, rounds: int) -> dict[str, Any]:
     x = torch.randn(rows, dim, generator=torch.Generator().manual_seed(0))
     narrow = x.bfloat16()
     states = [StreamingCovariance(dim) for _ in range(3)]
-    for _ in range(1 + dim // rows):  # past the rows that wait until there are as many as columns
+    for _ in range(1 + dim // rows):  # beyond the first rows, which wait until there are as many as columns
         for state in states:
             state.update(x)
     fresh = StreamingCovariance(dim).update(x).covariance()
@@ -130,7 +130,7 @@ def errors() -> list[dict[str, Any]]:
 
 
 def leading(kind: str) -> dict[str, Any]:
-    """The top of the spectrum after each batch, update included; torch's has its XᵀX for nothing."""
+    """Times the top of the spectrum after each batch. Our time includes the update; torch gets its XᵀX for free."""
     state = StreamingCovariance(EIGEN_DIM)
     batches = KINDS[kind](EIGEN_ROWS, EIGEN_DIM)
     for _ in range(16):
@@ -158,7 +158,7 @@ def leading(kind: str) -> dict[str, Any]:
 
 
 def sketches(kind: str, rank: int) -> dict[str, Any]:
-    """Milliseconds a batch, and the share of the variance of all batches that the directions hold."""
+    """Milliseconds for each batch, and the share of the variance of all batches that the directions hold."""
     from sklearn.decomposition import IncrementalPCA
 
     source = KINDS[kind](SKETCH_ROWS, SKETCH_DIM)
@@ -230,14 +230,14 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "# Streaming covariance: figures",
         "",
-        "Made by `python benches/bench_covariance.py`; the numbers behind it are in `covariance.json`. Do not edit.",
+        "Made by `python benches/bench_covariance.py` from the numbers in `covariance.json`. Do not edit.",
         "",
-        "Warm medians in milliseconds, contenders in turn, in one process, after the answers were checked.",
+        "Warm medians in milliseconds. The contenders take turns in one process, after the answers were checked.",
         where_measured(result["environment"], result["commit"]),
         "",
         "## Exact update, float32 rows",
         "",
-        "*XᵀX* is torch's product alone: no mean, no float64, no state. Half of it is what a symmetric product needs.",
+        "*XᵀX* is torch's product alone, with no mean, no float64 and no state. A symmetric product needs half of it.",
         "",
         "| | " + " | ".join(f"d = {each['dim']}, {each['rows']} rows" for each in result["exact"]) + " |",
         "|---|" + "---:|" * len(result["exact"]),
@@ -256,11 +256,11 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"| **{words}** | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "torch's bfloat16 product is rounded to bfloat16 and is not centred; ours is float32 and centred.",
+        "Torch's bfloat16 product is rounded to bfloat16 and not centred; ours is float32 and centred.",
         "",
         "## Error against two passes in float64, float32 rows",
         "",
-        "Of the largest entry, the worst of five draws; torch's is `torch.cov` in float32.",
+        "Relative to the largest entry; the worst of five draws. Torch's is `torch.cov` in float32.",
         "",
         "| rows | d | mean, in deviations | ours | torch |",
         "|---:|---:|---:|---:|---:|",
@@ -285,9 +285,9 @@ def table(result: dict[str, Any]) -> str:
         "",
         f"## Sketches of d = {SKETCH_DIM}, batches of {SKETCH_ROWS}",
         "",
-        "Captured: the share of the variance of all rows that the directions hold; *best* is that of the eigenvectors.",
+        "*Captured* is the share of all rows' variance that the directions hold, and *best* that of the eigenvectors.",
         "",
-        "| rows | rank | best | | ms a batch | IncrementalPCA ÷ it | captured |",
+        "| rows | rank | best | | ms per batch | IncrementalPCA ÷ it | captured |",
         "|---|---:|---:|---|---:|---:|---:|",
     ]
     for each in result["sketches"]:

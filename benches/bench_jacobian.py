@@ -1,7 +1,8 @@
-"""Jacobian products of a CircuitGPT of csp_yolo2's layer shape, against torch.func, torch's CSR and the GEMM floor.
+"""Jacobian products of a CircuitGPT with csp_yolo2's layer shape, beside torch.func, torch's CSR and the GEMM floor.
 
 `python benches/bench_jacobian.py` checks the answers in float64, times everything in one run, and writes
-docs/jacobian.json and, made from it, docs/jacobian.md. Under pytest-benchmark, the one case of `scalpel bench`.
+docs/jacobian.json and, made from it, docs/jacobian.md. Under pytest-benchmark it times the Jacobian case of
+`scalpel bench`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def test_jvp(timed: Callable[[bench.Case], None], device: str) -> None:
 
 
 def model_of(density: float, dtype: torch.dtype, seed: int = 0, layers: int = LAYERS) -> CircuitGPT:
-    """An untrained model whose block matrices have that fraction of non-zeros, scaled so that values stay of size."""
+    """An untrained model whose block matrices have that share of non-zeros, scaled so that values keep their size."""
     config = CircuitGPTConfig(
         block_size=LENGTH,
         vocab_size=64,
@@ -257,16 +258,16 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "# Jacobian products: figures",
         "",
-        "Made by `python benches/bench_jacobian.py`; the numbers behind it are in `jacobian.json`. Do not edit.",
+        "Made by `python benches/bench_jacobian.py` from the numbers in `jacobian.json`. Do not edit.",
         "",
         f"{LAYERS} layers of csp_yolo2's shape (width {WIDTH}, {HEADS} heads, a quarter of the activations kept), "
         f"{LENGTH} tokens,",
-        f"{TANGENTS} tangents from `0.resid_in` to `final_resid`, float32, random weights; warm medians in",
-        "milliseconds, contenders in turn, after the answers were checked in float64 (over 48 tokens).",
+        f"{TANGENTS} tangents from `0.resid_in` to `final_resid`, float32, random weights. Warm medians in",
+        "milliseconds; the contenders take turns, after the answers were checked in float64 (over 48 tokens).",
         where_measured(environment, result["commit"]),
         "",
         "- *vmap(jvp)*: torch.func over the same model",
-        "- *torch CSR*: the same products by hand over torch's CSR matrices",
+        "- *torch CSR*: the same products, written by hand with torch's CSR matrices",
         "- *GEMM floor*: the dense products of T + 1 forward passes",
         "- *dense forward*: dense linears, abs, topk, gather and scatter, explicit attention with the sink",
         "",
@@ -283,7 +284,7 @@ def table(result: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        f"Peak resident memory of one product at {FULL:.1%}, result included, each in a process of its own (MiB): "
+        f"Peak resident memory in MiB of one product at {FULL:.1%}, its result included, each in a process of its own: "
         + ", ".join(f"{who} {found['beyond'] / 2**20:.0f}" for who, found in result["memory"].items())
         + ".",
     ]
