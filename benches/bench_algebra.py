@@ -46,7 +46,7 @@ def semigroups() -> dict[str, Any]:
         return int(FroidurePin([Transf(images) for images in generators.values()]).size())
 
     assert ours() == alone() == 7**7
-    found = medians({"ours": (ours, ROUNDS), "libsemigroups": (alone, ROUNDS)})
+    times = medians({"ours": (ours, ROUNDS), "libsemigroups": (alone, ROUNDS)})
     del quiet
     s = semigroup.TransformationSemigroup(generators)
     _ = s.size
@@ -59,7 +59,7 @@ def semigroups() -> dict[str, Any]:
     ):
         tables[name] = seconds(make)
     assert s.greens().counts()["D"] == 7 and len(s.idempotents()) == 6322
-    return {"elements": 7**7, "ms": found, "ratio": found["ours"] / found["libsemigroups"], "tables_seconds": tables}
+    return {"elements": 7**7, "ms": times, "ratio": times["ours"] / times["libsemigroups"], "tables_seconds": tables}
 
 
 def orbits() -> list[dict[str, Any]]:
@@ -75,7 +75,7 @@ def orbits() -> list[dict[str, Any]]:
         ],
         "two random maps": list(np.random.default_rng(0).integers(states, size=(2, states))),
     }
-    found = []
+    measured = []
     for name, images in maps.items():
         table = np.stack(images).astype(np.int32)
         graph = csr_array(
@@ -95,7 +95,7 @@ def orbits() -> list[dict[str, Any]]:
         )
         reached = int(seen.sum())
         shape_ms = medians({"shapes": (lambda t=table: semigroup.orbit_shapes(t[0]), 3)})["shapes"]
-        found.append(
+        measured.append(
             {
                 "states": name,
                 "reached": reached,
@@ -104,34 +104,34 @@ def orbits() -> list[dict[str, Any]]:
                 "orbit_shapes_million_a_second": states / shape_ms / 1e3,
             }
         )
-    return found
+    return measured
 
 
 def extraction() -> list[dict[str, Any]]:
     """Times whole extractions, nulls and the untrained model included."""
-    found = []
+    measured = []
     for name in ("mod3-mini", "flip-flop-mini", "parity-mini"):
         model = scalpel.CircuitGPT.from_pretrained(name)
         card = model.card["machine"]
         begun = time.perf_counter()
-        one = semigroup.extract(model, card["letters"], card["outputs"])
-        assert one.verdict == "finite", one.reasons
-        found.append(
+        extracted = semigroup.extract(model, card["letters"], card["outputs"])
+        assert extracted.verdict == "finite", extracted.reasons
+        measured.append(
             {
                 "model": name,
                 "seconds": time.perf_counter() - begun,
-                "size": one.semigroup().size,
-                "words_asked": one.asked,
-                "conflict_at_most": None if one.conflict is None else one.conflict.worst,
+                "size": extracted.semigroup().size,
+                "words_asked": extracted.asked,
+                "conflict_at_most": None if extracted.conflict is None else extracted.conflict.worst,
             }
         )
-    return found
+    return measured
 
 
 def effects() -> list[dict[str, Any]]:
     """Times the effects of all 3,712 nodes of bracket-mini: ours, and one pass for each node with model.ablate."""
     model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
-    found = []
+    measured = []
     for prompts in (64, 256):
         task = circuits.bracket_counting(model, prompts, 3)
         parts = [task.part(slice(i, i + 64)) for i in range(0, prompts, 64)]
@@ -151,7 +151,7 @@ def effects() -> list[dict[str, Any]]:
                 errors.append(float(np.abs(ours.hooks[hook][int(channel)] - logits).max()))
         assert max(errors) < 1e-4, max(errors)
         ratios = [each * len(nodes) / whole for whole, each in times]
-        found.append(
+        measured.append(
             {
                 "prompts": prompts,
                 "nodes": len(nodes),
@@ -162,30 +162,30 @@ def effects() -> list[dict[str, Any]]:
                 "largest_difference_of_a_logit": max(errors),
             }
         )
-    return found
+    return measured
 
 
 @torch.no_grad()
 def one_pass(model: scalpel.CircuitGPT, node: str, parts: list[circuits.Task]) -> np.ndarray:
     """The logits of the answers with one node ablated, from a forward pass."""
-    found = []
+    parts_logits = []
     with model.ablate([node]):
         for part in parts:
             logits = model(part.ids)
-            found.append(logits[torch.arange(len(part)), part.asked][:, list(part.answers)])
-    return torch.cat(found).numpy()
+            parts_logits.append(logits[torch.arange(len(part)), part.asked][:, list(part.answers)])
+    return torch.cat(parts_logits).numpy()
 
 
 def pruning() -> dict[str, Any]:
     """Times pruning from ten seeds, with their controls, and what the best circuit closes over."""
     model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
-    found = circuits.prune(model)
+    pruned = circuits.prune(model)
     return {
-        "seconds": found.seconds,
-        "seeds": len(found.circuits),
-        "nodes": [len(circuit.nodes) for circuit in found.circuits],
-        "of": found.total,
-        "reached": sum(circuit.reached for circuit in found.circuits),
+        "seconds": pruned.seconds,
+        "seeds": len(pruned.circuits),
+        "nodes": [len(circuit.nodes) for circuit in pruned.circuits],
+        "of": pruned.total,
+        "reached": sum(circuit.reached for circuit in pruned.circuits),
     }
 
 

@@ -75,11 +75,11 @@ KINDS: dict[str, Callable[[int, int], Iterator[Tensor]]] = {
 }
 
 
-def error_of(found: Tensor, x: Tensor) -> float:
+def error_of(covariance: Tensor, x: Tensor) -> float:
     """The largest error against two passes in float64, relative to the largest entry."""
     wide = x.double() - x.double().mean(dim=0)
     expected = wide.T @ wide / len(x)
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float((covariance - expected).abs().max() / expected.abs().max())
 
 
 # ---- what is timed -------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def exact(dim: int, rows: int, rounds: int) -> dict[str, Any]:
         for part in x.split(256):
             states[1].update(part)
 
-    found = medians(
+    times = medians(
         {
             "ours": (lambda: states[0].update(x), rounds),
             "ours in batches of 256": (streamed, rounds),
@@ -111,12 +111,12 @@ def exact(dim: int, rows: int, rounds: int) -> dict[str, Any]:
             "XᵀX, bfloat16": (lambda: torch.mm(narrow.T, narrow, out=narrow_product), rounds),
         }
     )
-    print(dim, {name: round(value, 1) for name, value in found.items()}, flush=True)
-    return {"dim": dim, "rows": rows, "ms": found}
+    print(dim, {name: round(value, 1) for name, value in times.items()}, flush=True)
+    return {"dim": dim, "rows": rows, "ms": times}
 
 
 def errors() -> list[dict[str, Any]]:
-    found = []
+    measured = []
     for rows, dim, shift in ((4096, 512, 0.0), (4096, 512, 1000.0), (300, 64, 0.0), (300, 64, 1000.0)):
         ours, theirs = [], []
         for seed in range(5):
@@ -125,8 +125,8 @@ def errors() -> list[dict[str, Any]]:
             x = (torch.randn(rows, dim, generator=generator, dtype=torch.float64) @ turn + shift).float()
             ours.append(error_of(StreamingCovariance(dim).update(x).covariance(), x))
             theirs.append(error_of(torch.cov(x.T, correction=0).double(), x))
-        found.append({"rows": rows, "dim": dim, "mean": shift, "ours": max(ours), "torch": max(theirs)})
-    return found
+        measured.append({"rows": rows, "dim": dim, "mean": shift, "ours": max(ours), "torch": max(theirs)})
+    return measured
 
 
 def leading(kind: str) -> dict[str, Any]:
@@ -152,9 +152,9 @@ def leading(kind: str) -> dict[str, Any]:
             torchs.append(time.perf_counter() - begun)
     if worst > 1e-5:
         raise bench.WrongAnswer(f"a residual is {worst:.1e} of the largest eigenvalue")
-    found = {"kind": kind, "ours": statistics.median(ours) * 1e3, "torch": statistics.median(torchs) * 1e3}
-    print(found, worst, flush=True)
-    return found | {"residual": worst}
+    times = {"kind": kind, "ours": statistics.median(ours) * 1e3, "torch": statistics.median(torchs) * 1e3}
+    print(times, worst, flush=True)
+    return times | {"residual": worst}
 
 
 def sketches(kind: str, rank: int) -> dict[str, Any]:
@@ -199,16 +199,15 @@ def sketches(kind: str, rank: int) -> dict[str, Any]:
         "Frequent Directions, rank doubled": wider.eigh(rank).vectors,
         "IncrementalPCA": torch.from_numpy(incremental.components_),
     }
-    found = {
+    measured = {
         name: {"ms": statistics.median(took[1:]) * 1e3, "captured": captured(vectors[name])}
         for name, took in times.items()
     }
-    found["pca_lowrank, all at once"] = {"ms": lowrank * 1e3, "captured": captured(V.T)}
+    measured["pca_lowrank, all at once"] = {"ms": lowrank * 1e3, "captured": captured(V.T)}
     best = float(torch.linalg.eigvalsh(C)[-rank:].sum()) / total
-    print(
-        kind, rank, best, {name: (round(f["ms"], 1), round(f["captured"], 4)) for name, f in found.items()}, flush=True
-    )
-    return {"kind": kind, "rank": rank, "best": best, "ways": found}
+    shown = {name: (round(way["ms"], 1), round(way["captured"], 4)) for name, way in measured.items()}
+    print(kind, rank, best, shown, flush=True)
+    return {"kind": kind, "rank": rank, "best": best, "ways": measured}
 
 
 def run() -> dict[str, Any]:

@@ -68,7 +68,7 @@ def medians(contenders: dict[str, list[Callable[[], Any]]]) -> dict[str, float]:
             ended.synchronize()
             if turn >= 0:
                 times[name].append(begun.elapsed_time(ended))
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: statistics.median(each) for name, each in times.items()}
 
 
 def check(right: bool, what: str) -> None:
@@ -98,7 +98,7 @@ def topk(width: int, k: int, dtype: torch.dtype, kind: str = "normal") -> dict[s
     )
     out = torch.empty_like(sets[0])
     slow = [lambda x=x: expression(x[: max(1, rows // 8)], k) for x in sets]
-    found = medians(
+    times = medians(
         {
             "ours": [lambda x=x: scalpel.keep_topk(x, k, out=out) for x in sets],
             "clone": [lambda x=x: out.copy_(x) for x in sets],
@@ -111,9 +111,9 @@ def topk(width: int, k: int, dtype: torch.dtype, kind: str = "normal") -> dict[s
         "dtype": str(dtype)[6:],
         "kind": kind,
         "rows": rows,
-        **found,
-        "of_clones_bandwidth": found["clone"] / found["ours"],
-        "times_torch": 8 * found["torch_eighth"] / found["ours"],
+        **times,
+        "of_clones_bandwidth": times["clone"] / times["ours"],
+        "times_torch": 8 * times["torch_eighth"] / times["ours"],
     }
 
 
@@ -207,8 +207,8 @@ def attention(length: int) -> dict[str, Any]:
     }
 
 
-def relative(found: Tensor, exact: Tensor) -> float:
-    return float((found.double() - exact).norm() / exact.norm())
+def relative(computed: Tensor, exact: Tensor) -> float:
+    return float((computed.double() - exact).norm() / exact.norm())
 
 
 # ---- covariance ----------------------------------------------------------------------------------
@@ -222,13 +222,13 @@ def covariance(dim: int, dtype: torch.dtype) -> dict[str, Any]:
     exact = sets[0].double().T @ sets[0].double() / rows
     ours, theirs = relative(state.covariance(), exact), relative(sets[0].T @ sets[0] / rows, exact)
     check(ours < 1e-2 and (dtype == torch.bfloat16 or ours < 2 * theirs), f"the covariance of {dim} {dtype}")
-    found = medians({"ours": [lambda x=x: state.update(x) for x in sets], "torch": [lambda x=x: x.T @ x for x in sets]})
+    times = medians({"ours": [lambda x=x: state.update(x) for x in sets], "torch": [lambda x=x: x.T @ x for x in sets]})
     return {
         "dim": dim,
         "dtype": str(dtype)[6:],
         "rows": rows,
-        **found,
-        "times_torch": found["torch"] / found["ours"],
+        **times,
+        "times_torch": times["torch"] / times["ours"],
         "error": ours,
         "torch_error": theirs,
     }

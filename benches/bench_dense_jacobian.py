@@ -79,9 +79,9 @@ def check(ids: Tensor) -> float:
     J = scalpel.jacobian(model, ids)
     V = torch.randn(TANGENTS, *J.source_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     right = through_torch_func(model, ids, V[:2])
-    found = J.jvp(V[:2])
-    worst = float((found - right).abs().max() / right.abs().max())
-    adjoint = float((J.vjp(found) * V[:2]).sum() / found.square().sum()) - 1
+    pushed = J.jvp(V[:2])
+    worst = float((pushed - right).abs().max() / right.abs().max())
+    adjoint = float((J.vjp(pushed) * V[:2]).sum() / pushed.square().sum()) - 1
     if not (worst <= 1e-9 and abs(adjoint) <= 1e-9):
         raise bench.WrongAnswer(f"the products are {worst:.1e} and {adjoint:.1e} (relative) off; nothing was timed")
     exact = J.jvp(V)
@@ -137,10 +137,10 @@ def attention_memory(kind: str) -> dict[str, int]:
 def run() -> dict[str, Any]:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = time_gpt2()
+        result = time_gpt2()
     for kind in ("dense", "dense vjp", "lanes"):
-        found[f"memory, {kind}"] = in_a_process(__file__, "--memory", kind)
-    return found | {"environment": bench.environment(), "commit": commit()}
+        result[f"memory, {kind}"] = in_a_process(__file__, "--memory", kind)
+    return result | {"environment": bench.environment(), "commit": commit()}
 
 
 def table(result: dict[str, Any]) -> str:

@@ -61,13 +61,13 @@ def through_torch_func(model: CircuitGPT, ids: Tensor, tangents: Tensor) -> Tens
     """vmap(jvp) from 0.resid_in to final_resid."""
 
     def final(delta: Tensor) -> Tensor:
-        found: list[Tensor] = []
+        recorded: list[Tensor] = []
 
         def add(value: Tensor, name: str) -> Tensor:
             return value + delta
 
-        model.run_with_hooks(ids, fwd_hooks=[("0.resid_in", add), ("final_resid", lambda v, name: found.append(v))])
-        return found[0]
+        model.run_with_hooks(ids, fwd_hooks=[("0.resid_in", add), ("final_resid", lambda v, name: recorded.append(v))])
+        return recorded[0]
 
     zero = torch.zeros_like(tangents[0])
     return torch.func.vmap(lambda t: torch.func.jvp(final, (zero,), (t,))[1])(tangents)
@@ -175,12 +175,12 @@ def check(model: CircuitGPT, ids: Tensor) -> None:
     V = torch.randn(2, *J.source_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     expected = through_torch_func(model, ids, V)
     pulled = float((J.vjp(expected) * V).sum())  # <Jᵀ J V, V> = <J V, J V>
-    for name, found, right in (
+    for name, product, right in (
         ("ours", J.jvp(V), expected),
         ("torch CSR's", TorchCSR(model, ids).jvp(V), expected),
         ("our vjp's", torch.tensor(pulled, dtype=torch.float64), expected.square().sum()),
     ):
-        worst = float((found - right).abs().max() / right.abs().max())
+        worst = float((product - right).abs().max() / right.abs().max())
         if not worst <= 1e-9:
             raise bench.WrongAnswer(f"{name} product is {worst:.1e} (relative) off; nothing was timed")
 
@@ -196,7 +196,7 @@ def contenders_at(density: float, seed: int) -> dict[str, tuple[Callable[[], Any
     J = scalpel.jacobian(model, ids)
     V = torch.randn(TANGENTS, *J.source_shape, generator=generator)
     U = torch.randn(TANGENTS, *J.target_shape, generator=generator)
-    found: dict[str, tuple[Callable[[], Any], int]] = {
+    contenders: dict[str, tuple[Callable[[], Any], int]] = {
         "jvp": (lambda: J.jvp(V), 7),
         "vjp": (lambda: J.vjp(U), 7),
         "primal": (lambda: scalpel.jacobian(model, ids), 5),
@@ -207,8 +207,8 @@ def contenders_at(density: float, seed: int) -> dict[str, tuple[Callable[[], Any
     }
     if density == FULL:
         csr = TorchCSR(model, ids)
-        found["torch CSR"] = (lambda: csr.jvp(V), 3)
-    return found
+        contenders["torch CSR"] = (lambda: csr.jvp(V), 3)
+    return contenders
 
 
 def run(densities: tuple[float, ...] = DENSITIES, seed: int = 0) -> dict[str, Any]:
@@ -285,7 +285,7 @@ def table(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"Peak resident memory in MiB of one product at {FULL:.1%}, its result included, each in a process of its own: "
-        + ", ".join(f"{who} {found['beyond'] / 2**20:.0f}" for who, found in result["memory"].items())
+        + ", ".join(f"{who} {bytes_of['beyond'] / 2**20:.0f}" for who, bytes_of in result["memory"].items())
         + ".",
     ]
     return "\n".join(lines) + "\n"

@@ -161,7 +161,7 @@ def run(folder: Path, rounds: int = 2) -> dict[str, Any]:
         if not bool(stream(folder).isfinite().all()):
             raise bench.WrongAnswer("the tangents are not finite")
         times["streamed"].append(time.perf_counter() - begun)
-        print({name: round(found[-1], 2) for name, found in times.items()}, flush=True)
+        print({name: round(seconds[-1], 2) for name, seconds in times.items()}, flush=True)
     memory = in_a_process(__file__, "--folder", str(folder), "--memory")
     return {
         "seconds": times,
@@ -180,7 +180,7 @@ def peak_resident() -> int:
 
 def table(result: dict[str, Any]) -> str:
     """docs/stream.md. Every figure in it is computed from the result."""
-    best = {name: min(found) for name, found in result["seconds"].items()}
+    best = {name: min(runs) for name, runs in result["seconds"].items()}
     larger = max(best["reading"], best["GEMM"])
     return "\n".join(
         [

@@ -83,13 +83,13 @@ def check_corner(op: str, by: str, x: Tensor, k: int, out: Tensor) -> None:
     size = some.abs() if by == "magnitude" else some
     order = size.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     mask = torch.zeros(some.shape, dtype=torch.bool).scatter_(-1, order, True)
-    found = out[: len(some)]
+    answer = out[: len(some)]
     if op == "topk_indices":
-        right = torch.equal(found, order.sort(dim=-1).values)
+        right = torch.equal(answer, order.sort(dim=-1).values)
     elif op == "topk_mask":
-        right = torch.equal(found, mask)
+        right = torch.equal(answer, mask)
     else:
-        right = torch.equal(found.nan_to_num(1.25), torch.where(mask, some, 0).nan_to_num(1.25))
+        right = torch.equal(answer.nan_to_num(1.25), torch.where(mask, some, 0).nan_to_num(1.25))
     if not right:
         raise bench.WrongAnswer(f"{op} by {by} of {tuple(x.shape)} {x.dtype}, k = {k}, is wrong; nothing was timed")
 
@@ -106,7 +106,7 @@ def medians(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, 
             del result
             if turn >= 0:
                 times[name].append(took)
-    return {name: statistics.median(found) * 1e3 for name, found in times.items()}
+    return {name: statistics.median(seconds) * 1e3 for name, seconds in times.items()}
 
 
 def cell(x: Tensor, k: int) -> dict[str, float]:
@@ -114,7 +114,7 @@ def cell(x: Tensor, k: int) -> dict[str, float]:
     out, mask = torch.empty_like(x), torch.empty(x.shape, dtype=torch.bool)
     check(x, k, scalpel.keep_topk(x, k, out=out), scalpel.topk_mask(x, k, out=mask))
     check(x, k, scalpel.keep_topk(x, k), mask)
-    found = medians(
+    times = medians(
         {
             "keep_topk, out=": lambda: scalpel.keep_topk(x, k, out=out),
             "topk_mask, out=": lambda: scalpel.topk_mask(x, k, out=mask),
@@ -140,7 +140,7 @@ def cell(x: Tensor, k: int) -> dict[str, float]:
     if x.dtype == torch.float32:  # numpy has no bfloat16
         array = x.numpy()
         slow["numpy.partition"] = lambda: np.partition(array, x.shape[-1] - k, axis=-1)
-    return found | medians(slow, SLOW_ROUNDS)
+    return times | medians(slow, SLOW_ROUNDS)
 
 
 def corners(rows: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -173,7 +173,7 @@ def corners(rows: int, width: int, generator: torch.Generator) -> dict[str, Tens
 
 def corner_table(generator: torch.Generator, widths: tuple[int, ...]) -> list[dict[str, Any]]:
     """The time of a call on each kind of data, divided by that on normal data of the same size, k and dtype."""
-    found = []
+    ratios = []
 
     def measure(op: str, by: str, k: int, data: dict[str, Tensor]) -> None:
         normal = data["normal"]
@@ -184,7 +184,7 @@ def corner_table(generator: torch.Generator, widths: tuple[int, ...]) -> list[di
             check_corner(op, by, x, k, call(x, k, by=by, out=out))
         times = medians({name: lambda x=x: call(x, k, by=by, out=out) for name, x in data.items()}, 5)
         what = {"op": op, "by": by, "dtype": str(normal.dtype)[6:], "width": normal.shape[-1], "k": k}
-        found.extend(what | {"data": name, "ratio": took / times["normal"]} for name, took in times.items())
+        ratios.extend(what | {"data": name, "ratio": took / times["normal"]} for name, took in times.items())
 
     for width in widths:
         kinds = corners(CORNER_ELEMENTS // width, width, generator)
@@ -195,7 +195,7 @@ def corner_table(generator: torch.Generator, widths: tuple[int, ...]) -> list[di
     for op, by, dtype, width, k in ASIDE:
         kinds = corners(CORNER_ELEMENTS // 4 // width, width, generator)
         measure(op, by, k % width, {name: x.to(dtype) for name, x in kinds.items()})
-    return found
+    return ratios
 
 
 def run(widths: tuple[int, ...] = WIDTHS, seed: int = 0) -> dict[str, Any]:
@@ -297,7 +297,8 @@ def table(result: dict[str, Any]) -> str:
         "",
         "Times are divided by that of normal data of the same width, k and dtype. The calls are `keep_topk` of float32",
         "and bfloat16 at widths 512, 2048 and 16384, with k of 32, a quarter and fifteen sixteenths of the width, and",
-        "those of the second table. The first table shows the slowest call for each kind of data, and how many are above 2.",
+        "those of the second table. The first table shows the slowest call on each kind of data, and how many calls",
+        "take more than twice as long.",
         "",
         "| data | time | where | above 2 |",
         "|---|---:|---|---:|",

@@ -54,23 +54,23 @@ def main() -> None:
 
 def row(result: Result) -> dict[str, Any]:
     """The parts of a result that the page shows."""
-    found: dict[str, Any] = {
+    shown: dict[str, Any] = {
         part: getattr(result, part).get("summary", "") for part in ("prediction", "measured", "interval", "null")
     }
-    found |= {"verdict": result.verdict, "question": result.question, "seed_figure": result.seed_figure}
+    shown |= {"verdict": result.verdict, "question": result.question, "seed_figure": result.seed_figure}
     if result.name == "dilution":
-        found["laws"] = {name: one["mean_absolute_error"] for name, one in result.measured["laws"].items()}
-        found["critical_length"] = {
+        shown["laws"] = {name: one["mean_absolute_error"] for name, one in result.measured["laws"].items()}
+        shown["critical_length"] = {
             k: {name: one[name] for name in ("value", "low", "high", "status")}
             for k, one in result.measured["critical_length"].items()
         }
-        found["head"] = result.prediction.get("head", {}) | {"is_mean": result.measured["head"].get("is_mean")}
+        shown["head"] = result.prediction.get("head", {}) | {"is_mean": result.measured["head"].get("is_mean")}
     if result.name == "agreement":
-        found["by_law"] = {name: one["plain"] for name, one in result.measured["agreement_by_law"].items()}
-        found["by_law_interval"] = result.interval["by_law"]
+        shown["by_law"] = {name: one["plain"] for name, one in result.measured["agreement_by_law"].items()}
+        shown["by_law_interval"] = result.interval["by_law"]
     if result.name == "causes":
-        found["right"] = result.measured["right"]
-    return found
+        shown["right"] = result.measured["right"]
+    return shown
 
 
 def page(content: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ def keys(x: np.ndarray, bits: int) -> np.ndarray:
 
 
 def search(row: np.ndarray, k: int, guess: bool) -> int:
-    """The number of counts until exactly k keys are found, or one key is left.
+    """The number of counts until exactly k keys are count, or one key is left.
 
     With ``guess`` it searches as the kernel does, without by halving. Looking at which keys are left counts as two.
     """
@@ -53,11 +53,11 @@ def search(row: np.ndarray, k: int, guess: bool) -> int:
         wanted = (k**0.5 + (k - 1) ** 0.5) / 2
         part = (from_low**0.5 - wanted) / (from_low**0.5 - above**0.5) if guessed else 0.5
         key = min(max(low + 1 + int(part * size), low + 1), high) if guess else low + size // 2 + 1
-        found = len(row) - int(np.searchsorted(row, key))
-        if found >= k:
-            low, from_low = key, found
+        count = len(row) - int(np.searchsorted(row, key))
+        if count >= k:
+            low, from_low = key, count
         else:
-            high, above = key - 1, found
+            high, above = key - 1, count
     return step + 2 * looks
 
 
