@@ -10,7 +10,7 @@ __all__ = ["HOW_TO_JOIN", "MAGIC", "gguf_in", "no_circuitgpt", "no_stream"]
 
 MAGIC = b"GGUF"  # the first bytes of every such file
 HOW_TO_JOIN = "Parts of one model are joined with llama.cpp's llama-gguf-split --merge"
-_HOW_TO_READ = "from scalpel.models.gguf.model import plain_model"
+_HOW_TO_READ = "from scalpel.models.gguf import plain_model"
 
 
 def gguf_in(path: str | Path) -> Path | None:

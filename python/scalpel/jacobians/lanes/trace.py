@@ -7,7 +7,6 @@ each sublayer the supports that its TopKs keep, its norm, attention's q, k, v an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from ..._native import runs_on
 from ...hooks.modules import hooks_on
+from ...hooks.stopping import Stop
 from ...lanes import Attention, Norm, apply_linear
 from ...models.circuitgpt.attention import attend
 from ...models.circuitgpt.core import CircuitCore
@@ -41,10 +41,6 @@ def has_products(model: CircuitGPT) -> bool:
         if hooks_on(module) or module._backward_hooks:
             return False
     return True
-
-
-class Found(Exception):
-    """A pass has reached the hook where it ends; its argument is the value there."""
 
 
 @dataclass
@@ -84,13 +80,14 @@ class CircuitTrace:
         self.hooks = hooks
         self.values: dict[str, Tensor] = {}
         self.first = self._number(hooks[0])
+        self._stop = Stop()
         self._layers: list[Layer] = []
         self.changed: dict[str, tuple[Function, Tensor]] = {}  # hooks at which an intervention moves the value
         self.final: Norm | None = None
         self.tap = self.model._composed_tap(None)
         allowed = run.allowed
         self.allowed = (allowed[None] if allowed.dim() == 2 else allowed[:, 0]).contiguous()
-        with torch.no_grad(), suppress(Found):
+        with torch.no_grad(), self._stop:
             self._hook("logits", self._run())
 
     def layers(self, source: str, target: str) -> list[Layer]:
@@ -176,7 +173,7 @@ class CircuitTrace:
         if name in self.hooks:
             self.values[name] = after
             if name == self.hooks[-1]:
-                raise Found(after)
+                self._stop(after)
         return after
 
     def _tokens(self, x: Tensor) -> Tensor:
