@@ -19,25 +19,21 @@ from ..hooks.inputs import holds_ids, limits_of, read_inputs
 from ..hooks.modules import (
     first_tensor,
     hooked,
-    known_hook,
     leaves,
-    module_names,
+    module_hooks,
     rebuilt,
     user_hooks,
     watching_outputs,
     with_first_tensor,
 )
+from ..hooks.names import hook_named, known_hook
 from ..hooks.running import ALONE, running
+from ..hooks.stopping import Stop
 from ..models.circuitgpt.attention import allowed_keys
 from ..models.circuitgpt.core import MODULE_PATHS
 from ..models.circuitgpt.model import CircuitGPT
-from ..models.decoders.families import hook_named
 
 LOGITS = "logits"
-
-
-class _Reached(Exception):
-    """The target has been recorded; nothing after it is needed."""
 
 
 class Pass:
@@ -151,21 +147,17 @@ class CircuitPass(Pass):
         return allowed_keys(self.inputs[0], self.inputs[1])
 
     def run(self, at_source: Callable[[Tensor], Tensor]) -> Tensor:
-        recorded: list[Tensor] = []
-
         def tap(name: str, value: Tensor) -> Tensor:
             if name == self.source:
                 value = at_source(value)
             if name == self.target:
-                recorded.append(value)
-                raise _Reached
+                stop(value)
             return value
 
-        try:
-            logits: Tensor = self._frozen(*self.inputs, tap=tap)
-        except _Reached:
-            return recorded.pop()
-        return logits
+        with Stop() as stop:
+            stop(self._frozen(*self.inputs, tap=tap))  # the logits, where the target is nowhere before them
+        reached: Tensor = stop.value
+        return reached
 
     def tangent_size(self, source: Tensor, target: Tensor) -> int:
         config = self._frozen.config
@@ -185,7 +177,7 @@ class ModulePass(Pass):
 
     def __init__(self, model: nn.Module, inputs: Any, keywords: dict[str, Any], source: str, target: str) -> None:
         super().__init__(model, source, target)
-        names = [name + end for name in module_names(model) for end in ("", ":in")]
+        names = module_hooks(model)
         kind = f"this {type(model).__name__}, whose hooks are module paths (':in' ends an input's)"
         known_hook(source, names, "source", kind)
         self._logits = target == LOGITS and LOGITS not in names
@@ -201,7 +193,6 @@ class ModulePass(Pass):
         self._written: dict[str, Tensor] = {}  # buffers of modules that write to one, as they were at the start
 
     def run(self, at_source: Callable[[Tensor], Tensor]) -> Tensor:
-        recorded: list[Tensor] = []
         entered = False
 
         def meet(value: Any, hook: str) -> Any:
@@ -210,18 +201,18 @@ class ModulePass(Pass):
                 entered = True
                 value = with_first_tensor(value, at_source(first_tensor(value, hook)))
             if hook == self.target and entered:
-                recorded.append(first_tensor(value, hook))
-                raise _Reached
+                stop(first_tensor(value, hook))
             return value
 
         with ALONE, running(self.model), sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
             for hook in dict.fromkeys((self.source, self.target)):
                 if hook != self.target or not self._logits:
                     stack.enter_context(hooked(self.model, hook, meet))
-            try:
+            with Stop() as stop:
                 output = self._called() if self._measured else self._called_and_measured()
-            except _Reached:
-                return recorded.pop()
+        if stop.reached:
+            reached: Tensor = stop.value
+            return reached
         if not entered:
             raise ValueError(f"the forward pass never ran {self.source!r}: choose a source that it runs")
         if self._logits:

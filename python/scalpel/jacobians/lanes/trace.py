@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from ..._native import runs_on
 from ...hooks.masks import watch_activations, watch_masks
 from ...hooks.modules import hooks_on
 from ...hooks.running import eager
+from ...hooks.stopping import Stop
 from ...lanes import Attention, Norm
 from ...models.circuitgpt import layers
 from ...models.circuitgpt.layers import Attention as CoreAttention
@@ -44,10 +44,6 @@ def has_products(model: CircuitGPT) -> bool:
         if hooks_on(module) or module._backward_hooks:
             return False
     return True
-
-
-class Found(Exception):
-    """A pass has reached the hook where it ends; its argument is the value there."""
 
 
 @dataclass
@@ -96,6 +92,7 @@ class CircuitTrace:
         self.changed: dict[str, tuple[Function, Tensor]] = {}
         self.final: Norm | None = None
         self._first = self._number(hooks[0])
+        self._stop = Stop()
         self._layers: list[Layer] = []
         self._heads: dict[str, Tensor] = {}  # the layer's q, k and v, until its attention is kept
         self._hidden: Tensor | None = None  # the input of the layer's activation, until its slope is kept
@@ -105,7 +102,7 @@ class CircuitTrace:
         bare = copy.copy(self.model)
         bare._interventions = []  # the tap here makes them, and so sees the values before and after
         watching = watch_masks(self._watch_mask), watch_activations(self._watch_activation)
-        with torch.no_grad(), eager(), watching[0], watching[1], suppress(Found):  # a compiled graph shows no mask
+        with torch.no_grad(), eager(), watching[0], watching[1], self._stop:  # a compiled graph shows no mask
             self.values["logits"] = bare(*run.inputs, tap=self._tap)
 
     def layers(self, source: str, target: str) -> list[Layer]:
@@ -139,7 +136,7 @@ class CircuitTrace:
         if name in self.hooks:
             self.values[name] = after
             if name == self.hooks[-1]:
-                raise Found(after)
+                self._stop(after)
         if name == "final_resid":
             self.final = Norm.of(self.model.transformer.ln_f, _tokens(after))
         if layer is not None:

@@ -14,8 +14,8 @@ from torch.func import jvp, vjp, vmap
 
 from ...hooks.positions import Selected, read_at
 from ...hooks.running import ALONE
+from ...hooks.stopping import Stop
 from ...models.decoders.decoder import Dense
-from ..lanes.trace import Found
 from ..operator import finished
 from .layer import Buffers, DenseLayer
 from .primal import DensePrimal
@@ -87,17 +87,17 @@ class DenseProducts:
             if name == self.run.source:
                 t = start
             if name == self.run.target:
-                raise Found(t)
+                stop(t)
             return t
 
         x: Tensor | None = None
         watched = {self.run.source, self.run.target}
-        try:
+        with Stop() as stop:
             for i, primal in self.primals.items():
                 x = self._layer(i, primal, part, buffers).push(x, hook, watched)
             x = hook("final_resid", x)
-        except Found as found:
-            x = found.args[0]
+        if stop.reached:
+            x = stop.value
             if x is None:
                 return tangents.new_zeros(len(tangents), *self.recorded.shape)
             return self._taken(x, self.at[1], part)
@@ -136,16 +136,15 @@ class DenseProducts:
             if name == self.run.target:
                 u = start
             if name == self.run.source:
-                raise Found(u)
+                stop(u)
             return u
 
-        try:
+        with Stop() as stop:
             x = hook("final_resid", x)
             for i, primal in reversed(self.primals.items()):
                 x = self._layer(i, primal, part, buffers).pull(x, hook)
-        except Found as found:
-            if found.args[0] is not None:
-                return self._taken(found.args[0], self.at[0], part)
+        if stop.value is not None:
+            return self._taken(stop.value, self.at[0], part)
         return cotangents.new_zeros(len(cotangents), *self.source.shape)
 
     # ---- both ways -----------------------------------------------------------------------------

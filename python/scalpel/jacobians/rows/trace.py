@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ...hooks.stopping import Stop
 from ...models.decoders.decoder import Dense
-from ..lanes.trace import Found
 from .primal import DensePrimal, places_of, through_layer
 from .rules import DenseNorm
 
@@ -37,8 +36,9 @@ class DenseTrace:
         self.final: tuple[DenseNorm, Dense] | None = None
         self.neurons = 0
         self._first = self._number(hooks[0])
+        self._stop = Stop()
         self._primals: dict[int, DensePrimal] = {}
-        with suppress(Found):
+        with self._stop:
             self._tap("logits", self._run())
 
     def primals(self, source: str, target: str) -> dict[int, DensePrimal]:
@@ -71,5 +71,5 @@ class DenseTrace:
         if name in self.hooks:
             self.values[name] = value
             if name == self.hooks[-1]:
-                raise Found(value)
+                self._stop(value)
         return value

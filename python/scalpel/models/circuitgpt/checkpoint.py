@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..gguf.model import gguf_in, no_circuitgpt
+from ..gguf_files import gguf_in, no_circuitgpt
 from ..tokenizer import TOKENIZER_FILES, Tokenizer
 from ..weight_files import CheckpointError, read_json, read_weights, some, write_weights
 from .config import CircuitGPTConfig
