@@ -26,11 +26,11 @@ from ..hooks.modules import (
     watching_outputs,
     with_first_tensor,
 )
-from ..hooks.names import hook_named, known_hook
+from ..hooks.names import LOGITS, hook_named, known_hook
 from ..hooks.running import ALONE, running
-from ..models.circuitgpt.model import MODULE_PATHS, CircuitGPT, allowed_keys
-
-LOGITS = "logits"
+from ..models.circuitgpt.attention import allowed_keys
+from ..models.circuitgpt.core import MODULE_PATHS
+from ..models.circuitgpt.model import CircuitGPT
 
 
 class _Reached(Exception):

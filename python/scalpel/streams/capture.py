@@ -17,7 +17,8 @@ from ..hooks.inputs import Inputs, Limits, limits_of, read_inputs
 from ..hooks.modules import as_written, first_tensor, hooked, module_hooks, module_names, with_first_tensor
 from ..hooks.names import hook_named, known_hook, module_path
 from ..hooks.running import ALONE, running
-from ..models.circuitgpt.model import MODULE_PATHS, CircuitGPT
+from ..models.circuitgpt.core import MODULE_PATHS
+from ..models.circuitgpt.model import CircuitGPT
 from ..models.decoders.families import family_of_model, hooks_of_model
 
 GRADIENT = ".grad"  # what the name of a stream of gradients ends with
