@@ -1,6 +1,7 @@
 """A forward pass can be left early, and only by the context that it was left through."""
 
 import pytest
+
 from scalpel.hooks.stopping import Reached, Stop
 
 

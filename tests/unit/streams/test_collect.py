@@ -245,10 +245,10 @@ def test_a_finished_folder_is_read_and_not_made_again(tmp_path: Path, monkeypatc
     assert all(same_bits(first[hook], again[hook]) for hook in HOOKS)
     with pytest.raises(ValueError, match="holds states of another corpus"):
         collect(model, batches[:4], HOOKS, folder=tmp_path)
-    with pytest.raises(ValueError, match="another collection .center differ"):
+    with pytest.raises(ValueError, match="another collection .*center"):
         collect(model, batches, HOOKS, folder=tmp_path, center=False)
     other = build("like_csp_yolo2", seed=1)
-    with pytest.raises(ValueError, match="another collection .model differ"):
+    with pytest.raises(ValueError, match="another collection .*model"):
         collect(other, batches, HOOKS, folder=tmp_path)
 
 
@@ -280,7 +280,7 @@ def test_an_unsound_state_is_refused_and_the_one_before_is_used(tmp_path: Path, 
         truncate(generation)
     with (
         pytest.warns(RuntimeWarning),
-        pytest.raises(ValueError, match="no state in .* is sound: fresh=True collects anew"),
+        pytest.raises(ValueError, match="no state in .* is sound: .*fresh=True to collect anew"),
     ):
         collect(model, corpus(model, 11), HOOKS, folder=tmp_path / "all", save_every=3)
     found = collect(model, corpus(model, 11), HOOKS, folder=tmp_path / "all", save_every=3, fresh=True)
@@ -295,7 +295,7 @@ def test_another_corpus_is_not_mixed_in(tmp_path: Path, kill: Kill) -> None:
     with pytest.raises(ValueError, match="there are 4 batches, and the saved states were made of the first 6"):
         collect(model, corpus(model, 4), HOOKS, folder=tmp_path, save_every=3)
     (tmp_path / "collect.json").unlink()
-    with pytest.raises(ValueError, match="holds states, but no collect.json"):
+    with pytest.raises(ValueError, match=r"holds at-0000-\d+, but no collect.json"):
         collect(model, corpus(model, 11), HOOKS, folder=tmp_path, save_every=3)
 
 
