@@ -18,8 +18,9 @@ from torch.autograd import forward_ad
 from torch.func import jvp, vjp, vmap
 
 from ..hooks.modules import as_written
-from ..hooks.positions import Selected, add_at, check_path, describe, read_at, select, split_pair
+from ..hooks.positions import Selected, add_at, describe, read_at, select, split_pair
 from ..hooks.running import ALONE
+from ..hooks.wiring import check_path
 from ..models.circuitgpt.model import CircuitGPT
 from .lanes.products import CircuitProducts
 from .lanes.trace import has_products

@@ -19,18 +19,19 @@ from ..hooks.inputs import holds_ids, limits_of, read_inputs
 from ..hooks.modules import (
     first_tensor,
     hooked,
-    known_hook,
     leaves,
-    module_names,
+    module_hooks,
     rebuilt,
     user_hooks,
     watching_outputs,
     with_first_tensor,
 )
+from ..hooks.names import hook_named, known_hook
 from ..hooks.running import ALONE, running
 from ..hooks.stopping import Stop
-from ..models.circuitgpt.model import MODULE_PATHS, CircuitGPT, allowed_keys
-from ..models.decoders.families import hook_named
+from ..models.circuitgpt.attention import allowed_keys
+from ..models.circuitgpt.core import MODULE_PATHS
+from ..models.circuitgpt.model import CircuitGPT
 
 LOGITS = "logits"
 
@@ -176,7 +177,7 @@ class ModulePass(Pass):
 
     def __init__(self, model: nn.Module, inputs: Any, keywords: dict[str, Any], source: str, target: str) -> None:
         super().__init__(model, source, target)
-        names = [name + end for name in module_names(model) for end in ("", ":in")]
+        names = module_hooks(model)
         kind = f"this {type(model).__name__}, whose hooks are module paths (':in' ends an input's)"
         known_hook(source, names, "source", kind)
         self._logits = target == LOGITS and LOGITS not in names

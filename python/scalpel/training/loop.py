@@ -18,7 +18,8 @@ from torch import Tensor
 from .._resume import Pieces, WayOut, another_work
 from ..models.circuitgpt.attention import fused_training
 from ..models.circuitgpt.model import CircuitGPT
-from .recipe import Recipe, clip_rms_, prune_, sparse_matrices
+from ..models.sparsity import prune_
+from .recipe import Recipe, clip_rms_, sparse_matrices
 
 SAVE_EVERY_SECONDS = 20.0
 _WAY_OUT = WayOut("recipe", "give another folder", "remove the state to start anew")

@@ -156,8 +156,10 @@ import torch
 sys.path.insert(0, sys.argv[1])
 torch.set_num_threads(1)
 import scalpel
+import scalpel._resume as resume
 import scalpel.streams.saved as saved
 from circuitgpt_cases import build
+sys.path.insert(0, sys.argv[2])
 from test_collect import HOOKS, corpus
 
 def run(folder, at, where, memory):
@@ -166,13 +168,15 @@ def run(folder, at, where, memory):
         if done == at:
             os.kill(os.getpid(), signal.SIGKILL)
     if where:
-        real = getattr(saved, where)
+        modules = [module for module in (saved, resume) if hasattr(module, where)]
+        real = getattr(modules[0], where)
         def stopped(*given):
             steps.append(1)
             if len(steps) == at:
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*given)
-        setattr(saved, where, stopped)
+        for module in modules:
+            setattr(module, where, stopped)
         stop = False
     model = build("like_csp_yolo2")
     scalpel.collect(model, corpus(model, 11), HOOKS, memory, folder=folder, save_every=3, progress=stop)
@@ -192,9 +196,9 @@ Kill = Callable[..., None]
 
 @pytest.fixture(scope="module")
 def kill() -> Iterator[Kill]:
-    """Collects into a folder, and is killed at a batch, or at a call of a function of streams/saved.py."""
+    """Collects into a folder, and is killed at a batch, or at a call of a function that writes its states."""
     process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(SUPPORT)],
+        [sys.executable, "-c", KILLED, str(SUPPORT), str(Path(__file__).parent)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert process.stdin is not None and process.stdout is not None

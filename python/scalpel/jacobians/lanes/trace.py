@@ -18,10 +18,11 @@ from ...hooks.modules import hooks_on
 from ...hooks.stopping import Stop
 from ...lanes import Attention, Norm, apply_linear
 from ...models.circuitgpt.attention import attend
+from ...models.circuitgpt.core import CircuitCore
+from ...models.circuitgpt.model import CircuitGPT
 from ...topk import keep_topk, topk_indices
 
 if TYPE_CHECKING:
-    from ...models.circuitgpt.model import CircuitGPT
     from ..passes import CircuitPass
 
 Function = Callable[[Tensor], Tensor]
@@ -33,10 +34,9 @@ def has_products(model: CircuitGPT) -> bool:
     """
     if not runs_on(model.device) or model.dtype not in (torch.float32, torch.float64):
         return False
-    known = {nn.Linear, nn.Embedding, nn.RMSNorm, nn.ModuleDict, nn.ModuleList}
+    known = {CircuitGPT, nn.Linear, nn.Embedding, nn.RMSNorm, nn.ModuleDict, nn.ModuleList}
     for module in model.modules():
-        own = type(module).__module__ == type(model).__module__
-        if not own and type(module) not in known:
+        if type(module).__module__ != CircuitCore.__module__ and type(module) not in known:
             return False
         if hooks_on(module) or module._backward_hooks:
             return False
