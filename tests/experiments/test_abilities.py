@@ -17,10 +17,8 @@ class Oracle(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.tokenizer, self.config = (
-            small_tokenizer(),
-            CircuitGPTConfig(256, small_tokenizer().vocab_size, 1, 1, d_model=16, d_mlp=16),
-        )
+        self.tokenizer = small_tokenizer()
+        self.config = CircuitGPTConfig(256, self.tokenizer.vocab_size, 1, 1, d_model=16, d_mlp=16)
         self.quotes = [small_tokenizer().single(quote) for quote in "'\""]
 
     def forward(self, ids):

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from ..jacobians.depth.spectra import Spectra
 from ..jacobians.depth.sweeps import ROUNDING, tail_energy
-from ..jacobians.operator import End, Jacobian
-from ..jacobians.rows.primal import DensePrimal, through_layer
+from ..jacobians.ends import End
+from ..jacobians.operator import Jacobian
 from ..jacobians.stream import StreamedLayer, stream_layers
-from ..models.decoders.decoder import Decoder
 from ..models.decoders.folder import decoder_in
 from .measure import Figures, plain, share, spectra
 
@@ -41,10 +40,13 @@ def measure_streamed(folder: Path, ids: Tensor, T: int, seed: int, narrow: bool,
     logs, tails, residuals, growth, norms, rest = [], [], [], [], [], []
     active: dict[str, float] = {}
     sizes: list[int] = []
-    decoder = decoder_in(folder)  # its config; weights come with each layer
+    depth = decoder_in(folder).config.layers
     frame: Tensor | None = None
-    for layer in stream_layers(folder, ids):
-        depth = decoder.config.layers
+
+    def see(name: str, value: Tensor) -> None:
+        active[name] = share(value)
+
+    for layer in stream_layers(folder, ids, see=see):
         step(f"layer {layer.number + 1} of {depth}", layer.number / depth)
         J = _operator(layer)
         if min(J.shape) < T:
@@ -63,7 +65,6 @@ def measure_streamed(folder: Path, ids: Tensor, T: int, seed: int, narrow: bool,
         growth.append(stretched.cpu())
         norms.append(_log_norm(layer.after))
         rest.append(_log_norm(layer.after[:, 1:]))
-        active |= _active(decoder, layer)
     frames = torch.stack(growth)
     alone = ids.shape[1] < 2
     return {
@@ -104,21 +105,6 @@ def _spectrum(J: Jacobian, T: int, seed: int, goal: float) -> tuple[Tensor, Tens
     apart = apart.maximum(torch.linalg.vector_norm(forth - S[:, None] * U.T, dim=1))
     residual = float((apart / S)[nonzero].max()) if bool(nonzero.any()) else 0.0
     return torch.where(nonzero, S, 0.0).log(), Vh, residual
-
-
-def _active(decoder: Decoder, layer: StreamedLayer) -> dict[str, float]:
-    """The layer once more, for what its hooks hold."""
-    rules = layer._rules
-    assert rules is not None
-    found: dict[str, float] = {}
-
-    def tap(name: str, value: Tensor) -> Tensor:
-        found[name] = share(value)
-        return value
-
-    with torch.no_grad():
-        through_layer(decoder, layer.number, rules.layer, layer.before, rules.places, tap, DensePrimal())
-    return found
 
 
 def _through(J: Jacobian, frame: Tensor) -> tuple[Tensor, Tensor]:

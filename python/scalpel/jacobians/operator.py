@@ -1,63 +1,21 @@
 """A Jacobian as a linear operator: products with it, its transpose and its compositions, never its matrix."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..hooks.positions import Selected, describe
-from .passes import Pass
+from .ends import End
+from .svd import truncated_svd
+from .validity import ValidityRadius, validity_radius
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
-    from .validity import ValidityRadius
-
 Product = Callable[[Tensor], Tensor]
 
 _DENSE_BLOCK = 256  # unit tangents at a time when the matrix is wanted after all
-
-
-@dataclass(frozen=True)
-class End:
-    """One end of an operator: a hook of a model at an input, with the value there."""
-
-    run: Pass
-    hook: str
-    positions: Selected
-    function: Callable[[Tensor], Tensor] | None
-    value: Tensor
-
-    def __str__(self) -> str:
-        name = repr(self.hook) if self.function is None else f"a function of {self.hook!r}"
-        return f"{name} at {describe(self.positions)}"
-
-    def mismatch(self, other: "End") -> str | None:
-        """Why ``other`` isn't the same space; None where it is."""
-        if (self.hook, self.positions) != (
-            other.hook,
-            other.positions,
-        ) or self.function is not other.function:
-            return f"one ends at {self}, the other starts at {other}"
-        return self.run.differs(other.run)
-
-
-def check_floating(value: Tensor, name: str) -> None:
-    """TypeError where ``value``, at the hook ``name``, has no derivative."""
-    if not value.dtype.is_floating_point:
-        raise TypeError(f"the value at {name!r} is {value.dtype}; a Jacobian needs floating point there")
-
-
-def finished(value: Tensor, function: Callable[[Tensor], Tensor] | None, name: str, dtype: torch.dtype) -> Tensor:
-    """What a target is, from what its hook ``name`` recorded: ``function`` of it, where there is one."""
-    if function is not None:
-        value = function(value)
-        if not isinstance(value, Tensor):
-            raise TypeError(f"the target's function gave {type(value).__name__}; it must give a tensor")
-    check_floating(value, name)
-    return value.to(dtype)
 
 
 class Jacobian:
@@ -195,15 +153,13 @@ class Jacobian:
         or at the dtype's rounding. RuntimeWarning with the worst residual if it does not get there. Signs are
         the solver's.
         """
-        from .svd import truncated_svd
-
         return truncated_svd(self, k, seed=seed, tol=tol)
 
     def spectrum(self, k: int, *, seed: int = 0, tol: float | None = None) -> Tensor:
         """The k largest singular values, (k,) descending; see :meth:`svd`."""
         return self.svd(k, seed=seed, tol=tol)[1]
 
-    def validity_radius(self, V: Tensor) -> "ValidityRadius":
+    def validity_radius(self, V: Tensor) -> ValidityRadius:
         """For T tangents at the source, V (T, *source_shape), the largest step along each that flips no mask.
 
         ``radius`` (T,): the largest s such that the source value moved by less than s·V[t] leaves every AbsTopK the
@@ -216,10 +172,8 @@ class Jacobian:
         two without for each tangent. NotImplementedError for other models; ValueError for a transpose, a
         composition, or a V that is not finite.
         """
-        from .validity import validity_radius
-
         self._check(V, "V", "validity_radius", tuple(self.source_shape))
-        return validity_radius(self, V)
+        return validity_radius(self._source, self._target, self._derived, V)
 
     def to_dense(self) -> Tensor:
         """The matrix (m, n), for small cases: min(m, n) products and m·n numbers of memory."""
@@ -240,7 +194,7 @@ class Jacobian:
 
         See :class:`scalpel.jacobians.scipy_operator.JacobianLinearOperator` for what it takes and refuses.
         """
-        from .scipy_operator import JacobianLinearOperator
+        from .scipy_operator import JacobianLinearOperator  # SciPy takes a while to import
 
         return JacobianLinearOperator(self)
 

@@ -29,7 +29,7 @@ from ..tasks.corpus import (
 from ..tasks.held_out import NoHeldOutText
 from ..tasks.literals import harvest, python_files
 from .commit import commit
-from .loop import train
+from .loop import state_file_in, train
 from .recipe import Recipe, density_table
 from .text import TextCourse
 from .tokenizer import train_tokenizer
@@ -81,13 +81,10 @@ def train_model(
         raise ValueError(f"steps is {steps}; it must be 1 or more")
     recipe = Recipe(seed=seed, **CONTROLS[control])
     recipe = recipe if steps is None else replace(recipe, steps=steps)
-    if (out / "card.json").exists():
-        raise ValueError(f"{out} holds a finished model; give another folder, or remove that one to train anew")
-    out.mkdir(parents=True, exist_ok=True)
+    state_file = state_file_in(out)
     trained_at = commit()  # now, because the source tree may change while the model trains
     sources = interpreter_sources()
     tokenizer = bracket_tokenizer(sources, recipe.vocab_size)
-    state_file = out / "training-state.pt"
     trained = train(recipe, TextCourse(recipe, sources, tokenizer), state_file, progress)
     model = trained.model.eval()
     model.tokenizer = tokenizer

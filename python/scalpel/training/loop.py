@@ -1,5 +1,6 @@
 """The steps of training a weight-sparse CircuitGPT. Stopping at any moment loses at most a few seconds of work."""
 
+import ast
 import signal
 import threading
 import time
@@ -14,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._files import replacing
+from .._resume import Pieces, WayOut, another_work
 from ..models.circuitgpt.attention import fused_training
 from ..models.circuitgpt.model import CircuitGPT
 from ..models.sparsity import prune_
 from .recipe import Recipe, clip_rms_, sparse_matrices
 
 SAVE_EVERY_SECONDS = 20.0
+_WAY_OUT = WayOut("recipe", "give another folder", "remove the state to start anew")
 
 
 class Course(Protocol):
@@ -73,6 +75,18 @@ class Trained:
     loss: float
     longest: int
     seconds: float
+
+
+def state_file_in(out: Path) -> Path:
+    """The file that a training into the folder ``out`` is resumed from. The folder is created if need be.
+
+    Raises:
+        ValueError: ``out`` holds a finished model.
+    """
+    if (out / "card.json").exists():
+        raise ValueError(f"{out} holds a finished model; give another folder, or remove that one to train anew")
+    out.mkdir(parents=True, exist_ok=True)
+    return out / "training-state.pt"
 
 
 def train(
@@ -170,9 +184,14 @@ def _store(path: Path, step: int, recipe: Recipe, optimizer: torch.optim.Optimiz
         "longest": result.longest,
         "seconds": result.seconds,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with Pieces(path.parent).writing(path.name) as temporary:
         torch.save(state, temporary)
+
+
+def _fields(recipe: str) -> dict[str, Any]:
+    """The fields of a recipe, from its ``repr``, which is what the file of a stopped training holds."""
+    call = ast.parse(recipe, mode="eval").body
+    return {field.arg: ast.literal_eval(field.value) for field in call.keywords if field.arg}  # type: ignore[attr-defined]
 
 
 def _restore(path: Path, recipe: Recipe, optimizer: torch.optim.Optimizer, result: Trained) -> int:
@@ -180,10 +199,7 @@ def _restore(path: Path, recipe: Recipe, optimizer: torch.optim.Optimizer, resul
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)
     if state["recipe"] != repr(recipe):
-        raise ValueError(
-            f"{path} was written by another recipe:\n  {state['recipe']}\nand this one is\n  {recipe!r}\n"
-            "Give another folder, or remove the state to start anew."
-        )
+        raise another_work(path, _fields(state["recipe"]), _fields(repr(recipe)), _WAY_OUT)
     result.model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     result.loss, result.longest, result.seconds = state["loss"], state["longest"], state["seconds"]

@@ -24,7 +24,7 @@ from ..models.tokenizer import Tokenizer
 from ..semigroup.machine import MooreMachine
 from ..tasks.brackets import START
 from .commit import commit
-from .loop import train
+from .loop import state_file_in, train
 from .recipe import Recipe, density_table
 
 __all__ = ["MACHINES", "MachineCourse", "MachineModel", "machine_tokenizer", "train_machine"]
@@ -144,15 +144,12 @@ def train_machine(
     """
     if name not in MACHINES:
         raise ValueError(f"there is no machine named {name!r}; there are {', '.join(MACHINES)}")
-    if (out / "card.json").exists():
-        raise ValueError(f"{out} holds a finished model; give another folder, or remove that one to train anew")
     kind = MACHINES[name]
     recipe = machine_recipe(kind.machine, kind.steps, seed)
     recipe = recipe if steps is None else replace(recipe, steps=steps)
-    out.mkdir(parents=True, exist_ok=True)
+    state_file = state_file_in(out)
     trained_at = commit()
     course = MachineCourse(recipe, kind.machine)
-    state_file = out / "training-state.pt"
     trained = train(recipe, course, state_file, progress)
     model = trained.model.eval()
     model.tokenizer = machine_tokenizer(kind.machine)

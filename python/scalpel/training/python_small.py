@@ -17,7 +17,7 @@ from ..tasks.brackets import closers
 from ..tasks.corpus import DEPTH_PROBABILITIES, MAX_ELEMENTS, MEAN_ELEMENTS, interpreter_sources
 from .bracket_mini import accuracy_card
 from .commit import commit
-from .loop import train
+from .loop import state_file_in, train
 from .python_text import LIST_SHARE, PAIR_SHARE, PythonCourse, PythonText, training_files
 from .recipe import Recipe, density_table
 from .tokenizer import PROSE_PIECES, train_tokenizer
@@ -84,13 +84,10 @@ def train_python(
         raise ValueError(f"steps is {steps}; it must be 1 or more")
     recipe = recipe_of(control, seed)
     recipe = recipe if steps is None else replace(recipe, steps=steps)
-    if (out / "card.json").exists():
-        raise ValueError(f"{out} holds a finished model; give another folder, or remove that one to train anew")
-    out.mkdir(parents=True, exist_ok=True)
+    state_file = state_file_in(out)
     trained_at = commit()  # now, because the source tree may change while the model trains
     text = PythonText(training_files(), interpreter_sources())
     tokenizer = python_tokenizer(text, recipe.vocab_size)
-    state_file = out / "training-state.pt"
     trained = train(recipe, PythonCourse(recipe, text, tokenizer), state_file, progress)
     model = trained.model.eval()
     model.tokenizer = tokenizer

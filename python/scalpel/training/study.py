@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from .._files import replace_text, replacing
+from .._files import replace_text
 from .._json import plain
+from .._resume import Pieces, differences
 from ..models.circuitgpt.model import CircuitGPT
 from ..models.tokenizer import Tokenizer
 from ..tasks.corpus import Sources, interpreter_sources
@@ -108,16 +109,15 @@ def held_out(plan: Plan, text: Text) -> list[Batch]:
 def train_all(plan: Plan, text: Text, folder: Path, progress: Callable[[str, float], None] | None = None) -> None:
     """Train every model whose snapshots aren't in ``folder`` yet. A stop loses at most some seconds of work."""
     runs = [(arm, seed) for seed in plan.seeds for arm in ARMS]
+    snapshots = Pieces(folder)
     for i, (arm, seed) in enumerate(runs):
-        if all(_file(plan, folder, arm, seed, step).exists() for step in plan.steps):
+        if all(snapshots.path(_name(arm, seed, step)).exists() for step in plan.steps):
             continue
         recipe = plan.of(arm, seed)
         state_file = folder / f"{arm}-{seed}-state.pt"
 
         def keep(step: int, model: CircuitGPT, arm: str = arm, seed: int = seed) -> None:
-            path = _file(plan, folder, arm, seed, step)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
+            with snapshots.writing(_name(arm, seed, step)) as temporary:
                 torch.save(model.state_dict(), temporary)
 
         def report(step: int, steps: int, loss: float, i: int = i, arm: str = arm, seed: int = seed) -> None:
@@ -134,7 +134,7 @@ def models_at(plan: Plan, text: Text, folder: Path, seed: int, step: int) -> dic
     for arm in ARMS:
         recipe = plan.of(arm, seed)
         model = CircuitGPT(recipe.config(), seed=seed)
-        weights = torch.load(_file(plan, folder, arm, seed, step), map_location="cpu", weights_only=True)
+        weights = torch.load(folder / _name(arm, seed, step), map_location="cpu", weights_only=True)
         model.load_state_dict(weights)
         model.tokenizer = text.tokenizer
         model.card = {"name": f"{arm}, seed {seed}, {step} steps", "recipe": recipe.to_dict()}
@@ -184,10 +184,13 @@ def load(path: Path, plan: Plan, measure_version: int) -> dict[str, Any]:
         complete = all(set(map(str, plan.steps)) <= set(study["seeds"][str(seed)]) for seed in stored["seeds"])
     except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise StaleStudy(f"{path} is no stored study ({error!r}); compute it anew with fresh=True") from error
-    differ = [name for name in wanted if stored.get(name) != wanted[name]]
-    if differ or not complete:
-        what = f"another {', '.join(differ)}" if differ else "fewer snapshots"
-        raise StaleStudy(f"{path.name} was stored for {what}; compute it anew with fresh=True")
+    stored = {name: stored.get(name) for name in wanted}
+    if stored != wanted:
+        raise StaleStudy(
+            f"{path.name} holds another study ({differences(stored, wanted)}); compute it anew with fresh=True"
+        )
+    if not complete:
+        raise StaleStudy(f"{path.name} lacks snapshots; compute it anew with fresh=True")
     return study
 
 
@@ -195,5 +198,6 @@ def _snapshots(plan: Plan) -> Iterator[tuple[int, int]]:
     return ((seed, step) for seed in plan.seeds for step in plan.steps)
 
 
-def _file(plan: Plan, folder: Path, arm: str, seed: int, step: int) -> Path:
-    return folder / f"{arm}-{seed}" / f"{step}.pt"
+def _name(arm: str, seed: int, step: int) -> str:
+    """The file of a snapshot in the folder of a study."""
+    return f"{arm}-{seed}/{step}.pt"

@@ -14,9 +14,9 @@ from torch.func import jvp, vjp, vmap
 
 from ...hooks.positions import Selected, read_at
 from ...hooks.running import ALONE
+from ...hooks.stopping import Stop
 from ...models.decoders.decoder import Dense
-from ..lanes.trace import Found
-from ..operator import finished
+from ..ends import finished
 from .layer import Buffers, DenseLayer
 from .primal import DensePrimal
 from .trace import DenseTrace
@@ -32,25 +32,22 @@ _CHUNK_BYTES = 1 << 28  # what the largest buffer of a chunk of tangents may tak
 class DenseProducts:
     """Products with the Jacobian between two hooks of a decoder, and the primal there."""
 
-    trace_of = DenseTrace
-
     def __init__(
         self,
         run: DecoderPass,
         at: tuple[Selected, Selected],
         function: Function | None,
-        trace: DenseTrace | None = None,
+        trace: DenseTrace,
     ) -> None:
         self.run = run
         self.at = at
         self.function = function
         self.config = run.decoder.config
-        self.batch, self.length = run.ids.shape
+        self.batch, self.length = run.text.ids.shape
         chosen = [range(self.length) if each is None else each for each in at]
         self.first, self.stop = min(chosen[0]), max(chosen[1]) + 1
-        trace = trace or DenseTrace(run, [run.source, run.target])
         self.places = trace.places
-        self.primals = trace.primals(run.source, run.target)
+        self.primals = trace.layers(run.source, run.target)
         self.final = trace.final
         self.neurons = trace.neurons
         self.source = read_at(trace.values[run.source], at[0]).clone()
@@ -87,17 +84,17 @@ class DenseProducts:
             if name == self.run.source:
                 t = start
             if name == self.run.target:
-                raise Found(t)
+                stop(t)
             return t
 
         x: Tensor | None = None
         watched = {self.run.source, self.run.target}
-        try:
+        with Stop() as stop:
             for i, primal in self.primals.items():
                 x = self._layer(i, primal, part, buffers).push(x, hook, watched)
             x = hook("final_resid", x)
-        except Found as found:
-            x = found.args[0]
+        if stop.reached:
+            x = stop.value
             if x is None:
                 return tangents.new_zeros(len(tangents), *self.recorded.shape)
             return self._taken(x, self.at[1], part)
@@ -136,16 +133,15 @@ class DenseProducts:
             if name == self.run.target:
                 u = start
             if name == self.run.source:
-                raise Found(u)
+                stop(u)
             return u
 
-        try:
+        with Stop() as stop:
             x = hook("final_resid", x)
             for i, primal in reversed(self.primals.items()):
                 x = self._layer(i, primal, part, buffers).pull(x, hook)
-        except Found as found:
-            if found.args[0] is not None:
-                return self._taken(found.args[0], self.at[0], part)
+        if stop.value is not None:
+            return self._taken(stop.value, self.at[0], part)
         return cotangents.new_zeros(len(cotangents), *self.source.shape)
 
     # ---- both ways -----------------------------------------------------------------------------
