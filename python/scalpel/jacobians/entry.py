@@ -130,7 +130,10 @@ def jacobians_between(
     """
     beside = {"attention_mask": attention_mask, "position_ids": position_ids}
     with plain_tensors():
-        runs = [pass_between(model, input_ids, beside, *ends) for ends in pairwise(hooks)]
+        runs: list[Pass] = []
+        for ends in pairwise(hooks):
+            run = runs[0].between(*ends) if runs else None
+            runs.append(run or pass_between(model, input_ids, beside, *ends))
         trace = None
         if all(map(has_rules, runs)) and _in_order(runs):
             trace = trace_of(runs[0], [runs[0].source, *(run.target for run in runs)], see)

@@ -162,9 +162,9 @@ class _Masks:
             at, along = dual.primal, dual.tangent
             if not bool(along.isfinite().all() & at.isfinite().all()):
                 raise ValueError(f"the values at {name!r}, or their tangents, are not all finite: no step is known")
-            found = relu_flip(at, along, least) if k is None else topk_flip(at, along, k, least)
-            if found < least:
-                least, first = found, name
+            flip = relu_flip(at, along, least) if k is None else topk_flip(at, along, k, least)
+            if flip < least:
+                least, first = flip, name
 
         with ALONE, forward_ad.dual_level():
             self._watch(watch, forward_ad.make_dual(torch.zeros_like(tangent), tangent))
