@@ -50,7 +50,7 @@ def decaying(power: float, rows: int, dim: int) -> Iterator[Tensor]:
 
 def activations(rows: int, dim: int) -> Iterator[Tensor]:
     """All hooks of the shipped bracket-mini side by side, then its logits, over its training texts: real rows."""
-    from scalpel.training.corpus import documents, interpreter_sources
+    from scalpel.tasks.corpus import documents, interpreter_sources
 
     model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
     assert model.tokenizer is not None

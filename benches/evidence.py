@@ -20,7 +20,7 @@ from scalpel.experiments.result import Result, plain
 from scalpel.experiments.suite import run_suite
 from scalpel.models.circuitgpt.checkpoint import shipped_models
 from scalpel.models.circuitgpt.model import CircuitGPT
-from scalpel.training import untrained
+from scalpel.models.untrained import untrained
 
 DOCS = Path(__file__).parents[1] / "docs"
 WHOLE = ("bracket-mini", "python-small")

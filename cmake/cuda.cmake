@@ -6,7 +6,7 @@ if(NOT CMAKE_CUDA_ARCHITECTURES)
 endif()
 enable_language(CUDA)
 
-file(GLOB _kernels CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/csrc/*/*_cuda.cu)
+file(GLOB _kernels CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/csrc/*/*_cuda.cu ${CMAKE_CURRENT_SOURCE_DIR}/csrc/*/cuda/*_cuda.cu)
 add_library(scalpel_cuda STATIC ${_kernels})
 target_compile_features(scalpel_cuda PUBLIC cuda_std_20)
 target_include_directories(scalpel_cuda PUBLIC ${CMAKE_CURRENT_SOURCE_DIR}/csrc)

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 import scalpel
-from scalpel.experiments.brackets import critical
-from scalpel.experiments.brackets.critical import ask_long_lists
+from scalpel.experiments.brackets.critical import ask_long_lists, critical
 from scalpel.guard.hole_guard import HoleReached
 from scalpel.semigroup import ThresholdCounter
 

@@ -25,7 +25,7 @@ def main(name: str | None = None, text: str = TEXT) -> None:
         model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
         ids = torch.tensor([list(text.encode())])[:, :128]
     elif name.endswith(".gguf"):
-        from scalpel.models.gguf.model import plain_model, tokenizer
+        from scalpel.models.gguf import plain_model, tokenizer
 
         model, ids = plain_model(name), torch.tensor([tokenizer(name).encode(text)])
     else:

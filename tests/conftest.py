@@ -10,6 +10,7 @@ import hypothesis
 import pytest
 import torch  # before the core, so that both share one OpenMP
 
+from cases import SUPPORTED
 from scalpel import _core
 
 pytest_plugins = ["analysis_cases", "cuda_stand_in", "smollm2"]
@@ -18,7 +19,6 @@ pytest_plugins = ["analysis_cases", "cuda_stand_in", "smollm2"]
 # ones.
 hypothesis.settings.load_profile("ci")
 
-SUPPORTED = [t["name"] for t in _core.targets() if t["supported"]]
 
 # The files that take longest, so that no process is left with one of them at the end.
 FIRST = [

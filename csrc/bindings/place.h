@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "jvp/jvp_cuda.h"
+#include "jvp/cuda/jvp_cuda.h"
 #include "topk/topk_cuda.h"
 
 namespace scalpel::bindings {

@@ -7,6 +7,8 @@ The public names are listed here and resolved on first use, so that `import scal
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import _moved
+
 if TYPE_CHECKING:
     from . import circuits, experiments, reference, semigroup
     from ._info import __version__, show_config
@@ -55,6 +57,8 @@ __all__ = [
     "topk_indices",
     "topk_mask",
 ]
+
+_moved.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -43,20 +43,20 @@ def show_config() -> Config:
     """
     import platform
 
-    import torch  # before the core, so that both share one OpenMP
+    import torch
 
-    from . import _core
+    from ._native import cpu_core
 
-    targets = _core.targets()
+    targets = cpu_core.targets()
     return Config(
         version=__version__,
         python=platform.python_version(),
         torch=str(torch.__version__),
-        compiler=_core.compiler(),
+        compiler=cpu_core.compiler(),
         targets_built=[t["name"] for t in targets if t["built"]],
         targets_supported=[t["name"] for t in targets if t["supported"]],
-        target=_core.active_target(),
+        target=cpu_core.active_target(),
         threads=torch.get_num_threads(),
-        parallel=_core.parallel_backend(),
+        parallel=cpu_core.parallel_backend(),
         cuda=_cuda(),
     )

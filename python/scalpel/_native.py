@@ -1,4 +1,7 @@
-"""Tensors and arrays as the native core takes them, fresh memory for its results, and the core of a device."""
+"""The native core: the module with the ops of each device, tensors and arrays as it takes them, memory for its results.
+
+No other file imports the compiled modules.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import _core
+import scalpel._core as cpu_core  # after torch, so that both share one OpenMP
 
 Memory = tuple[int, str, tuple[int, ...], tuple[int, ...]]  # address, dtype, shape, strides in elements
 
@@ -82,7 +85,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
     more than what is written there."""
     fresh = torch.empty(shape, dtype=dtype, device=device)
     if fresh.numel() >= 1 << 19 and fresh.is_cpu:
-        _core.prefer_huge_pages(memory_of(fresh, "a new tensor")[0], fresh.nbytes)
+        cpu_core.prefer_huge_pages(memory_of(fresh, "a new tensor")[0], fresh.nbytes)
     return fresh
 
 
@@ -98,7 +101,7 @@ def core_of(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[Any, Any]:
         if other is not None and other.device != x.device:
             raise ValueError(f"one tensor is on {x.device}, another on {other.device}; move them to one device")
     if x.is_cpu:
-        return _core, torch.get_num_threads()
+        return cpu_core, torch.get_num_threads()
     check_device(x, "a tensor")
     return cuda_core(), (x.device.index, torch.cuda.current_stream(x.device).cuda_stream)
 

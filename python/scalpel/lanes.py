@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import _core
-from ._native import Memory, core_of, empty, memory_of
+from ._native import Memory, core_of, cpu_core, empty, memory_of
 from .topk import untraced
 
 __all__ = ["LANES", "Attention", "Lanes", "Linear", "Norm", "SparseWeight", "apply_linear"]
 
-LANES: int = _core.tangent_lanes()
+LANES: int = cpu_core.tangent_lanes()
 
 # Where visiting the non-zeros one by one is faster than a dense product, measured on two cores of a Zen 4 against
 # its GEMM (2048 x 2048 to 8192 x 2048). Tangents: non-zeros times wanted outputs, as a fraction of all products;

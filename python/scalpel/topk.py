@@ -20,8 +20,7 @@ from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from . import _core
-from ._native import DTYPE_NAMES, check_device, core_of, empty, memory_of, memory_of_array
+from ._native import DTYPE_NAMES, check_device, core_of, cpu_core, empty, memory_of, memory_of_array
 
 __all__ = ["AbsTopK", "keep_topk", "topk_indices", "topk_mask"]
 
@@ -253,7 +252,7 @@ def _call_numpy(op: str, x: np.ndarray, k: int, by: str, out: Any) -> np.ndarray
         out if out.ndim == 0 or out.strides[-1] == out.itemsize or out.shape[-1] <= 1 else np.empty_like(out, order="C")
     )
     threads = torch.get_num_threads()
-    getattr(_core, op)(memory_of_array(x, "x"), k, _by_value(by), memory_of_array(to, "out"), threads)
+    getattr(cpu_core, op)(memory_of_array(x, "x"), k, _by_value(by), memory_of_array(to, "out"), threads)
     if to is not out:
         out[...] = to
     return cast(np.ndarray, out)

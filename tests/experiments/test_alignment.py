@@ -14,8 +14,8 @@ from scalpel.experiments.alignment.measure import Components, Direction, gradien
 from scalpel.experiments.brackets.constructed import threshold_circuit
 from scalpel.experiments.mapping.measure import Prompts
 from scalpel.experiments.mapping.scan import CLAIMS, Setup
+from scalpel.models.untrained import untrained
 from scalpel.tasks.brackets import closers
-from scalpel.training import untrained
 
 AMOUNTS = (1, 2, 3, 4)
 FAST = {"amounts": AMOUNTS, "prompts": 6, "length": 80, "resamples": 40}

@@ -9,9 +9,9 @@ from scalpel import experiments
 from scalpel.experiments.brackets import calibration, head_measures, laws
 from scalpel.experiments.brackets import head as h
 from scalpel.experiments.brackets.constructed import threshold_circuit
+from scalpel.models.untrained import untrained
 from scalpel.tasks.brackets import long_lists
 from scalpel.tasks.evidence import PLACES, evidence_lists
-from scalpel.training import untrained
 
 THETA = 0.05
 

@@ -13,10 +13,9 @@ from torch.nn import functional as F
 from bracket_fixtures import SOURCES, small_tokenizer
 from scalpel import CircuitGPT, experiments
 from scalpel.experiments.collapse import experiment as collapse
-from scalpel.experiments.collapse import gather, measure
 from scalpel.experiments.collapse import generators as collapse_generators
-from scalpel.experiments.collapse.gather import Rows, Texts, masked_afterwards, shuffled, topk_hooks
-from scalpel.experiments.collapse.measure import VARIANTS, VERSION, compare
+from scalpel.experiments.collapse.gather import Rows, Texts, gather, masked_afterwards, shuffled, topk_hooks
+from scalpel.experiments.collapse.measure import VARIANTS, VERSION, compare, measure
 from scalpel.experiments.collapse.training import CONTROLS, Difference, Study, measure_snapshot
 from scalpel.models.circuitgpt.config import CircuitGPTConfig
 from scalpel.training import study as training

@@ -13,7 +13,7 @@ from scalpel import CircuitGPT, experiments
 from scalpel.experiments.brackets.constructed import threshold_circuit
 from scalpel.experiments.mapping.experiment import verdict
 from scalpel.experiments.mapping.measure import Design, Prompts, Scores, question_rows, share
-from scalpel.training import untrained
+from scalpel.models.untrained import untrained
 
 FAST = {"prompts": 8, "length": 96, "draws": 199, "wrong": 2}
 THETA = 0.05

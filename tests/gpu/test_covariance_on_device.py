@@ -13,6 +13,7 @@ from torch import Tensor
 
 from covariance_states import UNIT, correlated, covariance_bound, gram_bound, sizes, within
 from cuda_stand_in import Gpu
+from pairs import pairs
 from scalpel import StreamingCovariance, reference
 from scalpel.covariance import on_device
 from scalpel.covariance.exact import Exact
@@ -71,9 +72,8 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("center", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ROWS)
+# Kinds of rows by dtype in full; centering, which comes before the products, meets each kind and each dtype.
+@pytest.mark.parametrize(("name", "dtype", "center"), pairs([*ROWS], DTYPES, [True, False]), ids=str)
 def test_error_against_float64(name: str, dtype: torch.dtype, center: bool, gpu: Gpu) -> None:
     """Few rows have few roundings: what a part of the split is worth shows there, and what a block is among many."""
     x = ROWS[name]().to(dtype)

@@ -10,6 +10,7 @@ import lanes_cases as lanes
 import scalpel
 from circuitgpt_cases import build, tokens, torch_func
 from cuda_stand_in import Gpu
+from pairs import pairs
 from scalpel._native import memory_of
 
 
@@ -35,12 +36,10 @@ def test_rows_and_lanes(count: int, dtype: torch.dtype, gpu: Gpu) -> None:
         lanes.check_rows_and_lanes(count, dtype)
 
 
-@pytest.mark.parametrize("dtype", lanes.DTYPES, ids=str)
-@pytest.mark.parametrize("centred", [False, True])
-@pytest.mark.parametrize(("width", "entries"), lanes.NORM)
-def test_norm(width: int, entries: int | None, centred: bool, dtype: torch.dtype, gpu: Gpu) -> None:
+@pytest.mark.parametrize(("shape", "centered", "dtype"), pairs(lanes.NORM, [False, True], lanes.DTYPES), ids=str)
+def test_norm(shape: tuple[int, int | None], centered: bool, dtype: torch.dtype, gpu: Gpu) -> None:
     with torch.device(gpu.device):
-        lanes.check_norm(width, entries, centred, dtype)
+        lanes.check_norm(*shape, centered, dtype)
 
 
 def test_channels_behind_a_norm_take_no_part(gpu: Gpu) -> None:

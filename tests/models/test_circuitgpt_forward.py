@@ -6,7 +6,7 @@ import torch
 import circuitgpt_oracle as oracle
 from circuitgpt_cases import CASES, build, one_thread, tokens  # noqa: F401
 from scalpel.lanes import SparseWeight
-from scalpel.models.circuitgpt.model import sinusoids
+from scalpel.models.fresh import sinusoids
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -16,8 +16,8 @@ from analysis_cases import chunk, invoke, text_of
 from gguf_cases import CONTEXT, KV_HEADS, NAMES, TOKENS, gpt2, llama, qwen, tensors_of, write
 from scalpel.analysis.source import load
 from scalpel.jacobians.stream import stream_layers
+from scalpel.models.gguf import gguf_in, plain_model, stored_as, tokenizer
 from scalpel.models.gguf.header import read_header
-from scalpel.models.gguf.model import gguf_in, plain_model, stored_as, tokenizer
 from scalpel.models.weight_files import CheckpointError
 
 pytest.importorskip("transformers")

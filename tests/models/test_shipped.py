@@ -13,10 +13,10 @@ import scalpel
 from decoder_cases import ids_of, model_of
 from places import ROOT
 from scalpel.experiments import suite
+from scalpel.experiments.abilities import accuracies
 from scalpel.experiments.controls import Controls, untrained
 from scalpel.experiments.provenance import fingerprint
 from scalpel.jacobians.stream import stream_layers
-from scalpel.tasks.abilities import accuracies
 from scalpel.tasks.brackets import answer
 from scalpel.training import bracket_mini, python_small
 from scalpel.training.bracket_mini import CONTROLS, SHORT_TOKENS, accuracy_card, held_out_questions

@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 
 from scalpel.models.tokenizer import Tokenizer
-from scalpel.training.corpus import Sources, documents
+from scalpel.tasks.corpus import Sources, documents
 from scalpel.training.tokenizer import train_tokenizer
 
 SOURCES = Sources(

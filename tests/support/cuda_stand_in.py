@@ -40,7 +40,7 @@ def sources(folder: Path) -> list[Path]:
     bindings = folder / "bindings.cpp"
     bindings.write_text("".join(f'#include "bindings/{name}.cpp"\n' for name in BINDINGS))
     others = ("csrc/topk/check.cpp", "tests/native/host_cuda/host_cuda.cpp")
-    return [bindings, *sorted(ROOT.glob("csrc/*/*_cuda*.cu")), *(ROOT / name for name in others)]
+    return [bindings, *sorted(ROOT.glob("csrc/**/*_cuda.cu")), *(ROOT / name for name in others)]
 
 
 def build(folder: Path) -> None:

@@ -95,14 +95,14 @@ def check_rows_and_lanes(count: int, dtype: torch.dtype) -> None:
 NORM = [(1, None), (1, 0), (1, 1), (16, None), (16, 0), (16, 9), (37, None), (37, 1), (37, 9)]  # width, entries
 
 
-def check_norm(width: int, entries: int | None, centred: bool, dtype: torch.dtype) -> None:
-    module: nn.Module = nn.LayerNorm(width) if centred else nn.RMSNorm(width)
+def check_norm(width: int, entries: int | None, centered: bool, dtype: torch.dtype) -> None:
+    module: nn.Module = nn.LayerNorm(width) if centered else nn.RMSNorm(width)
     module.to(dtype)
     nn.init.normal_(module.weight)
     x = torch.randn(5, width, dtype=dtype) + 0.5
     norm = Norm.of(module, x)
     eps = torch.finfo(dtype).eps if module.eps is None else module.eps
-    twin = reference_lanes.norm(module.weight.detach(), eps, centred)
+    twin = reference_lanes.norm(module.weight.detach(), eps, centered)
     moved = random_lanes(5, width, None, dtype)
     index = None if entries is None else index_of(5, width, entries)
     expected = [reference_lanes.jvp(twin, (x,), (t,)) for t in some(moved)]

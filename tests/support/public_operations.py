@@ -33,10 +33,10 @@ from scalpel.covariance import DebiasedCKA, leave_one_out
 from scalpel.jacobians.stream import stream_layers
 from scalpel.models.circuitgpt.ablation import hook_means
 from scalpel.models.circuitgpt.config import CircuitGPTConfig
+from scalpel.models.untrained import untrained
 from scalpel.semigroup.anchor import block_map, find_anchors, norm_growth, spectral_radius
 from scalpel.semigroup.greedy import greedy_orbits
 from scalpel.tasks.bracket_words import BRACKET_WORDS
-from scalpel.training import untrained
 from scalpel.training.loop import train
 from scalpel.training.machines import MACHINES, MachineCourse, machine_recipe
 

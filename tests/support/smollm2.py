@@ -79,7 +79,7 @@ def smollm2_gguf() -> Path:
 @pytest.fixture(scope="session")
 def smollm2(smollm2_gguf: Path) -> Any:
     """A plain LlamaForCausalLM in float32, without gradients."""
-    from scalpel.models.gguf.model import plain_model
+    from scalpel.models.gguf import plain_model
 
     return plain_model(smollm2_gguf).requires_grad_(False)
 
@@ -87,6 +87,6 @@ def smollm2(smollm2_gguf: Path) -> Any:
 @pytest.fixture(scope="session")
 def smollm2_tokenizer(smollm2_gguf: Path) -> Any:
     """Its own, as a :class:`scalpel.models.tokenizer.Tokenizer`."""
-    from scalpel.models.gguf.model import tokenizer
+    from scalpel.models.gguf import tokenizer
 
     return tokenizer(smollm2_gguf)

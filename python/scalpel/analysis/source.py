@@ -20,8 +20,9 @@ from ..models.circuitgpt.model import CircuitGPT
 from ..models.decoders.families import decoder_of, family_of, supported
 from ..models.decoders.folder import FolderWeights, check_folder, decoder_in
 from ..models.decoders.strict import check_loaded, check_plain, config_in
-from ..models.gguf.model import gguf_in, no_stream, plain_model, stored_as
+from ..models.gguf.model import plain_model, stored_as
 from ..models.gguf.model import tokenizer as gguf_tokenizer
+from ..models.gguf_files import gguf_in, no_stream
 from ..models.tokenizer import Tokenizer
 from ..models.weight_files import CheckpointError, read_json
 

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ..models.circuitgpt.ablation import KINDS, _activations, _stored_means, hook_means
-from ..models.circuitgpt.model import CircuitGPT, Tap
+from ..models.circuitgpt.core import Tap
+from ..models.circuitgpt.model import CircuitGPT
 from ..models.circuitgpt.recording import hook_width
+from ..tasks.corpus import interpreter_sources, reference_prompts
 
 __all__ = ["NODE_HOOKS", "Substitute", "digest", "masked", "node_hooks", "nodes_at", "substitute", "training_text"]
 
@@ -101,9 +103,6 @@ def training_text(model: CircuitGPT) -> list[list[int]] | None:
     """
     if "text" not in model.card or model.tokenizer is None:
         return None
-    from ..training.bracket_mini import reference_prompts
-    from ..training.corpus import interpreter_sources
-
     return reference_prompts(model, interpreter_sources())
 
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from ..models.circuitgpt.model import CircuitGPT
 from ..models.tokenizer import Tokenizer
 from ..tasks.brackets import closers
+from ..tasks.corpus import layout
 from ..tasks.held_out import Questions
 from ..tasks.quotes import quote_questions
 from ..tasks.refused import Refused
 from ..tasks.set_or_string import set_or_string_questions
-from ..training.corpus import layout
 
 __all__ = ["TASKS", "CannotDoTask", "Task", "answer_logits", "bracket_counting", "check_able", "nonsense", "task_named"]
 

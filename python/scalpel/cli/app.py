@@ -82,12 +82,10 @@ def _check_target() -> None:
     """The one ValueError of the compiled core that the user can mend, as one of this package."""
     if not os.environ.get("SCALPEL_TARGET"):
         return
-    import torch as torch  # before the core, so that both share one OpenMP
-
-    from .. import _core
+    from .._native import cpu_core
 
     try:
-        _core.active_target()
+        cpu_core.active_target()
     except ValueError as error:
         raise ValueError(str(error)) from None
 

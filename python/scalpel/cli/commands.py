@@ -16,6 +16,7 @@ import typer
 from .._files import check_folder, replace_text
 from .._info import __version__
 from ..experiments import names as experiment_names
+from . import models as models  # registers its commands
 from . import show
 from .app import Debug, Json, Seed, app, guarded, print_json
 

@@ -54,9 +54,12 @@ def train(
 
             card = train_machine(name, folder, seed=seed, steps=steps, progress=progress.step)
         elif name == "python-small":
+            from ..experiments.abilities import accuracies
             from ..training.python_small import train_python
 
-            card = train_python(folder, control=control.value, seed=seed, steps=steps, progress=progress.step)
+            card = train_python(
+                folder, accuracies, control=control.value, seed=seed, steps=steps, progress=progress.step
+            )
         else:
             from ..training.bracket_mini import train_model
 

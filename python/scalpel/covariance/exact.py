@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _core
-from .._native import Memory, empty, memory_of
+from .._native import Memory, cpu_core, empty, memory_of
 from .eigen import Leading, Spectrum, by_lapack, by_rows, worth_iterating
 from .state import State, Total
 
-BLOCK_ROWS: int = _core.block_rows()
+BLOCK_ROWS: int = cpu_core.block_rows()
 _ROWS = 256
 FLOAT32_VARIANCES = 1e-20, 1e30  # whose products float32 holds
 
@@ -49,7 +48,7 @@ class Exact(State):
             return -1
         joined, waiting = self._counts.tolist()
         if waiting and self._waiting.dtype != rows.dtype:
-            bad: int = _core.first_bad_row(memory_of(rows, "x"), torch.get_num_threads())
+            bad: int = cpu_core.first_bad_row(memory_of(rows, "x"), torch.get_num_threads())
             if bad >= 0:
                 return bad  # before anything is changed
             self.fold()
@@ -59,7 +58,7 @@ class Exact(State):
         if waiting + len(rows) >= limit:
             self._need_scatter()
         self._answer = None
-        bad = _core.update_moments(*self._memory(), self.center, memory_of(rows, "x"), torch.get_num_threads())
+        bad = cpu_core.update_moments(*self._memory(), self.center, memory_of(rows, "x"), torch.get_num_threads())
         if self.dim > BLOCK_ROWS and not joined and int(self._counts[0]):
             self._waiting = self._waiting[:BLOCK_ROWS].clone()  # more never wait from here on
         return bad
@@ -68,18 +67,18 @@ class Exact(State):
         """The rows that wait join."""
         if int(self._counts[1]):
             self._need_scatter()
-            _core.fold_moments(*self._memory(), self.center, torch.get_num_threads())
+            cpu_core.fold_moments(*self._memory(), self.center, torch.get_num_threads())
 
     def merge(self, other: State) -> None:
         assert isinstance(other, Exact)
         if not int(other._counts[0]) and other._waiting.dtype == self._waiting.dtype and other is not self:
             self.update(other._rows())  # what waits there is few rows, and may go on waiting here
             return
-        self._combine(other, _core.merge_moments)
+        self._combine(other, cpu_core.merge_moments)
 
     def subtract(self, other: State) -> None:
         assert isinstance(other, Exact)
-        self._combine(other, _core.subtract_moments)
+        self._combine(other, cpu_core.subtract_moments)
 
     def _combine(self, other: Exact, op: Any) -> None:
         self._answer = None
@@ -178,7 +177,9 @@ class Exact(State):
 
     def _full(self, dtype: torch.dtype) -> Tensor:
         out = empty((self.dim, self.dim), dtype)
-        _core.symmetric_moments(*self._memory(), self.center, memory_of(out, "the covariance"), torch.get_num_threads())
+        cpu_core.symmetric_moments(
+            *self._memory(), self.center, memory_of(out, "the covariance"), torch.get_num_threads()
+        )
         return out
 
     def _rows(self) -> Tensor:

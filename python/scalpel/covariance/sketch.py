@@ -8,8 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from .. import _core
-from .._native import empty, memory_of
+from .._native import cpu_core, empty, memory_of
 from .eigen import Spectrum, complete, fix_signs
 from .state import State, Total
 
@@ -62,7 +61,7 @@ class Sketch(State):
         return self._kept.rows + sum(map(len, self._waiting))
 
     def update(self, rows: Tensor) -> int:
-        bad: int = _core.first_bad_row(memory_of(rows, "x"), torch.get_num_threads())
+        bad: int = cpu_core.first_bad_row(memory_of(rows, "x"), torch.get_num_threads())
         if bad >= 0 or not len(rows):
             return bad
         waiting = (*self._waiting, rows)
@@ -108,7 +107,7 @@ class Sketch(State):
         stack = empty((first + len(rows) + 1, self.dim), dtype)
         centred = stack[first:-1]
         to = memory_of(mean, "the block's mean"), memory_of(centred, "the centred block")
-        energy: float = _core.center_rows(memory_of(rows, "x"), self.center, *to, torch.get_num_threads())
+        energy: float = cpu_core.center_rows(memory_of(rows, "x"), self.center, *to, torch.get_num_threads())
         stack[:first] = kept.directions
         square = max(energy / rows.numel(), kept.energy / max(1, kept.rows * self.dim))  # of an entry, on average
         if dtype == torch.float32 and square > 0 and not _TINY < square < _HUGE:

@@ -99,7 +99,7 @@ def environment() -> dict[str, str]:
     """Versions that a result depends on."""
     import torch
 
-    from .. import __version__
+    from .._info import __version__
 
     return {
         "scalpel": __version__,

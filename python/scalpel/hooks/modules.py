@@ -6,7 +6,6 @@ A hook of ours acts in the thread that registered it alone, so two threads may l
 from __future__ import annotations
 
 import copy
-import difflib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,8 +21,8 @@ __all__ = [
     "first_tensor",
     "hooked",
     "hooks_on",
-    "known_hook",
     "leaves",
+    "module_hooks",
     "module_names",
     "plain_name",
     "rebuilt",
@@ -161,16 +160,12 @@ def module_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(plain_name(name) for name, _ in model.named_modules()))
 
 
+def module_hooks(model: nn.Module) -> list[str]:
+    """List the module paths that are hooks: each module's name for its output, and with ``":in"`` for its input."""
+    return [name + end for name in module_names(model) for end in ("", ":in")]
+
+
 # ---- values --------------------------------------------------------------------------------------
-
-
-def known_hook(name: Any, known: list[str], role: str, model: str) -> None:
-    """ValueError that lists close matches, if ``name`` is none of ``known``."""
-    if not isinstance(name, str):
-        raise TypeError(f"{role} is {name!r}; it must be a hook's name")
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3) or [each for each in known if each not in ("", ":in")][:6]
-        raise ValueError(f"unknown {role} {name!r} for {model}; near it: {', '.join(map(repr, near))}")
 
 
 def first_tensor(value: Any, hook: str) -> Tensor:

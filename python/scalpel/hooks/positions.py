@@ -10,19 +10,6 @@ from torch import Tensor
 Positions = None | int | slice | Sequence[int]
 Selected = tuple[int, ...] | None  # None: every position, in order
 
-_PATHS = {  # within a layer: hook → the hooks that it reads, and whether it reads other tokens there
-    "attn.act_in": (("resid_in", False),),
-    "attn.k": (("attn.act_in", False),),
-    "attn.q": (("attn.act_in", False),),
-    "attn.v": (("attn.act_in", False),),
-    "attn.y": (("attn.q", False), ("attn.k", True), ("attn.v", True)),
-    "attn.resid_delta": (("attn.y", False),),
-    "resid_mid": (("resid_in", False), ("attn.resid_delta", False)),
-    "mlp.act_in": (("resid_mid", False),),
-    "mlp.post_act": (("mlp.act_in", False),),
-    "mlp.resid_delta": (("mlp.post_act", False),),
-}
-
 
 def split_pair(positions: Any) -> tuple[Any, Any]:
     """``positions`` as (source's, target's): a tuple gives each its own, anything else counts for both."""
@@ -99,67 +86,3 @@ def describe(chosen: Selected) -> str:
     if chosen is None:
         return "all positions"
     return f"position {chosen[0]}" if len(chosen) == 1 else f"positions {list(chosen)}"
-
-
-def check_path(
-    hooks: list[str],
-    source: str,
-    target: str,
-    at: tuple[Selected, Selected],
-    allowed: Tensor,
-) -> None:
-    """ValueError unless some chosen source token can move some chosen target token of a CircuitGPT.
-
-    ``hooks``: names in the order of the forward pass, ``logits`` last; ``allowed`` (L, L) or (B, 1, L, L):
-    the keys that each query may read. Only the wiring is asked, not the weights: a path that a zero weight, a
-    TopK or an ablation cuts gives a Jacobian of zeros.
-    """
-    if hooks.index(target) < hooks.index(source):
-        raise ValueError(
-            f"no path from {source!r} to {target!r}: the forward pass reaches {target!r} first. "
-            "Swap them, or choose a later target"
-        )
-    reads = allowed if allowed.dim() == 2 else allowed[:, 0]
-    if not bool(_reached(hooks, source, target, None, reads).any()):
-        raise ValueError(
-            f"no path from {source!r} to {target!r}: {target!r} does not read {source!r} and nothing between "
-            "does. Choose a target further on"
-        )
-    if not bool(read_at(_reached(hooks, source, target, at[0], reads), at[1]).any()):
-        raise ValueError(
-            f"no path from {source!r} at {describe(at[0])} to {target!r} at {describe(at[1])}: a token is "
-            "read only by itself and, through attention, by the later tokens whose mask allows it. Choose "
-            "later target positions"
-        )
-
-
-def _reached(hooks: list[str], source: str, target: str, chosen: Selected, reads: Tensor) -> Tensor:
-    """Tokens (B or 1, L) of ``target`` that a chosen token of ``source`` can move."""
-    length = reads.shape[-1]
-    none = torch.zeros(reads.shape[0] if reads.dim() == 3 else 1, length, dtype=torch.bool, device=reads.device)
-    start = none.clone()
-    start[:, slice(None) if chosen is None else list(chosen)] = True
-    reach = {source: start}
-    for name in hooks[hooks.index(source) + 1 : hooks.index(target) + 1]:
-        found = none
-        for parent, mixes in parents_of(name, hooks):
-            if parent in reach:
-                found = found | ((reads & reach[parent][:, None, :]).any(-1) if mixes else reach[parent])
-        reach[name] = found
-    return reach[target]
-
-
-def parents_of(name: str, hooks: list[str]) -> list[tuple[str, bool]]:
-    layer, _, hook = name.partition(".")
-    if hook == "mlp.act_in" and f"{layer}.resid_mid" not in hooks:  # attention and MLP in parallel
-        return [(f"{layer}.resid_in", False)]
-    if hook in _PATHS:
-        return [(f"{layer}.{parent}", mixes) for parent, mixes in _PATHS[hook]]
-    if name == "logits":
-        return [("final_resid", False)]
-    # the residual stream at the head of a layer, or after the last one: what the layer before left
-    before = hooks[hooks.index(name) - 1].partition(".")[0] if hooks.index(name) else ""
-    parents = ["resid_mid", "mlp.resid_delta"]
-    if f"{before}.resid_mid" not in hooks:
-        parents += ["resid_in", "attn.resid_delta"]
-    return [(f"{before}.{parent}", False) for parent in parents] if before else []

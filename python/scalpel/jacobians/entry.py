@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..hooks.positions import check_path, select, split_pair
+from ..hooks.positions import select, split_pair
+from ..hooks.wiring import check_path
 from .choosing import pass_between
 from .derivative import Derivative
 from .ends import End, check_numbers

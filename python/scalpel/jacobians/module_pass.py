@@ -10,10 +10,11 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..hooks.inputs import holds_ids, limits_of, read_inputs
-from ..hooks.modules import first_tensor, hooked, known_hook, leaves, module_names, watching_outputs, with_first_tensor
+from ..hooks.modules import first_tensor, hooked, leaves, module_hooks, watching_outputs, with_first_tensor
+from ..hooks.names import known_hook
 from ..hooks.running import ALONE, running
+from ..hooks.stopping import Stop
 from .passes import LOGITS, Pass, buffers_mark, kept
-from .stopping import Reached
 
 __all__ = ["ModulePass"]
 
@@ -28,7 +29,7 @@ class ModulePass(Pass):
 
     def __init__(self, model: nn.Module, inputs: Any, keywords: dict[str, Any], source: str, target: str) -> None:
         super().__init__(model, source, target)
-        names = [name + end for name in module_names(model) for end in ("", ":in")]
+        names = module_hooks(model)
         kind = f"this {type(model).__name__}, whose hooks are module paths (':in' ends an input's)"
         known_hook(source, names, "source", kind)
         self._logits = target == LOGITS and LOGITS not in names
@@ -44,7 +45,6 @@ class ModulePass(Pass):
         self._written: dict[str, Tensor] = {}  # all buffers of modules that write to one, as they were at the start
 
     def run(self, at_source: Callable[[Tensor], Tensor]) -> Tensor:
-        recorded: list[Tensor] = []
         entered = False
 
         def meet(value: Any, hook: str) -> Any:
@@ -53,18 +53,18 @@ class ModulePass(Pass):
                 entered = True
                 value = with_first_tensor(value, at_source(first_tensor(value, hook)))
             if hook == self.target and entered:
-                recorded.append(first_tensor(value, hook))
-                raise Reached
+                stop(first_tensor(value, hook))
             return value
 
         with ALONE, running(self.model), sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
             for hook in dict.fromkeys((self.source, self.target)):
                 if hook != self.target or not self._logits:
                     stack.enter_context(hooked(self.model, hook, meet))
-            try:
+            with Stop() as stop:
                 output = self._called() if self._measured else self._called_and_measured()
-            except Reached:
-                return recorded.pop()
+        if stop.reached:
+            reached: Tensor = stop.value
+            return reached
         if not entered:
             raise ValueError(f"the forward pass never ran {self.source!r}: choose a source that it runs")
         if self._logits:

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..hooks.inputs import read_inputs
-from ..hooks.modules import known_hook, rebuilt, user_hooks
-from ..models.circuitgpt.model import MODULE_PATHS, CircuitGPT, allowed_keys
-from ..models.decoders.families import hook_named
-from .stopping import Reached
+from ..hooks.modules import rebuilt, user_hooks
+from ..hooks.names import hook_named, known_hook
+from ..hooks.stopping import Stop
+from ..models.circuitgpt.attention import allowed_keys
+from ..models.circuitgpt.core import MODULE_PATHS
+from ..models.circuitgpt.model import CircuitGPT
 
 __all__ = ["LOGITS", "CircuitPass", "Pass", "buffers_mark", "kept"]
 
@@ -138,21 +140,17 @@ class CircuitPass(Pass):
         return allowed_keys(self.inputs[0], self.inputs[1])
 
     def run(self, at_source: Callable[[Tensor], Tensor]) -> Tensor:
-        recorded: list[Tensor] = []
-
         def tap(name: str, value: Tensor) -> Tensor:
             if name == self.source:
                 value = at_source(value)
             if name == self.target:
-                recorded.append(value)
-                raise Reached
+                stop(value)
             return value
 
-        try:
-            logits: Tensor = self._frozen(*self.inputs, tap=tap)
-        except Reached:
-            return recorded.pop()
-        return logits
+        with Stop() as stop:
+            stop(self._frozen(*self.inputs, tap=tap))  # the logits, where the target is nowhere before them
+        reached: Tensor = stop.value
+        return reached
 
     def tangent_size(self, source: Tensor, target: Tensor) -> int:
         config = self._frozen.config

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..hooks.masks import watch_masks
-from ..hooks.positions import Selected, add_at, parents_of
+from ..hooks.positions import Selected, add_at
 from ..hooks.running import ALONE, eager
+from ..hooks.wiring import hook_of_mask, tokens_read
 from ..topk import topk_mask
 from .ends import End
 from .errors import explained
@@ -146,7 +147,8 @@ class _Masks:
     def __init__(self, run: CircuitPass, source: Selected, target: Selected) -> None:
         self.run = run
         self.source = source
-        self.read = _read_by(run, target)
+        reads = run.allowed if run.allowed.dim() == 2 else run.allowed[:, 0]
+        self.read = tokens_read(run.hooks, run.target, target, reads)
         self.at_primal: list[Tensor] = []
         self._watch(lambda _, x, k: self.at_primal.append(_mask(x, k)), None)
 
@@ -187,7 +189,7 @@ class _Masks:
         """One pass, with ``watch`` given the rows (tokens, width) that the target reads of every mask's input."""
 
         def rows(name: str, x: Tensor, k: int | None) -> None:
-            read = self.read.get(_hook_after(name, self.run.hooks))
+            read = self.read.get(hook_of_mask(name, self.run.hooks))
             if read is not None and (k is None or 0 < k < x.shape[-1]):
                 watch(name, x[read.expand(x.shape[:-1])], k)
 
@@ -197,33 +199,6 @@ class _Masks:
 
 def _mask(x: Tensor, k: int | None) -> Tensor:
     return x > 0 if k is None else topk_mask(x, k)
-
-
-def _hook_after(name: str, hooks: list[str]) -> str:
-    """The first hook whose value the mask ``name`` makes: itself, or one of the residual stream."""
-    layer, _, place = name.partition(".")
-    if place == "resid_post_attn":
-        return f"{layer}.resid_mid"
-    if place == "resid_post_mlp":
-        return hooks[hooks.index(f"{layer}.mlp.resid_delta") + 1]
-    return name
-
-
-def _read_by(run: CircuitPass, chosen: Selected) -> dict[str, Tensor]:
-    """For each hook that the target reads, by the wiring, its tokens (B or 1, L) that do.
-
-    What cannot change the Jacobian is left out by it: k where the target is q, and tokens after the target's.
-    """
-    reads = run.allowed[None] if run.allowed.dim() == 2 else run.allowed[:, 0]
-    ends = torch.zeros_like(reads[:, 0])
-    ends[:, slice(None) if chosen is None else list(chosen)] = True
-    read = {run.target: ends}
-    for name in reversed(run.hooks[: run.hooks.index(run.target) + 1]):
-        if name in read:
-            for parent, mixes in parents_of(name, run.hooks):
-                tokens = (reads & read[name][:, :, None]).any(1) if mixes else read[name]
-                read[parent] = read[parent] | tokens if parent in read else tokens
-    return read
 
 
 def relu_flip(x: Tensor, t: Tensor, before: float) -> float:

@@ -5,12 +5,12 @@ import json
 
 import torch
 
-from .circuitgpt.model import CircuitGPT
+from .circuitgpt.core import CircuitCore
 
 __all__ = ["fingerprint", "identity"]
 
 
-def fingerprint(model: CircuitGPT) -> str:
+def fingerprint(model: CircuitCore) -> str:
     """SHA-256 over every tensor's name and bytes: equal fingerprints are equal weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -19,7 +19,7 @@ def fingerprint(model: CircuitGPT) -> str:
     return digest.hexdigest()
 
 
-def identity(model: CircuitGPT) -> str:
+def identity(model: CircuitCore) -> str:
     """SHA-256 over the weights and the configuration: equal identities compute the same."""
     config = json.dumps(model.config.to_public_dict(), sort_keys=True, default=str)
     return hashlib.sha256(f"{fingerprint(model)} {config}".encode()).hexdigest()

@@ -14,10 +14,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from ..hooks.inputs import Inputs, Limits, limits_of, read_inputs
-from ..hooks.modules import as_written, first_tensor, hooked, known_hook, module_names, with_first_tensor
+from ..hooks.modules import as_written, first_tensor, hooked, module_hooks, module_names, with_first_tensor
+from ..hooks.names import hook_named, known_hook, module_path
 from ..hooks.running import ALONE, running
-from ..models.circuitgpt.model import MODULE_PATHS, CircuitGPT
-from ..models.decoders.families import family_of_model, hook_named, hooks_of_model, module_path
+from ..models.circuitgpt.core import MODULE_PATHS
+from ..models.circuitgpt.model import CircuitGPT
+from ..models.decoders.families import family_of_model, hooks_of_model
 
 GRADIENT = ".grad"  # what the name of a stream of gradients ends with
 
@@ -117,7 +119,7 @@ class Capture:
         if family is None:
             return [name for name in module_names(self.model) if name]
         paths = module_names(self.model)
-        return [hook for hook in hooks if module_path(hook, family, hooks).removesuffix(":in") in paths]
+        return [hook for hook in hooks if module_path(hook, family.PATHS, hooks).removesuffix(":in") in paths]
 
     def _place(self, hook: str, known: list[str]) -> str:
         if isinstance(self.model, CircuitGPT):
@@ -125,8 +127,8 @@ class Capture:
             known_hook(found, known, "hook", "a CircuitGPT")
             return found
         family = family_of_model(self.model)
-        path = hook if family is None else module_path(hook, family, hooks_of_model(self.model))
-        paths = [name + end for name in module_names(self.model) for end in ("", ":in")]
+        path = hook if family is None else module_path(hook, family.PATHS, hooks_of_model(self.model))
+        paths = module_hooks(self.model)
         if path not in paths:
             known_hook(hook, [*known, *paths], "hook", f"this {type(self.model).__name__}")
             raise ValueError(f"the hook {hook!r} is the value of no module of this {type(self.model).__name__}")

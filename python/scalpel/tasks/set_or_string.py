@@ -11,10 +11,10 @@ from functools import cache, lru_cache
 import numpy as np
 
 from ..models.tokenizer import Tokenizer
-from ..training.python_text import Place, SourceFile, source_file
 from . import held_out
 from .held_out import Questions, Source
 from .refused import Refused
+from .source_files import Place, SourceFile, source_file
 
 __all__ = ["real_share", "set_or_string_questions"]
 

@@ -11,16 +11,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import __version__
+from .._info import __version__
 from ..models.circuitgpt.ablation import hook_means
 from ..models.circuitgpt.checkpoint import save_pretrained
 from ..models.circuitgpt.model import CircuitGPT
 from ..models.tokenizer import Tokenizer
-from ..tasks.brackets import Answers, answer, closers, questions_from
+from ..tasks.brackets import Answers, answer, questions_from
+from ..tasks.corpus import (
+    DEPTH_PROBABILITIES,
+    MAX_ELEMENTS,
+    MEAN_ELEMENTS,
+    Sources,
+    documents,
+    interpreter_sources,
+    reference_prompts,
+)
 from ..tasks.held_out import NoHeldOutText
 from ..tasks.literals import harvest, python_files
 from .commit import commit
-from .corpus import DEPTH_PROBABILITIES, MAX_ELEMENTS, MEAN_ELEMENTS, Sources, documents, interpreter_sources
 from .loop import train
 from .recipe import Recipe, density_table
 from .text import TextCourse
@@ -98,15 +106,6 @@ def bracket_tokenizer(sources: Sources, vocab_size: int) -> Tokenizer:
     rng = np.random.default_rng(20_000)
     texts = (document.text for document in islice(documents(sources, rng), TOKENIZER_TEXTS))
     return Tokenizer(train_tokenizer(texts, vocab_size))
-
-
-def reference_prompts(model: CircuitGPT, sources: Sources, count: int = 256) -> list[list[int]]:
-    """A sample of the training text as ids, itself not trained on: what means and samples of activations are over."""
-    assert model.tokenizer is not None
-    rng = np.random.default_rng(30_000)
-    start = closers(model.tokenizer).start
-    rows = ([*start, *model.tokenizer.encode(document.text)] for document in documents(sources, rng))
-    return [row[: model.config.block_size] for row in islice(rows, count)]
 
 
 def stored_means(model: CircuitGPT, sources: Sources) -> dict[str, list[float]]:

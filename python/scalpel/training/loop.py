@@ -17,7 +17,8 @@ from torch import Tensor
 from .._files import replacing
 from ..models.circuitgpt.attention import fused_training
 from ..models.circuitgpt.model import CircuitGPT
-from .recipe import Recipe, clip_rms_, prune_, sparse_matrices
+from ..models.sparsity import prune_
+from .recipe import Recipe, clip_rms_, sparse_matrices
 
 SAVE_EVERY_SECONDS = 20.0
 

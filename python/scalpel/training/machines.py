@@ -17,7 +17,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import __version__
+from .._info import __version__
 from ..models.circuitgpt.checkpoint import save_pretrained
 from ..models.circuitgpt.model import CircuitGPT
 from ..models.tokenizer import Tokenizer

@@ -8,16 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import __version__
+from .._info import __version__
 from ..models.circuitgpt.ablation import hook_means
 from ..models.circuitgpt.checkpoint import save_pretrained
 from ..models.circuitgpt.model import CircuitGPT
 from ..models.tokenizer import Tokenizer
-from ..tasks.abilities import accuracies as task_accuracies
 from ..tasks.brackets import closers
+from ..tasks.corpus import DEPTH_PROBABILITIES, MAX_ELEMENTS, MEAN_ELEMENTS, interpreter_sources
 from .bracket_mini import accuracy_card
 from .commit import commit
-from .corpus import DEPTH_PROBABILITIES, MAX_ELEMENTS, MEAN_ELEMENTS, interpreter_sources
 from .loop import train
 from .python_text import LIST_SHARE, PAIR_SHARE, PythonCourse, PythonText, training_files
 from .recipe import Recipe, density_table
@@ -55,16 +54,31 @@ def python_tokenizer(text: PythonText, vocab_size: int) -> Tokenizer:
 
 def train_python(
     out: Path,
+    task_accuracies: Callable[[CircuitGPT], dict[str, Any]],
     *,
     control: str = "none",
     seed: int = 0,
     steps: int | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> dict[str, Any]:
-    """Train python-small, or its twin without positions, into the folder ``out``; returns the card.
+    """Train python-small, or its twin without positions, into a folder.
 
-    Stopped, the same call goes on from ``out``/training-state.pt. ValueError for an unknown control, or where ``out``
-    holds a finished model.
+    Training that was stopped goes on from ``out``/training-state.pt when it is called again.
+
+    Args:
+        out: The folder of the model.
+        task_accuracies: Measures how well the trained model does its tasks; what it returns stands in the card under
+            "tasks". It is :func:`scalpel.experiments.abilities.accuracies` on the command line.
+        control: "none", or "no-positions" for the twin whose position table is zero.
+        seed: Decides the initial weights and the order of the text.
+        steps: Optimizer steps; those of the recipe by default.
+        progress: Called with (step, steps, loss in nats).
+
+    Returns:
+        The card.
+
+    Raises:
+        ValueError: For an unknown control, for fewer than one step, or where ``out`` holds a finished model.
     """
     if steps is not None and steps < 1:
         raise ValueError(f"steps is {steps}; it must be 1 or more")

@@ -1,15 +1,12 @@
 """The training text of python-small: windows of real Python files, with statements of the tasks put in between.
 
-What a list's depth can be told from is under control and nothing else is: real statements that end in a list literal
-are left out, and others take their place whose depth is drawn independently of all else, see :mod:`.corpus`. Comments,
-preceding statements, unmatched brackets in strings are as people wrote them.
+Only what could tell a list's depth is controlled. Real statements that end in a list literal are left out, and
+generated ones take their place, whose depth is drawn independently of everything else (see
+:mod:`scalpel.tasks.corpus`). Comments, preceding statements and unmatched brackets in strings are as people wrote them.
 """
 
-import ast
-import warnings
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,8 +17,9 @@ from torch import Tensor
 
 from ..models.circuitgpt.model import CircuitGPT
 from ..models.tokenizer import Tokenizer
-from ..tasks.literals import literals_of, python_files
-from .corpus import Sources, _name, documents
+from ..tasks.corpus import Sources, _name, documents
+from ..tasks.literals import python_files
+from ..tasks.source_files import Place, SourceFile, source_file
 from .recipe import Recipe
 from .text import Batch, batch_of, closer_weights, loss_of
 from .tokenizer import START
@@ -31,23 +29,6 @@ LIST_SHARE = 0.25  # of the places between statements that get a statement endin
 PAIR_SHARE = 0.5  # of the windows that get a set or a string, made first and added to later
 CHARS_A_TOKEN = 6  # more than the text has, so that a window never runs dry
 MOST_BYTES = 200_000  # longer files are tables
-
-
-@dataclass(frozen=True)
-class Place:
-    """A line in front of which a statement may stand, and the indent that it needs there."""
-
-    line: int
-    indent: int
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file's lines, the places between its statements, and the lines of statements that end in a list literal."""
-
-    lines: tuple[str, ...]
-    places: tuple[Place, ...]
-    lists: frozenset[int]
 
 
 @lru_cache(maxsize=1)
@@ -72,28 +53,6 @@ def _read(path: Path) -> SourceFile | None:
     except (UnicodeDecodeError, OSError):
         return None
     return None if len(source) > MOST_BYTES or not source.isascii() else source_file(source)
-
-
-def source_file(source: str) -> SourceFile | None:
-    """A file's text, ready to be cut into windows; None where it doesn't parse or has no statement."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old sources hold invalid escapes
-            tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError):
-        return None
-    lines = source.split("\n")
-    starts = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.stmt) and not getattr(node, "decorator_list", None):
-            line = lines[node.lineno - 1]
-            if not line[: node.col_offset].strip() and not line.lstrip().startswith("elif"):
-                starts[node.lineno - 1] = node.col_offset
-    if not starts:
-        return None
-    inside = {n for one in literals_of(source) for n in range(one.lines[0] - 1, one.lines[1])}
-    places = tuple(Place(line, indent) for line, indent in sorted(starts.items()) if line not in inside)
-    return SourceFile(tuple(lines), places, frozenset(inside)) if places else None
 
 
 class PythonText:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..models.circuitgpt.config import CircuitGPTConfig
 from ..models.circuitgpt.model import CircuitGPT
@@ -97,25 +97,6 @@ def sparse_matrices(model: CircuitGPT, embeddings: bool) -> Iterator[tuple[str, 
             continue
         if ".h." in name or embeddings:
             yield name, parameter
-
-
-@torch.no_grad()
-def prune_(weight: Tensor, fraction: float, min_per_channel: int) -> None:
-    """Zero all but the ``fraction`` of entries largest in magnitude, in place.
-
-    The largest ``min_per_channel`` entries of each row and each column are kept whatever the fraction, so that
-    no neuron goes dead.
-    """
-    if fraction >= 1:
-        return
-    size = weight.abs()
-    keep = round(fraction * size.numel())
-    threshold = size.flatten().kthvalue(size.numel() - keep + 1).values if keep else size.new_tensor(torch.inf)
-    mask = size >= threshold
-    for dim in (0, 1):
-        index = size.topk(min(min_per_channel, size.shape[dim]), dim=dim).indices
-        mask.scatter_(dim, index, True)
-    weight.mul_(mask)
 
 
 @torch.no_grad()

@@ -19,9 +19,9 @@ from .._files import replace_text, replacing
 from .._json import plain
 from ..models.circuitgpt.model import CircuitGPT
 from ..models.tokenizer import Tokenizer
+from ..tasks.corpus import Sources, interpreter_sources
 from .bracket_mini import bracket_tokenizer
 from .commit import commit
-from .corpus import Sources, interpreter_sources
 from .loop import train
 from .recipe import Recipe
 from .text import Batch, TextCourse, batches

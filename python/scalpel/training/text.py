@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..models.circuitgpt.model import CircuitGPT
 from ..models.tokenizer import Tokenizer
-from .corpus import Sources, documents
+from ..tasks.corpus import Sources, documents
 from .recipe import Recipe
 from .tokenizer import CLOSERS, START
 
@@ -80,7 +80,7 @@ def closer_weights(recipe: Recipe, tokenizer: Tokenizer) -> Tensor:
 
 
 class TextCourse:
-    """The course of bracket-mini: generated statements, see :mod:`.corpus`."""
+    """The course of bracket-mini: generated statements, see :mod:`scalpel.tasks.corpus`."""
 
     def __init__(self, recipe: Recipe, sources: Sources, tokenizer: Tokenizer) -> None:
         self.recipe, self.sources, self.tokenizer = recipe, sources, tokenizer

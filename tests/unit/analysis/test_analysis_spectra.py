@@ -20,7 +20,7 @@ from covariance_states import assert_close
 from scalpel import CircuitGPT, StreamingCovariance, collect
 from scalpel.analysis import analyze, spectra
 from scalpel.covariance import leave_one_out
-from scalpel.report.pictures import spectra_pictures
+from scalpel.report.pictures.spectra_pictures import spectra_pictures
 
 STREAMS = [f"{hook}{end}" for end in ("", ".grad") for hook in ("0.resid_in", "1.resid_in", "final_resid")]
 SMALL = {"length": 8, "chunks": 1, "tangents": 2}

@@ -438,7 +438,7 @@ app(["train", "bracket-mini", "--out", {str(tmp_path)!r}])
 def test_a_reader_that_leaves_is_no_error(n_max: int) -> None:
     code = f"""
 import scalpel.experiments as e
-from scalpel.experiments import minimal_simulator
+from scalpel.experiments.brackets import minimal_simulator
 e.run = lambda *a, **k: minimal_simulator.run(k_max=3, n_max={n_max}, samples=1)
 from scalpel.cli.commands import app
 app(["experiment", "minimal_simulator", "--json"])

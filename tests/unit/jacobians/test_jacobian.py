@@ -13,7 +13,7 @@ from circuitgpt_cases import CASES, build, one_thread, tokens, torch_func  # noq
 from scalpel import CircuitGPT, jacobian, topk_mask
 from scalpel.hooks.masks import watch_masks
 from scalpel.models.circuitgpt.ablation import Ablation
-from scalpel.models.circuitgpt.model import hook_names
+from scalpel.models.circuitgpt.core import hook_names
 from scalpel.reference.jacobian import jacobian_dense
 
 EXACT = 1e-9

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 import scalpel
-from cases import COMPILED_FOR
-from conftest import SUPPORTED
+from cases import COMPILED_FOR, SUPPORTED
 from scalpel import _core
 
 # Runs a kernel through the native module alone, which starts much faster than torch.

@@ -17,12 +17,11 @@ from circuitgpt_cases import build, one_thread
 from scalpel import experiments
 from scalpel.circuits import CannotDoTask, bracket_counting
 from scalpel.circuits.task import check_able
-from scalpel.experiments import Refused, suite
+from scalpel.experiments import Refused, abilities, suite
 from scalpel.experiments.brackets.constructed import threshold_circuit
 from scalpel.models.circuitgpt.config import CircuitGPTConfig
 from scalpel.models.circuitgpt.model import CircuitGPT
 from scalpel.models.tokenizer import Tokenizer
-from scalpel.tasks import abilities
 from scalpel.tasks.held_out import NoHeldOutText
 
 __all__ = ["one_thread"]
@@ -206,7 +205,7 @@ PARTS = {
     "experiments.brackets.guard": ("calibrate", lambda module: module._weighted(circuit(), 40.0, 0)[1]),
     "experiments.depth.cascade": ("bracket_counting", lambda module: module.short_prompts(circuit(), 4, 0, 8)[1]),
     "experiments.collapse.model": ("bracket_counting", lambda module: collapse_texts(module)),
-    "tasks.abilities": (
+    "experiments.abilities": (
         "closing_questions",
         lambda module: [module.accuracies(circuit(), 8)["bracket_counting"]["reason"]],
     ),

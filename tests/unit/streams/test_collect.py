@@ -158,6 +158,7 @@ torch.set_num_threads(1)
 import scalpel
 import scalpel.streams.saved as saved
 from circuitgpt_cases import build
+sys.path.insert(0, sys.argv[2])
 from test_collect import HOOKS, corpus
 
 def run(folder, at, where, memory):
@@ -194,7 +195,7 @@ Kill = Callable[..., None]
 def kill() -> Iterator[Kill]:
     """Collects into a folder, and is killed at a batch, or at a call of a function of streams/saved.py."""
     process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(SUPPORT)],
+        [sys.executable, "-c", KILLED, str(SUPPORT), str(Path(__file__).parent)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert process.stdin is not None and process.stdout is not None

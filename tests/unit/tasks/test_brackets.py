@@ -8,8 +8,8 @@ from bracket_fixtures import SOURCES, small_tokenizer
 from scalpel.models.circuitgpt.config import CircuitGPTConfig
 from scalpel.models.circuitgpt.model import CircuitGPT
 from scalpel.tasks.brackets import answer, closers, long_lists, preference, questions_from
+from scalpel.tasks.corpus import documents
 from scalpel.tasks.literals import literals_of
-from scalpel.training.corpus import documents
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ import torch
 from bracket_fixtures import small_tokenizer
 from circuitgpt_cases import one_thread
 from scalpel.circuits.task import TASKS, CannotDoTask, check_able, task_named
+from scalpel.experiments import abilities
 from scalpel.models.circuitgpt.config import CircuitGPTConfig
 from scalpel.models.circuitgpt.model import CircuitGPT
 from scalpel.models.tokenizer import Tokenizer
-from scalpel.tasks import abilities, held_out, set_or_string
+from scalpel.tasks import held_out, set_or_string
 from scalpel.tasks.held_out import Source, window
 from scalpel.tasks.quotes import quote_questions
 from scalpel.tasks.set_or_string import real_share, set_or_string_questions

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cases import SUPPORTED
 from lanes_cases import (
     ATTENTION,
     DTYPES,
@@ -26,14 +27,15 @@ from lanes_cases import (
     random_lanes,
     tangents,
 )
+from pairs import pairs
 from scalpel import _core
 from scalpel._native import memory_of
 from scalpel.lanes import Linear
 from scalpel.reference import lanes as reference_lanes
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", LINEAR, ids=str)
+# In the cases of `pairs`, every shape meets every target and every dtype, and every dtype every target.
+@pytest.mark.parametrize(("shape", "dtype", "target"), pairs(LINEAR, DTYPES, SUPPORTED), indirect=["target"], ids=str)
 def test_linear(shape: tuple[Any, ...], dtype: torch.dtype, target: str) -> None:
     before = _core.kernel_calls()["jvp"][target][1]
     entries = check_linear(shape, dtype)
@@ -41,12 +43,15 @@ def test_linear(shape: tuple[Any, ...], dtype: torch.dtype, target: str) -> None
     assert ran == (entries > 0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # Threads share out tokens: with every number of tokens one thread, and more where there is something to share out.
+TOKENS_AND_THREADS = [*((n, 1) for n in (0, 1, 15, 16, 17, 40)), (1, 5), (16, 2), (17, 2), (40, 2), (40, 5)]
+
+
 @pytest.mark.parametrize(
-    ("tokens", "threads"), [*((n, 1) for n in (0, 1, 15, 16, 17, 40)), (1, 5), (16, 2), (17, 2), (40, 2), (40, 5)]
+    ("shared_out", "dtype", "target"), pairs(TOKENS_AND_THREADS, DTYPES, SUPPORTED), indirect=["target"], ids=str
 )
-def test_a_layer_with_tokens_in_the_lanes(tokens: int, threads: int, dtype: torch.dtype, target: str) -> None:
+def test_a_layer_with_tokens_in_the_lanes(shared_out: tuple[int, int], dtype: torch.dtype, target: str) -> None:
+    tokens, threads = shared_out
     before = torch.get_num_threads()
     for rows, cols in ((30, 50), (1, 1), (16, 33), (300, 700), (3, 0)):
         calls = _core.kernel_calls()["jvp"][target][1]
@@ -92,11 +97,14 @@ def test_sparse_and_dense_weights_agree_and_follow_the_layer(monkeypatch: pytest
                 close(found[0], expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("centred", [False, True])
-@pytest.mark.parametrize(("width", "entries"), NORM)
-def test_norm(width: int, entries: int | None, centred: bool, dtype: torch.dtype, target: str) -> None:
-    check_norm(width, entries, centred, dtype)
+@pytest.mark.parametrize(
+    ("shape", "centered", "dtype", "target"),
+    pairs(NORM, [False, True], DTYPES, SUPPORTED),
+    indirect=["target"],
+    ids=str,
+)
+def test_norm(shape: tuple[int, int | None], centered: bool, dtype: torch.dtype, target: str) -> None:
+    check_norm(*shape, centered, dtype)
 
 
 def test_channels_behind_a_norm_take_no_part() -> None:
@@ -108,8 +116,9 @@ def test_gather_and_scatter(dtype: torch.dtype, target: str) -> None:
     check_gather_and_scatter(dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", ATTENTION, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "target"), pairs(ATTENTION, DTYPES, SUPPORTED), indirect=["target"], ids=str
+)
 def test_attention(shape: tuple[Any, ...], dtype: torch.dtype, target: str) -> None:
     check_attention(shape, dtype)
 

@@ -13,8 +13,9 @@ from scalpel.models.circuitgpt.attention import fused_training
 from scalpel.models.circuitgpt.config import CircuitGPTConfig
 from scalpel.models.circuitgpt.model import CircuitGPT
 from scalpel.tasks.literals import literals_of
+from scalpel.tasks.source_files import source_file
 from scalpel.training import python_small
-from scalpel.training.python_text import PythonCourse, PythonText, source_file
+from scalpel.training.python_text import PythonCourse, PythonText
 
 SOURCE = '''"""A module."""
 
@@ -145,13 +146,15 @@ def test_training_leaves_a_folder_with_its_card(text, tmp_path, monkeypatch):
     monkeypatch.setattr(python_small, "interpreter_sources", lambda: SOURCES)
     monkeypatch.setattr(python_small, "python_tokenizer", lambda text, vocab_size: small_tokenizer())
     monkeypatch.setattr(python_small, "accuracy_card", lambda model: {"all": 0.5})
-    monkeypatch.setattr(python_small, "task_accuracies", lambda model: {})
-    card = python_small.train_python(tmp_path / "m", control="no-positions", steps=1)
+    card = python_small.train_python(
+        tmp_path / "m", lambda trained: {"a task": {"accuracy": 0.25}}, control="no-positions", steps=1
+    )
     model = CircuitGPT.from_pretrained(tmp_path / "m")
     assert card["name"] == "python-small-no-positions" and model.card["text"]["files"] == 1
+    assert model.card["tasks"] == {"a task": {"accuracy": 0.25}}
     assert not bool(model.transformer.wpe.weight.any()) and not (tmp_path / "m" / "training-state.pt").exists()
     with pytest.raises(ValueError, match="finished model"):
-        python_small.train_python(tmp_path / "m")
+        python_small.train_python(tmp_path / "m", dict)
 
 
 def test_an_unknown_control_is_refused(tmp_path):

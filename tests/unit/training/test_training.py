@@ -8,9 +8,10 @@ import torch
 
 from bracket_fixtures import SOURCES, small_tokenizer
 from scalpel.models.circuitgpt.model import CircuitGPT
+from scalpel.models.sparsity import prune_
 from scalpel.training import bracket_mini
 from scalpel.training.loop import train
-from scalpel.training.recipe import Recipe, clip_rms_, density_table, prune_, sparse_matrices
+from scalpel.training.recipe import Recipe, clip_rms_, density_table, sparse_matrices
 from scalpel.training.text import TextCourse, batches
 
 TINY = Recipe(

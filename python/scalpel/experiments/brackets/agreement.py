@@ -13,7 +13,7 @@ import numpy as np
 from ...models.circuitgpt.model import CircuitGPT
 from ...semigroup import ThresholdCounter
 from ...tasks.refused import Refused
-from ..controls import LEAST_ACCURACY, Controls, tells_depths
+from ..controls import LEAST_ACCURACY, Controls
 from ..nulls import NULLS, check_nulls
 from ..provenance import at_least, caution, longest_asked, model_provenance
 from ..result import Protocol, Result, Verdict
@@ -124,7 +124,7 @@ def run(
     protocol.measuring()
     curves = {k: ask(model, k, 3) for k in amounts}
     flat = ask(model, 1, 3, depth=1)
-    able = tells_depths(curves, flat)
+    able = c.tells_depths(curves, flat)
     shown = {k: curve.binned(edges) for k, curve in curves.items()}
     found = {k: c.critical(curve, rng) for k, curve in curves.items()}
     score = agreement(curves, held, edges, simulated)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ...models.circuitgpt.model import CircuitGPT
+from ...models.untrained import untrained
 from ...tasks.brackets import closers
 from ...tasks.evidence import PLACES, Evidence, evidence_lists
-from ...training.untrained import untrained
-from ..controls import LEAST_ACCURACY, tells_depths
+from ..controls import LEAST_ACCURACY
 from ..nulls import NULLS, check_nulls
 from ..provenance import at_least, longest_asked, model_provenance
 from ..result import Protocol, Result, Verdict
@@ -76,7 +76,7 @@ def run(
     )
     protocol.measuring()
     flat = c.ask_long_lists(model, 1, depth=1, prompts=prompts, length=length, seed=1000 * seed + 71)
-    able = tells_depths({2: scout}, flat)
+    able = c.tells_depths({2: scout}, flat)
     table = _interventions(model, failing or length, prompts, seed)
     right, interval = _shares(table, rng)
     cells, outcome = _factorial(model, length, prompts, seed)

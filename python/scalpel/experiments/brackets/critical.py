@@ -227,3 +227,19 @@ def series(label: str, curve: Curve, edges: Sequence[float] | np.ndarray, **styl
     spread = 1.96 * np.sqrt(squares) / np.maximum(1, asked.sum(0))
     band = {"low": np.clip(p - spread, 0, 1), "high": np.clip(p + spread, 0, 1)}
     return {"label": label, "x": (edges[:-1] + edges[1:]) / 2, "y": p, **band, **style}
+
+
+def tells_depths(curves: Mapping[int, Curve], flat: Curve, width: int = 16) -> float:
+    """The best balanced accuracy over both depths at any one context length, in bins of ``width`` tokens.
+
+    A model that says the same at both depths gets one half; one that compares k/n with a threshold is wrong at depth
+    1 where the context is short and at depth 2 where it is long, and right between. Prompts of both depths that fall
+    into one bin don't have quite the same n, so a model that goes by length alone can get more than one half, though
+    never all.
+    """
+    longest = max(int(curve.x.max()) for curve in [*curves.values(), flat])
+    edges = np.arange(0, longest + width, width)
+    alone = flat.binned(edges)
+    nested = np.stack([curve.binned(edges) for curve in curves.values()])
+    best = (nested + alone) / 2
+    return float(np.nanmax(best)) if not np.isnan(best).all() else float("nan")

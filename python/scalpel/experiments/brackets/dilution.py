@@ -12,7 +12,7 @@ import numpy as np
 
 from ...models.circuitgpt.model import CircuitGPT
 from ...tasks.refused import Refused
-from ..controls import LEAST_ACCURACY, Controls, tells_depths
+from ..controls import LEAST_ACCURACY, Controls
 from ..nulls import NULLS, check_nulls
 from ..provenance import at_least, caution, longest_asked, model_provenance
 from ..result import Protocol, Result, Verdict
@@ -95,7 +95,7 @@ def run(
     curves = {k: ask(model, k) for k in amounts}
     measured = {k: c.critical(curve, rng) for k, curve in curves.items()}
     flat = ask(model, 1, depth=1)
-    able = tells_depths(curves, flat)
+    able = c.tells_depths(curves, flat)
     fares = d.compare(laws, measured, predict)
     holds = {name: bool(one["holds"]) for name, one in fares.items()}
     found_best = d.best(fares)
@@ -252,7 +252,7 @@ def _null(other: CircuitGPT, ask: Any, amounts: Sequence[int], rng: np.random.Ge
     curves = {k: ask(other, k) for k in amounts}
     lengths = {k: c.critical(curve, rng) for k, curve in curves.items()}
     flat = ask(other, 1, depth=1)
-    able = tells_depths(curves, flat)
+    able = c.tells_depths(curves, flat)
     words = f"best balanced accuracy {able:.2f}"
     if able >= LEAST_ACCURACY:
         words = ", ".join(f"k={k}: {one.text()}" for k, one in lengths.items())

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from ...models.circuitgpt.model import CircuitGPT
+from ...models.untrained import untrained
 from ...semigroup import ThresholdCounter
 from ...tasks.brackets import closers, long_lists
 from ...tasks.refused import Refused
-from ...training.untrained import untrained
-from ..controls import LEAST_ACCURACY, tells_depths
+from ..controls import LEAST_ACCURACY
 from ..nulls import NULLS, check_nulls
 from ..provenance import at_least, longest_asked, model_provenance
 from ..result import Protocol, Result, Verdict
@@ -122,7 +122,7 @@ def run(
     longer = c.ask_long_lists(model, k, prompts=prompts, length=length, seed=1000 * seed + 5)
     replicate = _counted_from(longer, n0)
     alone = c.ask_long_lists(model, 1, depth=1, prompts=prompts, length=length, seed=1000 * seed + 5)
-    able = tells_depths({k: longer}, alone)
+    able = c.tells_depths({k: longer}, alone)
     moved = _moved(model, short, np.arange(0, most + 1, step))
     flat = _short_prompts(model, 1, elements, prompts, seed)
     unmatched = _curve(model, flat, _brackets(model, 16), depth=1)

@@ -20,11 +20,11 @@ from scipy.stats import rankdata
 from ...circuits.task import Task, answer_logits
 from ...guard.hole_guard import FailureLaw, HoleGuard
 from ...models.circuitgpt.model import CircuitGPT
+from ...models.untrained import untrained
 from ...semigroup import ThresholdCounter
 from ...tasks.brackets import closers
 from ...tasks.refused import Refused
-from ...training.untrained import untrained
-from ..controls import LEAST_ACCURACY, tells_depths
+from ..controls import LEAST_ACCURACY
 from ..nulls import NULLS, check_nulls
 from ..provenance import at_least, longest_asked, model_provenance
 from ..result import Protocol, Result, Verdict
@@ -82,7 +82,7 @@ def run(
     rng = np.random.default_rng([seed, 46])
     lists = {"prompts": 32, "length": length, "seed": 1000 * seed + 6}
     curve = c.ask_long_lists(model, CALIBRATED_AT, **lists)
-    able = tells_depths({CALIBRATED_AT: curve}, c.ask_long_lists(model, 1, depth=1, **lists))
+    able = c.tells_depths({CALIBRATED_AT: curve}, c.ask_long_lists(model, 1, depth=1, **lists))
     options = {"prompts": prompts, "offsets": offsets, "nulls": nulls, "law": "given" if law else "calibrated"}
     provenance = model_provenance(model, least_accuracy=least_accuracy, seed=seed, **options)
     protocol = Protocol("guard", QUESTION, SEED_FIGURE, provenance)

@@ -11,8 +11,8 @@ from ...circuits.task import bracket_counting
 from ...covariance.streaming import StreamingCovariance
 from ...models.circuitgpt.model import CircuitGPT
 from ...models.circuitgpt.recording import hook_width
+from ...models.untrained import untrained
 from ...tasks.refused import Refused
-from ...training.untrained import untrained
 from .figures import GRID, ROTATIONS, hook_figures, score_curves, score_figure, table
 from .gather import Rows, Texts, gather, masked_afterwards, shuffled, topk_hooks
 from .measure import PRIMARY, VARIANTS, WIDEST, Pair, compare, shares_and_rank

@@ -13,18 +13,17 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from ... import __file__ as _package
 from ...models.circuitgpt.model import CircuitGPT
+from ...models.untrained import untrained
 from ...training.study import Plan
 from ...training.text import Batch
-from ...training.untrained import untrained
 from .gather import Texts, gather, masked_afterwards, shuffled, topk_hooks
 from .generators import LETTERS, acting, appeared
 from .measure import PRIMARY, VARIANTS, Measured, compare
 
 __all__ = ["CONTROLS", "FILE", "PLAN", "Difference", "Study", "measure_snapshot"]
 
-FILE = Path(_package).parent / "data" / "collapse-study.json"
+FILE = Path(__file__).parents[2] / "data" / "collapse-study.json"
 PLAN = Plan()
 CONTROLS = ("dense", "afterwards", "shuffled")
 _FIELDS = ("top1", "top3", "effective_rank", "equal_rank", "area", "reverse_area")

@@ -19,7 +19,7 @@ import numpy as np
 
 from ...jacobians.depth.spectra import rank_bound
 from ...models.circuitgpt.model import CircuitGPT
-from ...training.untrained import untrained
+from ...models.untrained import untrained
 from ..nulls import NULLS, check_nulls, only_beside
 from ..provenance import at_least, model_provenance
 from ..result import Protocol, Result, Verdict

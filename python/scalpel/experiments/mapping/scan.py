@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...models.circuitgpt.model import CircuitGPT
-from ...training.untrained import untrained
-from ..brackets.critical import Curve
-from ..controls import tells_depths
+from ...models.untrained import untrained
+from ..brackets.critical import Curve, tells_depths
 from .measure import Prompts, Rows, Scores, difference, groups_of, head_rows, question_rows, record, share
 
 __all__ = [

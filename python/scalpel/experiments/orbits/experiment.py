@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from ...models.circuitgpt.model import CircuitGPT
+from ...models.untrained import untrained
 from ...semigroup.greedy import GreedyOrbits, apparent_period, decode, greedy_orbits
-from ...training.untrained import untrained
 from ..depth.cascade import short_prompts, without_topk
 from ..nulls import NULLS, check_nulls, only_beside
 from ..provenance import at_least, model_provenance

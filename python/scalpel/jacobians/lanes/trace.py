@@ -7,7 +7,6 @@ each sublayer the supports that its TopKs keep, its norm, attention's q, k, v an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +16,14 @@ from torch import Tensor, nn
 from ..._native import runs_on
 from ...hooks.masks import watched
 from ...hooks.modules import hooks_on
+from ...hooks.stopping import Stop
 from ...lanes import Attention, Norm, apply_linear
 from ...models.circuitgpt.attention import attend
+from ...models.circuitgpt.core import CircuitCore
+from ...models.circuitgpt.model import CircuitGPT
 from ...topk import keep_topk, topk_indices
 
 if TYPE_CHECKING:
-    from ...models.circuitgpt.model import CircuitGPT
     from ..passes import CircuitPass
 
 Function = Callable[[Tensor], Tensor]
@@ -34,18 +35,13 @@ def has_products(model: CircuitGPT) -> bool:
     """
     if not runs_on(model.device) or model.dtype not in (torch.float32, torch.float64):
         return False
-    known = {nn.Linear, nn.Embedding, nn.RMSNorm, nn.ModuleDict, nn.ModuleList}
+    known = {CircuitGPT, nn.Linear, nn.Embedding, nn.RMSNorm, nn.ModuleDict, nn.ModuleList}
     for module in model.modules():
-        own = type(module).__module__ == type(model).__module__
-        if not own and type(module) not in known:
+        if type(module).__module__ != CircuitCore.__module__ and type(module) not in known:
             return False
         if hooks_on(module) or module._backward_hooks:
             return False
     return True
-
-
-class Found(Exception):
-    """A pass has reached the hook where it ends; its argument is the value there."""
 
 
 @dataclass
@@ -89,13 +85,14 @@ class CircuitTrace:
         self.hooks = hooks
         self.values: dict[str, Tensor] = {}
         self.first = self._number(hooks[0])
+        self._stop = Stop()
         self._layers: list[Layer] = []
         self.changed: dict[str, tuple[Function, Tensor]] = {}  # hooks at which an intervention moves the value
         self.final: Norm | None = None
         self.tap = self.model._composed_tap(None)
         allowed = run.allowed
         self.allowed = (allowed[None] if allowed.dim() == 2 else allowed[:, 0]).contiguous()
-        with torch.no_grad(), suppress(Found):
+        with torch.no_grad(), self._stop:
             self._hook("logits", self._run())
 
     def has(self, source: str, target: str) -> bool:
@@ -188,7 +185,7 @@ class CircuitTrace:
         if name in self.hooks:
             self.values[name] = after
             if name == self.hooks[-1]:
-                raise Found(after)
+                self._stop(after)
         return after
 
     def _tokens(self, x: Tensor) -> Tensor:

@@ -11,16 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ...hooks.inputs import Inputs, holds_ids, limits_of, read_inputs
-from ...hooks.modules import known_hook, module_names
+from ...hooks.modules import module_hooks
+from ...hooks.names import hook_named, known_hook, module_path
 from ...models.decoders.decoder import Decoder
-from ...models.decoders.families import (
-    decoder_or_reason,
-    family_of_model,
-    hooks_of,
-    hooks_of_model,
-    module_path,
-    our_hook,
-)
+from ...models.decoders.families import decoder_or_reason, family_of_model, hooks_of, hooks_of_model
 from ..passes import LOGITS, Pass, kept
 from .agreement import difference
 from .narrow import NarrowWeights
@@ -88,7 +82,7 @@ def _ends(decoder: Decoder, source: str, target: str) -> tuple[str, str] | str:
     """Our names of both hooks, or why the rules don't cover one."""
     hooks = []
     for name, as_source in ((source, True), (target, False)):
-        hook = LOGITS if name == LOGITS else our_hook(name, decoder.family, decoder.config, as_source)
+        hook = LOGITS if name == LOGITS else hook_named(name, decoder.family.PATHS, hooks_of(decoder.config), as_source)
         if hook is None:
             return f"{name!r} is no hook of the rules"
         hooks.append(hook)
@@ -105,12 +99,12 @@ def module_paths(model: nn.Module, source: str, target: str, reason: str) -> tup
     family, hooks = family_of_model(model), hooks_of_model(model)
     if family is None:
         return source, target
-    paths = [name + end for name in module_names(model) for end in ("", ":in")]
+    paths = module_hooks(model)
     kind = f"this {type(model).__name__} (its hooks, or module paths with ':in' for an input)"
     ends = []
     for name, role in ((source, "source"), (target, "target")):
         known = [*hooks, *paths] if role == "source" else [*hooks, LOGITS, *paths]
-        path = module_path(name, family, hooks, role == "source")
+        path = module_path(name, family.PATHS, hooks, role == "source")
         if path not in known:
             known_hook(name, known, role, kind)
         if path in hooks:

@@ -14,9 +14,9 @@ from torch.func import jvp, vjp, vmap
 
 from ...hooks.positions import Selected, read_at
 from ...hooks.running import ALONE
+from ...hooks.stopping import Stop
 from ...models.decoders.decoder import Dense
 from ..ends import finished
-from ..stopping import Reached
 from .layer import Buffers, DenseLayer
 from .primal import DensePrimal
 from .trace import DenseTrace
@@ -84,17 +84,17 @@ class DenseProducts:
             if name == self.run.source:
                 t = start
             if name == self.run.target:
-                raise Reached(t)
+                stop(t)
             return t
 
         x: Tensor | None = None
         watched = {self.run.source, self.run.target}
-        try:
+        with Stop() as stop:
             for i, primal in self.primals.items():
                 x = self._layer(i, primal, part, buffers).push(x, hook, watched)
             x = hook("final_resid", x)
-        except Reached as end:
-            x = end.value
+        if stop.reached:
+            x = stop.value
             if x is None:
                 return tangents.new_zeros(len(tangents), *self.recorded.shape)
             return self._taken(x, self.at[1], part)
@@ -133,16 +133,15 @@ class DenseProducts:
             if name == self.run.target:
                 u = start
             if name == self.run.source:
-                raise Reached(u)
+                stop(u)
             return u
 
-        try:
+        with Stop() as stop:
             x = hook("final_resid", x)
             for i, primal in reversed(self.primals.items()):
                 x = self._layer(i, primal, part, buffers).pull(x, hook)
-        except Reached as end:
-            if end.value is not None:
-                return self._taken(end.value, self.at[0], part)
+        if stop.value is not None:
+            return self._taken(stop.value, self.at[0], part)
         return cotangents.new_zeros(len(cotangents), *self.source.shape)
 
     # ---- both ways -----------------------------------------------------------------------------

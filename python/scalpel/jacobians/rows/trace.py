@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ...hooks.stopping import Stop
 from ...models.decoders.decoder import Decoder, DecoderLayer, Dense
-from ..stopping import Reached
 from .primal import DensePrimal, Text, places_of, through_layer
 from .rules import DenseNorm
 
@@ -48,13 +48,14 @@ class DenseTrace:
         self.final: tuple[DenseNorm, Dense] | None = None
         self.neurons = 0
         self._see = see
+        self._stop = Stop()
         self._first = self._number(hooks[0]) if hooks else 0
         self._primals: dict[int, DensePrimal] = {}
 
     def run(self) -> DenseTrace:
         """Take it from the embedding to the last of ``hooks``; gives itself."""
         config = self.decoder.config
-        try:
+        with self._stop:
             for i in range(config.layers):
                 self.advance(i, self.decoder.layer(i), keep=i >= self._first)
             x = self._tap("final_resid", self.resid)
@@ -62,8 +63,6 @@ class DenseTrace:
             norm = DenseNorm.at(x, weight, config.eps, config.rms)
             self.final = norm, head
             self._tap("logits", head(norm.value()))
-        except Reached:
-            pass
         return self
 
     def advance(self, i: int, layer: DecoderLayer, keep: bool) -> DensePrimal:
@@ -96,5 +95,5 @@ class DenseTrace:
         if name in self.hooks:
             self.values[name] = value
             if name == self.hooks[-1]:
-                raise Reached(value)
+                self._stop(value)
         return value

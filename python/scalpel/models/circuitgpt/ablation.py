@@ -9,28 +9,29 @@ transforms too.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ContextDecorator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from .recording import check_hooks, hook_width
+from .core import Tap
+from .loaded import LoadedCore
+from .recording import check_hooks, hook_width, run_with_cache
 
-if TYPE_CHECKING:
-    from .model import CircuitGPT, Tap
+Model = TypeVar("Model", bound=LoadedCore)
 
 KINDS = ("mean", "zero", "resample")
 _ROWS_AT_ONCE = 16
 
 
 def ablate(
-    model: "CircuitGPT",
+    model: Model,
     nodes: str | Sequence[str],
     kind: str = "mean",
     *,
     reference: Any = None,
     seed: int = 0,
-) -> "Ablation":
+) -> "Ablation[Model]":
     """A context in which ``nodes`` are replaced; the model is as before afterwards, whatever happens. They
     nest, and each can be entered again: see :class:`Ablation`.
 
@@ -61,7 +62,7 @@ def ablate(
     return Ablation(model, tap)
 
 
-def hook_means(model: "CircuitGPT", reference: Any, hooks: Iterable[str] | None = None) -> dict[str, Tensor]:
+def hook_means(model: LoadedCore, reference: Any, hooks: Iterable[str] | None = None) -> dict[str, Tensor]:
     """Mean activation (width,), float64, of each hook over the reference's real tokens, without any ablation.
 
     ``reference``: as in :func:`ablate`; ``hooks``: names, all if not given. As lists under
@@ -79,7 +80,7 @@ def hook_means(model: "CircuitGPT", reference: Any, hooks: Iterable[str] | None 
     return {name: total / count for name, total in sums.items()}
 
 
-class Ablation(ContextDecorator):
+class Ablation(ContextDecorator, Generic[Model]):
     """What :func:`ablate` gives: inside ``with`` the model's nodes are replaced, and it gives the model.
 
     It can be entered as often as one likes, with the values that were taken when it was made. Entered inside another
@@ -87,10 +88,10 @@ class Ablation(ContextDecorator):
     ``with`` ends. A copy or a pickle of the model that is made inside has these nodes replaced for good.
     """
 
-    def __init__(self, model: "CircuitGPT", tap: "Tap") -> None:
+    def __init__(self, model: Model, tap: Tap) -> None:
         self._model, self._tap = model, tap
 
-    def __enter__(self) -> "CircuitGPT":
+    def __enter__(self) -> Model:
         self._model._interventions.append(self._tap)
         return self._model
 
@@ -103,7 +104,7 @@ class Ablation(ContextDecorator):
         raise RuntimeError("this ablation is left and wasn't entered; use it in a with statement")
 
 
-def _parse(model: "CircuitGPT", nodes: Iterable[str]) -> dict[str, Tensor]:
+def _parse(model: LoadedCore, nodes: Iterable[str]) -> dict[str, Tensor]:
     """Hook name to a bool mask (width,) of the channels that were named."""
     picked: dict[str, Tensor] = {}
     for node in nodes:
@@ -155,7 +156,7 @@ def _like(replacement: Tensor, value: Tensor) -> Tensor:
     return replacement.to(device=value.device, dtype=value.dtype)
 
 
-def _samples(model: "CircuitGPT", reference: Any, names: Iterable[str]) -> dict[str, Tensor]:
+def _samples(model: LoadedCore, reference: Any, names: Iterable[str]) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {name: [] for name in names}
     for values, real in _activations(model, reference, list(parts)):
         for name, value in values.items():
@@ -163,7 +164,7 @@ def _samples(model: "CircuitGPT", reference: Any, names: Iterable[str]) -> dict[
     return {name: torch.cat(rows) for name, rows in parts.items()}
 
 
-def _stored_means(model: "CircuitGPT", names: Iterable[str]) -> dict[str, Tensor]:
+def _stored_means(model: LoadedCore, names: Iterable[str]) -> dict[str, Tensor]:
     stored = model.card.get("hook_means", {})
     means = {}
     for name in names:
@@ -179,9 +180,7 @@ def _stored_means(model: "CircuitGPT", names: Iterable[str]) -> dict[str, Tensor
 
 
 @torch.no_grad()
-def _activations(
-    model: "CircuitGPT", reference: Any, names: Sequence[str]
-) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+def _activations(model: LoadedCore, reference: Any, names: Sequence[str]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """Values at ``names`` and the mask of real tokens (B, L), some prompts at a time."""
     input_ids, real = _batch(model, reference)
     last = max(names, key=model.hook_names.index, default=None)
@@ -191,13 +190,13 @@ def _activations(
         rows, mask = input_ids[at : at + _ROWS_AT_ONCE], real[at : at + _ROWS_AT_ONCE]
         standing, model._interventions = model._interventions, []
         try:
-            _, values = model.run_with_cache(rows, names, stop_at=last, attention_mask=mask)
+            _, values = run_with_cache(model, rows, names, stop_at=last, attention_mask=mask)
         finally:
             model._interventions = standing
         yield values, mask
 
 
-def _batch(model: "CircuitGPT", reference: Any) -> tuple[Tensor, Tensor]:
+def _batch(model: LoadedCore, reference: Any) -> tuple[Tensor, Tensor]:
     mask: Any = None
     if isinstance(reference, Mapping):
         if "input_ids" not in reference:
@@ -234,7 +233,7 @@ def _is_masked_batch(reference: Any) -> bool:
     return pair and all(isinstance(each, Tensor) and each.dim() == 2 for each in reference)
 
 
-def _ids(model: "CircuitGPT", prompt: Any) -> Tensor:
+def _ids(model: LoadedCore, prompt: Any) -> Tensor:
     if isinstance(prompt, str):
         if model.tokenizer is None:
             raise ValueError("reference is text and the model has no tokenizer; give token ids")

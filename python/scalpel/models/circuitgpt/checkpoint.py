@@ -13,15 +13,18 @@ import re
 import tempfile
 from importlib import resources
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ..gguf.model import gguf_in, no_circuitgpt
+from ..gguf_files import gguf_in, no_circuitgpt
 from ..tokenizer import TOKENIZER_FILES, Tokenizer
 from ..weight_files import CheckpointError, read_json, read_weights, some, write_weights
 from .config import CircuitGPTConfig
-from .model import CircuitGPT
+from .loaded import LoadedCore
+
+Model = TypeVar("Model", bound=LoadedCore)
 
 __all__ = ["CheckpointError", "from_pretrained", "save_pretrained", "shipped_models"]
 
@@ -32,6 +35,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def from_pretrained(
+    cls: type[Model],
     source: str | Path,
     *,
     revision: str | None = None,
@@ -39,8 +43,8 @@ def from_pretrained(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     local_files_only: bool = False,
-) -> CircuitGPT:
-    """Load a model, in evaluation mode.
+) -> Model:
+    """Load a model of the class ``cls``, in evaluation mode.
 
     ``source``: the name of a shipped model, a folder in the public or the hub's format, or a hub id
     (``owner/name``, with ``revision``, ``cache_dir`` and ``local_files_only`` as in huggingface_hub). A
@@ -61,7 +65,7 @@ def from_pretrained(
     folder = _locate(source, revision, cache_dir, local_files_only)
     config = _read_config(folder)
     weights = _without_prefix(read_weights(folder))
-    model = CircuitGPT(config, device="meta")  # shapes only: nothing is drawn at random, no second copy is made
+    model = cls(config, device="meta")  # shapes only: nothing is drawn at random, no second copy is made
     notes = [
         f"config field {name!r} = {value!r} is unknown; it is off and was kept"
         for name, value in config.unknown_fields().items()
@@ -89,7 +93,7 @@ def from_pretrained(
     return model
 
 
-def save_pretrained(model: CircuitGPT, folder: str | Path, *, compress: bool = True) -> None:
+def save_pretrained(model: LoadedCore, folder: str | Path, *, compress: bool = True) -> None:
     """Write the public format: ``beeg_config.json``, ``final_model.pt``, and the tokenizer and card where
     there are.
 
@@ -196,7 +200,7 @@ def _without_prefix(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(_HUB_PREFIX): tensor for key, tensor in weights.items()}
 
 
-def _fit(model: CircuitGPT, weights: dict[str, Tensor]) -> list[str]:
+def _fit(model: LoadedCore, weights: dict[str, Tensor]) -> list[str]:
     """Make ``weights`` what the (shape-only) ``model`` needs, in place; returns what was passed over."""
     notes = _drop_causal_buffers(model.config, weights)
     wanted = model.state_dict()
@@ -295,7 +299,7 @@ def _cast(key: str, tensor: Tensor, dtype: torch.dtype, device: torch.device | s
     return cast
 
 
-def _load_tokenizer(model: CircuitGPT, folder: Path) -> list[str]:
+def _load_tokenizer(model: LoadedCore, folder: Path) -> list[str]:
     try:
         model.tokenizer = Tokenizer.from_folder(folder, model.config.tokenizer_name)
     except ValueError as error:

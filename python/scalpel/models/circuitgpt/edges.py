@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .core import CircuitCore
+
 if TYPE_CHECKING:
     import pandas
-
-    from .model import CircuitGPT
 
 COLUMNS = ("src", "dst", "weight", "layer", "param")
 
@@ -86,7 +86,7 @@ class EdgeTable:
 
 
 @torch.no_grad()
-def edges(model: "CircuitGPT") -> EdgeTable:
+def edges(model: CircuitCore) -> EdgeTable:
     """All non-zero entries of the model's matrices; their number is the non-zeros of the matrices that it
     uses.
 
@@ -129,7 +129,7 @@ def edges(model: "CircuitGPT") -> EdgeTable:
     )
 
 
-def _matrices(model: "CircuitGPT") -> Iterator[tuple[str, int, Tensor, str, tuple[str, ...]]]:
+def _matrices(model: CircuitCore) -> Iterator[tuple[str, int, Tensor, str, tuple[str, ...]]]:
     """(parameter, layer, matrix (out, in), source hook, destination hooks) of every matrix."""
     first = model.hook_names[0]
     added = model.config.d_pos_emb is None

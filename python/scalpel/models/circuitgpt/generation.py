@@ -2,18 +2,16 @@
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .model import CircuitGPT
+from .loaded import LoadedCore
 
 
 @torch.no_grad()
 def generate(
-    model: "CircuitGPT",
+    model: LoadedCore,
     input_ids: Tensor,
     max_new_tokens: int,
     *,
@@ -90,7 +88,7 @@ def _drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     return torch.multinomial(probabilities.cpu(), 1, generator=generator).to(probabilities.device)
 
 
-def _stop_ids(model: "CircuitGPT", stop: int | str | Collection[int | str] | None) -> set[int]:
+def _stop_ids(model: LoadedCore, stop: int | str | Collection[int | str] | None) -> set[int]:
     if stop is None:
         return set()
     ids = set()

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from ...topk import topk_mask
-from .model import CircuitGPT
+from .core import CircuitCore
+from .loaded import LoadedCore
+from .recording import run_with_cache
 
 if TYPE_CHECKING:
     import pandas
@@ -95,7 +97,7 @@ class LogitAttribution:
 
 @torch.no_grad()
 def logit_attribution(
-    model: CircuitGPT,
+    model: LoadedCore,
     input_ids: Tensor,
     tokens: Token | tuple[Token, Token],
     position: int = -1,
@@ -112,7 +114,7 @@ def logit_attribution(
     ids = _token_ids(model, tokens)
     input_ids = model._checked_ids(input_ids)
     inputs |= {name: each.to(model.device) for name, each in inputs.items() if isinstance(each, Tensor)}
-    logits, acts = model.run_with_cache(input_ids, _HOOKS, **inputs)
+    logits, acts = run_with_cache(model, input_ids, _HOOKS, **inputs)
     assert logits is not None
     columns = _columns(input_ids, inputs.get("attention_mask"), position)
     rows = torch.arange(len(input_ids), device=input_ids.device)
@@ -164,7 +166,7 @@ def logit_attribution(
 class _Backwards:
     """Walks the hooks from last to first with the direction (B, d_model) that the logit reads there."""
 
-    def __init__(self, model: CircuitGPT, at: dict[str, Tensor]) -> None:
+    def __init__(self, model: CircuitCore, at: dict[str, Tensor]) -> None:
         self.model, self.at, self.config = model, at, model.config
         self.y: dict[int, Tensor] = {}
         self.post_act: dict[int, Tensor] = {}
@@ -226,7 +228,7 @@ class _Backwards:
         self.interventions = self.interventions + (foreign * direction).sum(-1)
 
 
-def _through_final_norm(model: CircuitGPT, x: Tensor, unembed: Tensor) -> tuple[Tensor, Tensor]:
+def _through_final_norm(model: CircuitCore, x: Tensor, unembed: Tensor) -> tuple[Tensor, Tensor]:
     """The direction (B, d_model) that reads the logit from the stream, and the norm bias's share (B,)."""
     norm = model.transformer.ln_f
     direction = (unembed * norm.weight).expand_as(x)
@@ -238,7 +240,7 @@ def _through_final_norm(model: CircuitGPT, x: Tensor, unembed: Tensor) -> tuple[
     return direction - direction.mean(-1, keepdim=True), bias.expand(len(x))
 
 
-def _token_ids(model: CircuitGPT, tokens: Token | tuple[Token, Token]) -> tuple[int, ...]:
+def _token_ids(model: LoadedCore, tokens: Token | tuple[Token, Token]) -> tuple[int, ...]:
     pair = isinstance(tokens, tuple | list)
     given: tuple[Any, ...] = tuple(tokens) if isinstance(tokens, tuple | list) else (tokens,)
     if pair and len(given) != 2:
@@ -246,7 +248,7 @@ def _token_ids(model: CircuitGPT, tokens: Token | tuple[Token, Token]) -> tuple[
     return tuple(_token_id(model, token) for token in given)
 
 
-def _token_id(model: CircuitGPT, token: Token) -> int:
+def _token_id(model: LoadedCore, token: Token) -> int:
     if isinstance(token, str):
         if model.tokenizer is None:
             raise ValueError(f"{token!r} is text and the model has no tokenizer; give the token's id")

@@ -3,23 +3,19 @@
 import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .model import CircuitGPT
+from ...hooks.stopping import Stop
+from .core import CircuitCore
 
 Names = str | Iterable[str] | Callable[[str], bool]
 Hook = tuple[str, Callable[[Tensor, str], Tensor | None]]
 
 
-class _Stopped(Exception):
-    """Leaves the forward pass after the hook that was asked for."""
-
-
 def run_with_cache(
-    model: "CircuitGPT",
+    model: CircuitCore,
     input_ids: Tensor,
     names: Names = ".*",
     stop_at: str | None = None,
@@ -56,16 +52,15 @@ def run_with_cache(
         if name in wanted:
             kept[name] = value
         if name == stop_at:
-            raise _Stopped
+            stop()
         return value
 
-    try:
+    with Stop() as stop:
         return model(input_ids, tap=tap, **inputs), kept
-    except _Stopped:
-        return None, kept
+    return None, kept
 
 
-def run_with_hooks(model: "CircuitGPT", input_ids: Tensor, fwd_hooks: Sequence[Hook], **inputs: Any) -> Tensor:
+def run_with_hooks(model: CircuitCore, input_ids: Tensor, fwd_hooks: Sequence[Hook], **inputs: Any) -> Tensor:
     """Logits (B, L, vocab) with ``fn(value, name)`` called at each named hook, in the order given.
 
     ``fn`` returns the value to go on with, of the same shape and dtype on the same device, or None to leave
@@ -75,7 +70,7 @@ def run_with_hooks(model: "CircuitGPT", input_ids: Tensor, fwd_hooks: Sequence[H
     return logits
 
 
-def check_hooks(model: "CircuitGPT", names: Iterable[str]) -> None:
+def check_hooks(model: CircuitCore, names: Iterable[str]) -> None:
     """ValueError that lists close matches and what there is, if a name isn't one of the model's hooks."""
     known = model.hook_names
     for name in names:
@@ -85,7 +80,7 @@ def check_hooks(model: "CircuitGPT", names: Iterable[str]) -> None:
             raise ValueError(f"unknown hook {name!r}.{hint} {_available(model)}")
 
 
-def hook_width(model: "CircuitGPT", name: str) -> int:
+def hook_width(model: CircuitCore, name: str) -> int:
     """Number of channels at a hook."""
     config = model.config
     kind = name.partition(".")[2]
@@ -99,7 +94,7 @@ def hook_width(model: "CircuitGPT", name: str) -> int:
     return config.d_model
 
 
-def _available(model: "CircuitGPT") -> str:
+def _available(model: CircuitCore) -> str:
     last = model.config.n_layer - 1
     if last < 0:
         return "Available: final_resid."
@@ -107,7 +102,7 @@ def _available(model: "CircuitGPT") -> str:
     return f"Available: {{0..{last}}}.{{{', '.join(in_layer)}}}, final_resid."
 
 
-def _chosen(model: "CircuitGPT", names: Names) -> set[str]:
+def _chosen(model: CircuitCore, names: Names) -> set[str]:
     if isinstance(names, str):
         try:
             pattern = re.compile(names)
@@ -125,7 +120,7 @@ def _chosen(model: "CircuitGPT", names: Names) -> set[str]:
     return chosen
 
 
-def _tap(model: "CircuitGPT", fwd_hooks: Sequence[Hook]) -> Callable[[str, Tensor], Tensor]:
+def _tap(model: CircuitCore, fwd_hooks: Sequence[Hook]) -> Callable[[str, Tensor], Tensor]:
     check_hooks(model, [name for name, _ in fwd_hooks])
     by_name: dict[str, list[Callable[[Tensor, str], Tensor | None]]] = {}
     for name, fn in fwd_hooks:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...hooks.modules import plain_name, user_hooks
+from ...hooks.names import hook_names
 from . import gpt2, gpt_neox, llama
 from .decoder import Decoder, DecoderConfig, Family, check_head, check_layer
 
@@ -18,23 +18,6 @@ from .decoder import Decoder, DecoderConfig, Family, check_head, check_layer
 ACTIVATIONS = ("gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish", "tanh")
 
 FAMILIES: tuple[Any, ...] = (gpt2, gpt_neox, llama)
-
-_IN_ATTENTION = ("attn.act_in", "attn.k", "attn.q", "attn.v", "attn.y", "attn.resid_delta")
-_IN_LAYER = ("resid_in", *_IN_ATTENTION, "resid_mid", "mlp.act_in", "mlp.post_act", "mlp.resid_delta")
-
-# TransformerLens's names of the same values. Its q, k, v and z have an axis for the heads; ours are flat.
-_TRANSFORMER_LENS = {
-    "hook_resid_pre": "resid_in",
-    "hook_resid_mid": "resid_mid",
-    "hook_resid_post": "after",
-    "attn.hook_q": "attn.q",
-    "attn.hook_k": "attn.k",
-    "attn.hook_v": "attn.v",
-    "attn.hook_z": "attn.y",
-    "hook_attn_out": "attn.resid_delta",
-    "mlp.hook_post": "mlp.post_act",
-    "hook_mlp_out": "mlp.resid_delta",
-}
 
 
 class ModuleWeights:
@@ -152,61 +135,17 @@ def marks_of(model: nn.Module) -> tuple[Any, ...]:
     return modules, repr(config.to_dict()), str(getattr(config, "_attn_implementation", None))
 
 
-# ---- names -------------------------------------------------------------------------------------
+# ---- hooks -------------------------------------------------------------------------------------
 
 
 def hooks_of(config: DecoderConfig) -> list[str]:
-    """Our hooks in the order of the forward pass, ``final_resid`` last."""
-    return hook_list(config.layers, config.parallel)
-
-
-def hook_list(layers: int, parallel: bool) -> list[str]:
-    names = [name for name in _IN_LAYER if not (parallel and name == "resid_mid")]
-    return [f"{i}.{name}" for i in range(layers) for name in names] + ["final_resid"]
+    """List a decoder's hooks in the order of the forward pass, ``"final_resid"`` last."""
+    return hook_names(config.layers, config.parallel)
 
 
 def hooks_of_model(model: nn.Module) -> list[str]:
-    """The same by transformers' config, whether or not there are rules; empty for another model."""
+    """List the same hooks from transformers' config, whether or not there are rules; empty for another model."""
     if family_of_model(model) is None:
         return []
     config: Any = model.config
-    return hook_list(config.num_hidden_layers, getattr(config, "use_parallel_residual", False))
-
-
-def _aliases(paths_of: dict[str, str], hooks: list[str], as_source: bool) -> Iterator[tuple[str, str]]:
-    """(another name, our hook)."""
-    ours, layers = set(hooks), 1 + int(hooks[-2].partition(".")[0]) if len(hooks) > 1 else 0
-    for i in range(layers):
-        following = f"{i + 1}.resid_in" if i + 1 < layers else "final_resid"
-        named = [(f"blocks.{i}.{name}", hook) for name, hook in _TRANSFORMER_LENS.items()]
-        paths = ((hook, path) for hook, path in paths_of.items() if hook != "final_resid")
-        # The input of the second norm has resid_mid's value, but a change there leaves the residual stream as it is.
-        named += [(path.format(i=i), hook) for hook, path in paths if not (as_source and hook == "resid_mid")]
-        for name, hook in named:
-            whole = following if hook == "after" else f"{i}.{hook}"
-            if whole in ours:
-                yield name, whole
-    yield paths_of["final_resid"], "final_resid"
-
-
-def hook_named(name: str, paths: dict[str, str], hooks: list[str], as_source: bool) -> str | None:
-    """The hook that ``name`` is: our own name, TransformerLens's or a module path; None where it is none.
-
-    ``paths``: hook → module path, as a family lists them; ``hooks``: ours, in order, ``final_resid`` last.
-    """
-    return name if name in hooks else dict(_aliases(paths, hooks, as_source)).get(name)
-
-
-def our_hook(name: str, family: Family, config: DecoderConfig, as_source: bool = False) -> str | None:
-    """:func:`hook_named` of a decoder."""
-    return hook_named(name, family.PATHS, hooks_of(config), as_source)
-
-
-def module_path(name: str, family: Family, hooks: list[str], as_source: bool = False) -> str:
-    """The module path of a hook by any name; ``name`` itself where it has none."""
-    hook = hook_named(name, family.PATHS, hooks, as_source)
-    if hook is None or (as_source and hook.endswith(".resid_mid")):
-        return name
-    layer = re.fullmatch(r"(\d+)\.(.*)", hook)
-    path = family.PATHS.get(layer[2] if layer else hook)
-    return name if path is None else path.format(i=layer[1] if layer else "")
+    return hook_names(config.num_hidden_layers, getattr(config, "use_parallel_residual", False))

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..gguf.model import gguf_in, no_stream
+from ..gguf_files import gguf_in, no_stream
 from ..weight_files import WEIGHT_FILES, CheckpointError, PickledWeights, check_link, numbers_equal, read_json, some
 from .decoder import Decoder, DecoderLayer
 from .families import config_of

@@ -1,5 +1,6 @@
 """Models in GGUF files, the format of llama.cpp."""
 
-from .model import gguf_in, plain_model, stored_as, tokenizer
+from ..gguf_files import gguf_in
+from .model import plain_model, stored_as, tokenizer
 
 __all__ = ["gguf_in", "plain_model", "stored_as", "tokenizer"]

@@ -4,7 +4,7 @@ transformers' own reader does the reading; what it would pass over in silence (a
 the positions) is looked for here, and refused. Needs the extra ``gguf``. To keep a model as safetensors, which can be
 streamed::
 
-    from scalpel.models.gguf.model import plain_model, tokenizer
+    from scalpel.models.gguf import plain_model, tokenizer
 
     plain_model("model.gguf").save_pretrained(folder)
     tokenizer("model.gguf").save(folder)
@@ -24,49 +24,19 @@ import torch
 
 from ..decoders.families import config_of
 from ..decoders.strict import Expected, check_loaded, expected_by
+from ..gguf_files import HOW_TO_JOIN, gguf_in
 from ..tokenizer import Tokenizer
-from ..weight_files import WEIGHT_FILES, CheckpointError, check_link, some
+from ..weight_files import CheckpointError
 from .checks import check_metadata, check_tensors, check_whole
-from .header import MAGIC, Header, read_header
+from .header import Header, read_header
 
-__all__ = ["gguf_in", "plain_model", "stored_as", "tokenizer"]
+__all__ = ["plain_model", "stored_as", "tokenizer"]
 
 _NAME = "model.gguf"
-_JOIN = "Parts of one model are joined with llama.cpp's llama-gguf-split --merge"
-_HOW = "from scalpel.models.gguf.model import plain_model"
 
 # How text is cut before merging, by the name that llama.cpp gives it, where transformers goes by GPT-2's cut.
 _CUT_AS_GPT2 = ("gpt-2", "gpt2", "jais", "mpt", "olmo")
 _CUT_AT_DIGITS = ("codeshell", "command-r", "exaone", "refact", "smollm", "starcoder")  # each digit alone, then GPT-2's
-
-
-def gguf_in(path: str | Path) -> Path | None:
-    """The GGUF file that ``path`` stands for: a file, or a folder with one and no other weights. None where it stands
-    for something else.
-
-    Raises CheckpointError for a folder with several, and for a file named .gguf, or a link named so, that leads to
-    nothing.
-    """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        if any((path / name).is_file() for name in WEIGHT_FILES):
-            return None
-        named = sorted(each for each in path.iterdir() if each.suffix.lower() == ".gguf")
-        found = [each for each in named if each.is_file() or not each.exists()]  # a link that leads nowhere counts
-        if len(found) > 1:
-            raise CheckpointError(
-                f"{path} holds {len(found)} GGUF files, {some(each.name for each in found)}: give one of them. {_JOIN}"
-            )
-        if not found:
-            return None
-        check_link(found[0])
-        return found[0]
-    if path.is_file():
-        return path if path.suffix.lower() == ".gguf" or _begins_as_gguf(path) else None
-    if path.suffix.lower() == ".gguf":
-        check_link(path)
-        raise CheckpointError(f"there is no file {path}")
-    return None
 
 
 def plain_model(path: str | Path) -> Any:
@@ -140,23 +110,6 @@ def stored_as(path: str | Path) -> str:
     return ", ".join(f"{count} {GGMLQuantizationType(kind).name}" for kind, count in kinds)
 
 
-def no_stream(file: Path) -> CheckpointError:
-    """Why a GGUF file isn't streamed, and what can be done."""
-    return CheckpointError(
-        f"{file} is a GGUF, which can't be streamed: transformers dequantises it, and reads it whole. Analyse it in "
-        f"memory (scalpel analyze without --stream), or save it as safetensors first: {_HOW}, then "
-        "plain_model(FILE).save_pretrained(FOLDER), and give FOLDER"
-    )
-
-
-def no_circuitgpt(file: Path) -> CheckpointError:
-    """Why a GGUF file isn't read as a CircuitGPT, and what can be done."""
-    return CheckpointError(
-        f"{file} is a GGUF, which holds a dense transformer and no CircuitGPT: give it to scalpel analyze, or read it "
-        f"({_HOW}) and give plain_model(FILE) to scalpel.jacobian, scalpel.collect or scalpel.lyapunov"
-    )
-
-
 # ---- reading -------------------------------------------------------------------------------------
 
 
@@ -165,14 +118,6 @@ def _file(path: str | Path) -> Path:
     if found is None:
         raise CheckpointError(f"{path} is neither a GGUF file nor a folder with one and no other weights")
     return found
-
-
-def _begins_as_gguf(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(4) == MAGIC
-    except OSError:
-        return False
 
 
 def _check_packages() -> None:
@@ -201,7 +146,7 @@ def _expected(header: Header, folder: Path) -> Expected:
     file = header.path
     parts = header.facts.get("split.count")
     if isinstance(parts, int) and parts > 1:
-        raise CheckpointError(f"{file} is one of {parts} parts of a model. {_JOIN}")
+        raise CheckpointError(f"{file} is one of {parts} parts of a model. {HOW_TO_JOIN}")
     try:
         config = AutoConfig.from_pretrained(folder, gguf_file=_NAME, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # as above

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from ...models.circuitgpt.model import CircuitGPT
+from ...models.untrained import untrained
 from ...tasks.refused import Refused
-from ...training.untrained import untrained
 from . import nulls as null
 from .bounds import clopper_pearson
 from .interchange import interchange

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <string>
 
-#include "../cuda/device.h"
+#include "cuda/device.h"
 #include "jvp/task.h"
 
 namespace scalpel::cuda::lanes {

@@ -6,9 +6,9 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../cuda/device.h"
-#include "jvp.h"
-#include "kernel.h"
+#include "cuda/device.h"
+#include "jvp/jvp.h"
+#include "jvp/kernel.h"
 
 namespace scalpel::cuda {
 namespace {

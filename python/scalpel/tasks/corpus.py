@@ -8,13 +8,16 @@ tells the depth: a model that takes length for depth learned that by itself.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from keyword import iskeyword
 from pathlib import Path
 from sysconfig import get_paths
 
 import numpy as np
 
-from ..tasks.literals import MAX_DEPTH, harvest, python_files
+from ..models.circuitgpt.model import CircuitGPT
+from .brackets import closers
+from .literals import MAX_DEPTH, harvest, python_files
 
 DEPTH_PROBABILITIES = (0.5, 0.35, 0.15)  # real lists are flat more often than not; the same at every length
 MEAN_ELEMENTS = 4.0
@@ -62,6 +65,15 @@ def documents(sources: Sources, rng: np.random.Generator) -> Iterator[Document]:
         leaves = _leaves(sources, elements, rng)
         head = _head(sources, rng)
         yield Document(head + layout(leaves, depth, len(head), rng) + "\n", depth, elements)
+
+
+def reference_prompts(model: CircuitGPT, sources: Sources, count: int = 256) -> list[list[int]]:
+    """A sample of the training text as ids, itself not trained on: what means and samples of activations are over."""
+    assert model.tokenizer is not None
+    rng = np.random.default_rng(30_000)
+    start = closers(model.tokenizer).start
+    rows = ([*start, *model.tokenizer.encode(document.text)] for document in documents(sources, rng))
+    return [row[: model.config.block_size] for row in islice(rows, count)]
 
 
 def _head(sources: Sources, rng: np.random.Generator) -> str:

@@ -1,14 +1,13 @@
 """The null of a trained model: the same shape and density, and nothing learned."""
 
-from ..models.circuitgpt.model import CircuitGPT
+from .circuitgpt.model import CircuitGPT
+from .sparsity import prune_
 
 __all__ = ["untrained"]
 
 
 def untrained(model: CircuitGPT) -> CircuitGPT:
     """A fresh model of the same configuration, from the card's seed, each matrix pruned to the same non-zeros."""
-    from .recipe import prune_
-
     other = CircuitGPT(model.config, seed=int(model.card.get("recipe", {}).get("seed", 0)))
     other.tokenizer = model.tokenizer
     trained = dict(model.named_parameters())

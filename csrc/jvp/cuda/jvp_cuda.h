@@ -4,9 +4,9 @@
 // differ from the CPU's in rounding.
 #pragma once
 
-#include "../core/tensor_view.h"
-#include "../cuda/device.h"
-#include "jvp.h"
+#include "core/tensor_view.h"
+#include "cuda/device.h"
+#include "jvp/jvp.h"
 
 namespace scalpel::cuda {
 

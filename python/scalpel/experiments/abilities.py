@@ -6,13 +6,13 @@ import numpy as np
 import torch
 
 from ..circuits.task import Task, answer_logits
-from ..experiments.statistics import bootstrap
 from ..models.circuitgpt.model import CircuitGPT
 from ..models.tokenizer import Tokenizer
-from .held_out import Questions, balanced, closing_questions, versions
-from .quotes import quote_questions
-from .refused import Refused
-from .set_or_string import set_or_string_questions
+from ..tasks.held_out import Questions, balanced, closing_questions, versions
+from ..tasks.quotes import quote_questions
+from ..tasks.refused import Refused
+from ..tasks.set_or_string import set_or_string_questions
+from .statistics import bootstrap
 
 __all__ = ["accuracies"]
 

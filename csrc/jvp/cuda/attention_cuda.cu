@@ -1,8 +1,8 @@
 // Attention on lanes on a GPU: checks, and what the kernel of attention_sweep.h is asked to sum. An index
 // that doesn't ascend or holds no channel isn't noticed here, because nothing waits for the device; nothing
 // is read or written outside the arrays then, but the result means nothing.
-#include "attention_checks.h"
 #include "attention_sweep.h"
+#include "jvp/attention_checks.h"
 #include "jvp_cuda.h"
 
 namespace scalpel::cuda {
