@@ -9,8 +9,10 @@ from torch import Tensor
 from .scope import Scope
 
 MaskWatch = Callable[[str, Tensor, int | None], None]
+ActivationWatch = Callable[[str, Tensor], None]
 
 _mask_watches: ContextVar[tuple[MaskWatch, ...]] = ContextVar("mask_watches", default=())
+_activation_watches: ContextVar[tuple[ActivationWatch, ...]] = ContextVar("activation_watches", default=())
 
 
 def watch_masks(watch: MaskWatch) -> Scope[MaskWatch]:
@@ -30,3 +32,20 @@ def watched(name: str, x: Tensor, k: int | None) -> None:
         return  # a compiled graph keeps no look at it
     for watch in _mask_watches.get()[-1:]:
         watch(name, x, k)
+
+
+def watch_activations(watch: ActivationWatch) -> Scope[ActivationWatch]:
+    """Inside, a forward pass calls ``watch(name, x)`` before the activation of each MLP, GELU and ReLU alike.
+
+    x (B, L, d_mlp) is the activation's input and ``name`` the hook whose value is made of it (``"0.mlp.post_act"``).
+    Of watches inside one another the innermost is called. The context can be entered again.
+    """
+    return Scope(_activation_watches, watch)
+
+
+def activating(name: str, x: Tensor) -> None:
+    """Announce an activation's input to the watch that is in force, if there is one."""
+    if torch.compiler.is_compiling():
+        return  # a compiled graph has no place for a call back into Python
+    for watch in _activation_watches.get()[-1:]:
+        watch(name, x)

@@ -1,140 +1,24 @@
-"""CircuitGPT: the weight-sparse transformer of Gao et al. 2025 (arXiv 2511.13653), every variant of it.
+"""The core of CircuitGPT, the weight-sparse transformer of Gao et al. 2025 (arXiv 2511.13653), in every variant.
 
-The forward pass names each value at a hook (``0.attn.q``, ``1.mlp.post_act``, ..., ``final_resid``) and hands
-it to a *tap*, which may record it or give another in its place. Caching, interventions, ablation and
-Jacobians are all taps; the mathematics stands here once.
+It computes logits and shows every value on the way, by the name of its hook, to a *tap*. Caching, interventions,
+ablation and Jacobians are all taps, so the mathematics stands once: here and, for a single layer, in :mod:`.layers`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...hooks.inputs import Limits, checked_ids, positions_after_padding, real_tokens
-from ...hooks.masks import watched
 from ...lanes import apply_linear
-from ...topk import keep_topk
-from ..fresh import MADE_IN, embedding, linear, sinusoids, zeros
-from .attention import allowed_keys, attend
+from ..fresh import embedding, linear, sinusoids, zeros
+from .attention import allowed_keys
 from .config import CircuitGPTConfig
+from .layers import Block, LayerInputs, Tap, norm
 
-Tap = Callable[[str, Tensor], Tensor]
-
-
-class _LayerNorm(nn.LayerNorm):
-    def __init__(self, width: int, bias: bool, device: torch.device) -> None:
-        super().__init__(width, eps=1e-5, bias=bias, device=device, dtype=MADE_IN)
-
-
-def _norm(config: CircuitGPTConfig, width: int, device: torch.device) -> nn.Module:
-    if config.rms_norm:
-        return nn.RMSNorm(width, device=device, dtype=MADE_IN)
-    return _LayerNorm(width, config.ln_bias, device)
-
-
-class _Sparsifier:
-    """AbsTopK at a named location, or nothing where the config leaves that location off."""
-
-    def __init__(self, config: CircuitGPTConfig) -> None:
-        self.config = config
-
-    def __call__(self, x: Tensor, location: str, name: str) -> Tensor:
-        k = self.config.k_at(location, x.shape[-1])
-        if k is None:
-            return x
-        watched(name, x, k)
-        return keep_topk(x, k)
-
-
-class _Sink(nn.Module):
-    """One slot per head that takes attention and gives nothing: logit ``sink_logit``, value zero."""
-
-    def __init__(self, n_head: int, device: torch.device) -> None:
-        super().__init__()
-        self.sink_logit = nn.Parameter(zeros(n_head, device=device))
-
-
-class Attention(nn.Module):
-    """Causal self-attention with an optional sink. Input (B, L, d_in), output (B, L, d_model)."""
-
-    def __init__(self, config: CircuitGPTConfig, device: torch.device) -> None:
-        super().__init__()
-        self.config = config
-        self.c_attn = linear(config.d_in, 3 * config.d_attn, config.bias, device)
-        self.c_proj = linear(config.d_attn, config.d_model, config.bias, device)
-        if config.sink:
-            self.attn_imp = _Sink(config.n_head, device)
-        self._sparsify = _Sparsifier(config)
-
-    def forward(self, x: Tensor, allowed: Tensor, tap: Tap, at: str) -> Tensor:
-        x = tap(f"{at}.act_in", self._sparsify(x, "attn_in", f"{at}.act_in"))
-        q, k, v = apply_linear(self.c_attn, x).split(self.config.d_attn, dim=-1)
-        k = tap(f"{at}.k", self._sparsify(k, "attn_k", f"{at}.k"))
-        q = tap(f"{at}.q", self._sparsify(q, "attn_q", f"{at}.q"))
-        v = tap(f"{at}.v", self._sparsify(v, "attn_v", f"{at}.v"))
-        sink = self.attn_imp.sink_logit if self.config.sink else None
-        y = tap(f"{at}.y", attend(q, k, v, self.config.n_head, allowed, sink))
-        return self._sparsify(apply_linear(self.c_proj, y), "attn_out", f"{at}.resid_delta")
-
-
-class MLP(nn.Module):
-    """One hidden layer. Input (B, L, d_in), output (B, L, d_model)."""
-
-    def __init__(self, config: CircuitGPTConfig, device: torch.device) -> None:
-        super().__init__()
-        assert config.d_mlp is not None
-        self.config = config
-        self.c_fc = linear(config.d_in, config.d_mlp, config.bias, device)
-        self.c_proj = linear(config.d_mlp, config.d_model, config.bias, device)
-        self.activation = F.gelu if config.activation_type == "gelu" else F.relu
-        self._sparsify = _Sparsifier(config)
-
-    def forward(self, x: Tensor, tap: Tap, at: str) -> Tensor:
-        x = tap(f"{at}.act_in", self._sparsify(x, "mlp_in", f"{at}.act_in"))
-        before = apply_linear(self.c_fc, x)
-        if self.config.activation_type == "relu":
-            watched(f"{at}.post_act", before, None)
-        x = tap(f"{at}.post_act", self._sparsify(self.activation(before), "mlp_neuron", f"{at}.post_act"))
-        return self._sparsify(apply_linear(self.c_proj, x), "mlp_out", f"{at}.resid_delta")
-
-
-class Block(nn.Module):
-    """A layer: attention then MLP, each reading the normed residual and adding to it."""
-
-    def __init__(self, config: CircuitGPTConfig, device: torch.device) -> None:
-        super().__init__()
-        self.config = config
-        self.ln_1 = _norm(config, config.d_model, device)
-        self.attn = Attention(config, device)
-        self.ln_2 = _norm(config, config.d_model, device)
-        self.mlp = MLP(config, device)
-        if config.d_pos_emb is not None:
-            self.ln_p1 = _norm(config, config.d_pos_emb, device)
-            self.ln_p2 = _norm(config, config.d_pos_emb, device)
-        self._sparsify = _Sparsifier(config)
-
-    def forward(self, x: Tensor, positions: Tensor | None, allowed: Tensor, tap: Tap, at: str) -> Tensor:
-        x = tap(f"{at}.resid_in", x)
-        read = self.ln_1(x)
-        if positions is not None:
-            read = torch.cat([read, self.ln_p1(positions).expand(*read.shape[:-1], -1)], dim=-1)
-        delta = self.attn(read, allowed, tap, f"{at}.attn")
-        x = self._settle(x + tap(f"{at}.attn.resid_delta", delta), "resid_post_attn", at)
-        x = tap(f"{at}.resid_mid", x)
-        read = self.ln_2(x)
-        if positions is not None:
-            read = torch.cat([read, self.ln_p2(positions).expand(*read.shape[:-1], -1)], dim=-1)
-        delta = self.mlp(read, tap, f"{at}.mlp")
-        return self._settle(x + tap(f"{at}.mlp.resid_delta", delta), "resid_post_mlp", at)
-
-    def _settle(self, x: Tensor, location: str, at: str) -> Tensor:
-        if self.config.residual_activation_type == "relu":
-            watched(f"{at}.{location}", x, None)
-            x = x.relu()
-        return self._sparsify(x, location, f"{at}.{location}")
+__all__ = ["MODULE_PATHS", "CircuitCore", "hook_names"]
 
 
 class CircuitCore(nn.Module):
@@ -172,7 +56,7 @@ class CircuitCore(nn.Module):
                     "wte": embedding(config.vocab_size, config.d_model, made_on),
                     "wpe": embedding(config.block_size, config.d_pos_emb or config.d_model, made_on),
                     "h": nn.ModuleList(Block(config, made_on) for _ in range(config.n_layer)),
-                    "ln_f": _norm(config, config.d_model, made_on),
+                    "ln_f": norm(config, config.d_model, made_on),
                 }
             )
             self.lm_head = linear(config.d_model, config.vocab_size, False, made_on)
@@ -242,11 +126,23 @@ class CircuitCore(nn.Module):
         if not concatenated:
             x = x + positions
         for i, block in enumerate(self.transformer.h):
-            x = block(x, positions if concatenated else None, allowed, at, str(i))
-        x = at("final_resid", x)
-        logits = apply_linear(self.lm_head, self.transformer.ln_f(x)) + self.final_logits_bias.to(x.dtype)
+            x = block(x, LayerInputs(str(i), at, allowed, positions if concatenated else None))
+        return self.unembedded(at("final_resid", x), input_ids)
+
+    def unembedded(self, x: Tensor, input_ids: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
+        """Logits (..., vocab) of the last residual (..., d_model) at ``input_ids``, which the bigram table reads.
+
+        ``tokens``: only these tokens' logits, (..., number of tokens).
+        """
+        x = self.transformer.ln_f(x)
+        if tokens is None:
+            logits, bias = apply_linear(self.lm_head, x), self.final_logits_bias
+        else:
+            logits, bias = x @ self.lm_head.weight[tokens].T, self.final_logits_bias[tokens]
+        logits = logits + bias.to(x.dtype)
         if self.bigram_table is not None:
-            logits = logits + self.bigram_table[input_ids].to(x.dtype)
+            followers = self.bigram_table[input_ids]
+            logits = logits + (followers if tokens is None else followers[..., tokens]).to(x.dtype)
         return logits
 
     def _composed_tap(self, tap: Tap | None) -> Tap:
