@@ -50,7 +50,7 @@ class ValidityRadius:
     ``radius``: (T,), float64 on the CPU, in units of the tangent: the step s·V[t] at which the first mask flips, to
     first order; inf where none ever does; 0 where a TopK's last kept entry is tied with one that is not and the
     tangent breaks the tie, as it does at the zeros of sparse weights, and where a ReLU's input is 0 and moves.
-    ``first``: the mask that flips there, by the name that ``scalpel.hooks.masks.watch_masks`` gives it; None where the radius is
+    ``first``: the mask that flips there, by the name that ``watch_masks`` gives it; None where the radius is
     inf.
     ``verified``: (T,) bool: the model, run again at 0.99 of the radius, has the masks that it has at the primal; for
     a radius of inf, at a step as long as the source value (of length 1 where that is zero). Nothing to learn where
