@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
+
+from ..experiments.statistics import mean_interval
 
 INTERVAL = "mean ± Student's t (0.975, chunks − 1) × standard deviation / √chunks"
 
@@ -32,14 +32,10 @@ def _entry(values: list[Any]) -> Any:
     if all(value is None for value in values) or _is_text(first):
         return first
     array = np.array(values, dtype=np.float64)  # None is nan
-    count = len(values)
-    mean = array.mean(axis=0)
-    half = np.full_like(mean, np.nan)
-    if count > 1:
-        half = stdtrit(count - 1, 0.975) * array.std(axis=0, ddof=1) / math.sqrt(count)
-    interval = {"mean": _listed(mean), "low": _listed(mean - half), "high": _listed(mean + half)}
+    mean, low, high = mean_interval(array)
+    figures = {"mean": _listed(mean), "low": _listed(low), "high": _listed(high)}
     missing = (~np.isfinite(array)).sum(axis=0)
-    return interval | ({"undefined_in": missing.tolist()} if missing.any() else {})
+    return figures | ({"undefined_in": missing.tolist()} if missing.any() else {})
 
 
 def _is_text(value: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import bootstrap
 
 from .._info import __version__
 from ..models.circuitgpt.ablation import hook_means
@@ -158,10 +159,14 @@ def accuracy_card(model: CircuitGPT) -> dict[str, Any]:
 
 
 def _interval(answers: Answers, resamples: int = 1000) -> list[float]:
-    rng = np.random.default_rng(0)
-    count = len(answers.right)
-    draws = [answers.right[rng.integers(count, size=count)].mean() for _ in range(resamples)]
-    return [float(v) for v in np.percentile(draws, [2.5, 97.5])]
+    drawn = bootstrap(
+        (answers.right,),
+        np.mean,
+        n_resamples=resamples,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    return [float(end) for end in drawn.confidence_interval]
 
 
 def text_facts(sources: Sources) -> dict[str, Any]:
