@@ -305,5 +305,5 @@ def test_blocks_that_are_loaded_whole_and_states_of_another_model(tmp_path: Path
     V = torch.randn(1, *expected.source_shape, dtype=torch.float64)
     torch.testing.assert_close(J.jvp(V), expected.jvp(V), rtol=1e-7, atol=1e-9)
     covariance(model, ids, "1.resid_in", folder=tmp_path)
-    with pytest.raises(ValueError, match=r"another collection \(model differ"):
+    with pytest.raises(ValueError, match=r"another collection .*model"):
         covariance(other, ids, "1.resid_in", folder=tmp_path)

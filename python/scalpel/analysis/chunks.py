@@ -36,20 +36,20 @@ def measure_chunks(
     for i in filter(job.mine, range(count)):
         record = store.load(i)
         while record is None:
-            if times := store.cut_off(i):
+            if times := store.times_cut_off(i):
                 cut_off.append({"chunk": i, "tokens": store.length, "times": times})
                 if times >= _CUT_OFF:
                     store.shrink(i, _smaller(store.length, task.source))
             ids = text.chunk(i, length, store.length).to(task.source.device)
             step = _Step(report, f"chunk {i + 1} of {count}, {ids.shape[1]} tokens", i, count)
-            store.begin(i)
+            store.begin_chunk(i)
             try:
                 figures = _within_memory(task, ids, step)
             except BaseException:
-                store.give_up()
+                store.end()
                 raise
             if figures is None:
-                store.give_up()
+                store.end()
                 store.shrink(i, _smaller(store.length, task.source))
                 continue
             record = plain({"chunk": i, "start": i * length, "tokens": ids.shape[1], **figures})

@@ -11,10 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..hooks.inputs import holds_ids, limits_of, read_inputs
 from ..hooks.modules import first_tensor, hooked, leaves, module_hooks, watching_outputs, with_first_tensor
-from ..hooks.names import known_hook
+from ..hooks.names import LOGITS, known_hook
 from ..hooks.running import ALONE, running
 from ..hooks.stopping import Stop
-from .passes import LOGITS, Pass, buffers_mark, kept
+from .passes import Pass, buffers_mark, kept
 
 __all__ = ["ModulePass"]
 

@@ -13,15 +13,13 @@ from torch import Tensor, nn
 
 from ..hooks.inputs import read_inputs
 from ..hooks.modules import rebuilt, user_hooks
-from ..hooks.names import hook_named, known_hook
+from ..hooks.names import LOGITS, hook_named, known_hook
 from ..hooks.stopping import Stop
 from ..models.circuitgpt.attention import allowed_keys
 from ..models.circuitgpt.core import MODULE_PATHS
 from ..models.circuitgpt.model import CircuitGPT
 
-__all__ = ["LOGITS", "CircuitPass", "Pass", "buffers_mark", "kept"]
-
-LOGITS = "logits"
+__all__ = ["CircuitPass", "Pass", "buffers_mark", "kept"]
 
 
 class Pass:

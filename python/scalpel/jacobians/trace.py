@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..hooks.masks import MaskWatch
 from ..hooks.positions import Selected
 from .errors import explained
 from .lanes.products import CircuitProducts
@@ -73,18 +72,18 @@ def has_rules(run: Pass) -> bool:
     return isinstance(run, DecoderPass) or (isinstance(run, CircuitPass) and has_products(run._frozen))
 
 
-def trace_of(run: Pass, hooks: Sequence[str], see: See | None = None, see_mask: MaskWatch | None = None) -> Trace:
+def trace_of(run: Pass, hooks: Sequence[str], see: See | None = None) -> Trace:
     """The trace of a pass that :func:`has_rules`, to be cut at ``hooks``.
 
     ``see(hook, value)`` is called at every hook from the embedding to the last of ``hooks``, with the value that the
-    hook records for all tokens; ``see_mask`` is called at every mask of a CircuitGPT on the way, as
-    :func:`scalpel.hooks.masks.watch_masks` says. Both must leave what they see as it is.
+    hook records for all tokens; it must leave the value as it is. A watch of masks that is in force is called as in any
+    forward pass (:func:`scalpel.hooks.masks.watch_masks`).
     """
     with torch.no_grad(), no_autocast(), explained(run):
         if isinstance(run, DecoderPass):
             return DenseTrace(run.decoder, run.text, hooks, see).run()
         assert isinstance(run, CircuitPass)
-        return CircuitTrace(run, hooks, see, see_mask)
+        return CircuitTrace(run, hooks, see)
 
 
 def products_of(

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ...hooks.inputs import Inputs, holds_ids, limits_of, read_inputs
 from ...hooks.modules import module_hooks
-from ...hooks.names import hook_named, known_hook, module_path
+from ...hooks.names import LOGITS, hook_named, known_hook, module_path
 from ...models.decoders.decoder import Decoder
 from ...models.decoders.families import decoder_or_reason, family_of_model, hooks_of, hooks_of_model
-from ..passes import LOGITS, Pass, kept
+from ..passes import Pass, kept
 from .agreement import difference
 from .narrow import NarrowWeights
 from .primal import Text

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...hooks.inputs import Limits, checked_ids, positions_after_padding, real_tokens
+from ...hooks.names import hook_names
 from ...lanes import apply_linear
 from ..fresh import embedding, linear, sinusoids, zeros
 from .attention import allowed_keys
@@ -183,15 +184,6 @@ class CircuitCore(nn.Module):
                 f"it needs {length} positions a row, each from 0 to {block_size - 1}"
             )
         return self.transformer.wpe(position_ids)
-
-
-def hook_names(n_layer: int) -> list[str]:
-    """Hook names of a model of ``n_layer`` layers, in the order of the forward pass."""
-    in_attention = ("act_in", "k", "q", "v", "y", "resid_delta")
-    in_mlp = ("act_in", "post_act", "resid_delta")
-    in_layer = ["resid_in", *(f"attn.{hook}" for hook in in_attention), "resid_mid"]
-    in_layer += [f"mlp.{hook}" for hook in in_mlp]
-    return [f"{i}.{hook}" for i in range(n_layer) for hook in in_layer] + ["final_resid"]
 
 
 # hook → the module whose output, or with ":in" input, has its value; {i} is the layer
