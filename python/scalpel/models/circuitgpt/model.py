@@ -66,7 +66,7 @@ class CircuitGPT(LoadedCore):
             ValueError: A hook is unknown, a pattern or function picks none, or a hook comes after ``stop_at``.
 
         Example:
-            >>> model = CircuitGPT.from_pretrained("bracket-mini")
+            >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
             >>> ids, mask = model.tokenizer.batch(["[[1,2],3", "[4,5"])
             >>> logits, values = model.run_with_cache(ids, r"0\\.attn\\.[qk]", attention_mask=mask)
             >>> {name: tuple(value.shape) for name, value in values.items()}
@@ -95,7 +95,7 @@ class CircuitGPT(LoadedCore):
 
         Example:
             >>> import torch
-            >>> model = CircuitGPT.from_pretrained("bracket-mini")
+            >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
             >>> ids, _ = model.tokenizer.batch(["[[1,2]"])
             >>> logits = model.run_with_hooks(ids, [("0.attn.y", lambda value, name: torch.zeros_like(value))])
             >>> torch.equal(logits, model(ids))
@@ -127,7 +127,7 @@ class CircuitGPT(LoadedCore):
 
         Example:
             >>> import torch
-            >>> model = CircuitGPT.from_pretrained("bracket-mini")
+            >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
             >>> ids, _ = model.tokenizer.batch(["[[1,2]"])
             >>> before = model(ids)
             >>> with model.ablate(["1.attn.v", "0.mlp.post_act:5"], kind="zero"):
@@ -161,7 +161,7 @@ class CircuitGPT(LoadedCore):
 
         Example:
             >>> import torch
-            >>> model = CircuitGPT.from_pretrained("bracket-mini")
+            >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
             >>> ids, _ = model.tokenizer.batch(["[[1,2]"])
             >>> parts = model.logit_attribution(ids, ("]", ","))
             >>> parts.heads.shape  # prompts, layers, heads
@@ -208,7 +208,7 @@ class CircuitGPT(LoadedCore):
                 its range.
 
         Example:
-            >>> model = CircuitGPT.from_pretrained("bracket-mini")
+            >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
             >>> ids, _ = model.tokenizer.batch(["[[1,2]"])
             >>> model.generate(ids, 3).shape[1] - ids.shape[1]
             3
@@ -236,7 +236,7 @@ class CircuitGPT(LoadedCore):
             ValueError: ``dtype`` is not a floating-point dtype.
 
         Example:
-            >>> model = CircuitGPT.from_pretrained("bracket-mini")
+            >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
             >>> model.config.n_layer, model.config.d_model, model.training
             (2, 128, False)
         """
