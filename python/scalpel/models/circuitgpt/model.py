@@ -63,7 +63,8 @@ class CircuitGPT(LoadedCore):
             memory). Do not change them in place.
 
         Raises:
-            ValueError: A hook is unknown, a pattern or function picks none, or a hook comes after ``stop_at``.
+            ValueError: A hook is unknown, a pattern or function picks none, or ``stop_at`` comes before a hook that is
+                listed or before all hooks that are picked.
 
         Example:
             >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
