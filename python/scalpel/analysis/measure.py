@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..hooks.masks import watch_masks
 from ..jacobians.depth.layers import layer_hooks
 from ..jacobians.depth.lyapunov import lyapunov_of
 from ..jacobians.depth.spectra import Spectra
@@ -29,8 +28,7 @@ def measure(model: nn.Module, ids: Tensor, T: int, seed: int, products: bool) ->
     ``products``: whether the spectra of the first l layers' product are wanted for each depth l.
     """
     names, values = layer_hooks(model, None), _Values()
-    with watch_masks(values.see_mask):
-        layers = jacobians_between(model, ids, names, see=values.see)
+    layers = jacobians_between(model, ids, names, see=values.see, see_mask=values.see_mask)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         depth = lyapunov_of(model, names, layers, T, seed=seed, cumulative=products)

@@ -1,7 +1,7 @@
-"""The figures of one chunk of text: of a model that stays a folder, one layer in memory at a time.
+"""The figures of one chunk of text for a model that stays in its folder, one layer in memory at a time.
 
-One pass over the file. Each layer gives its own spectrum while it is there; a frame of directions goes through all of
-them. The exponents of the product need the layers in reverse, too, so there are none.
+The file is read once. Each layer gives its own spectrum while it is in memory, and a frame of directions goes through
+all of them. The exponents of the product need the layers in reverse order, too, so there are none.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ Step = Callable[[str, float], None]
 
 
 def measure_streamed(folder: Path, ids: Tensor, T: int, seed: int, narrow: bool, step: Step) -> Figures:
-    """Of the model in ``folder`` at ``ids`` (1, L). ``narrow``: its matrix products are bfloat16, which rounds
-    singular values to about 1 % and lets no residual fall further. ``step(what, done)`` before each layer.
+    """Measure the model in ``folder`` at ``ids`` (1, L), with T directions.
 
-    ``residual``, of each layer the largest ‖Jᵀu − σv‖ / σ or ‖Jv − σu‖ / σ: so far, relatively, a value can
-    be from a singular value.
+    ``narrow``: whether its matrix products are bfloat16, which rounds singular values to about 1 % and lets no residual
+    fall further. ``step(what, done)`` is called before each layer.
+
+    ``residual`` holds the largest ‖Jᵀu − σv‖ / σ or ‖Jv − σu‖ / σ of each layer, a bound on the relative distance from
+    a value to a singular value.
     """
     goal = 2e-2 if narrow else 3e-3
     generator = torch.Generator().manual_seed(seed)
@@ -56,8 +58,8 @@ def measure_streamed(folder: Path, ids: Tensor, T: int, seed: int, narrow: bool,
             frame = torch.linalg.qr(drawn)[0].to(ids.device)
             norms.append(_log_norm(layer.before))
             rest.append(_log_norm(layer.before[:, 1:]))
-        found, Vh, residual = _spectrum(J, T, seed, goal)
-        logs.append(found.cpu())
+        values, Vh, residual = _spectrum(J, T, seed, goal)
+        logs.append(values.cpu())
         residuals.append(residual)
         tails.append(tail_energy([J], Vh, _PROBES, generator))
         sizes.append(min(J.shape))
@@ -84,11 +86,11 @@ def measure_streamed(folder: Path, ids: Tensor, T: int, seed: int, narrow: bool,
 
 
 def _operator(layer: StreamedLayer) -> Jacobian:
-    """The resident layer as an operator, for what takes one; it is composed with nothing, so it needs no pass."""
+    """The layer in memory as an operator. It is composed with nothing, so its ends need no pass."""
     nothing = cast(Any, None)
     before = End(nothing, f"{layer.number}.resid_in", None, None, layer.before)
     after = End(nothing, f"the end of layer {layer.number}", None, None, layer.after)
-    # the layer's rules need rows that lie one after the other
+    # the layer's rules need contiguous rows
     return Jacobian(lambda V: layer.jvp(V.contiguous()), lambda U: layer.vjp(U.contiguous()), before, after)
 
 
@@ -108,7 +110,10 @@ def _spectrum(J: Jacobian, T: int, seed: int, goal: float) -> tuple[Tensor, Tens
 
 
 def _through(J: Jacobian, frame: Tensor) -> tuple[Tensor, Tensor]:
-    """The frame after a layer, orthonormal again, and log |R_ii|: one step of ``sweeps.frame_growth``."""
+    """Take the frame through a layer: it is orthonormal again, and log |R_ii| is its growth.
+
+    This is one step of ``sweeps.frame_growth``.
+    """
     W = J.jvp(frame.T.reshape(-1, *J.source_shape).to(J.dtype)).double().reshape(frame.shape[1], -1).T
     Q, R = torch.linalg.qr(W)
     floor = ROUNDING * float(torch.finfo(J.dtype).eps) * float(torch.linalg.matrix_norm(R, 2))

@@ -18,7 +18,7 @@ def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
     95 % interval by Student's t (None of a single chunk). It is right where chunks differ as draws from a normal
     distribution do, and independently; chunks that lie one after the other in a text may be more alike than that.
     Where a chunk has no finite value, there is no mean: None, and ``undefined_in`` counts these chunks. A truth
-    becomes ``{"true", "of"}``; a text, or an entry that no chunk has, stays as it is.
+    becomes ``{"true", "of"}``; a string, or an entry that no chunk has, stays as it is.
     """
     return {name: _entry([record.get(name) for record in records]) for name in records[0]}
 
@@ -33,9 +33,9 @@ def _entry(values: list[Any]) -> Any:
         return first
     array = np.array(values, dtype=np.float64)  # None is nan
     mean, low, high = mean_interval(array)
-    figures = {"mean": _listed(mean), "low": _listed(low), "high": _listed(high)}
+    interval = {"mean": _listed(mean), "low": _listed(low), "high": _listed(high)}
     missing = (~np.isfinite(array)).sum(axis=0)
-    return figures | ({"undefined_in": missing.tolist()} if missing.any() else {})
+    return interval | ({"undefined_in": missing.tolist()} if missing.any() else {})
 
 
 def _is_text(value: Any) -> bool:
@@ -48,5 +48,5 @@ def _listed(values: np.ndarray) -> Any:
 
 def _none(value: Any) -> Any:
     if isinstance(value, list):
-        return [_none(each) for each in value]
+        return [_none(entry) for entry in value]
     return value if np.isfinite(value) else None

@@ -29,12 +29,6 @@ def watch_masks(watch: MaskWatch) -> Scope[MaskWatch]:
     return Scope(_mask_watches, watch)
 
 
-def mask_watch() -> MaskWatch | None:
-    """The watch that is in force, for one inside it that passes on what it sees; None where there is none."""
-    watches = _mask_watches.get()
-    return watches[-1] if watches else None
-
-
 def watched(name: str, x: Tensor, k: int | None) -> None:
     """Tell the watch that is in force, if there is one, about the input of a mask; forward passes call this."""
     if torch.compiler.is_compiling():

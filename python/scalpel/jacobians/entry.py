@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..hooks.masks import MaskWatch
 from ..hooks.positions import select, split_pair
 from ..hooks.wiring import check_path
 from .choosing import pass_between
@@ -123,18 +124,22 @@ def jacobians_between(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     see: See | None = None,
+    see_mask: MaskWatch | None = None,
 ) -> list[Jacobian]:
     """Make the Jacobians from each of ``hooks`` to the next, at all positions, as :func:`jacobian` would.
 
-    A model that has rules of its own runs once for all of them. ``see(hook, value)`` is then called at every hook up
-    to the last one; a model without rules calls it at none.
+    A model that has rules of its own runs once for all of them. ``see`` and ``see_mask`` are then called on the way, as
+    :func:`.trace.trace_of` says; a model without rules never calls them.
     """
     beside = {"attention_mask": attention_mask, "position_ids": position_ids}
     with plain_tensors():
-        runs = [pass_between(model, input_ids, beside, *ends) for ends in pairwise(hooks)]
+        runs: list[Pass] = []
+        for ends in pairwise(hooks):
+            run = runs[0].between(*ends) if runs else None
+            runs.append(run or pass_between(model, input_ids, beside, *ends))
         trace = None
         if all(map(has_rules, runs)) and _in_order(runs):
-            trace = trace_of(runs[0], [runs[0].source, *(run.target for run in runs)], see)
+            trace = trace_of(runs[0], [runs[0].source, *(run.target for run in runs)], see, see_mask)
         return [_jacobian_of(run, (None, None), None, trace) for run in runs]
 
 

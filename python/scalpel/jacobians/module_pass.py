@@ -41,8 +41,8 @@ class ModulePass(Pass):
         self.inputs = kept((arguments, keywords))
         self.largest = 0
         self._measured = False
-        self._notes: dict[nn.Module, dict[str, Any]] = {}  # what the modules of buffers held besides, at the start
-        self._written: dict[str, Tensor] = {}  # buffers of modules that write to one, as they were at the start
+        self._notes: dict[nn.Module, dict[str, Any]] = {}  # other values of the owners of buffers, at the start
+        self._written: dict[str, Tensor] = {}  # all buffers of modules that write to one, as they were at the start
 
     def run(self, at_source: Callable[[Tensor], Tensor]) -> Tensor:
         entered = False
@@ -92,7 +92,7 @@ class ModulePass(Pass):
                 vars(module).update(notes)
 
     def _called_and_measured(self) -> Any:
-        """The same in the first run, which looks for the largest value, and for the buffers that are written to."""
+        """The model's output in the first run, which looks for the largest value and for buffers that are written."""
 
         def measure(output: Any) -> None:
             for value in leaves(output):
@@ -100,7 +100,7 @@ class ModulePass(Pass):
                     self.largest = max(self.largest, value.numel())
 
         held = {} if self.offloaded else dict(self.model.named_buffers())
-        before = {name: each.clone() for name, each in held.items()}
+        before = {name: value.clone() for name, value in held.items()}
         marks = buffers_mark(self.model)
         notes = {module: _notes_of(module) for module in self.model.modules() if module._buffers}
         try:
@@ -123,8 +123,11 @@ class ModulePass(Pass):
 
 
 def _arguments(model: nn.Module, inputs: Any, keywords: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the model is called with. Token ids of a language model are read and checked as everywhere; another module
-    is given what the user gives, a mapping as keywords and a tuple as arguments."""
+    """The arguments and keywords that the model is called with.
+
+    Token ids of a language model are read and checked. Any other module gets what the user gives, a mapping as keywords
+    and a tuple as arguments.
+    """
     limits = limits_of(model)
     if limits.vocab_size is not None and holds_ids(inputs):
         return (), read_inputs(inputs, limits, **keywords).keywords()
@@ -137,7 +140,7 @@ def _arguments(model: nn.Module, inputs: Any, keywords: dict[str, Any]) -> tuple
 
 
 def _owner(name: str) -> str:
-    """The path of the module that a buffer is of."""
+    """The path of the module that owns a buffer."""
     return name.rpartition(".")[0]
 
 

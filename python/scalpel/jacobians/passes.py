@@ -23,8 +23,10 @@ __all__ = ["CircuitPass", "Pass", "buffers_mark", "kept"]
 
 
 class Pass:
-    """What both kinds of pass share. ``run(at_source)`` gives the value at the target, where ``at_source``
-    may give another value in place of the one at the source."""
+    """What all kinds of pass share: a model between two hooks, and marks of the state in which it was.
+
+    ``offloaded``: whether weights are elsewhere until their layer runs, on the device "meta" meanwhile.
+    """
 
     def __init__(self, model: nn.Module, source: str, target: str) -> None:
         self.model = model
@@ -32,7 +34,7 @@ class Pass:
         self.target = target
         self.inputs: Any = None
         self.interventions: list[Any] = []
-        self.offloaded = any(each.device.type == "meta" for each in model.parameters())
+        self.offloaded = any(weight.device.type == "meta" for weight in model.parameters())
         self._weights = self._weights_mark()
         self._hooks = user_hooks(model)
         self._modules = list(model.modules())
@@ -40,13 +42,16 @@ class Pass:
         self._written: dict[str, Tensor] = {}  # buffers of modules that write to one, as they were at the start
 
     def run(self, at_source: Callable[[Tensor], Tensor]) -> Tensor:
+        """The value at the target, where ``at_source`` may give another value in place of the one at the source."""
         raise NotImplementedError
+
+    def between(self, source: str, target: str) -> "Pass | None":
+        """The pass of the same model at the same inputs between other hooks; None where it must be made anew."""
+        return None
 
     def tangent_size(self, source: Tensor, target: Tensor) -> int:
-        """About how many numbers one tangent needs at its peak: the chunks of tangents are cut by it."""
+        """About how many numbers one tangent needs at its peak, which decides how many go in a chunk."""
         raise NotImplementedError
-
-    # offloaded: weights are elsewhere until their layer runs, on the device "meta" meanwhile, or most of them are.
 
     def check_unchanged(self) -> None:
         """RuntimeError if a weight, a buffer, a module or a hook changed since the pass was made: primal and tangents
@@ -79,11 +84,11 @@ class Pass:
         )
 
     def _weights_mark(self) -> tuple[tuple[int, int], ...]:
-        """Where each weight is and how often it was written to. Weights that are offloaded come and go with every pass
-        and leave no such trace."""
+        """Where each weight is and how often it was written to; nothing for an offloaded model, whose weights come and
+        go with every pass."""
         if self.offloaded:
             return ()
-        return tuple((each.data_ptr(), 0 if each.is_inference() else each._version) for each in self.model.parameters())
+        return tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in self.model.parameters())
 
     def differs(self, other: "Pass") -> str | None:
         """Why the values of ``other`` at a shared hook are not this pass's; None where they are."""
@@ -158,9 +163,9 @@ def kept(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, Mapping):
-        return {key: kept(each) for key, each in value.items()}
+        return {key: kept(entry) for key, entry in value.items()}
     if isinstance(value, (tuple, list)):
-        return rebuilt(value, [kept(each) for each in value])
+        return rebuilt(value, [kept(entry) for entry in value])
     return value
 
 
@@ -175,5 +180,5 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def buffers_mark(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """The same of buffers, by name."""
-    return {name: (id(each), 0 if each.is_inference() else each._version) for name, each in model.named_buffers()}
+    """Which tensor each buffer is and how often it was written to, by name."""
+    return {name: (id(b), 0 if b.is_inference() else b._version) for name, b in model.named_buffers()}

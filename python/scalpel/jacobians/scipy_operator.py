@@ -38,9 +38,9 @@ class JacobianLinearOperator(LinearOperator):
     def _rmatmat(self, X: Any) -> Any:
         return self._product(self.J.T, X)
 
-    def _product(self, operator: LinearMap, given: Any) -> Any:
-        """``operator @ given`` for an array (n,) or (n, T); with a complex one, both parts go in one block."""
-        array = np.asarray(given)
+    def _product(self, operator: LinearMap, vector: Any) -> Any:
+        """``operator @ vector`` for an array (n,) or (n, T); with a complex one, both parts go in one block."""
+        array = np.asarray(vector)
         if array.dtype.kind not in "biufc":
             raise TypeError(f"the vector is an array of {array.dtype}; a Jacobian multiplies real or complex numbers")
         if array.dtype.kind != "c":

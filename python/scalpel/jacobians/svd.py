@@ -113,9 +113,9 @@ class _Bidiagonalisation:
         return drawn.to(self.J.device, self.work)
 
     def _product(self, J: LinearMap, block: Tensor) -> Tensor:
-        found = _finite((J @ block.to(J.dtype)).to(self.work))
-        self.scale = max(self.scale, float(torch.linalg.vector_norm(found, dim=0).max()))
-        return found
+        product = _finite((J @ block.to(J.dtype)).to(self.work))
+        self.scale = max(self.scale, float(torch.linalg.vector_norm(product, dim=0).max()))
+        return product
 
     def _extend(self, W: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Q, C, R with W = basis C + Q R, where [basis, Q] is orthonormal even if W adds fewer directions

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..hooks.masks import MaskWatch
 from ..hooks.positions import Selected
 from .errors import explained
 from .lanes.products import CircuitProducts
@@ -72,17 +73,18 @@ def has_rules(run: Pass) -> bool:
     return isinstance(run, DecoderPass) or (isinstance(run, CircuitPass) and has_products(run._frozen))
 
 
-def trace_of(run: Pass, hooks: Sequence[str], see: See | None = None) -> Trace:
+def trace_of(run: Pass, hooks: Sequence[str], see: See | None = None, see_mask: MaskWatch | None = None) -> Trace:
     """The trace of a pass that :func:`has_rules`, to be cut at ``hooks``.
 
     ``see(hook, value)`` is called at every hook from the embedding to the last of ``hooks``, with the value that the
-    hook records for all tokens; it must leave the value as it is.
+    hook records for all tokens; ``see_mask`` is called at every mask of a CircuitGPT on the way, as
+    :func:`scalpel.hooks.masks.watch_masks` says. Both must leave what they see as it is.
     """
     with torch.no_grad(), no_autocast(), explained(run):
         if isinstance(run, DecoderPass):
             return DenseTrace(run.decoder, run.text, hooks, see).run()
         assert isinstance(run, CircuitPass)
-        return CircuitTrace(run, hooks, see)
+        return CircuitTrace(run, hooks, see, see_mask)
 
 
 def products_of(

@@ -50,7 +50,7 @@ class ValidityRadius:
     ``radius``: (T,), float64 on the CPU, in units of the tangent: the step s·V[t] at which the first mask flips, to
     first order; inf where none ever does; 0 where a TopK's last kept entry is tied with one that is not and the
     tangent breaks the tie, as it does at the zeros of sparse weights, and where a ReLU's input is 0 and moves.
-    ``first``: the mask that flips there, by the name that ``models.mask_watch`` gives it; None where the radius is
+    ``first``: the mask that flips there, by the name that ``watch_masks`` gives it; None where the radius is
     inf.
     ``verified``: (T,) bool: the model, run again at 0.99 of the radius, has the masks that it has at the primal; for
     a radius of inf, at a step as long as the source value (of length 1 where that is zero). Nothing to learn where
@@ -164,9 +164,9 @@ class _Masks:
             at, along = dual.primal, dual.tangent
             if not bool(along.isfinite().all() & at.isfinite().all()):
                 raise ValueError(f"the values at {name!r}, or their tangents, are not all finite: no step is known")
-            found = relu_flip(at, along, least) if k is None else topk_flip(at, along, k, least)
-            if found < least:
-                least, first = found, name
+            flip = relu_flip(at, along, least) if k is None else topk_flip(at, along, k, least)
+            if flip < least:
+                least, first = flip, name
 
         with ALONE, forward_ad.dual_level():
             self._watch(watch, forward_ad.make_dual(torch.zeros_like(tangent), tangent))

@@ -13,40 +13,41 @@ __all__ = ["Lyapunov"]
 class Lyapunov:
     """The semigroup of depth at one input, as :func:`scalpel.lyapunov` gives it.
 
-    D layers, T directions, natural logarithms. Every tensor is float64 on the CPU but ``right``. −inf stands for a
-    singular value that is zero to rounding: at some layer, what it needs is at most 64 eps of what that layer does to
-    the block's longest direction.
+    There are D layers and T directions; logarithms are natural. Every tensor but ``right`` is float64 on the CPU. −inf
+    stands for a singular value that is zero to rounding: at some layer, what is left of it is at most 64 eps of what
+    that layer does to the block's longest direction.
 
-    ``hooks``: the D + 1 hooks between which the layers lie. ``identity``: "with_identity", layer l is J_l, the residual
-    path included; "without_identity", it is J_l − I, which is what the blocks add where nothing masks the residual
-    stream. ``positions``: the tokens at the ends of the product, None for all.
-
-    ``exponents``: (T,), descending, nats per layer: (1/D) log σ_i(J_D … J_1). ``log_singular_values``: (T,), D times
-    that.
-    ``right``: (T, *source_shape), in the model's dtype and on its device: the right singular vectors, the directions at
-    the first hook; 0 where the value is. Signs are the solver's.
-    ``residual``: (T,), how far the i leading right singular vectors of the last sweep lay outside the block of the
-    sweep before: the sine θ of the largest angle, or more. Were they exact, the log σ_i of that block would be at most
-    −log cos θ ≈ θ²/2 too small. They are exact up to what further sweeps would turn them: where a sweep shrinks the
-    residual only to a fraction ρ, about θ / (1 − ρ) in place of θ. ``sweeps``: forward-and-back passes used, of the
-    whole product. ``converged``: whether every residual met ``tol``, those of ``cumulative`` included.
-
-    ``frame_growth``: (D, T), log |R_ii| of the QR factorisation after each layer in one forward sweep from a random
-    frame (Benettin et al. 1980). Their mean over the layers, ``mean_frame_growth`` (T,), tends to Lyapunov exponents as
-    D grows without end; at a finite depth it is not the exponents, and needs not be near.
-
-    ``layers``: :class:`Spectra` of each layer by itself, between the chosen positions. ``cumulative``: those of
-    J_l … J_1 for l = 1 … D, restricted at both ends; None where not asked for. Both give effective and stable rank by
-    depth as intervals. ``alignment``: :class:`Alignment` of successive layers, with its null; its layers are
-    ``layers``.
-    ``log_norms``: (D + 1,), log of the Frobenius norm of the residual stream at each hook over the chosen positions;
-    ``log_norms_without_first``: without position 0, whose norm can hide all the others'; None where nothing else is
-    chosen.
-    ``rank_bounds``: for each layer of ``layers`` the most that its rank can be by the TopKs that the model applies,
-    None where they set no bound; see :func:`scalpel.jacobians.depth.spectra.rank_bound`. ``lost``: n minus that, with n
-    the dimensions at the layer's source: at least so many directions it sends to zero, for good, since no later layer
-    can tell them apart. It counts dimensions, and not which. None where there is no bound, which does not say that
-    nothing is lost: ``layers.zeros`` counts those seen.
+    Attributes:
+        hooks: The D + 1 hooks between which the layers lie.
+        identity: "with_identity" where layer l is J_l, the residual path included; "without_identity" where it is
+            J_l − I, which is what the blocks add where nothing masks the residual stream.
+        positions: The tokens at the ends of the product, None for all.
+        log_singular_values: (T,), descending: log σ_i(J_D … J_1), which is D times ``exponents``.
+        right: (T, *source_shape), in the model's dtype and on its device: the right singular vectors, which are the
+            directions at the first hook; 0 where the value is 0. Their signs are those the solver arrives at.
+        residual: (T,), how far the i leading right singular vectors of the last sweep lay outside the block of the
+            sweep before: the sine θ of the largest angle, or more. Were they exact, the log σ_i of that block would be
+            at most −log cos θ ≈ θ²/2 too small. They are exact up to what further sweeps would turn them: where a sweep
+            shrinks the residual only to a fraction ρ, the angle is about θ / (1 − ρ) instead of θ.
+        sweeps: The forward-and-back passes that the whole product took.
+        converged: Whether every residual met ``tol``, those of ``cumulative`` included.
+        frame_growth: (D, T), log |R_ii| of the QR factorisation after each layer in one forward sweep from a random
+            frame (Benettin et al. 1980). The mean over the layers, ``mean_frame_growth`` (T,), tends to Lyapunov
+            exponents as D grows without end; at a finite depth it is not the exponents, and need not be near them.
+        layers: :class:`Spectra` of each layer by itself, between the chosen positions. They give effective and stable
+            rank as intervals, as those of ``cumulative`` do.
+        cumulative: :class:`Spectra` of J_l … J_1 for l = 1 … D, restricted at both ends; None where not asked for.
+        alignment: :class:`Alignment` of successive layers of ``layers``, with its null.
+        log_norms: (D + 1,), the logarithm of the Frobenius norm of the residual stream at each hook over the chosen
+            positions.
+        log_norms_without_first: The same without position 0, whose norm can hide all the others'; None where nothing
+            else is chosen.
+        rank_bounds: For each layer of ``layers`` the most that its rank can be by the TopKs that the model applies,
+            None where they set no bound; see :func:`scalpel.jacobians.depth.spectra.rank_bound`.
+        lost: For each layer n minus its bound, with n the dimensions at its source. It sends at least so many
+            directions to zero for good, since no later layer can tell them apart. This counts dimensions and does not
+            say which. None where there is no bound, which does not say that nothing is lost: ``layers.zeros`` counts
+            the zeros among the T values.
     """
 
     hooks: tuple[str, ...]
@@ -73,6 +74,7 @@ class Lyapunov:
 
     @property
     def exponents(self) -> Tensor:
+        """(T,), descending, nats per layer: (1/D) log σ_i(J_D … J_1)."""
         return self.log_singular_values / self.depth
 
     @property
@@ -98,7 +100,7 @@ class Lyapunov:
 
     @property
     def log_norm_growth_without_first(self) -> float | None:
-        """The same without position 0."""
+        """``log_norm_growth`` without position 0; None where nothing else is chosen."""
         norms = self.log_norms_without_first
         return None if norms is None else float(norms[-1] - norms[0]) / self.depth
 
@@ -109,5 +111,6 @@ class Lyapunov:
 
     @property
     def exponents_less_growth_without_first(self) -> Tensor | None:
+        """(T,): ``exponents`` − ``log_norm_growth_without_first``; None where nothing but position 0 is chosen."""
         growth = self.log_norm_growth_without_first
         return None if growth is None else self.exponents - growth

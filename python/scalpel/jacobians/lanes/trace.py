@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._native import runs_on
-from ...hooks.masks import mask_watch, watch_activations, watch_masks
+from ...hooks.masks import MaskWatch, watch_activations, watch_masks
 from ...hooks.modules import hooks_on
 from ...hooks.running import eager
 from ...hooks.stopping import Stop
@@ -76,8 +76,7 @@ class CircuitTrace:
         hooks: Where the primal is to be cut, in the model's order. Layers before the first are not kept, and nothing
             is computed after the last.
         see: Called at every hook up to the last, with its name and the value that it records.
-
-    A watch of masks that is in force around it is called as the model's own forward pass would call it.
+        see_mask: Called before every AbsTopK and ReLU on the way, as :func:`scalpel.hooks.masks.watch_masks` says.
 
     Attributes:
         values: The value at each of ``hooks``, (B, L, width), all tokens.
@@ -87,10 +86,13 @@ class CircuitTrace:
     """
 
     def __init__(
-        self, run: CircuitPass, hooks: Sequence[str], see: Callable[[str, Tensor], None] | None = None
+        self,
+        run: CircuitPass,
+        hooks: Sequence[str],
+        see: Callable[[str, Tensor], None] | None = None,
+        see_mask: MaskWatch | None = None,
     ) -> None:
         self.run = run
-        self._see = see
         self.model = run._frozen
         self.config = self.model.config
         self.hooks = hooks
@@ -98,12 +100,12 @@ class CircuitTrace:
         self.changed: dict[str, tuple[Function, Tensor]] = {}
         self.final: Norm | None = None
         self._first = self._number(hooks[0])
+        self._see, self._see_mask = see, see_mask
         self._stop = Stop()
         self._layers: list[Layer] = []
         self._heads: dict[str, Tensor] = {}  # the layer's q, k and v, until its attention is kept
         self._hidden: Tensor | None = None  # the input of the layer's activation, until its slope is kept
         self._intervene = self.model._composed_tap(None)
-        self._outer_watch = mask_watch()
         allowed = run.allowed
         self._allowed = (allowed[None] if allowed.dim() == 2 else allowed[:, 0]).contiguous()
         bare = copy.copy(self.model)
@@ -163,8 +165,8 @@ class CircuitTrace:
         return after
 
     def _watch_mask(self, name: str, x: Tensor, k: int | None) -> None:
-        if self._outer_watch is not None:
-            self._outer_watch(name, x, k)
+        if self._see_mask is not None:
+            self._see_mask(name, x, k)
         layer, place = self._kept_layer(name), name.partition(".")[2]
         if layer is None:
             return

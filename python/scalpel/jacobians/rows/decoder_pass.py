@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -39,6 +40,14 @@ class DecoderPass(Pass):
         narrow = precision == "bfloat16" and weight.dtype != torch.bfloat16
         self.products = replace(decoder, weights=NarrowWeights.of(model, decoder.weights)) if narrow else decoder
 
+    def between(self, source: str, target: str) -> DecoderPass | None:
+        ends = _ends(self.decoder, source, target)
+        if isinstance(ends, str):
+            return None
+        other = copy.copy(self)
+        other.source, other.target = ends
+        return other
+
     @property
     def length(self) -> int:
         return int(self.text.ids.shape[1])
@@ -57,21 +66,29 @@ def decoder_pass(
     decoder = decoder_or_reason(model)
     if isinstance(decoder, str):
         return decoder
-    ends = []
-    for name, as_source in ((source, True), (target, False)):
-        hook = LOGITS if name == LOGITS else hook_named(name, decoder.family.PATHS, hooks_of(decoder.config), as_source)
-        if hook is None:
-            return f"{name!r} is no hook of the rules"
-        ends.append(hook)
-    if ends[0] == LOGITS:
-        return "the logits are no source"
+    ends = _ends(decoder, source, target)
+    if isinstance(ends, str):
+        return ends
     if not holds_ids(input_ids):
         return "its inputs are not token ids"
     inputs = read_inputs(input_ids, limits_of(model), **beside)
     reason = beyond_rules(decoder, inputs)
     if reason is not None:
         return reason
-    return difference(model, decoder, inputs) or DecoderPass(model, decoder, inputs, (ends[0], ends[1]), precision)
+    return difference(model, decoder, inputs) or DecoderPass(model, decoder, inputs, ends, precision)
+
+
+def _ends(decoder: Decoder, source: str, target: str) -> tuple[str, str] | str:
+    """Our names of both hooks, or why the rules don't cover one."""
+    hooks = []
+    for name, as_source in ((source, True), (target, False)):
+        hook = LOGITS if name == LOGITS else hook_named(name, decoder.family.PATHS, hooks_of(decoder.config), as_source)
+        if hook is None:
+            return f"{name!r} is no hook of the rules"
+        hooks.append(hook)
+    if hooks[0] == LOGITS:
+        return "the logits are no source"
+    return hooks[0], hooks[1]
 
 
 def module_paths(model: nn.Module, source: str, target: str, reason: str) -> tuple[str, str]:
@@ -84,7 +101,7 @@ def module_paths(model: nn.Module, source: str, target: str, reason: str) -> tup
         return source, target
     paths = module_hooks(model)
     kind = f"this {type(model).__name__} (its hooks, or module paths with ':in' for an input)"
-    found = []
+    ends = []
     for name, role in ((source, "source"), (target, "target")):
         known = [*hooks, *paths] if role == "source" else [*hooks, LOGITS, *paths]
         path = module_path(name, family.PATHS, hooks, role == "source")
@@ -92,8 +109,8 @@ def module_paths(model: nn.Module, source: str, target: str, reason: str) -> tup
             known_hook(name, known, role, kind)
         if path in hooks:
             raise ValueError(f"the {role} {name!r} is no module's value, and the rules can't be used: {reason}")
-        found.append(path)
-    return found[0], found[1]
+        ends.append(path)
+    return ends[0], ends[1]
 
 
 def beyond_rules(decoder: Decoder, inputs: Inputs) -> str | None:

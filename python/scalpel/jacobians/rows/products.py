@@ -44,7 +44,7 @@ class DenseProducts:
         self.function = function
         self.config = run.decoder.config
         self.batch, self.length = run.text.ids.shape
-        chosen = [range(self.length) if each is None else each for each in at]
+        chosen = [range(self.length) if selected is None else selected for selected in at]
         self.first, self.stop = min(chosen[0]), max(chosen[1]) + 1
         self.places = trace.places
         self.primals = trace.layers(run.source, run.target)
@@ -59,22 +59,22 @@ class DenseProducts:
 
     def _chunks(self, tangents: Tensor) -> tuple[Tensor, ...]:
         widest = max(3 * self.config.heads * self.config.head_dim, self.neurons)
-        each = self.batch * self.length * widest * self.source.element_size()
-        return tangents.split(max(1, _CHUNK_BYTES // each))
+        bytes_of_one = self.batch * self.length * widest * self.source.element_size()
+        return tangents.split(max(1, _CHUNK_BYTES // bytes_of_one))
 
     # ---- forward -------------------------------------------------------------------------------
 
     def push(self, tangents: Tensor) -> Tensor:
         """(T, *source) → (T, *target)."""
-        found = tangents.new_empty(len(tangents), *self.recorded.shape)
+        products = tangents.new_empty(len(tangents), *self.recorded.shape)
         buffers, done = Buffers(), 0
         for chunk in self._chunks(tangents):
-            found[done : done + len(chunk)] = self._push(chunk, buffers)
+            products[done : done + len(chunk)] = self._push(chunk, buffers)
             done += len(chunk)
         if self.function is None:
-            return found
+            return products
         with ALONE:
-            return vmap(lambda tangent: jvp(self._of_recorded, (self.recorded,), (tangent,))[1])(found)
+            return vmap(lambda tangent: jvp(self._of_recorded, (self.recorded,), (tangent,))[1])(products)
 
     def _push(self, tangents: Tensor, buffers: Buffers) -> Tensor:
         part = slice(self.first, self.length)
@@ -110,12 +110,12 @@ class DenseProducts:
         if self.function is not None:
             back = vjp(self._of_recorded, self.recorded)[1]
             cotangents = vmap(lambda cotangent: back(cotangent)[0])(cotangents)
-        found = cotangents.new_empty(len(cotangents), *self.source.shape)
+        products = cotangents.new_empty(len(cotangents), *self.source.shape)
         buffers, done = Buffers(), 0
         for chunk in self._chunks(cotangents):
-            found[done : done + len(chunk)] = self._pull(chunk, buffers)
+            products[done : done + len(chunk)] = self._pull(chunk, buffers)
             done += len(chunk)
-        return found
+        return products
 
     def _pull(self, cotangents: Tensor, buffers: Buffers) -> Tensor:
         part = slice(0, self.stop)
@@ -157,15 +157,15 @@ class DenseProducts:
         if selected is None:
             full.copy_(rows[:, :, part])
         else:
-            full[:, :, [each - part.start for each in selected]] = rows
+            full[:, :, [token - part.start for token in selected]] = rows
         return full
 
     def _taken(self, full: Tensor, selected: Selected, part: slice) -> Tensor:
         """The chosen tokens of those of ``part``; zero where a chosen token is not among them."""
         chosen = range(self.length) if selected is None else selected
-        inside = [n for n, each in enumerate(chosen) if part.start <= each < part.stop]
+        inside = [n for n, token in enumerate(chosen) if part.start <= token < part.stop]
         if len(inside) == len(chosen) == full.shape[2] and selected is None:
             return full
-        found = full.new_zeros(*full.shape[:2], len(chosen), full.shape[-1])
-        found[:, :, inside] = full[:, :, [chosen[n] - part.start for n in inside]]
-        return found
+        taken = full.new_zeros(*full.shape[:2], len(chosen), full.shape[-1])
+        taken[:, :, inside] = full[:, :, [chosen[n] - part.start for n in inside]]
+        return taken

@@ -48,8 +48,8 @@ class DenseTrace:
         self.final: tuple[DenseNorm, Dense] | None = None
         self.neurons = 0
         self._see = see
-        self._first = self._number(hooks[0]) if hooks else 0
         self._stop = Stop()
+        self._first = self._number(hooks[0]) if hooks else 0
         self._primals: dict[int, DensePrimal] = {}
 
     def run(self) -> DenseTrace:
