@@ -12,7 +12,7 @@ from ..statistics import bootstrap, discoveries, percentile_interval
 from .measure import directions_moved
 from .scan import BAR, CLAIMS, RIVALS, HookScan, Setup, Top
 
-__all__ = ["Found", "decide", "shares"]
+__all__ = ["Candidate", "decide", "shares"]
 
 SET_LENGTH = 48  # tokens of the prompts in which channels are set
 SET_PROMPTS = 3  # of each amount
@@ -20,7 +20,7 @@ _RESAMPLES = 200
 
 
 @dataclass(frozen=True)
-class Found:
+class Candidate:
     """One channel of a hook (or random direction) that could be a claim's.
 
     ``r2``: partial R², its 95 % interval by prompt ``low`` to ``high``; ``p``: by the maximum over channels and
@@ -59,11 +59,11 @@ class Found:
 
 @dataclass(frozen=True)
 class Decided:
-    """``found``: the channels that were set; ``significant``: hooks with a score beyond the nulls', by group;
+    """``candidates``: the channels that were set; ``significant``: hooks with a score beyond the nulls', by group;
     ``passing``: channels that pass the bar and the nulls, by group and hook; ``untested``: those left out by the cap.
     """
 
-    found: dict[str, list[Found]]
+    candidates: dict[str, list[Candidate]]
     significant: dict[str, list[str]]
     passing: dict[str, dict[str, int]]
     untested: int
@@ -86,16 +86,16 @@ def decide(model: CircuitGPT, setup: Setup, scans: Mapping[str, HookScan], *, ca
         cut = float(p[sure].max()) if sure.any() else -1.0
         out.significant[group] = [hook for hook, yes in zip(hooks, sure, strict=True) if yes]
         out.passing[group] = {hook: int((scans[hook].top[group].passing_p <= cut).sum()) for hook in hooks}
-        found = []
+        channels_set = []
         for hook in out.significant[group]:
             top = scans[hook].top[group]
             high = np.percentile(top.draws, 97.5, axis=0) if len(top.channels) else np.zeros(0)
             candidates = np.flatnonzero((top.p <= cut) & (high >= BAR))
             untested += int((top.r2[candidates[cap:]] >= BAR).sum())
             if len(candidates):
-                found += _set(model, setup, scans[hook], group, kind, candidates[:cap], chosen, rng)
-        out.found[group] = found
-    return Decided(out.found, out.significant, out.passing, untested)
+                channels_set += _set(model, setup, scans[hook], group, kind, candidates[:cap], chosen, rng)
+        out.candidates[group] = channels_set
+    return Decided(out.candidates, out.significant, out.passing, untested)
 
 
 def _set(
@@ -107,7 +107,7 @@ def _set(
     candidates: np.ndarray,
     chosen: np.ndarray,
     rng: np.random.Generator,
-) -> list[Found]:
+) -> list[Candidate]:
     """Set each candidate to the value that its regression predicts for another value of the claimed variable."""
     top = scan.top[group]
     length = min(SET_LENGTH, setup.prompts.ids.shape[1])
@@ -140,15 +140,15 @@ def _set(
     apart = rng.integers(len(others), size=(len(top.draws), len(others)))
     redrawn = np.take_along_axis(np.abs(others[:, again].mean(2)).T, apart, 1)
     beyond = movement[:, again].mean(2) > np.quantile(redrawn, 0.95, axis=1)
-    found = []
+    set_here = []
     for i, j in enumerate(candidates):
         low, high = intervals[i]
         moves = low > 0 and movement[i].mean() > most
         name = f"{scan.hook}:{top.channels[j]}" if scan.directions is None else f"{scan.hook}, direction"
         r2_low, r2_high = percentile_interval(top.draws[:, j])
         told = _tied(setup, top, int(j), group)
-        found.append(
-            Found(
+        set_here.append(
+            Candidate(
                 hook=scan.hook,
                 node=name,
                 claim=group,
@@ -166,7 +166,7 @@ def _set(
                 draws=(top.draws[:, j] >= BAR) & beyond[i],
             )
         )
-    return found
+    return set_here
 
 
 def _mean_of(values: np.ndarray, rows: np.ndarray) -> float:
@@ -224,9 +224,10 @@ def _tied(setup: Setup, top: Top, j: int, group: str) -> str:
 
 def shares(decided: Decided, hooks: list[str]) -> tuple[dict[str, list[str]], tuple[float, float, float]]:
     """Mapped hooks by claim, and the share of hooks mapped to any, with its 95 % interval by prompt."""
-    by_claim = {claim: sorted({f.hook for f in decided.found[claim] if f.mapped}, key=hooks.index) for claim in CLAIMS}
+    mapped = {claim: {channel.hook for channel in decided.candidates[claim] if channel.mapped} for claim in CLAIMS}
+    by_claim = {claim: sorted(mapped[claim], key=hooks.index) for claim in CLAIMS}
     # What moves the output in some resamples only counts in those, so the interval holds the setting's error too.
-    passed = [f for claim in CLAIMS for f in decided.found[claim] if f.told == "mapped" and f.movement_high > 0]
+    passed = [f for claim in CLAIMS for f in decided.candidates[claim] if f.told == "mapped" and f.movement_high > 0]
     count = len({f.hook for f in passed if f.mapped})
     if not passed:
         return by_claim, (0.0, 0.0, 0.0)

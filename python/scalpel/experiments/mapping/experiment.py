@@ -113,7 +113,7 @@ def run(
             "summary": _words(counts, able, least_accuracy),
             "best_balanced_accuracy_at_one_length": able,
             "counts": counts,
-            "channels": [found.row() for claim in CLAIMS for found in decided.found[claim]],
+            "channels": [candidate.row() for claim in CLAIMS for candidate in decided.candidates[claim]],
             "by_hook": {hook: _hook_row(scans[hook], decided) for hook in scans},
             "thetas": dict(zip((*(f"quantile {q}" for q in LEVELS), "the model's own"), setup.thetas, strict=True)),
             "rivals": f"a mean or a threshold must not be explained as well by {', '.join(RIVALS)}",
@@ -181,8 +181,8 @@ def checked_length(model: CircuitGPT, amounts: Sequence[int], length: int) -> in
 
 def _null_row(scans: Mapping[str, HookScan], decided: Decided, mark: str) -> dict[str, Any]:
     """What a null's whole analysis mapped: hook by claim, and channel by claim; ``mark`` picks the wrong variables."""
-    groups = [group for group in decided.found if (mark in group if mark else "~" not in group)]
-    mapped = [found for group in groups for found in decided.found[group] if found.mapped]
+    groups = [group for group in decided.candidates if (mark in group if mark else "~" not in group)]
+    mapped = [candidate for group in groups for candidate in decided.candidates[group] if candidate.mapped]
     pairs = {(found.hook, found.claim) for found in mapped}
     tests, live = len(scans) * len(groups), sum(one.live for one in scans.values()) * len(groups)
     best = {
@@ -226,7 +226,7 @@ def _worst(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def _with_ambiguous(decided: Decided, hooks: list[str]) -> tuple[bool, float]:
     """Whether each claim is mapped, and the share of hooks that are, if ties count."""
     loose = {
-        claim: {f.hook for f in decided.found[claim] if f.mapped or (f.outcome == "ambiguous" and f.r2 >= BAR)}
+        claim: {f.hook for f in decided.candidates[claim] if f.mapped or (f.outcome == "ambiguous" and f.r2 >= BAR)}
         for claim in CLAIMS
     }
     return all(loose.values()), len(set().union(*loose.values())) / len(hooks)
@@ -238,7 +238,7 @@ def _counts(
     by_claim: Mapping[str, list[str]],
     share: tuple[float, float, float],
 ) -> dict[str, Any]:
-    found = [f for claim in CLAIMS for f in decided.found[claim] if f.r2 >= BAR]
+    found = [f for claim in CLAIMS for f in decided.candidates[claim] if f.r2 >= BAR]
     outcomes = sorted({f.outcome for f in found})
     return {
         "hooks": len(scans),
@@ -247,7 +247,7 @@ def _counts(
         "hooks_mapped_by_claim": dict(by_claim),
         "live_channels": sum(one.live for one in scans.values()),
         "channels_mapped": len({f.node for f in found if f.mapped}),
-        "channels_mapped_by_claim": {c: sum(f.mapped for f in decided.found[c]) for c in CLAIMS},
+        "channels_mapped_by_claim": {c: sum(f.mapped for f in decided.candidates[c]) for c in CLAIMS},
         "channels_passing_r2_and_p_by_claim": {c: sum(decided.passing[c].values()) for c in CLAIMS},
         "channels_not_set_by_the_cap": decided.untested,
         "outcome_of_those_set": {
@@ -265,7 +265,7 @@ def _hook_row(one: HookScan, decided: Decided) -> dict[str, Any]:
         "channels": one.width,
         "best_r2": {claim: one.top[claim].best for claim in CLAIMS} | one.rivals,
         "p": {claim: one.top[claim].best_p for claim in CLAIMS},
-        "mapped": [c for c in CLAIMS if any(f.mapped and f.hook == one.hook for f in decided.found[c])],
+        "mapped": [c for c in CLAIMS if any(f.mapped and f.hook == one.hook for f in decided.candidates[c])],
     }
 
 
