@@ -56,6 +56,7 @@ MOVED = {
     "report.analysis_pictures": "report.pictures.analysis_pictures",
     "report.figures": "report.pictures.figures",
     "semigroup.extraction.extraction": "semigroup.extraction.result",
+    "training.corpus": "tasks.corpus",
 }
 
 _PACKAGE = __name__.partition(".")[0]

@@ -13,7 +13,7 @@ import torch
 
 import lanes_cases as lanes
 import scalpel
-import scalpel.jacobians.entry as entry
+import scalpel.jacobians.derivative as derivative
 from analysis_cases import SIZES
 from circuitgpt_cases import build, tokens
 from cuda_stand_in import NO_GPU
@@ -104,7 +104,7 @@ def test_the_jacobian_of_a_circuitgpt(case: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_jacobian_of_a_decoder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(entry, "_announced", False)
+    monkeypatch.setattr(derivative, "_announced", False)
     with exact_norms(), warnings.catch_warnings():
         warnings.filterwarnings("error", message="scalpel.jacobian differentiates")  # torch.func's announcement
         ids = ids_of()

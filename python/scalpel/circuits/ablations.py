@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..models.circuitgpt.ablation import KINDS, _activations, _stored_means, hook_means
-from ..models.circuitgpt.core import Tap
+from ..models.circuitgpt.layers import Tap
 from ..models.circuitgpt.model import CircuitGPT
 from ..models.circuitgpt.recording import hook_width
 from ..tasks.corpus import interpreter_sources, reference_prompts

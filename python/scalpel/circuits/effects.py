@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._files import replacing
+from .._resume import WayOut, Work
 from ..models.circuitgpt.model import CircuitGPT
 from ..models.circuitgpt.recording import check_hooks, hook_width
 from ..models.fingerprint import identity
 from .ablations import Substitute, digest, substitute
-from .kept import keyed_folder
 from .packing import pack
 from .tail import Tail
 from .task import Task, answer_logits
@@ -108,7 +107,8 @@ def ablation_effects(
     base = torch.empty(len(task), len(task.answers), dtype=model.dtype, device="cpu")
     for tail in tails:
         base[tail.prompts.rows] = tail.logits.cpu()
-    kept = _Kept(folder, {"model": identity(model), "task": task.digest(), "values": digest(stand_in), "seed": seed})
+    key = {"model": identity(model), "task": task.digest(), "values": digest(stand_in), "seed": seed}
+    kept = _Kept(folder, key, names)
     report = progress or (lambda what, done: None)
     found, widths = {}, [hook_width(model, name) for name in names]
     for i, name in enumerate(names):
@@ -142,17 +142,20 @@ def _hook(name: str, width: int, tails: list[Tail], stand_in: Substitute, base: 
 
 
 class _Kept:
-    """Finished hooks in a folder."""
+    """Finished hooks in a folder, or nothing kept where no folder is given."""
 
-    def __init__(self, folder: str | Path | None, key: dict[str, Any]) -> None:
-        self.folder = keyed_folder(folder, "effects.json", key, "effects of another model, task or kind of ablation")
+    def __init__(self, folder: str | Path | None, key: dict[str, Any], hooks: Iterable[str]) -> None:
+        way_out = WayOut("measurement of effects", "give another folder", "remove that one to begin anew")
+        pieces = [f"{hook}.npy" for hook in hooks]
+        self.work = None if folder is None else Work(folder, "effects.json", key, way_out, pieces=pieces, bare=True)
 
-    def load(self, name: str) -> np.ndarray | None:
-        path = None if self.folder is None else self.folder / f"{name}.npy"
-        return np.load(path) if path is not None and path.exists() else None
+    def load(self, hook: str) -> np.ndarray | None:
+        if self.work is None or not self.work.path(f"{hook}.npy").exists():
+            return None
+        values: np.ndarray = np.load(self.work.path(f"{hook}.npy"))
+        return values
 
-    def store(self, name: str, values: np.ndarray) -> None:
-        if self.folder is None:
-            return
-        with replacing(self.folder / f"{name}.npy") as temporary, temporary.open("wb") as file:
-            np.save(file, values)
+    def store(self, hook: str, values: np.ndarray) -> None:
+        if self.work is not None:
+            with self.work.writing(f"{hook}.npy") as temporary, temporary.open("wb") as file:
+                np.save(file, values)

@@ -1,6 +1,5 @@
 """Find the nodes that a task needs, by learned masks and bisection, over many seeds and beside controls."""
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._files import replace_text
+from .._resume import WayOut, Work
 from ..models.circuitgpt.ablation import KINDS
 from ..models.circuitgpt.model import CircuitGPT
 from ..models.fingerprint import identity
@@ -22,7 +21,6 @@ from .ablations import digest, node_hooks, nodes_at, substitute, training_text
 from .closure import closes_over
 from .fit import refit
 from .graph import circuit_graph
-from .kept import keyed_folder
 from .masks import Schedule, learn_masks
 from .measure import measure, random_nodes_like
 from .result import Measured, Pruning, SeedCircuit
@@ -234,18 +232,22 @@ class _Search:
 
 
 class _Kept:
-    """Finished seeds in a folder, each written in one move."""
+    """Finished seeds in a folder, or nothing kept where no folder is given."""
 
     def __init__(self, folder: str | Path | None, key: dict[str, Any]) -> None:
-        what = "the seeds of another search (another model, task or other options)"
-        self.folder = keyed_folder(folder, "search.json", key, what)
+        way_out = WayOut("search", "give another folder", "remove that one to begin anew")
+        self.work = (
+            None if folder is None else Work(folder, "search.json", key, way_out, pieces=[_name("*")], bare=True)
+        )
 
     def load(self, number: int) -> SeedCircuit | None:
-        path = None if self.folder is None else self.folder / f"seed-{number}.json"
-        if path is None or not path.exists():
-            return None
-        return SeedCircuit.from_dict(json.loads(path.read_text()))
+        record = None if self.work is None else self.work.read(_name(number))
+        return None if record is None else SeedCircuit.from_dict(record)
 
     def store(self, circuit: SeedCircuit) -> None:
-        if self.folder is not None:
-            replace_text(self.folder / f"seed-{circuit.seed}.json", json.dumps(asdict(circuit), indent=1))
+        if self.work is not None:
+            self.work.write(_name(circuit.seed), asdict(circuit), allow_nan=True)
+
+
+def _name(number: int | str) -> str:
+    return f"seed-{number}.json"

@@ -50,10 +50,26 @@ def leave_one_out(
         whole.merge(block)
     value = _plain(measure(whole))
     without = [_plain(measure(_all_but(full, i))) for i in range(len(full))]
-    left_out = torch.stack(without)
-    g = len(full)
+    return jackknife(value, torch.stack(without))
+
+
+def jackknife(value: Tensor, left_out: Tensor) -> Interval:
+    """The interval of a measure from what it is without each block; see :func:`leave_one_out` for the formula.
+
+    Args:
+        value: The measure of all blocks, (…).
+        left_out: The measure without each block, (blocks, …), for two blocks or more.
+
+    Example:
+        >>> import torch
+        >>> from scalpel.covariance.intervals import jackknife
+        >>> interval = jackknife(torch.tensor(2.0), torch.tensor([1.5, 2.0, 2.5]))
+        >>> round(float(interval.low), 2), round(float(interval.high), 2)
+        (-0.48, 4.48)
+    """
+    blocks = len(left_out)
     spread = left_out - left_out.mean(dim=0)
-    half = float(stdtrit(g - 1, 0.975)) * (spread.square().sum(dim=0) * (g - 1) / g).sqrt()
+    half = float(stdtrit(blocks - 1, 0.975)) * (spread.square().sum(dim=0) * (blocks - 1) / blocks).sqrt()
     return Interval(value, value - half, value + half, left_out)
 
 

@@ -1,4 +1,4 @@
-"""The null of a trained model: the same shape and density, and nothing learned."""
+"""Untrained twins: models of the same shape and density as a trained one, with which it is compared."""
 
 from .circuitgpt.model import CircuitGPT
 from .sparsity import prune_
@@ -7,7 +7,10 @@ __all__ = ["untrained"]
 
 
 def untrained(model: CircuitGPT) -> CircuitGPT:
-    """A fresh model of the same configuration, from the card's seed, each matrix pruned to the same non-zeros."""
+    """Make an untrained model of the same configuration, with as many non-zeros in each matrix.
+
+    Its weights are drawn from the seed in the model's card, or from seed 0 if the card has none.
+    """
     other = CircuitGPT(model.config, seed=int(model.card.get("recipe", {}).get("seed", 0)))
     other.tokenizer = model.tokenizer
     trained = dict(model.named_parameters())

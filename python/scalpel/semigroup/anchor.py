@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.func import jvp
 
 from ..hooks.running import ALONE
+from ..models.circuitgpt.layers import LayerInputs
 from ..models.circuitgpt.model import CircuitGPT
 
 __all__ = ["Anchors", "NoDirection", "block_map", "find_anchors", "norm_growth", "spectral_radius"]
@@ -111,7 +112,7 @@ def block_map(model: CircuitGPT, layers: Sequence[int] | None = None) -> Map:
         positions = model.transformer.wpe.weight[:length] if concatenated else None
         tap = model._composed_tap(None)
         for i in chosen:
-            x = model.transformer.h[i](x, positions, allowed, tap, str(i))
+            x = model.transformer.h[i](x, LayerInputs(str(i), tap, allowed, positions))
         return x
 
     return go

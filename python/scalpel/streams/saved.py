@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 import weakref
@@ -12,11 +11,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from .._files import flush, replace_text
+from .._files import replace_text
+from .._resume import WayOut, Work, another_work
 from ..covariance import StreamingCovariance
 
 _KEEP = 2
 _VERSION = 1
+_WAY_OUT = WayOut("collection", "give another folder", "fresh=True to collect anew there")
 
 States = dict[str, StreamingCovariance]
 
@@ -31,43 +32,23 @@ class Saved:
     """
 
     def __init__(self, folder: str | Path, key: dict[str, Any], fresh: bool = False) -> None:
-        self.folder = Path(folder)
+        self._work = Work(
+            folder,
+            "collect.json",
+            key,
+            _WAY_OUT,
+            pieces=("at-*", "done/*"),  # in done/ even a file of the user's makes the folder a doubtful one
+            leftovers=("at-*", ".at-*.part", "done/*.safetensors", "done/corpus.txt"),
+            fresh=fresh,
+            own_names=True,
+            notes={"version": _VERSION},
+        )
+        self.folder = self._work.folder
         self.done = self.folder / "done"
-        self.done.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "collect.json"
-        told = {"version": _VERSION, "key": json.loads(json.dumps(key))}
-        before = self._told(path, fresh)
-        if before is None:
-            if not fresh and (self._generations() or any(self.done.iterdir())):
-                raise ValueError(
-                    f"{self.folder} holds states, but no collect.json that says of what: give another folder, or "
-                    "fresh=True to collect anew there"
-                )
-        elif not fresh and before != told:
-            was = before.get("key", {})
-            names = [name for name in told["key"] | was if was.get(name) != told["key"].get(name)]
-            raise ValueError(
-                f"{self.folder} holds another collection ({', '.join(names) or 'version'} differ): give another "
-                "folder, or fresh=True to collect anew there"
-            )
-        if fresh:
-            self._clear()
-        if fresh or before is None:
-            replace_text(path, json.dumps(told, indent=2) + "\n")
-
-    def _told(self, path: Path, fresh: bool) -> dict[str, Any] | None:
-        """What collect.json says; None where there is none. ValueError for another program's, which stays."""
-        if not path.is_file():
-            return None
-        try:
-            before = json.loads(path.read_text())
-        except ValueError as error:
-            if fresh:
-                return None
-            raise ValueError(f"{path} can't be read ({error}): fresh=True collects anew") from error
-        if not isinstance(before, dict) or not isinstance(before.get("key"), dict) or "version" not in before:
-            raise ValueError(f"{path} is not of scalpel.collect: give another folder")
-        return before
+        self.done.mkdir(exist_ok=True)
+        version = self._work.notes.get("version")
+        if version != _VERSION:
+            raise another_work(self.folder, {"version": version}, {"version": _VERSION}, _WAY_OUT)
 
     # ---- finished streams ------------------------------------------------------------------------
 
@@ -118,22 +99,16 @@ class Saved:
             except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
                 warnings.warn(f"{folder} is not sound and not used: {error}", RuntimeWarning, stacklevel=4)
         if generations:
-            raise ValueError(f"no state in {self.folder} is sound: fresh=True collects anew")
+            raise ValueError(f"no state in {self.folder} is sound: {_WAY_OUT}")
         return None
 
     def save(self, states: States, group: int, batches: int, digest: str) -> None:
         """A new generation, whole or not at all."""
-        final = self.folder / f"at-{group:04d}-{batches:09d}"
-        draft = self.folder / f".{final.name}.part"
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir()
-        for name, state in states.items():
-            state.save(self._path(draft, name))
-        position = {"batches": batches, "digest": digest, "streams": list(states)}
-        replace_text(draft / "position.json", json.dumps(position) + "\n")
-        shutil.rmtree(final, ignore_errors=True)  # one that was not sound
-        os.rename(draft, final)
-        flush(self.folder)
+        with self._work.writing_folder(f"at-{group:04d}-{batches:09d}") as draft:
+            for name, state in states.items():
+                state.save(self._path(draft, name))
+            position = {"batches": batches, "digest": digest, "streams": list(states)}
+            replace_text(draft / "position.json", json.dumps(position) + "\n")
         for old in self._generations()[:-_KEEP]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -142,13 +117,6 @@ class Saved:
 
     def _generations(self, group: int | None = None) -> list[Path]:
         return sorted(self.folder.glob("at-*" if group is None else f"at-{group:04d}-*"))
-
-    def _clear(self) -> None:
-        """Away with what this class writes, and with nothing else."""
-        for path in (*self._generations(), *self.folder.glob(".at-*.part")):
-            shutil.rmtree(path)
-        for path in (*self.done.glob("*.safetensors"), self.done / "corpus.txt"):
-            path.unlink(missing_ok=True)
 
 
 class Stored(Mapping[str, StreamingCovariance]):

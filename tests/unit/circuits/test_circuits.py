@@ -225,7 +225,7 @@ def test_a_stopped_search_goes_on_and_another_is_refused(model, found):
     assert [asdict(c) for c in again.circuits] == [asdict(c) for c in pruning.circuits]
     after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name.startswith("seed-")}
     assert before == after and len(before) == 2
-    with pytest.raises(ValueError, match="another search"):
+    with pytest.raises(ValueError, match=r"another search \(options.target 0.45 there, 0.3 here\)"):
         prune(model, seeds=2, folder=folder, **(options | {"target": 0.3}))
     assert SeedCircuit.from_dict(json.loads((folder / "seed-0.json").read_text())) == pruning.circuits[0]
 

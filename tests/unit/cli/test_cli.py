@@ -129,7 +129,7 @@ def test_run_checks_the_folder_before_it_computes(asked: list[dict[str, Any]], t
     (tmp_path / "file").write_text("")
     done = invoke("run", "--out", tmp_path / "file")
     assert done.exit_code == 2 and asked == []
-    assert "can't write to the folder" in done.stderr and "there is a file of that name" in done.stderr
+    assert "cannot write to the folder" in done.stderr and "a file has that name" in done.stderr
     assert done.stdout == "" and "Traceback" not in done.stderr
 
 

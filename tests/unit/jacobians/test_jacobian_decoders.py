@@ -16,7 +16,7 @@ from torch import Tensor
 from decoder_cases import MODELS, exact_norms, ids_of, model_of
 from scalpel import jacobian
 from scalpel.hooks.names import hook_named, module_path
-from scalpel.jacobians.entry import DenseProducts
+from scalpel.jacobians.rows.products import DenseProducts
 from scalpel.models.decoders.families import decoder_of, hooks_of
 from scalpel.reference.jacobian import jacobian_dense
 
@@ -44,9 +44,9 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 def announced(value: bool) -> None:
-    import scalpel.jacobians.entry as entry
+    import scalpel.jacobians.derivative as derivative
 
-    entry._announced = value
+    derivative._announced = value
 
 
 def path(model: Any, hook: str) -> str:

@@ -3,14 +3,11 @@
 import re
 from functools import cache
 
-import numpy as np
 import pytest
-import torch
 
 from bracket_fixtures import small_tokenizer
 from circuitgpt_cases import one_thread
 from scalpel.circuits.task import TASKS, CannotDoTask, check_able, task_named
-from scalpel.experiments import abilities
 from scalpel.models.circuitgpt.config import CircuitGPTConfig
 from scalpel.models.circuitgpt.model import CircuitGPT
 from scalpel.models.tokenizer import Tokenizer
@@ -173,40 +170,3 @@ def test_a_model_that_can_not_is_refused_with_its_accuracy(name):
         task_named(name)(tiny(8), 8, 0)
     with pytest.raises(ValueError, match="2 or more"):
         task_named(name)(tiny(), 1, 0)
-
-
-class Oracle(torch.nn.Module):
-    """Says the quote that was opened last: it can do one of the tasks, and knows nothing of the others."""
-
-    def __init__(self):
-        super().__init__()
-        self.tokenizer, self.config = small_tokenizer(), tiny().config
-        self.quotes = [small_tokenizer().single(quote) for quote in "'\""]
-
-    def forward(self, ids):
-        logits = torch.zeros(*ids.shape, self.config.vocab_size)
-        place = torch.arange(ids.shape[1])
-        for quote in self.quotes:
-            logits[..., quote] = torch.where(ids == quote, place, -1).cummax(-1).values.float()
-        return logits
-
-
-def test_accuracies_tell_who_can_do_what(monkeypatch):
-    monkeypatch.setattr(held_out, "literals", lambda: ())
-    found = abilities.accuracies(Oracle(), prompts=64)
-    assert found["single_double_quote"]["accuracy"] == 1.0 == found["single_double_quote"]["interval"][0]
-    assert found["single_double_quote"]["prompts"] == {"'": 32, '"': 32}
-    assert found["set_or_string"]["accuracy"] == 0.5 and 0 < found["set_or_string"]["real"] < 1
-    assert "reason" in found["bracket_counting"]  # no list was found
-    nobody = Oracle()
-    nobody.tokenizer = None
-    assert all("no tokenizer" in one["reason"] for one in abilities.accuracies(nobody).values())
-
-
-def test_the_interval_is_wider_where_files_agree_with_themselves():
-    labels = np.tile([0, 1], 60)
-    alone = np.random.default_rng(0).random(120) < 0.7
-    files = np.arange(120) // 2
-    together = np.repeat(np.random.default_rng(0).random(12) < 0.7, 10)
-    narrow, wide = abilities.by_file(alone, labels, files), abilities.by_file(together, labels, np.arange(120) // 10)
-    assert wide[1] - wide[0] > 1.5 * (narrow[1] - narrow[0])

@@ -23,7 +23,7 @@ from ..mapping.scan import BAR, CLAIMS, Setup, untrained_seeds
 from ..nulls import NULLS, check_nulls, only_beside
 from ..provenance import at_least, caution, check_share, model_provenance
 from ..result import Protocol, Result, Verdict
-from ..statistics import discoveries
+from ..statistics import discoveries, percentile_interval
 from .measure import LOSSES, Components, Direction, directions_at, gradients, own_directions
 
 QUESTION = "Does each generator lie along its component of the gradient: update v₁, mean v₂, threshold v₃?"
@@ -186,7 +186,7 @@ def _pairs(
             "enough_channels": len(channels) >= FEWEST,
             "cos": float(every[i]),
             "cos_with_each": every.tolist(),
-            "interval": [float(v) for v in np.percentile(drawn[:, i], [2.5, 97.5])],
+            "interval": list(percentile_interval(drawn[:, i])),
             "p": p,
             "live_channels": len(channels),
             "eigengap": found.gap(i),

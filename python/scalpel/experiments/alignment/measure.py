@@ -19,6 +19,7 @@ from ...tasks.brackets import closers
 from ...tasks.refused import Refused
 from ..mapping.measure import Prompts, Scores
 from ..mapping.scan import CLAIMS, Setup, recorded, scores_of
+from ..statistics import draw_weights
 
 __all__ = ["LOSSES", "Components", "Direction", "directions_at", "gradients", "own_directions"]
 
@@ -172,7 +173,7 @@ def _resampled(rows: np.ndarray, center: bool, resamples: int, rng: np.random.Ge
     count, length, width = rows.shape
     if not resamples:
         return np.zeros((0, 3, width))
-    weights = rng.multinomial(count, np.full(count, 1 / count), size=resamples) / (count * length)
+    weights = draw_weights(count, rng, resamples) / (count * length)
     second = np.einsum("pti,ptj->pij", rows, rows, optimize=True).reshape(count, -1)
     mean = weights @ rows.sum(1)
     covariance = (weights @ second).reshape(resamples, width, width)

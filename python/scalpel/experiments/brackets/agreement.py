@@ -22,6 +22,7 @@ from ..controls import LEAST_ACCURACY, Controls
 from ..nulls import NULLS, check_nulls
 from ..provenance import at_least, caution, longest_asked, model_provenance
 from ..result import Protocol, Result, Verdict
+from ..statistics import percentile_interval
 from . import critical as c
 from .calibration import ShortContexts
 from .calibration import calibrate as read_short
@@ -163,12 +164,12 @@ def run(
     rival = agreement(curves, held, edges, constant)
     by_law = {name: agreement(curves, held, edges, rule) for name, rule in said.items()}
     lengths = fitted.draws if fitted.status == "crosses" else np.array([critical_length])
-    draws = _bootstrap(curves, held, edges, rules, lengths, rng)
-    interval = [float(v) for v in np.percentile([d["simulator"]["plain"] for d in draws], [2.5, 97.5])]
+    draws = _resampled(curves, held, edges, rules, lengths, rng)
+    interval = list(percentile_interval(np.array([d["simulator"]["plain"] for d in draws])))
     lead = [d["simulator"]["plain"] - d["constant"]["plain"] for d in draws]
-    lead_interval = [float(v) for v in np.percentile(lead, [2.5, 97.5])]
+    lead_interval = list(percentile_interval(np.array(lead)))
     by_law_interval = {
-        name: [float(v) for v in np.percentile([draw[name]["plain"] for draw in draws], [2.5, 97.5])] for name in said
+        name: list(percentile_interval(np.array([draw[name]["plain"] for draw in draws]))) for name in said
     }
     null: dict[str, Any] = {
         "constant": rival,
@@ -264,7 +265,7 @@ def agreement(
     return {"plain": float(same.mean()), "balanced": float(balanced), "cells": int(asked.sum())}
 
 
-def _bootstrap(
+def _resampled(
     curves: dict[int, c.Curve],
     held: Sequence[int],
     edges: np.ndarray,

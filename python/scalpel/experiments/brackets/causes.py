@@ -23,7 +23,7 @@ from ..controls import LEAST_ACCURACY
 from ..nulls import NULLS, check_nulls
 from ..provenance import at_least, longest_asked, model_provenance
 from ..result import Protocol, Result, Verdict
-from ..statistics import bootstrap
+from ..statistics import bootstrap, percentile_interval, redraw
 from . import critical as c
 
 SHORT = 32  # tokens of the short lists, which should be answered right
@@ -291,12 +291,10 @@ def factor_effects(cells: Sequence[dict[str, Any]], outcome: np.ndarray, rng: np
         }
 
     count = outcome.shape[1]
-    draws = [shares(outcome[:, rng.integers(count, size=count)].mean(1)) for _ in range(200)]
+    draws = redraw(lambda prompts: shares(outcome[:, prompts].mean(1)), count, rng, 200)
     return {
         "share": shares(outcome.mean(1)),
-        "interval": {
-            name: [float(v) for v in np.percentile([draw[name] for draw in draws], [2.5, 97.5])] for name in drops
-        },
+        "interval": {name: list(percentile_interval(np.array([draw[name] for draw in draws]))) for name in drops},
         "all": _r2(np.stack(list(columns.values()), 1), outcome.mean(1)),
     }
 

@@ -9,6 +9,7 @@ from scipy.optimize import isotonic_regression
 
 from ...models.circuitgpt.model import CircuitGPT
 from ...tasks.brackets import long_lists, preference
+from ..statistics import percentile_interval, redraw
 
 DIP = 16  # a curve "stays above" only if P(correct) exceeds one half in every window of so many tokens
 ELEMENT = 2  # tokens of an element and its comma; two questions are never closer than that
@@ -85,11 +86,11 @@ def critical(curve: Curve, rng: np.random.Generator, resamples: int = 200) -> Cr
     """The critical length of a curve, by a logistic fit of ``right`` on ``x`` that is bootstrapped by prompt."""
     count = len(curve.right)
     value, isotonic, status = crossing(curve)
-    found = [crossing(curve.sample(rng.integers(count, size=count))) for _ in range(resamples)]
-    draws = np.array([draw for draw, _, kind in found if kind == "crosses"])
+    crossings = redraw(lambda rows: crossing(curve.sample(rows)), count, rng, resamples)
+    draws = np.array([draw for draw, _, kind in crossings if kind == "crosses"])
     low = high = spread = float("nan")
     if status == "crosses" and len(draws):
-        low, high = (float(v) for v in np.percentile(draws, [2.5, 97.5]))
+        low, high = percentile_interval(draws)
         spread = float(np.std(draws))
     return Critical(value, isotonic, low, high, spread, status, curve.sign_changes(), count, len(draws), draws)
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 
 from ...circuits.task import Task, answer_logits
 from ...guard.hole_guard import FailureLaw, HoleGuard
@@ -32,7 +31,7 @@ from ..controls import LEAST_ACCURACY
 from ..nulls import NULLS, check_nulls
 from ..provenance import at_least, longest_asked, model_provenance
 from ..result import Protocol, Result, Verdict
-from ..statistics import auroc, bootstrap
+from ..statistics import auroc, aurocs, bootstrap, percentile_interval, redraw, rows_by_unit
 from . import critical as c
 from .calibration import calibrate
 from .guard_prompts import Prompts, held_out_prompts
@@ -227,22 +226,16 @@ def judged(
     95 % bootstrap intervals; ``units`` (prompts,): what is resampled together.
     """
     chosen, wrong = np.stack([score[part] for score in scores.values()]), failed[part]
+    members = rows_by_unit(units[part])
 
-    def areas(rows: np.ndarray) -> np.ndarray:
-        """AUROC of every score, as :func:`auroc` has it, ranked in one call."""
-        bad = wrong[rows]
-        pairs = int(bad.sum()) * int((~bad).sum())
-        if not pairs:
-            return np.full(len(chosen), np.nan)
-        above = rankdata(chosen[:, rows], axis=1)[:, bad].sum(1) - bad.sum() * (bad.sum() + 1) / 2
-        return np.asarray(above / pairs)
+    def areas(drawn: np.ndarray) -> np.ndarray:
+        rows = np.concatenate([members[i] for i in drawn])
+        return aurocs(chosen[:, rows], wrong[rows])
 
-    members = _members(units[part])
     draws = np.full((1, len(chosen)), np.nan)
     if members:
-        drawn = rng.integers(len(members), size=(resamples, len(members)))
-        draws = np.stack([areas(np.concatenate([members[i] for i in draw])) for draw in drawn])
-    every = areas(np.arange(len(wrong)))
+        draws = np.stack(redraw(areas, len(members), rng, resamples))
+    every = aurocs(chosen, wrong)
     place = {name: i for i, name in enumerate(scores)}
     found = {name: {"auroc": float(every[i]), **_between(draws[:, i])} for name, i in place.items()}
     for name in ("n", "margin"):
@@ -251,21 +244,14 @@ def judged(
     return found
 
 
-def _members(units: np.ndarray) -> list[np.ndarray]:
-    """The prompts of each unit."""
-    order = np.argsort(units, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(units[order])) + 1) if len(units) else []
-
-
 def _between(draws: np.ndarray) -> dict[str, float]:
-    draws = draws[np.isfinite(draws)]
-    low, high = np.percentile(draws, [2.5, 97.5]) if len(draws) else (np.nan, np.nan)
-    return {"low": float(low), "high": float(high)}
+    low, high = percentile_interval(draws)
+    return {"low": low, "high": high}
 
 
 def alarms(left: np.ndarray, failed: np.ndarray, units: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
     """Missed alarms among failures and false ones among successes at margin 0, with intervals by prompt."""
-    members = _members(units)
+    members = rows_by_unit(units)
     found: dict[str, Any] = {}
     for name, of in (("missed", failed), ("false", ~failed)):
         wrong = (left > 0) if name == "missed" else (left <= 0)
@@ -327,7 +313,7 @@ def _nulls(
         if np.isnan(draws).any():
             words.append(f"{name}: no AUROC, since the model fails on none or on all prompts")
             continue
-        low, high = (float(v) for v in np.percentile(draws, [2.5, 97.5]))
+        low, high = percentile_interval(draws)
         share = float((draws >= law).mean())
         found[name] = {"auroc": float(draws.mean()), "low": low, "high": high, "at_least_the_laws": share}
         what = "distances shuffled" if name == "shuffled" else "a random direction of the (k, n) plane"

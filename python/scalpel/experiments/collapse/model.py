@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 
 from ...circuits.task import bracket_counting
 from ...covariance.streaming import StreamingCovariance
@@ -13,6 +12,7 @@ from ...models.circuitgpt.model import CircuitGPT
 from ...models.circuitgpt.recording import hook_width
 from ...models.untrained import untrained
 from ...tasks.refused import Refused
+from ..statistics import jackknife
 from .figures import GRID, ROTATIONS, hook_figures, score_curves, score_figure, table
 from .gather import Rows, Texts, gather, masked_afterwards, shuffled, topk_hooks
 from .measure import PRIMARY, VARIANTS, WIDEST, Pair, compare, shares_and_rank
@@ -182,10 +182,8 @@ def _jackknife(rows: Mapping[str, Rows]) -> dict[str, list[float]]:
         log = name == "effective_rank"  # its mean over hooks is the geometric one
         each = np.mean(np.log(columns) if log else columns, axis=0)
         middle = float(np.mean(np.log(whole[name]) if log else whole[name]))
-        half = float(
-            stats.t.ppf(0.975, GROUPS - 1) * np.sqrt((GROUPS - 1) / GROUPS * ((each - each.mean()) ** 2).sum())
-        )
-        ends = [middle - half, middle + half]
+        interval = jackknife(torch.tensor(middle, dtype=torch.float64, device="cpu"), torch.from_numpy(each))
+        ends = [float(interval.low), float(interval.high)]
         found[name] = [float(np.exp(end)) for end in ends] if log else ends
     return found
 

@@ -17,6 +17,7 @@ from ...models.circuitgpt.model import CircuitGPT
 from ...models.untrained import untrained
 from ...training.study import Plan
 from ...training.text import Batch
+from ..statistics import mean_interval
 from .gather import Texts, gather, masked_afterwards, shuffled, topk_hooks
 from .generators import LETTERS, acting, appeared
 from .measure import PRIMARY, VARIANTS, Measured, compare
@@ -47,9 +48,8 @@ class Difference:
             return cls(
                 float(known.mean()) if len(known) else float("nan"), float("nan"), float("nan"), by_seed.tolist()
             )
-        half = float(stats.t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / np.sqrt(len(known)))
-        mean = float(known.mean())
-        return cls(mean, mean - half, mean + half, by_seed.tolist())
+        mean, low, high = (float(figure) for figure in mean_interval(known))
+        return cls(mean, low, high, by_seed.tolist())
 
     def p(self) -> float:
         """p of a two-sided t test against no difference; 1 if there is nothing to test."""

@@ -29,6 +29,7 @@ from ...tasks.refused import Refused
 from ..nulls import NULLS, check_nulls
 from ..provenance import at_least, model_provenance
 from ..result import Protocol, Result, Verdict
+from ..statistics import bootstrap, rows_by_unit
 
 QUESTION = "Do a few nodes suffice to count brackets, and are they more than an artefact?"
 SEED_FIGURE = "circuits are subsemigroups; no figure is given"
@@ -209,11 +210,13 @@ def _interval(
     """95 % bootstrap interval of the refitted loss, by group of prompts; the refit is part of what is drawn again."""
     with only(model, nodes, stand_in):
         logits = answer_logits(model, task)
-    draws, groups = [], [np.flatnonzero(task.groups.numpy() == group) for group in task.groups.unique()]
-    for _ in range(100):
-        rows = torch.from_numpy(np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))]))
-        draws.append(refit(logits[rows], task.labels[rows]).loss)
-    return [float(v) for v in np.percentile(draws, [2.5, 97.5])]
+    groups = rows_by_unit(task.groups.numpy())
+
+    def refitted_loss(drawn: np.ndarray) -> float:
+        rows = torch.from_numpy(np.concatenate([groups[i] for i in drawn]))
+        return refit(logits[rows], task.labels[rows]).loss
+
+    return list(bootstrap(refitted_loss, len(groups), rng, resamples=100))
 
 
 def _verdict(

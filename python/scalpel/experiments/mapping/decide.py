@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ...models.circuitgpt.model import CircuitGPT
-from ..statistics import bootstrap, discoveries
+from ..statistics import bootstrap, discoveries, percentile_interval
 from .measure import directions_moved
 from .scan import BAR, CLAIMS, RIVALS, HookScan, Setup, Top
 
@@ -145,7 +145,7 @@ def _set(
         low, high = intervals[i]
         moves = low > 0 and movement[i].mean() > most
         name = f"{scan.hook}:{top.channels[j]}" if scan.directions is None else f"{scan.hook}, direction"
-        r2_low, r2_high = np.percentile(top.draws[:, j], [2.5, 97.5])
+        r2_low, r2_high = percentile_interval(top.draws[:, j])
         told = _tied(setup, top, int(j), group)
         found.append(
             Found(
@@ -153,8 +153,8 @@ def _set(
                 node=name,
                 claim=group,
                 r2=float(top.r2[j]),
-                low=float(r2_low),
-                high=float(r2_high),
+                low=r2_low,
+                high=r2_high,
                 p=float(top.p[j]),
                 movement=float(movement[i].mean()),
                 movement_low=low,
@@ -215,7 +215,7 @@ def _tied(setup: Setup, top: Top, j: int, group: str) -> str:
         **{name: point[:, 1 + thresholds + i] for i, name in enumerate(RIVALS)},
     }
     own = best.pop(group)
-    ahead = {name: np.percentile(own - other, [2.5, 97.5]) for name, other in best.items()}
+    ahead = {name: percentile_interval(own - other) for name, other in best.items()}
     beaten = [name for name, (_, high) in ahead.items() if high < 0]
     if beaten:
         return min(beaten, key=lambda name: ahead[name][1])
@@ -233,6 +233,6 @@ def shares(decided: Decided, hooks: list[str]) -> tuple[dict[str, list[str]], tu
     drawn = np.zeros(len(passed[0].draws))
     for hook in {f.hook for f in passed}:
         drawn += np.any([f.draws for f in passed if f.hook == hook], axis=0)
-    low, high = np.percentile(drawn / len(hooks), [2.5, 97.5])
+    low, high = percentile_interval(drawn / len(hooks))
     share = count / len(hooks)
-    return by_claim, (share, min(float(low), share), max(float(high), share))
+    return by_claim, (share, min(low, share), max(high, share))

@@ -20,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from ...models.circuitgpt.model import CircuitGPT
 from ...tasks.brackets import closers
@@ -29,6 +28,7 @@ from ..controls import LEAST_ACCURACY
 from ..nulls import NULLS, check_nulls, only_beside
 from ..provenance import at_least, caution, check_share, model_provenance
 from ..result import Protocol, Result, Verdict
+from ..statistics import clopper_pearson
 from .decide import Decided, decide, shares
 from .scan import BAR, CLAIMS, LEVELS, READABLE, RIVALS, HookScan, Setup, reference, scan, untrained_seeds
 
@@ -220,8 +220,7 @@ def _worst(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         return {"null": None, "rate": float("nan"), "interval": [float("nan")] * 2, "tests": 0}
     name = max(rows, key=lambda name: rows[name]["mapped"] / rows[name]["tests"])
     mapped, tests = rows[name]["mapped"], rows[name]["tests"]
-    found = stats.binomtest(mapped, tests).proportion_ci(method="exact")
-    return {"null": name, "rate": mapped / tests, "interval": [float(found.low), float(found.high)], "tests": tests}
+    return {"null": name, "rate": mapped / tests, "interval": list(clopper_pearson(mapped, tests)), "tests": tests}
 
 
 def _with_ambiguous(decided: Decided, hooks: list[str]) -> tuple[bool, float]:

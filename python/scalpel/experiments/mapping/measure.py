@@ -205,7 +205,7 @@ class Scores:
         """Each channel's largest R² over some variables; -inf for a channel without any."""
         return np.asarray(np.fmax(np.nan_to_num(self.r2[variables], nan=-np.inf).max(0), -np.inf))
 
-    def bootstrap(self, weights: np.ndarray, variable: int, channels: np.ndarray | None = None) -> np.ndarray:
+    def reweighted(self, weights: np.ndarray, variable: int, channels: np.ndarray | None = None) -> np.ndarray:
         """R² with each scored prompt counted ``weights`` (draws, prompts) times: (draws, channels), NaN as in r2."""
         chosen = np.arange(self.r2.shape[1]) if channels is None else channels
         y, v, starts, squares = self._scored

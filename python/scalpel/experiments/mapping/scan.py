@@ -14,6 +14,7 @@ import numpy as np
 from ...models.circuitgpt.model import CircuitGPT
 from ...models.untrained import untrained
 from ..brackets.critical import Curve, tells_depths
+from ..statistics import draw_weights
 from .measure import Prompts, Rows, Scores, difference, groups_of, head_rows, question_rows, record, share
 
 __all__ = [
@@ -255,7 +256,7 @@ def scores_of(setup: Setup, asked: np.ndarray, single: np.ndarray) -> dict[str, 
 
 
 def _weights(count: int, draws: int, rng: np.random.Generator) -> np.ndarray:
-    return rng.multinomial(count, np.full(count, 1 / count), size=draws).astype(np.float32)
+    return draw_weights(count, rng, draws).astype(np.float32)
 
 
 def reference(model: CircuitGPT, setup: Setup, draws: int) -> dict[str, dict[str, np.ndarray]]:
@@ -270,7 +271,7 @@ def reference(model: CircuitGPT, setup: Setup, draws: int) -> dict[str, dict[str
         found[hook] = {
             name: np.max(
                 [
-                    np.nan_to_num(scores[kind].bootstrap(weights[kind], v), nan=-np.inf).max(1)
+                    np.nan_to_num(scores[kind].reweighted(weights[kind], v), nan=-np.inf).max(1)
                     for v in range(columns.start, columns.stop)
                 ],
                 axis=0,
@@ -367,12 +368,12 @@ def _top(
     near = near[best[near] >= _NEAR]
     weights = _weights(scores.prompts, _RESAMPLES, rng)
     draws = (
-        np.stack([scores.bootstrap(weights, int(variable[c]), np.array([c]))[:, 0] for c in near], 1)
+        np.stack([scores.reweighted(weights, int(variable[c]), np.array([c]))[:, 0] for c in near], 1)
         if len(near)
         else np.zeros((_RESAMPLES, 0))
     )
     seen = range(1 + thetas + len(RIVALS)) if rivals and len(near) else range(0)
-    others = [scores.bootstrap(weights, v, near) for v in seen]
+    others = [scores.reweighted(weights, v, near) for v in seen]
     return Top(
         channels=near,
         variable=variable[near],

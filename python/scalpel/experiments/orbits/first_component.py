@@ -12,6 +12,7 @@ import torch
 
 from ...models.circuitgpt.model import CircuitGPT
 from ...streams.capture import GRADIENT, Capture
+from ..statistics import bootstrap
 
 __all__ = ["Moments", "closeness", "moments_at"]
 
@@ -93,13 +94,13 @@ def closeness(
         }
     cosines = np.abs(components @ unit)
     count = len(moments.counts)
-    drawn = [abs(moments.components(rng.integers(count, size=count))[1][0] @ unit) for _ in range(resamples)]
+    interval = bootstrap(lambda drawn: abs(moments.components(drawn)[1][0] @ unit), count, rng, resamples)
     random = rng.standard_normal((draws, len(unit)))
     rotated = np.abs(random @ components[0]) / np.linalg.norm(random, axis=1)
     shuffled = np.abs(rng.permuted(np.tile(unit, (draws, 1)), axis=1) @ components[0])
     return {
         "cos": float(cosines[0]),
-        "interval": tuple(float(v) for v in np.percentile(drawn, [2.5, 97.5])),
+        "interval": interval,
         "nearest": int(cosines.argmax()),
         "cos_nearest": float(cosines.max()),
         "share": float(shares[0]),

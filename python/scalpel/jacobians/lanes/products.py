@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from ...hooks.positions import Selected, read_at
 from ...hooks.running import ALONE
+from ...hooks.stopping import Stop
 from ...lanes import LANES, Lanes, Linear
-from ..operator import finished
-from .trace import CircuitTrace, Found, Function, Layer, Sublayer
+from ..ends import finished
+from .trace import CircuitTrace, Function, Layer, Sublayer
 
 if TYPE_CHECKING:
     from ..passes import CircuitPass
@@ -27,19 +28,16 @@ if TYPE_CHECKING:
 class CircuitProducts:
     """Products with the Jacobian between two hooks of a CircuitGPT, and the primal there."""
 
-    trace_of = CircuitTrace
-
     def __init__(
         self,
         run: CircuitPass,
         at: tuple[Selected, Selected],
         function: Function | None,
-        trace: CircuitTrace | None = None,
+        trace: CircuitTrace,
     ) -> None:
         self.run = run
         self.at = at
         self.function = function
-        trace = trace or CircuitTrace(run, [run.source, run.target])
         self.model = trace.model
         self.config = trace.config
         self.layers = trace.layers(run.source, run.target)
@@ -67,10 +65,10 @@ class CircuitProducts:
     def _push(self, tangents: Tensor) -> Tensor:
         count = tangents.shape[0]
         start = self._placed(tangents, self.at[0], self.run.source)
-        try:
-            resid = self._push_layers(start, count)
-        except Found as found:
-            lanes: Lanes | None = found.args[0]
+        with Stop() as stop:
+            resid = self._push_layers(start, count, stop)
+        if stop.reached:
+            lanes: Lanes | None = stop.value
             if lanes is None:
                 return tangents.new_zeros(count, *self.recorded.shape)
             return self._taken(lanes, self.at[1], self.run.target, count)
@@ -78,14 +76,14 @@ class CircuitProducts:
         rows = self._taken(self.final.jvp(resid.resized(self.config.d_model), None), self.at[1], "logits", count)
         return F.linear(rows, self.model.lm_head.weight)
 
-    def _push_layers(self, start: Lanes, count: int) -> Lanes:
+    def _push_layers(self, start: Lanes, count: int, stop: Stop) -> Lanes:
         def hook(name: str, lanes: Lanes | None) -> Lanes | None:
             if name in self.changed and lanes is not None:
                 lanes = self._through(name, lanes, count, forward=True)
             if name == self.run.source:
                 lanes = start
             if name == self.run.target:
-                raise Found(lanes)
+                stop(lanes)
             return lanes
 
         resid: Lanes | None = None
@@ -159,20 +157,19 @@ class CircuitProducts:
             resid = resid.resized(self.config.d_in)
         else:
             start = self._placed(cotangents, self.at[1], self.run.target)
-        try:
-            self._pull_layers(start, resid, count)
-        except Found as found:
-            lanes: Lanes | None = found.args[0]
-            if lanes is not None:
-                return self._taken(lanes, self.at[0], self.run.source, count)
+        with Stop() as stop:
+            self._pull_layers(start, resid, count, stop)
+        lanes: Lanes | None = stop.value
+        if lanes is not None:
+            return self._taken(lanes, self.at[0], self.run.source, count)
         return cotangents.new_zeros(count, *self.source.shape)
 
-    def _pull_layers(self, start: Lanes | None, resid: Lanes | None, count: int) -> None:
+    def _pull_layers(self, start: Lanes | None, resid: Lanes | None, count: int, stop: Stop) -> None:
         def hook(name: str, lanes: Lanes | None) -> Lanes | None:
             if name == self.run.target:
                 lanes = start
             if name == self.run.source:
-                raise Found(lanes)
+                stop(lanes)
             if name in self.changed and lanes is not None:
                 lanes = self._through(name, lanes, count, forward=False)
             return lanes

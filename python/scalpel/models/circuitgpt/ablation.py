@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from .core import Tap
+from .layers import Tap
 from .loaded import LoadedCore
 from .recording import check_hooks, hook_width, run_with_cache
 

@@ -7,14 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ...hooks.stopping import Stop
 from .core import CircuitCore
 
 Names = str | Iterable[str] | Callable[[str], bool]
 Hook = tuple[str, Callable[[Tensor, str], Tensor | None]]
-
-
-class _Stopped(Exception):
-    """Leaves the forward pass after the hook that was asked for."""
 
 
 def run_with_cache(
@@ -55,13 +52,12 @@ def run_with_cache(
         if name in wanted:
             kept[name] = value
         if name == stop_at:
-            raise _Stopped
+            stop()
         return value
 
-    try:
+    with Stop() as stop:
         return model(input_ids, tap=tap, **inputs), kept
-    except _Stopped:
-        return None, kept
+    return None, kept
 
 
 def run_with_hooks(model: CircuitCore, input_ids: Tensor, fwd_hooks: Sequence[Hook], **inputs: Any) -> Tensor:
