@@ -46,7 +46,7 @@ RULE = (
     "the supports of other tokens: both intervals lie below 0. Not reproduced if (a) or (b) fails. Indistinguishable "
     "if both hold and (c) fails, since then masks alone do as much. Not testable here without a stored study. "
     f"Everything is taken from the variant {PRIMARY}, with ranks on equally many live channels in all arms at a step "
-    "and scores on each arm's own channels. The other variants, and ranks on own channels, are shown and decide nothing."
+    "and scores on each arm's own channels. The other variants, and ranks on own channels, are only shown."
 )
 
 
