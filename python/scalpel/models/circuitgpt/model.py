@@ -180,7 +180,7 @@ class CircuitGPT(LoadedCore):
             (``"0.attn.act_in:12"``); biases and norm weights connect no two nodes and are left out.
 
         Example:
-            >>> edges = CircuitGPT.from_pretrained("bracket-mini").edges()
+            >>> edges = scalpel.CircuitGPT.from_pretrained("bracket-mini").edges()
             >>> len(edges) == len(edges.weight)
             True
             >>> edges.src[-1].partition(":")[0], edges.dst[-1].partition(":")[0]
