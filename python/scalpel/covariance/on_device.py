@@ -42,16 +42,16 @@ class Look(NamedTuple):
 class OnDevice(State):
     """Mean (dim,) and scatter (dim, dim) in float64 where the rows are.
 
-    No row waits: each update is a block, centred by its own mean and joined by the rule of
+    No row waits: each update is a block, centered by its own mean and joined by the rule of
     csrc/covariance/covariance.h. That reads and writes the scatter, so updates should bring a thousand rows or more.
     One wait for the device an update, or for many states' updates (:func:`update_all`): whether rows are finite has to
     be known.
 
     Float64 rows are multiplied in float64, and so is a block whose deviations float32 can't square. Others go through
     tensor cores (csrc/covariance/gram_cuda.cu). ``precision``: "accurate" multiplies the three bfloat16 parts of each
-    deviation, at float32's error; "fast" rounds deviations to bfloat16 once, a sixth of the products. Centred bfloat16
+    deviation, at float32's error; "fast" rounds deviations to bfloat16 once, a sixth of the products. Centered bfloat16
     rows take three parts, too: the mean is taken off before anything is rounded, and x − mean has more digits than x.
-    Uncentred ones take one part in either case, since their products are exact.
+    Uncentered ones take one part in either case, since their products are exact.
     """
 
     method = None

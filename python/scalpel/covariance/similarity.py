@@ -21,7 +21,7 @@ class _Block(NamedTuple):
 
 
 class DebiasedCKA:
-    """Debiased linear centred kernel alignment of x (n, p) and y (n, q), the same n rows seen twice, in blocks.
+    """Debiased linear centered kernel alignment of x (n, p) and y (n, q), the same n rows seen twice, in blocks.
 
     CKA = HSIC₁(K, L) / √(HSIC₁(K, K) · HSIC₁(L, L)), K = x xᵀ and L = y yᵀ without their diagonals, with the unbiased
     estimator

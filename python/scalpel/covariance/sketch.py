@@ -1,4 +1,4 @@
-"""What the two sketches share: rows that are centred and joined, the directions kept, and what leaves them."""
+"""What the two sketches share: rows that are centered and joined, the directions kept, and what leaves them."""
 
 from __future__ import annotations
 
@@ -99,20 +99,20 @@ class Sketch(State):
         return _BLOCK
 
     def _with_block(self, kept: Kept, rows: Tensor) -> Kept:
-        """A block centred by its own mean; that it has another than the state is one more row (Chan et al. 1979)."""
+        """A block centered by its own mean; that it has another than the state is one more row (Chan et al. 1979)."""
         mean = torch.empty(self.dim, dtype=torch.float64, device="cpu")
         dtype = torch.float64 if rows.dtype == torch.float64 or self.always_wide else torch.float32
         rows = rows.double() if dtype == torch.float64 else rows
         first = len(kept.directions)  # room before the block and after it, so that nothing is copied to join them
         stack = empty((first + len(rows) + 1, self.dim), dtype)
-        centred = stack[first:-1]
-        to = memory_of(mean, "the block's mean"), memory_of(centred, "the centred block")
+        centered = stack[first:-1]
+        to = memory_of(mean, "the block's mean"), memory_of(centered, "the centered block")
         energy: float = cpu_core.center_rows(memory_of(rows, "x"), self.center, *to, torch.get_num_threads())
         stack[:first] = kept.directions
         square = max(energy / rows.numel(), kept.energy / max(1, kept.rows * self.dim))  # of an entry, on average
         if dtype == torch.float32 and square > 0 and not _TINY < square < _HUGE:
             return self._with_block(kept, rows.double())  # products would leave float32's range
-        return self._together(kept, Kept(len(rows), mean, centred, energy, 0.0), stack)
+        return self._together(kept, Kept(len(rows), mean, centered, energy, 0.0), stack)
 
     def _together(self, a: Kept, b: Kept, stack: Tensor | None = None) -> Kept:
         """``stack``: the directions of both, one after the other, and room for one more row."""

@@ -52,7 +52,7 @@ class StreamingCovariance(Summaries, ScikitNames):
     precision: of products on a GPU, "accurate" or "fast"; see there. On the CPU all are accurate.
 
     The exact state. Rows wait until 1024 are there (at first, until there are as many as columns), and join as blocks,
-    each centred by its own mean, by the pairwise rule of Chan, Golub & LeVeque 1979 and Pébay 2008 (SAND2008-6212), so
+    each centered by its own mean, by the pairwise rule of Chan, Golub & LeVeque 1979 and Pébay 2008 (SAND2008-6212), so
     that means that are large against the deviations cost no accuracy. Products are of float64 rows float64, of narrower
     rows float32, gathered in float64 every 128 rows: an error of a few 1e-7 of the largest entry, less the more rows
     there are. The bits depend neither on the number of threads nor on how rows of one dtype were cut into updates;

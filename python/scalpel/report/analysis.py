@@ -43,7 +43,7 @@ _PARTS = {
     "spectra": (
         "Spectra of activations and gradients",
         "The covariance of a hook’s values over the tokens of the text, and of the gradient of the summed next-token "
-        "cross-entropy there, one row a token, centred. Any data has leading components, so the shares say little by "
+        "cross-entropy there, one row a token, centered. Any data has leading components, so the shares say little by "
         "themselves: what training did is the difference from the untrained model on the same text.",
     ),
     "masks": (
