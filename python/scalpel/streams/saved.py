@@ -127,12 +127,22 @@ class Saved:
 
 
 class Stored(Mapping[str, StreamingCovariance]):
-    """States on disk. Each is read when it is asked for, so that only one is in memory; changes to it are not saved.
+    """States on disk, each of which is read when it is asked for, so that only one is in memory.
+
+    Changes to a state are not saved.
 
     Args:
         saved: Their folder.
         names: Their streams.
         temporary: A folder that is removed together with this object.
+
+    Example:
+        >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+        >>> batches = [torch.arange(64).reshape(2, 32)]
+        >>> hooks = ["0.resid_in", "final_resid"]
+        >>> states = scalpel.collect(model, batches, hooks, memory="1MiB", progress=False)
+        >>> type(states).__name__, states["final_resid"].count
+        ('Stored', 64)
     """
 
     def __init__(self, saved: Saved, names: list[str], temporary: str | None = None) -> None:
