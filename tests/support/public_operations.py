@@ -337,6 +337,7 @@ OPERATIONS: dict[str, Callable[[Given], Any]] = {
     "CircuitGPT, float64": lambda g: built(g, "plain", dtype=torch.float64),
     "CircuitGPT.forward": lambda g: g.model(g.ids, g.mask),
     "CircuitGPT.forward, non-zeros": no_gradient(lambda g: g.brackets(g.prompt)),
+    "CircuitGPT.unembed": lambda g: g.model.unembed(g.model.run_with_cache(g.ids)[1]["final_resid"], g.ids, (1, 2)),
     "CircuitGPT.from_pretrained": lambda g: loaded(g, "bracket-mini", g.prompt),
     "CircuitGPT.from_pretrained, folder": lambda g: loaded(g, g.checkpoint, g.ids, dtype=torch.float64),
     "CircuitGPT.save_pretrained": saved_model,

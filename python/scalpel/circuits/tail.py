@@ -126,7 +126,7 @@ class Tail:
 
     def _answered(self, x: Tensor) -> Tensor:
         """The answers' logits (G, P, answers) of the last residual (G, P, d_model)."""
-        return self.model.unembedded(x, self._asked_ids, self.answers)
+        return self.model.unembed(x, self._asked_ids, self.answers)
 
     def _block(self, layer: int) -> Block:
         block: Block = self.model.transformer.h[layer]

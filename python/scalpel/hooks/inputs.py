@@ -303,10 +303,7 @@ def _position_tables(model: nn.Module, tokens: nn.Embedding | None) -> list[nn.E
 
 
 def _counts_positions_itself(model: nn.Module, tables: list[nn.Embedding]) -> bool:
-    """Tell whether the model makes its positions from ids and mask in its own way.
-
-    Those of RoBERTa start after a padding index, and those of some models of images and text have three axes.
-    """
+    """Tell whether the model makes its own positions: after a padding index as RoBERTa, or with three axes."""
     if any(table.padding_idx is not None for table in tables):
         return True
     return any(hasattr(module, "get_rope_index") for module in model.modules())

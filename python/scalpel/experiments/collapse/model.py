@@ -1,4 +1,4 @@
-"""Collapse on one model at its last step: the measures, their intervals by prompt, and those of its controls."""
+"""Collapse on one trained model: the measures, their intervals by prompt, and the same for its controls."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,11 +20,11 @@ from .measure import PRIMARY, VARIANTS, WIDEST, Pair, compare, shares_and_rank
 __all__ = ["Own", "interval_words"]
 
 GROUPS = 16  # of prompts, for the jackknife
-_PROMPT_TOKENS = 18  # about, of a bracket prompt: how many prompts give so many tokens
+_PROMPT_TOKENS = 18  # about how many tokens a bracket prompt has
 
 
 class Own:
-    """What was measured on the model given."""
+    """What was measured on the given model: parts of a Result, each empty if nothing could be measured."""
 
     def __init__(self) -> None:
         self.left_out: list[str] = []
@@ -36,23 +36,30 @@ class Own:
 
     @classmethod
     def of(cls, model: CircuitGPT, tokens: int, nulls: Sequence[str], seed: int) -> "Own":
+        """Measure ``model`` on about ``tokens`` tokens beside its controls and the asked ``nulls``.
+
+        Raises:
+            Refused: No text has two tokens, so that there is no gradient.
+        """
         own = cls()
         every = topk_hooks(model)
         hooks = [name for name in every if hook_width(model, name) <= WIDEST]
         if not hooks:
-            what = "only AbsTopKs that are wider" if every else "no AbsTopK"
-            own.left_out.append(f"The model given has {what}, so nothing was measured on it; the study decides.")
-            own.summary = "the model given has no AbsTopK to measure"
+            what = f"only AbsTopKs wider than {WIDEST} channels" if every else "no AbsTopK"
+            own.left_out.append(f"The given model has {what}, so nothing was measured on it; the study decides.")
+            own.summary = "the given model has no AbsTopK to measure"
             return own
         if len(hooks) < len(every):
-            own.left_out.append(f"Hooks wider than {WIDEST} channels: {', '.join(h for h in every if h not in hooks)}.")
+            own.left_out.append(
+                f"Hooks wider than {WIDEST} channels were left out: {', '.join(h for h in every if h not in hooks)}."
+            )
         texts, what = _sample(model, tokens, seed, own.left_out)
         models = {"model": model, **_controls(model, nulls, own.left_out)}
-        gathered = {name: gather(one, texts, hooks) for name, one in models.items()}
-        conditions = {name: one.rows for name, one in gathered.items()}
+        gathered = {name: gather(other, texts, hooks) for name, other in models.items()}
+        conditions = {name: at_hooks.rows for name, at_hooks in gathered.items()}
         if "shuffled" in nulls:
             conditions["shuffled"] = shuffled(conditions["model"], np.random.default_rng([seed, 3]))
-        own._fill(conditions, {name: one.loss for name, one in gathered.items()}, what, nulls, seed)
+        own._fill(conditions, {name: at_hooks.loss for name, at_hooks in gathered.items()}, what, nulls, seed)
         return own
 
     def _fill(
@@ -64,8 +71,8 @@ class Own:
         seed: int,
     ) -> None:
         pairs: dict[str, dict[str, Pair]] = {}
-        found = compare(conditions, seed, pairs)
-        means = table(found, VARIANTS)
+        measured = compare(conditions, seed, pairs)
+        means = table(measured, VARIANTS)
         intervals = _jackknife(conditions["model"])
         rotations = ROTATIONS if "rotated" in nulls else 0
         curves = {
@@ -75,40 +82,43 @@ class Own:
         own, raw = model[PRIMARY], model["post.raw.second"]
         count = len(next(iter(conditions["model"].values())).text)
         self.summary = (
-            f"the model given, means over {len(conditions['model'])} hooks and {count} tokens of {text}: first "
+            f"the given model, means over {len(conditions['model'])} hooks and {count} tokens of {text}: first "
             f"component {own['top1']:.1%}, first three {own['top3']:.1%}, effective rank {own['effective_rank']:.1f} "
             f"(behind the mask, raw and not centered: {raw['top1']:.1%}, {raw['top3']:.1%}, "
             f"{raw['effective_rank']:.1f}); the seed has 71.2 %, 88.9 %, 10 of 512"
         )
         self.measured = {
             "means_over_hooks": {"model": model},
-            "by_hook": {hook: {v: vars(one) for v, one in of.items()} for hook, of in found["model"].items()},
+            "by_hook": {
+                hook: {variant: vars(figures) for variant, figures in by_variant.items()}
+                for hook, by_variant in measured["model"].items()
+            },
             "losses": dict(losses),
             "score_by_r": {"r_as_share": GRID, "onto": curves["model"]["onto"], "reverse": curves["model"]["reverse"]},
             "text": text,
         }
         self.interval = {"means_over_hooks": intervals}
         self.null = {
-            "means_over_hooks": {name: one for name, one in means.items() if name != "model"},
+            "means_over_hooks": {name: by_variant for name, by_variant in means.items() if name != "model"},
             "rotated_areas": curves["model"]["rotated_area"],
         }
         others = [
-            f"{name}: effective rank {one[PRIMARY]['equal_rank']:.1f}, score {one[PRIMARY]['area']:.2f}"
-            for name, one in means.items()
+            f"{name}: effective rank {by_variant[PRIMARY]['equal_rank']:.1f}, score {by_variant[PRIMARY]['area']:.2f}"
+            for name, by_variant in means.items()
             if name != "model"
         ]
         if rotations:
             others.append(f"rotated: score {np.mean(curves['model']['rotated_area']):.2f}")
         mine = f"model: effective rank {own['equal_rank']:.1f}, score {own['area']:.2f}"
-        self.null_summary = "; ".join([f"the model given (ranks on equally many live channels), {mine}", *others])
+        self.null_summary = "; ".join([f"the given model (ranks on equally many live channels), {mine}", *others])
         self.figures = {
-            **{f"by_hook_{i}": one for i, one in enumerate(hook_figures(found))},
+            **{f"by_hook_{i}": figure for i, figure in enumerate(hook_figures(measured))},
             "score_by_r": score_figure(curves),
         }
 
 
 def _sample(model: CircuitGPT, tokens: int, seed: int, left_out: list[str]) -> tuple[list[Texts], str]:
-    """About ``tokens`` tokens of bracket prompts with their answers, or of random ids where there are none."""
+    """About ``tokens`` tokens of bracket prompts with their answers, or of random ids if these can't be made."""
     prompts = max(GROUPS, -(-tokens // _PROMPT_TOKENS))
     length = model.config.block_size
     try:
@@ -124,21 +134,21 @@ def _sample(model: CircuitGPT, tokens: int, seed: int, left_out: list[str]) -> t
         shape = (max(GROUPS, -(-tokens // wide)), wide)
         ids = torch.from_numpy(rng.integers(model.config.vocab_size, size=shape))
         mask, what = torch.ones(ids.shape, dtype=torch.bool, device="cpu"), "random ids"
-        left_out.append(f"Text: the model was measured on random ids, since bracket prompts can't be made ({error}).")
+        left_out.append(f"The model was measured on random ids, since bracket prompts can't be made ({error}).")
     ids, mask = ids[:, :length], mask[:, :length]
     return [Texts(ids[i : i + 64], mask[i : i + 64]) for i in range(0, len(ids), 64)], what
 
 
 def _controls(model: CircuitGPT, nulls: Sequence[str], left_out: list[str]) -> dict[str, CircuitGPT]:
-    found = {"untrained": untrained(model)} if "untrained" in nulls else {}
+    controls = {"untrained": untrained(model)} if "untrained" in nulls else {}
     twin = model.card.get("controls", {}).get("no-topk")
     if twin is None:
         left_out.append(
-            "The model given has no dense twin: dense training, and the mask put on afterwards, are left out."
+            "The given model has no dense twin, so dense training and the mask put on afterwards were left out."
         )
-        return found
+        return controls
     dense = CircuitGPT.from_pretrained(twin)
-    return {**found, "dense": dense, "dense, mask afterwards": masked_afterwards(dense, model)}
+    return {**controls, "dense": dense, "dense, mask afterwards": masked_afterwards(dense, model)}
 
 
 def _jackknife(rows: Mapping[str, Rows]) -> dict[str, list[float]]:
@@ -183,12 +193,13 @@ def _figures_of(state: StreamingCovariance) -> tuple[float, float, float]:
 
 
 def interval_words(own: Own) -> str:
-    """The intervals of the model given, for a sentence."""
+    """The intervals of the given model, as a sentence."""
     if not own.interval:
-        return "None of the model given"
-    found = own.interval["means_over_hooks"]
+        return "There are none for the given model"
+    intervals = own.interval["means_over_hooks"]
     return (
-        f"Of the model given, jackknife over {GROUPS} groups of prompts: first component "
-        f"[{found['top1'][0]:.1%}, {found['top1'][1]:.1%}], first three [{found['top3'][0]:.1%}, "
-        f"{found['top3'][1]:.1%}], effective rank [{found['effective_rank'][0]:.1f}, {found['effective_rank'][1]:.1f}]"
+        f"For the given model, jackknife over {GROUPS} groups of prompts: first component "
+        f"[{intervals['top1'][0]:.1%}, {intervals['top1'][1]:.1%}], first three [{intervals['top3'][0]:.1%}, "
+        f"{intervals['top3'][1]:.1%}], effective rank [{intervals['effective_rank'][0]:.1f}, "
+        f"{intervals['effective_rank'][1]:.1f}]"
     )

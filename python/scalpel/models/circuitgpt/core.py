@@ -19,17 +19,16 @@ from .attention import allowed_keys
 from .config import CircuitGPTConfig
 from .layers import Block, LayerInputs, Tap, norm
 
-__all__ = ["MODULE_PATHS", "CircuitCore", "hook_names"]
+__all__ = ["MODULE_PATHS", "CircuitCore"]
 
 
 class CircuitCore(nn.Module):
-    """The transformer itself: token ids in, logits (B, L, vocab) out, every value between them shown to a tap.
+    """The transformer itself: it computes logits from token ids and shows every value on the way to a tap.
 
-    Parameter names are those of the public checkpoints. ``config``, ``seed``, ``device`` and ``dtype`` are described at
-    :class:`scalpel.CircuitGPT`, which adds what one does with such a model.
+    The arguments are those of :class:`scalpel.CircuitGPT`, which adds what one does with such a model.
     """
 
-    # torch types what a container holds as Tensor | Module; the names below are what it is
+    # torch declares attributes of a module as Tensor | Module; these annotations are more precise
     transformer: Any
     final_logits_bias: Tensor
     bigram_table: Tensor | None
@@ -74,7 +73,7 @@ class CircuitCore(nn.Module):
         self.to(device=device, dtype=dtype)
 
     def _initialise(self) -> None:
-        """Normal weights of deviation 0.02, projections into the residual scaled by depth (GPT-2's rule)."""
+        """Draw normal weights of standard deviation 0.02, less in projections into the residual (GPT-2's rule)."""
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * max(1, self.config.n_layer)))
@@ -90,15 +89,24 @@ class CircuitCore(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.lm_head.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
         return self.lm_head.weight.dtype
 
     @property
     def hook_names(self) -> list[str]:
-        """Every hook in the order in which the forward pass reaches it: 11 a layer and ``final_resid``."""
+        """The names of all hooks, in the order in which the forward pass reaches them.
+
+        Example:
+            >>> from scalpel import CircuitGPT
+            >>> names = CircuitGPT.from_pretrained("bracket-mini").hook_names
+            >>> names[:3], names[-1], len(names)
+            (['0.resid_in', '0.attn.act_in', '0.attn.k'], 'final_resid', 23)
+        """
         return hook_names(self.config.n_layer)
 
     def forward(
@@ -109,14 +117,30 @@ class CircuitCore(nn.Module):
         *,
         tap: Tap | None = None,
     ) -> Tensor:
-        """Logits (B, L, vocab) of ``input_ids`` (B, L) of integers.
+        """Compute the logits of texts.
 
-        ``attention_mask``: (B, L) with 1 at real tokens, or (B, L, L) with 1 where a query may read a key;
-        causality always holds. No masked key enters any head, so batches of unequal length are exact on
-        either side of padding. ``position_ids`` (B, L) or (L,): by default each real token's rank in its row; under a
-        mask (B, L, L) its place behind the tokens in front that no query reads.
-        All of them may be on another device than the model; the logits are on the model's.
-        Raises ValueError for an empty text, one longer than ``block_size``, or an id outside the vocabulary.
+        Args:
+            input_ids: Token ids (B, L), integers. These and the following may be on another device than the model.
+            attention_mask: (B, L) with 1 at real tokens, or (B, L, L) with 1 where a query may read a key; attention is
+                causal in any case. No masked key enters any head, so texts have the logits that they have alone,
+                whichever side the padding is on.
+            position_ids: (B, L) or (L,). By default a real token's rank among the real tokens of its row; under a mask
+                (B, L, L), its place counted from the first token of the row that some query reads.
+            tap: A function from (name of a hook, value there) to the value to go on with, called at every hook in turn,
+                after the interventions that are in force.
+
+        Returns:
+            The logits (B, L, vocab), on the model's device.
+
+        Raises:
+            ValueError: A text is empty or longer than ``block_size``, or an id is outside the vocabulary.
+
+        Example:
+            >>> from scalpel import CircuitGPT
+            >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+            >>> ids, mask = model.tokenizer.batch(["[[1,2],3", "[4,5"])
+            >>> model(ids, mask).shape
+            torch.Size([2, 7, 512])
         """
         input_ids = self._checked_ids(input_ids)
         at = self._composed_tap(tap)
@@ -128,17 +152,33 @@ class CircuitCore(nn.Module):
             x = x + positions
         for i, block in enumerate(self.transformer.h):
             x = block(x, LayerInputs(str(i), at, allowed, positions if concatenated else None))
-        return self.unembedded(at("final_resid", x), input_ids)
+        return self.unembed(at("final_resid", x), input_ids)
 
-    def unembedded(self, x: Tensor, input_ids: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
-        """Logits (..., vocab) of the last residual (..., d_model) at ``input_ids``, which the bigram table reads.
+    def unembed(self, x: Tensor, input_ids: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
+        """Compute the logits from the residual stream after the last layer: the last stage of the forward pass.
 
-        ``tokens``: only these tokens' logits, (..., number of tokens).
+        Args:
+            x: The value at ``final_resid`` (..., d_model).
+            input_ids: The token ids (...) at the same places, which the bigram table reads.
+            tokens: The tokens whose logits are wanted; all if not given.
+
+        Returns:
+            The logits (..., vocab), or (..., number of tokens).
+
+        Example:
+            >>> import torch
+            >>> from scalpel import CircuitGPT
+            >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+            >>> ids, _ = model.tokenizer.batch(["[[1,2]"])
+            >>> logits, values = model.run_with_cache(ids, ["final_resid"])
+            >>> torch.equal(model.unembed(values["final_resid"], ids), logits)
+            True
         """
         x = self.transformer.ln_f(x)
         if tokens is None:
             logits, bias = apply_linear(self.lm_head, x), self.final_logits_bias
         else:
+            tokens = list(tokens)  # a tuple would be an index of several dimensions
             logits, bias = x @ self.lm_head.weight[tokens].T, self.final_logits_bias[tokens]
         logits = logits + bias.to(x.dtype)
         if self.bigram_table is not None:
@@ -150,15 +190,15 @@ class CircuitCore(nn.Module):
         chain = [*self._interventions, *([tap] if tap is not None else [])]
 
         def at(name: str, value: Tensor) -> Tensor:
-            for each in chain:
-                value = each(name, value)
+            for tap in chain:
+                value = tap(name, value)
             return value
 
         return at
 
     @property
     def token_limits(self) -> Limits:
-        """Which token ids the model takes."""
+        """The token ids and lengths that the model takes."""
         return Limits(self.config.vocab_size, self.config.block_size, self.device, others=False)
 
     def _checked_ids(self, input_ids: Tensor) -> Tensor:
@@ -186,7 +226,7 @@ class CircuitCore(nn.Module):
         return self.transformer.wpe(position_ids)
 
 
-# hook → the module whose output, or with ":in" input, has its value; {i} is the layer
+# The module whose output, or input where the path ends in ":in", is the value of a hook; {i} stands for the layer.
 MODULE_PATHS = {
     "resid_in": "transformer.h.{i}:in",
     "attn.act_in": "transformer.h.{i}.attn.c_attn:in",
