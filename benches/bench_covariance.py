@@ -255,7 +255,7 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"| **{words}** | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "Torch's bfloat16 product is rounded to bfloat16 and not centred; ours is float32 and centred.",
+        "Torch's bfloat16 product is rounded to bfloat16 and not centered; ours is float32 and centered.",
         "",
         "## Error against two passes in float64, float32 rows",
         "",

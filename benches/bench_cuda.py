@@ -215,7 +215,7 @@ def relative(computed: Tensor, exact: Tensor) -> float:
 
 
 def covariance(dim: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Times an update of an uncentred state, beside PyTorch's XᵀX of the same rows in the same dtype."""
+    """Times an update of an uncentered state, beside PyTorch's XᵀX of the same rows in the same dtype."""
     rows = 16384
     sets = [torch.randn(rows, dim, device="cuda").to(dtype) for _ in range(SETS)]
     state = scalpel.StreamingCovariance(dim, center=False).update(sets[0])

@@ -278,7 +278,7 @@ class Norm:
     normed: Tensor
     rate: Tensor
     gain: Tensor
-    centred: bool
+    centered: bool
     over: int  # how many channels the mean is taken over
 
     @classmethod
@@ -289,21 +289,21 @@ class Norm:
             TypeError: If the module is not a norm that has a rule.
         """
         if isinstance(module, nn.LayerNorm):
-            centred, eps = True, module.eps
+            centered, eps = True, module.eps
             moved = x - x.mean(-1, keepdim=True)
         elif isinstance(module, nn.RMSNorm):
-            centred, eps = False, torch.finfo(x.dtype).eps if module.eps is None else module.eps
+            centered, eps = False, torch.finfo(x.dtype).eps if module.eps is None else module.eps
             moved = x
         else:
             raise TypeError(f"{type(module).__name__} is not a norm that has a rule; allowed: LayerNorm, RMSNorm")
         rate = (moved.square().mean(-1) + eps).rsqrt()
         gain = module.weight.detach() if module.weight is not None else x.new_ones(x.shape[-1])
-        return cls((moved * rate[:, None]).contiguous(), rate.contiguous(), gain.contiguous(), centred, x.shape[-1])
+        return cls((moved * rate[:, None]).contiguous(), rate.contiguous(), gain.contiguous(), centered, x.shape[-1])
 
     def padded(self, width: int) -> Norm:
         """Extend the norm to values with further channels, which it neither reads nor writes."""
         more = (0, width - self.gain.shape[0])
-        return Norm(F.pad(self.normed, more), self.rate, F.pad(self.gain, more), self.centred, self.gain.shape[0])
+        return Norm(F.pad(self.normed, more), self.rate, F.pad(self.gain, more), self.centered, self.gain.shape[0])
 
     def jvp(self, x: Lanes, index: Tensor | None) -> Lanes:
         """Push tangents through the norm, at all channels or at those in ``index``."""
@@ -321,7 +321,7 @@ class Norm:
 
     def _primal(self, on: torch.device) -> tuple[Memory, Memory, Memory, bool, int]:
         normed, rate = memory_of(self.normed, "the normed value", on), memory_of(self.rate, "the norm's rate", on)
-        return normed, rate, memory_of(self.gain, "the norm's gain", on), self.centred, self.over
+        return normed, rate, memory_of(self.gain, "the norm's gain", on), self.centered, self.over
 
 
 # ---- attention ---------------------------------------------------------------------------------

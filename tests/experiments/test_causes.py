@@ -200,5 +200,5 @@ def test_amounts_that_repeat_are_refused():
 
 
 def test_an_unknown_null_is_refused():
-    with pytest.raises(ValueError, match="there is no null 'permuted'"):
+    with pytest.raises(ValueError, match="unknown null 'permuted'"):
         experiments.run("causes", circuit(), nulls=("permuted",))

@@ -107,7 +107,7 @@ class Exact(State):
     def total(self) -> Total:
         """Compute Σ λ and Σ λ² without eigenvalues."""
         if self._few_rows():
-            rows = self._centred()
+            rows = self._centered()
             lower = rows @ rows.T  # has the eigenvalues of the scatter
         else:
             self.fold()
@@ -118,7 +118,7 @@ class Exact(State):
 
     def spectrum(self, k: int | None) -> Spectrum:
         if self._few_rows():
-            return by_rows(self._centred(), self.count, k)
+            return by_rows(self._centered(), self.count, k)
         self.fold()
         if self._answer is not None and k is not None and k <= len(self._answer.values):
             return Spectrum(self._answer.values[:k].clone(), self._answer.vectors[:k].clone())
@@ -143,7 +143,7 @@ class Exact(State):
 
     def eigenvalues(self) -> Tensor:
         if self._few_rows():
-            values = torch.linalg.svdvals(self._centred()).square() / self.count
+            values = torch.linalg.svdvals(self._centered()).square() / self.count
             values = torch.cat([values, values.new_zeros(self.dim - len(values))])
         else:
             values = torch.linalg.eigvalsh(self.covariance()).flip(0)
@@ -153,7 +153,7 @@ class Exact(State):
         """Whether all rows still wait and are fewer than the columns, so that their Gram matrix is the smaller one."""
         return not int(self._counts[0]) and self.count < self.dim
 
-    def _centred(self) -> Tensor:
+    def _centered(self) -> Tensor:
         rows = self._rows().double()
         return rows - self.mean if self.center else rows
 

@@ -109,14 +109,14 @@ class Sketch(State):
         rows = rows.double() if dtype == torch.float64 else rows
         first = len(kept.directions)  # leave room before and after the block, so that joining copies nothing
         stack = empty((first + len(rows) + 1, self.dim), dtype)
-        centred = stack[first:-1]
-        outputs = memory_of(mean, "the block's mean"), memory_of(centred, "the centred block")
+        centered = stack[first:-1]
+        outputs = memory_of(mean, "the block's mean"), memory_of(centered, "the centered block")
         energy: float = cpu_core.center_rows(memory_of(rows, "x"), self.center, *outputs, torch.get_num_threads())
         stack[:first] = kept.directions
         square = max(energy / rows.numel(), kept.energy / max(1, kept.rows * self.dim))  # the mean square of an entry
         if dtype == torch.float32 and square > 0 and not _TINY < square < _HUGE:
             return self._with_block(kept, rows.double())  # float32 products would overflow or underflow
-        return self._together(kept, Kept(len(rows), mean, centred, energy, 0.0), stack)
+        return self._together(kept, Kept(len(rows), mean, centered, energy, 0.0), stack)
 
     def _together(self, a: Kept, b: Kept, stack: Tensor | None = None) -> Kept:
         """Combine two sets of directions; ``stack`` holds both, one after the other, and room for one more row."""

@@ -42,11 +42,11 @@ def linear(weight: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: x @ weight.T
 
 
-def norm(gain: Tensor, eps: float, centred: bool) -> Callable[[Tensor], Tensor]:
-    """RMSNorm or (centred) LayerNorm over the last dimension, without a bias."""
+def norm(gain: Tensor, eps: float, centered: bool) -> Callable[[Tensor], Tensor]:
+    """RMSNorm or (centered) LayerNorm over the last dimension, without a bias."""
 
     def apply(x: Tensor) -> Tensor:
-        moved = x - x.mean(-1, keepdim=True) if centred else x
+        moved = x - x.mean(-1, keepdim=True) if centered else x
         return gain * moved / (moved.square().mean(-1, keepdim=True) + eps).sqrt()
 
     return apply

@@ -1,4 +1,4 @@
-"""The report: one folder with a page that opens from disk and the numbers behind it."""
+"""Reports: a folder with a page that a browser opens from disk, and the numbers behind it."""
 
 from ..experiments.suite import Suite
 from .page import write_report

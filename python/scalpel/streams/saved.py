@@ -1,4 +1,4 @@
-"""States on disk while a corpus is read: finished streams, and the last two generations of those being filled."""
+"""States on disk while a corpus is read: those of finished streams, and the last two saves of those being filled."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..covariance import StreamingCovariance
 
 _KEEP = 2
 _VERSION = 1
-_WAY_OUT = WayOut("collection", "give another folder", "fresh=True to collect anew there")
+WAY_OUT = WayOut("collection", "give another folder", "fresh=True to collect anew there")
 
 States = dict[str, StreamingCovariance]
 
@@ -25,10 +25,17 @@ States = dict[str, StreamingCovariance]
 class Saved:
     """The folder of one collection.
 
-    ``done/``: a file a finished stream, and what they were made of. ``at-<group>-<batches>/``: a generation, with a
-    file a stream of the group being filled and ``position.json``; it takes its name when all of it is on the disk.
+    ``done/`` holds a file for each finished stream, and the digest of the corpus that they were made of.
+    ``at-<group>-<batches>/`` is a generation: a file for each stream of the group that is being filled, and
+    ``position.json``. It takes its name when all of it is on the disk.
 
-    ``key``: plain data that says what is collected. ValueError for a folder of another key.
+    Args:
+        folder: It is created if need be.
+        key: Plain data that says what is collected.
+        fresh: Discard what the folder holds.
+
+    Raises:
+        ValueError: The folder holds another collection, or states of an unknown one.
     """
 
     def __init__(self, folder: str | Path, key: dict[str, Any], fresh: bool = False) -> None:
@@ -36,7 +43,7 @@ class Saved:
             folder,
             "collect.json",
             key,
-            _WAY_OUT,
+            WAY_OUT,
             pieces=("at-*", "done/*"),  # in done/ even a file of the user's makes the folder a doubtful one
             leftovers=("at-*", ".at-*.part", "done/*.safetensors", "done/corpus.txt"),
             fresh=fresh,
@@ -48,12 +55,12 @@ class Saved:
         self.done.mkdir(exist_ok=True)
         version = self._work.notes.get("version")
         if version != _VERSION:
-            raise another_work(self.folder, {"version": version}, {"version": _VERSION}, _WAY_OUT)
+            raise another_work(self.folder, {"version": version}, {"version": _VERSION}, WAY_OUT)
 
     # ---- finished streams ------------------------------------------------------------------------
 
     def finish(self, states: Mapping[str, StreamingCovariance], corpus: str) -> None:
-        """A group is filled; generations of it are of no more use. ``corpus``: what tells this corpus from another."""
+        """Store the states of a filled group and remove its generations. ``corpus`` is the digest of the corpus."""
         for name, state in states.items():
             state.save(self._path(self.done, name))
         replace_text(self.done / "corpus.txt", corpus + "\n")
@@ -62,33 +69,33 @@ class Saved:
 
     @property
     def corpus(self) -> str:
-        """What ``finish`` was told; empty before."""
+        """The digest that ``finish`` stored; empty before."""
         path = self.done / "corpus.txt"
         return path.read_text().strip() if path.is_file() else ""
 
     def finished(self, names: list[str]) -> bool:
-        """Whether all of these are, and sound; RuntimeWarning for one that isn't sound, and is to be made again."""
+        """Whether all of these streams are finished and undamaged. A damaged one gives a RuntimeWarning."""
         if not self.corpus or not all(self._path(self.done, name).is_file() for name in names):
             return False
         for name in names:
             try:
                 self.load(name)
             except (OSError, ValueError) as error:
-                warnings.warn(f"a finished state is not sound and is made again: {error}", RuntimeWarning, stacklevel=4)
+                warnings.warn(f"a finished state is damaged and is made again: {error}", RuntimeWarning, stacklevel=4)
                 return False
         return True
 
     def load(self, name: str) -> StreamingCovariance:
-        """A finished stream; ValueError if its file isn't sound."""
+        """The state of a finished stream; ValueError if its file is damaged."""
         return StreamingCovariance.load(self._path(self.done, name))
 
     # ---- the group being filled ------------------------------------------------------------------
 
     def last(self, group: int) -> tuple[States, dict[str, Any]] | None:
-        """The newest sound generation of a group: its states, and what ``save`` was told. None where there is none.
+        """The newest undamaged generation of a group: its states and its position; None if there is no generation.
 
-        RuntimeWarning for one that is truncated, damaged or foreign; the one before it is used. ValueError where all
-        are.
+        A generation that is truncated, damaged or foreign gives a RuntimeWarning, and the one before it is used. If
+        all are, ValueError.
         """
         generations = self._generations(group)
         for folder in reversed(generations):
@@ -97,13 +104,13 @@ class Saved:
                 names = position["streams"]
                 return {name: StreamingCovariance.load(self._path(folder, name)) for name in names}, position
             except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-                warnings.warn(f"{folder} is not sound and not used: {error}", RuntimeWarning, stacklevel=4)
+                warnings.warn(f"{folder} is damaged and not used: {error}", RuntimeWarning, stacklevel=4)
         if generations:
-            raise ValueError(f"no state in {self.folder} is sound: {_WAY_OUT}")
+            raise ValueError(f"all states in {self.folder} are damaged: {WAY_OUT}")
         return None
 
     def save(self, states: States, group: int, batches: int, digest: str) -> None:
-        """A new generation, whole or not at all."""
+        """Write a new generation, whole or not at all."""
         with self._work.writing_folder(f"at-{group:04d}-{batches:09d}") as draft:
             for name, state in states.items():
                 state.save(self._path(draft, name))
@@ -120,10 +127,22 @@ class Saved:
 
 
 class Stored(Mapping[str, StreamingCovariance]):
-    """States that lie on disk: each is read when it is asked for, so that one at a time is in memory; what is done to
-    it then does not reach the disk.
+    """States on disk, each of which is read when it is asked for, so that only one is in memory.
 
-    ``temporary``: a folder that goes when this does.
+    Changes to a state are not saved.
+
+    Args:
+        saved: Their folder.
+        names: Their streams.
+        temporary: A folder that is removed together with this object.
+
+    Example:
+        >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+        >>> batches = [torch.arange(64).reshape(2, 32)]
+        >>> hooks = ["0.resid_in", "final_resid"]
+        >>> states = scalpel.collect(model, batches, hooks, memory="1MiB", progress=False)
+        >>> type(states).__name__, states["final_resid"].count
+        ('Stored', 64)
     """
 
     def __init__(self, saved: Saved, names: list[str], temporary: str | None = None) -> None:

@@ -431,7 +431,7 @@ app(["train", "bracket-mini", "--out", {str(tmp_path)!r}])
     assert process.stdout.readline() == "started\n"  # within what a Ctrl-C ends
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on" in errors and "Traceback" not in errors
+    assert process.returncode == 130 and "the same command continues" in errors and "Traceback" not in errors
 
 
 @pytest.mark.parametrize("n_max", [14, 4000])

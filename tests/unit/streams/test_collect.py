@@ -264,7 +264,7 @@ def test_an_unsound_state_is_refused_and_the_one_before_is_used(tmp_path: Path, 
         generations = sorted(folder.glob("at-*"))
         assert [path.name[-2:] for path in generations] == ["03", "06"]
         change(generations[-1])
-        with pytest.warns(RuntimeWarning, match="at-0000-000000006 is not sound and not used"):
+        with pytest.warns(RuntimeWarning, match="at-0000-000000006 is damaged and not used"):
             found = collect(model, corpus(model, 11), HOOKS, folder=folder, save_every=3)
         assert all(same_bits(found[hook], whole[hook]) for hook in HOOKS)
 
@@ -283,7 +283,7 @@ def test_an_unsound_state_is_refused_and_the_one_before_is_used(tmp_path: Path, 
         truncate(generation)
     with (
         pytest.warns(RuntimeWarning),
-        pytest.raises(ValueError, match="no state in .* is sound: .*fresh=True to collect anew"),
+        pytest.raises(ValueError, match="all states in .* are damaged: .*fresh=True to collect anew"),
     ):
         collect(model, corpus(model, 11), HOOKS, folder=tmp_path / "all", save_every=3)
     found = collect(model, corpus(model, 11), HOOKS, folder=tmp_path / "all", save_every=3, fresh=True)

@@ -172,7 +172,7 @@ def test_batches_that_come_in_another_order() -> None:
     model = build("plain")
     shuffled = Shuffled([tokens(model, 2, 5, seed=i) for i in range(4)])
     before = set(Path(tempfile.gettempdir()).glob("scalpel-*"))
-    with pytest.raises(ValueError, match="batches were others when they were read again, for group 2 of 2"):
+    with pytest.raises(ValueError, match="batches differed when they were read again, for group 2 of 2"):
         collect(model, shuffled, ["0.resid_in", "final_resid"], state_bytes(12, None))
     assert set(Path(tempfile.gettempdir()).glob("scalpel-*")) == before  # what was made there is gone
 
@@ -270,7 +270,7 @@ def test_a_finished_state_that_is_not_sound_is_made_again(tmp_path: Path) -> Non
     first = collect(model, batches, ["final_resid"], folder=tmp_path)["final_resid"]
     path = tmp_path / "done" / "final_resid.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.warns(RuntimeWarning, match="a finished state is not sound and is made again"):
+    with pytest.warns(RuntimeWarning, match="a finished state is damaged and is made again"):
         again = collect(model, batches, ["final_resid"], folder=tmp_path)["final_resid"]
     assert same_bits(first, again)
 
