@@ -1,4 +1,4 @@
-"""Which channels are mapped: the bar, the correction over hooks, setting the channel, and ties between claims."""
+"""Decide which channels are mapped: the bar, the correction over hooks, setting channels, and ties between claims."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,7 +15,7 @@ from .scan import BAR, CLAIMS, RIVALS, HookScan, Setup, Top
 __all__ = ["Found", "decide", "shares"]
 
 SET_LENGTH = 48  # tokens of the prompts in which channels are set
-SET_PROMPTS = 3  # of each amount
+SET_PROMPTS = 3  # how many of them there are for each amount of evidence
 _RESAMPLES = 200
 
 
@@ -59,8 +59,13 @@ class Found:
 
 @dataclass(frozen=True)
 class Decided:
-    """``found``: the channels that were set; ``significant``: hooks with a score beyond the nulls', by group;
-    ``passing``: channels that pass the bar and the nulls, by group and hook; ``untested``: those left out by the cap.
+    """What was decided.
+
+    Attributes:
+        found: The channels that were set, by group.
+        significant: The hooks whose best score exceeds the nulls', by group.
+        passing: How many channels pass the bar and the nulls, by group and hook.
+        untested: How many channels above the bar were not set, because of the cap.
     """
 
     found: dict[str, list[Found]]
@@ -70,7 +75,11 @@ class Decided:
 
 
 def decide(model: CircuitGPT, setup: Setup, scans: Mapping[str, HookScan], *, cap: int, seed: int) -> Decided:
-    """Benjamini and Hochberg over the hooks for each group; at most ``cap`` channels of a hook and group are set."""
+    """Decide which channels are mapped.
+
+    For each group, the hooks are corrected by Benjamini and Hochberg. At most ``cap`` channels of a hook and group are
+    set, on prompts drawn with ``seed``.
+    """
     rng = np.random.default_rng([seed, 19])
     by_prompt = setup.prompts
     scored = np.unique(setup.asked.prompt[setup.asked.score])
@@ -108,10 +117,13 @@ def _set(
     chosen: np.ndarray,
     rng: np.random.Generator,
 ) -> list[Found]:
-    """Set each candidate to the value that its regression predicts for another value of the claimed variable."""
+    """Set each candidate to the value that its regression predicts for another value of the claimed variable.
+
+    The answer should move as predicted, and further than when random channels of the hook are set.
+    """
     top = scan.top[group]
     length = min(SET_LENGTH, setup.prompts.ids.shape[1])
-    # In the channel's own deviations random channels are moved as far as the best candidate.
+    # Random channels are moved as many of their own standard deviations as the best candidate.
     strongest = int(np.argmax(np.abs(top.beta[candidates]) / top.spread[candidates]))
     factor = float(top.beta[candidates][strongest] / top.spread[candidates][strongest])
     channels = np.concatenate([top.channels[candidates], scan.bystanders])
@@ -132,7 +144,7 @@ def _set(
 
     movement = moved(slice(len(candidates)))
     intervals = [bootstrap(partial(_mean_of, one), len(chosen), rng, _RESAMPLES) for one in movement]
-    # Random channels matter only where a candidate moves the output as predicted at all.
+    # Random channels are needed only if some candidate moves the output as predicted.
     needed = len(scan.bystanders) > 0 and any(low > 0 for low, _ in intervals)
     others = moved(slice(len(candidates), None)) if needed else np.zeros((1, len(chosen)))
     most = float(np.quantile(np.abs(others.mean(1)), 0.95))
@@ -176,12 +188,12 @@ def _mean_of(values: np.ndarray, rows: np.ndarray) -> float:
 def _other_values(
     setup: Setup, group: str, kind: str, variables: np.ndarray, chosen: np.ndarray, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """By how much the claimed variable is changed at every token, and the weight of each token's answer, its sign the
-    predicted one: both (variables, chosen, length).
+    """How much the claimed variable changes at every token, and the weight of every token's answer.
 
-    Running statistics are mirrored at a question: as far on the other side of what is usual at that n, position and
-    token; more evidence must raise logit("]]\\n") - logit("]\\n"). A token of the class is made to seem none, at its
-    own place; every later answer must fall.
+    Both are (variables, chosen, length). The sign of a weight is the predicted direction of the answer. A running
+    statistic is mirrored at each question: it is moved as far to the other side of what is usual at that n, position
+    and token, and more evidence must raise logit("]]\\n") - logit("]\\n"). For the update, a token of the class is
+    made to look like none at its own place, and every later answer must fall.
     """
     change = np.zeros((len(variables), len(chosen), length))
     weight = np.zeros_like(change)
@@ -202,8 +214,9 @@ def _other_values(
 
 
 def _tied(setup: Setup, top: Top, j: int, group: str) -> str:
-    """What the channel is: mapped to the claim, a rival that scores higher, or ambiguous where the 95 % interval by
-    prompt of the difference from another claim or rival holds 0.
+    """Judge one channel: "mapped" to the claim, "ambiguous", or the name of a claim or rival that it tells better.
+
+    It is ambiguous if the 95 % interval by prompt of its lead over another claim or rival holds 0.
     """
     if group not in ("mean", "threshold"):
         return "mapped"
@@ -223,9 +236,10 @@ def _tied(setup: Setup, top: Top, j: int, group: str) -> str:
 
 
 def shares(decided: Decided, hooks: list[str]) -> tuple[dict[str, list[str]], tuple[float, float, float]]:
-    """Mapped hooks by claim, and the share of hooks mapped to any, with its 95 % interval by prompt."""
+    """The mapped hooks by claim, and the share of hooks mapped to any claim with its 95 % interval by prompt."""
     by_claim = {claim: sorted({f.hook for f in decided.found[claim] if f.mapped}, key=hooks.index) for claim in CLAIMS}
-    # What moves the output in some resamples only counts in those, so the interval holds the setting's error too.
+    # A channel that moves the output in only some resamples counts in only those, so that the interval includes the
+    # error of the setting.
     passed = [f for claim in CLAIMS for f in decided.found[claim] if f.told == "mapped" and f.movement_high > 0]
     count = len({f.hook for f in passed if f.mapped})
     if not passed:
