@@ -153,7 +153,7 @@ def test_covariances(dtype: torch.dtype, center: bool, tmp_path: Path) -> None:
     assert exact or 0 < float((apart / spread[:, None] / spread).max()) < 2**-8
     with pytest.raises(ValueError, match="precision is 'rough'; allowed: 'accurate', 'fast'"):
         scalpel.StreamingCovariance(40, precision="rough")
-    with pytest.raises(ValueError, match="a sketch is on the CPU only"):
+    with pytest.raises(ValueError, match="a sketch can only be on the CPU"):
         scalpel.StreamingCovariance(40, rank=3).to(DEVICE)
 
 

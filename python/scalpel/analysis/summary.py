@@ -33,9 +33,9 @@ def _entry(values: list[Any]) -> Any:
         return first
     array = np.array(values, dtype=np.float64)  # None is nan
     mean, low, high = mean_interval(array)
-    figures = {"mean": _listed(mean), "low": _listed(low), "high": _listed(high)}
+    interval = {"mean": _listed(mean), "low": _listed(low), "high": _listed(high)}
     missing = (~np.isfinite(array)).sum(axis=0)
-    return figures | ({"undefined_in": missing.tolist()} if missing.any() else {})
+    return interval | ({"undefined_in": missing.tolist()} if missing.any() else {})
 
 
 def _is_text(value: Any) -> bool:

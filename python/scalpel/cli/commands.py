@@ -66,7 +66,7 @@ def run(
 
     check_folder(out)  # first: nobody should wait for a report that can't be written
     from ..experiments import Refused
-    from ..experiments.suite import refusals, run_suite
+    from ..experiments.suite import left_out, run_suite
     from ..models.circuitgpt.checkpoint import CheckpointError
 
     with show.Steps("loading") as steps:
@@ -83,7 +83,7 @@ def run(
     else:
         show.out().print(show.results(suite.results))
         show.out().print(f"{suite.seconds:.0f} s. Report: {page}", soft_wrap=True)
-    for note in refusals(suite):
+    for note in left_out(suite):
         show.err().print(f"left out: {note}", soft_wrap=True)
     if open_:
         import webbrowser
@@ -125,13 +125,13 @@ def experiment(
         print_json(result.to_json(indent=2))
     else:
         show.out().print(show.results([result]))
-    for note in result.measured.get("left_out", []):
+    from ..experiments.suite import Suite, left_out
+
+    suite = Suite([result], {"name": result.provenance.get("model", model)}, time.monotonic() - begun)
+    for note in left_out(suite):
         show.err().print(f"left out: {note}", soft_wrap=True)
     if out is not None:
-        from ..experiments.suite import Suite
-
-        facts = {"name": result.provenance.get("model", model)}
-        page = write_report(out, Suite([result], facts, time.monotonic() - begun))
+        page = write_report(out, suite)
         show.err().print(f"Report: {page}", soft_wrap=True)
 
 

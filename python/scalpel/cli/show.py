@@ -15,17 +15,19 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from ..experiments.verdicts import MARKS, Verdict
+
 if TYPE_CHECKING:
     from ..experiments.result import Result
 
 COLUMNS = ("question", "seed's figure", "predicted", "measured", "null", "verdict")
 WIDE = 118  # columns of a terminal from which on six of them side by side can be read
 
-_VERDICT = {
-    "reproduced": ("✓", "bold green"),
-    "not reproduced": ("✗", "bold red"),
-    "indistinguishable": ("≈", "bold yellow"),
-    "not testable here": ("–", "dim"),
+_STYLES: dict[Verdict, str] = {
+    "reproduced": "bold green",
+    "not reproduced": "bold red",
+    "indistinguishable": "bold yellow",
+    "not testable here": "dim",
 }
 
 
@@ -44,10 +46,9 @@ def fail(message: str) -> None:
     err().print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
 
 
-def verdict(name: str) -> Text:
-    """A verdict with its mark, so that the colour isn't needed to read it."""
-    mark, style = _VERDICT.get(name, ("?", "bold"))
-    return Text(f"{mark} {name}", style=style)
+def verdict(name: Verdict) -> Text:
+    """A verdict with its mark, so that no colour is needed to read it."""
+    return Text(f"{MARKS[name]} {name}", style=_STYLES[name])
 
 
 def results(found: Sequence["Result"], width: int | None = None) -> Table:

@@ -5,14 +5,12 @@ import platform
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from .._json import plain
-
-Verdict = Literal["reproduced", "not reproduced", "indistinguishable", "not testable here"]
-VERDICTS: tuple[Verdict, ...] = ("reproduced", "not reproduced", "indistinguishable", "not testable here")
+from .verdicts import VERDICTS, Verdict
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,14 +116,11 @@ def _accuracy(model: CircuitGPT) -> dict[str, Any]:
         return {"not_asked": str(error)}
 
 
-def refusals(suite: Suite) -> list[str]:
-    """What the model couldn't be put to, and what experiments left out, each said once."""
-    return [*(f"{name}: {why}" for name, why in suite.refused.items()), *left_out(suite.results)]
-
-
-def left_out(results: Sequence[Result]) -> list[str]:
-    """What experiments had to leave out, and why, each said once."""
-    return list(dict.fromkeys(note for result in results for note in result.measured.get("left_out", [])))
+def left_out(suite: Suite) -> list[str]:
+    """The experiments that the model was refused, and what the others had to leave out, each with its reason, once."""
+    refused = [f"{name.replace('_', ' ')}: {reason}" for name, reason in suite.refused.items()]
+    notes = [note for result in suite.results for note in result.measured.get("left_out", [])]
+    return list(dict.fromkeys(refused + notes))
 
 
 def _fresh_circuit(model: CircuitGPT, seed: int, report: Callable[[str, float], None], done: float) -> Result:

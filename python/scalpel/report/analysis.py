@@ -10,10 +10,9 @@ from markupsafe import Markup
 from .._files import check_folder, replace_text
 from ..experiments.result import plain
 from .card import facts, number
-from .pages import environment_and_style
 from .pictures.analysis_pictures import pictures
-from .pictures.figures import to_svg
-from .pictures.picture import Picture
+from .pictures.figures import Picture, to_svg
+from .templating import environment_and_style
 
 if TYPE_CHECKING:
     from ..analysis import Analysis

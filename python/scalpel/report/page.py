@@ -3,40 +3,24 @@
 import inspect
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from markupsafe import Markup
 
 from .. import experiments
 from .._files import check_folder, replace_text
-from ..experiments.result import VERDICTS, plain
+from .._json import plain
+from ..experiments.result import Result
+from ..experiments.suite import Suite, left_out
+from ..experiments.verdicts import MARKS, VERDICTS
 from .card import facts
-from .pages import environment_and_style
 from .pictures.figures import to_svg
+from .templating import environment_and_style
 
-if TYPE_CHECKING:
-    from ..experiments.result import Result
-
-__all__ = ["Suite", "render", "write_report"]
-
-_MARKS = {"reproduced": "✓", "not reproduced": "✗", "indistinguishable": "≈", "not testable here": "–"}
-
-
-class Suite(Protocol):
-    """What a report is written from: results, facts of the model, the seconds that it took."""
-
-    @property
-    def results(self) -> Sequence["Result"]: ...
-    @property
-    def model(self) -> Mapping[str, Any]: ...
-    @property
-    def seconds(self) -> float: ...
-
-    def to_json(self, indent: int | None = None) -> str: ...
+__all__ = ["render", "write_report"]
 
 
 def write_report(folder: str | Path, suite: Suite) -> Path:
@@ -67,16 +51,13 @@ def render(suite: Suite) -> str:
         name=str(suite.model.get("name", "") or ""),
         seconds=suite.seconds if math.isfinite(suite.seconds) else None,
         counts=[(v, counts[v]) for v in VERDICTS if counts[v]],
-        left_out=[
-            *(f"{name.replace('_', ' ')}: {why}" for name, why in getattr(suite, "refused", {}).items()),
-            *dict.fromkeys(note for r in suite.results for note in r.measured.get("left_out", [])),
-        ],
-        marks=_MARKS,
+        left_out=left_out(suite),
+        marks=MARKS,
         results=[_section(result) for result in suite.results],
     )
 
 
-def _section(result: "Result") -> dict[str, Any]:
+def _section(result: Result) -> dict[str, Any]:
     data: dict[str, Any] = plain(asdict(result))
     figures = []
     for key, figure in result.figures.items():

@@ -55,7 +55,7 @@ class Anchors:
 
     @property
     def settled(self) -> np.ndarray:
-        """bool (S,): from which starts a fixed direction was reached."""
+        """Bool (S,): from which starts a fixed direction was reached."""
         found: np.ndarray = self.period == 1
         return found
 

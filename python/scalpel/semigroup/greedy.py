@@ -41,7 +41,7 @@ class GreedyOrbits:
 
     @property
     def closed(self) -> np.ndarray:
-        """bool (prompts,): whose orbit was seen to return."""
+        """Bool (prompts,): whose orbit was seen to return."""
         found: np.ndarray = self.period > 0
         return found
 

@@ -12,7 +12,7 @@ from ..statistics import bootstrap, discoveries, percentile_interval
 from .measure import directions_moved
 from .scan import BAR, CLAIMS, RIVALS, HookScan, Setup, Top
 
-__all__ = ["Found", "decide", "shares"]
+__all__ = ["Candidate", "decide", "shares"]
 
 SET_LENGTH = 48  # tokens of the prompts in which channels are set
 SET_PROMPTS = 3  # how many of them there are for each amount of evidence
@@ -20,15 +20,24 @@ _RESAMPLES = 200
 
 
 @dataclass(frozen=True)
-class Found:
-    """One channel of a hook (or random direction) that could be a claim's.
+class Candidate:
+    """One channel of a hook (or random direction) that could belong to a claim.
 
-    ``r2``: partial R², its 95 % interval by prompt ``low`` to ``high``; ``p``: by the maximum over channels and
-    variables; ``movement``: what setting it did to the logit difference, in the predicted direction, with its interval;
-    ``random_movement``: the 95 % quantile of that of ``random_channels`` channels of the hook, 0 where none was needed;
-    ``told``: "mapped", "ambiguous", or a better claim's or rival's name, by R² alone; ``outcome``: that, or "does not
-    move the output"; ``draws``: whether each resample (of scored prompts, of those that it was set in, of the random
-    channels) passes the bar and moves the output.
+    Attributes:
+        hook: The hook.
+        node: The channel as "hook:number", or the hook's random direction.
+        claim: The claim's group.
+        r2: Partial R².
+        low, high: The 95 % interval of ``r2`` by prompt.
+        p: p of ``r2``, by the maximum over channels and variables.
+        movement: How far setting the channel moved the logit difference in the predicted direction.
+        movement_low, movement_high: The interval of that.
+        random_movement: The 95 % quantile of the same for random channels of the hook; 0 if none were needed.
+        random_channels: How many random channels that was.
+        told: By R² alone: "mapped", "ambiguous", or the name of a better claim or rival.
+        outcome: ``told``, or "does not move the output".
+        draws: For each resample (of scored prompts, of the prompts in which it was set, of random channels), whether
+            the channel passes the bar and moves the output.
     """
 
     hook: str
@@ -49,11 +58,11 @@ class Found:
 
     @property
     def mapped(self) -> bool:
-        """Whether it counts."""
+        """Whether the channel counts as mapped to its claim."""
         return self.outcome == "mapped" and self.r2 >= BAR
 
     def row(self) -> dict[str, Any]:
-        """For a Result."""
+        """The fields but ``draws``, for a Result."""
         return {name: value for name, value in asdict(self).items() if name != "draws"}
 
 
@@ -62,13 +71,13 @@ class Decided:
     """What was decided.
 
     Attributes:
-        found: The channels that were set, by group.
+        candidates: The channels that were set, by group.
         significant: The hooks whose best score exceeds the nulls', by group.
         passing: How many channels pass the bar and the nulls, by group and hook.
         untested: How many channels above the bar were not set, because of the cap.
     """
 
-    found: dict[str, list[Found]]
+    candidates: dict[str, list[Candidate]]
     significant: dict[str, list[str]]
     passing: dict[str, dict[str, int]]
     untested: int
@@ -95,16 +104,16 @@ def decide(model: CircuitGPT, setup: Setup, scans: Mapping[str, HookScan], *, ca
         cut = float(p[sure].max()) if sure.any() else -1.0
         out.significant[group] = [hook for hook, yes in zip(hooks, sure, strict=True) if yes]
         out.passing[group] = {hook: int((scans[hook].top[group].passing_p <= cut).sum()) for hook in hooks}
-        found = []
+        channels_set = []
         for hook in out.significant[group]:
             top = scans[hook].top[group]
             high = np.percentile(top.draws, 97.5, axis=0) if len(top.channels) else np.zeros(0)
             candidates = np.flatnonzero((top.p <= cut) & (high >= BAR))
             untested += int((top.r2[candidates[cap:]] >= BAR).sum())
             if len(candidates):
-                found += _set(model, setup, scans[hook], group, kind, candidates[:cap], chosen, rng)
-        out.found[group] = found
-    return Decided(out.found, out.significant, out.passing, untested)
+                channels_set += _set(model, setup, scans[hook], group, kind, candidates[:cap], chosen, rng)
+        out.candidates[group] = channels_set
+    return Decided(out.candidates, out.significant, out.passing, untested)
 
 
 def _set(
@@ -116,7 +125,7 @@ def _set(
     candidates: np.ndarray,
     chosen: np.ndarray,
     rng: np.random.Generator,
-) -> list[Found]:
+) -> list[Candidate]:
     """Set each candidate to the value that its regression predicts for another value of the claimed variable.
 
     The answer should move as predicted, and further than when random channels of the hook are set.
@@ -143,7 +152,7 @@ def _set(
         return np.asarray((weight[part] * change).sum(2) / np.where(size > 0, size, 1.0))
 
     movement = moved(slice(len(candidates)))
-    intervals = [bootstrap(partial(_mean_of, one), len(chosen), rng, _RESAMPLES) for one in movement]
+    intervals = [bootstrap(partial(_mean_of, by_prompt), len(chosen), rng, _RESAMPLES) for by_prompt in movement]
     # Random channels are needed only if some candidate moves the output as predicted.
     needed = len(scan.bystanders) > 0 and any(low > 0 for low, _ in intervals)
     others = moved(slice(len(candidates), None)) if needed else np.zeros((1, len(chosen)))
@@ -152,15 +161,15 @@ def _set(
     apart = rng.integers(len(others), size=(len(top.draws), len(others)))
     redrawn = np.take_along_axis(np.abs(others[:, again].mean(2)).T, apart, 1)
     beyond = movement[:, again].mean(2) > np.quantile(redrawn, 0.95, axis=1)
-    found = []
+    set_here = []
     for i, j in enumerate(candidates):
         low, high = intervals[i]
         moves = low > 0 and movement[i].mean() > most
         name = f"{scan.hook}:{top.channels[j]}" if scan.directions is None else f"{scan.hook}, direction"
         r2_low, r2_high = percentile_interval(top.draws[:, j])
-        told = _tied(setup, top, int(j), group)
-        found.append(
-            Found(
+        tells = _tied(setup, top, int(j), group)
+        set_here.append(
+            Candidate(
                 hook=scan.hook,
                 node=name,
                 claim=group,
@@ -173,12 +182,12 @@ def _set(
                 movement_high=high,
                 random_movement=most,
                 random_channels=len(scan.bystanders) if needed else 0,
-                told=told,
-                outcome=told if moves else "does not move the output",
+                told=tells,
+                outcome=tells if moves else "does not move the output",
                 draws=(top.draws[:, j] >= BAR) & beyond[i],
             )
         )
-    return found
+    return set_here
 
 
 def _mean_of(values: np.ndarray, rows: np.ndarray) -> float:
@@ -204,8 +213,8 @@ def _other_values(
         for row, asked in enumerate(setup.prompts.asked[chosen]):
             weight[:, row, asked[asked < length]] = -1.0
         return change, weight
-    each = setup.asked.at.shape[1]
-    left = setup.at_asked[:, variables].T.reshape(len(variables), -1, each)[:, chosen]
+    questions = setup.asked.at.shape[1]
+    left = setup.at_asked[:, variables].T.reshape(len(variables), -1, questions)[:, chosen]
     at = setup.asked.at[chosen]
     rows, columns = np.nonzero(at < length)
     change[:, rows, at[rows, columns]] = -2.0 * left[:, rows, columns]
@@ -237,10 +246,11 @@ def _tied(setup: Setup, top: Top, j: int, group: str) -> str:
 
 def shares(decided: Decided, hooks: list[str]) -> tuple[dict[str, list[str]], tuple[float, float, float]]:
     """The mapped hooks by claim, and the share of hooks mapped to any claim with its 95 % interval by prompt."""
-    by_claim = {claim: sorted({f.hook for f in decided.found[claim] if f.mapped}, key=hooks.index) for claim in CLAIMS}
+    mapped = {claim: {channel.hook for channel in decided.candidates[claim] if channel.mapped} for claim in CLAIMS}
+    by_claim = {claim: sorted(mapped[claim], key=hooks.index) for claim in CLAIMS}
     # A channel that moves the output in only some resamples counts in only those, so that the interval includes the
     # error of the setting.
-    passed = [f for claim in CLAIMS for f in decided.found[claim] if f.told == "mapped" and f.movement_high > 0]
+    passed = [f for claim in CLAIMS for f in decided.candidates[claim] if f.told == "mapped" and f.movement_high > 0]
     count = len({f.hook for f in passed if f.mapped})
     if not passed:
         return by_claim, (0.0, 0.0, 0.0)

@@ -132,7 +132,7 @@ def run(
             "summary": _words(counts, able, least_accuracy),
             "best_balanced_accuracy_at_one_length": able,
             "counts": counts,
-            "channels": [found.row() for claim in CLAIMS for found in decided.found[claim]],
+            "channels": [candidate.row() for claim in CLAIMS for candidate in decided.candidates[claim]],
             "by_hook": {hook: _hook_row(scans[hook], decided) for hook in scans},
             "thetas": dict(zip((*(f"quantile {q}" for q in LEVELS), "the model's own"), setup.thetas, strict=True)),
             "rivals": f"a channel of a mean or a threshold must not be explained as well by {', '.join(RIVALS)}",
@@ -212,16 +212,16 @@ def _null_row(scans: Mapping[str, HookScan], decided: Decided, mark: str) -> dic
 
     ``mark`` is "~" for the groups of wrong variables and empty for all others.
     """
-    groups = [group for group in decided.found if (mark in group if mark else "~" not in group)]
-    mapped = [found for group in groups for found in decided.found[group] if found.mapped]
-    pairs = {(found.hook, found.claim) for found in mapped}
-    tests, live = len(scans) * len(groups), sum(one.live for one in scans.values()) * len(groups)
+    groups = [group for group in decided.candidates if (mark in group if mark else "~" not in group)]
+    mapped = [channel for group in groups for channel in decided.candidates[group] if channel.mapped]
+    pairs = {(channel.hook, channel.claim) for channel in mapped}
+    tests, live = len(scans) * len(groups), sum(at_hook.live for at_hook in scans.values()) * len(groups)
     best = {
         claim: max(scans[hook].top[group].best for hook in scans for group in groups if group.startswith(claim))
         for claim in CLAIMS
     }
     row = {
-        "mapped_hooks": len({found.hook for found in mapped}),
+        "mapped_hooks": len({channel.hook for channel in mapped}),
         "mapped": len(pairs),
         "tests": tests,
         "mapped_channels": len(mapped),
@@ -258,7 +258,7 @@ def _worst(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def _with_ambiguous(decided: Decided, hooks: list[str]) -> tuple[bool, float]:
     """Whether each claim is mapped, and the share of mapped hooks, if ambiguous channels count."""
     loose = {
-        claim: {f.hook for f in decided.found[claim] if f.mapped or (f.outcome == "ambiguous" and f.r2 >= BAR)}
+        claim: {f.hook for f in decided.candidates[claim] if f.mapped or (f.outcome == "ambiguous" and f.r2 >= BAR)}
         for claim in CLAIMS
     }
     return all(loose.values()), len(set().union(*loose.values())) / len(hooks)
@@ -270,17 +270,17 @@ def _counts(
     by_claim: Mapping[str, list[str]],
     share: tuple[float, float, float],
 ) -> dict[str, Any]:
-    above_bar = [channel for claim in CLAIMS for channel in decided.found[claim] if channel.r2 >= BAR]
+    above_bar = [channel for claim in CLAIMS for channel in decided.candidates[claim] if channel.r2 >= BAR]
     outcomes = sorted({channel.outcome for channel in above_bar})
     return {
         "hooks": len(scans),
         "hooks_mapped": len({channel.hook for channel in above_bar if channel.mapped}),
         "share_of_hooks": share[0],
         "hooks_mapped_by_claim": dict(by_claim),
-        "live_channels": sum(one.live for one in scans.values()),
+        "live_channels": sum(at_hook.live for at_hook in scans.values()),
         "channels_mapped": len({channel.node for channel in above_bar if channel.mapped}),
         "channels_mapped_by_claim": {
-            claim: sum(channel.mapped for channel in decided.found[claim]) for claim in CLAIMS
+            claim: sum(channel.mapped for channel in decided.candidates[claim]) for claim in CLAIMS
         },
         "channels_passing_r2_and_p_by_claim": {claim: sum(decided.passing[claim].values()) for claim in CLAIMS},
         "channels_not_set_by_the_cap": decided.untested,
@@ -289,18 +289,18 @@ def _counts(
             for claim in CLAIMS
         },
         "hooks_where_single_tokens_are_readable": {
-            name: sum(one.readable[name] >= BAR for one in scans.values()) for name in READABLE
+            name: sum(at_hook.readable[name] >= BAR for at_hook in scans.values()) for name in READABLE
         },
     }
 
 
-def _hook_row(one: HookScan, decided: Decided) -> dict[str, Any]:
+def _hook_row(at_hook: HookScan, decided: Decided) -> dict[str, Any]:
     return {
-        "live": one.live,
-        "channels": one.width,
-        "best_r2": {claim: one.top[claim].best for claim in CLAIMS} | one.rivals,
-        "p": {claim: one.top[claim].best_p for claim in CLAIMS},
-        "mapped": [c for c in CLAIMS if any(f.mapped and f.hook == one.hook for f in decided.found[c])],
+        "live": at_hook.live,
+        "channels": at_hook.width,
+        "best_r2": {claim: at_hook.top[claim].best for claim in CLAIMS} | at_hook.rivals,
+        "p": {claim: at_hook.top[claim].best_p for claim in CLAIMS},
+        "mapped": [c for c in CLAIMS if any(f.mapped and f.hook == at_hook.hook for f in decided.candidates[c])],
     }
 
 
@@ -361,7 +361,9 @@ def _figures(
     }
     x = list(range(len(scans)))
     for claim in CLAIMS:
-        series = [{"label": "this model", "x": x, "y": [max(0.0, one.top[claim].best) for one in scans.values()]}]
+        series = [
+            {"label": "this model", "x": x, "y": [max(0.0, at_hook.top[claim].best) for at_hook in scans.values()]}
+        ]
         for name, row in null.items():
             best = [max(0.0, value) for value in row["best_r2_by_hook"][claim].values()]
             series.append({"label": name, "x": x, "y": best, "style": "dashed"})

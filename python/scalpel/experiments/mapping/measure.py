@@ -141,23 +141,23 @@ class Rows:
         return np.asarray(np.take_along_axis(values, self.at, 1).reshape(-1))
 
 
-def question_rows(prompts: Prompts, each: int) -> Rows:
-    """Rows at ``each`` evenly spread questions of every prompt. The current token is a nuisance variable."""
-    chosen = np.unique(np.linspace(0, prompts.asked.shape[1] - 1, each).round().astype(int))
+def question_rows(prompts: Prompts, per_prompt: int) -> Rows:
+    """Rows at ``per_prompt`` evenly spread questions of every prompt. The current token is a nuisance variable."""
+    chosen = np.unique(np.linspace(0, prompts.asked.shape[1] - 1, per_prompt).round().astype(int))
     return _rows(prompts, prompts.asked[:, chosen], token_too=True)
 
 
-def head_rows(prompts: Prompts, each: int, seed: int) -> Rows:
-    """Rows at ``each`` tokens of any kind, drawn from the beginning of every prompt, where the brackets are."""
+def head_rows(prompts: Prompts, per_prompt: int, seed: int) -> Rows:
+    """Rows at ``per_prompt`` tokens of any kind, drawn from the beginning of every prompt, where the brackets are."""
     rng = np.random.default_rng([seed, 7])
     most = min(HEAD, prompts.ids.shape[1])
-    at = np.sort(rng.permuted(np.tile(np.arange(1, most), (len(prompts), 1)), axis=1)[:, :each], axis=1)
+    at = np.sort(rng.permuted(np.tile(np.arange(1, most), (len(prompts), 1)), axis=1)[:, :per_prompt], axis=1)
     return _rows(prompts, at, token_too=False)
 
 
 def _rows(prompts: Prompts, at: np.ndarray, token_too: bool) -> Rows:
-    each = at.shape[1]
-    prompt = np.repeat(np.arange(len(prompts)), each)
+    per_prompt = at.shape[1]
+    prompt = np.repeat(np.arange(len(prompts)), per_prompt)
     n = (at + 1).reshape(-1)
     token = np.take_along_axis(prompts.ids.numpy(), at, 1).reshape(-1)
     position = np.take_along_axis(prompts.positions.numpy(), at, 1).reshape(-1)

@@ -283,12 +283,12 @@ def untrained_seeds(model: CircuitGPT, count: int, seed: int) -> list[CircuitGPT
 def recorded(model: CircuitGPT, setup: Setup) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Yield (hook, values at the questions, values at single tokens), both (rows, channels)."""
     at = np.concatenate([setup.asked.at, setup.single.at], 1)
-    each = setup.asked.at.shape[1]
+    questions = setup.asked.at.shape[1]
     for group in groups_of(model, at.size):
         values = record(model, setup.prompts, group, at)
         for hook in group:
             here = values.pop(hook).reshape(*at.shape, -1)
-            yield hook, here[:, :each].reshape(-1, here.shape[2]), here[:, each:].reshape(-1, here.shape[2])
+            yield hook, here[:, :questions].reshape(-1, here.shape[2]), here[:, questions:].reshape(-1, here.shape[2])
 
 
 def scores_of(setup: Setup, asked: np.ndarray, single: np.ndarray) -> dict[str, Scores]:

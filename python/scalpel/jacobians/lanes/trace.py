@@ -32,8 +32,10 @@ Function = Callable[[Tensor], Tensor]
 
 
 def has_products(model: CircuitGPT) -> bool:
-    """Whether the rules here are the model's: float32 or float64, on a device that has kernels, its own modules, none
-    hooked.
+    """Whether the rules in this folder hold for a model.
+
+    They do for float32 and float64 on a device that has kernels, if all modules are CircuitGPT's own and none has a
+    forward or backward hook.
     """
     if not runs_on(model.device) or model.dtype not in (torch.float32, torch.float64):
         return False
@@ -48,17 +50,19 @@ def has_products(model: CircuitGPT) -> bool:
 
 @dataclass
 class Sublayer:
-    """The primal of one attention or MLP block, between two values of the residual stream."""
+    """The primal of one attention or MLP, between two values of the residual stream."""
 
     norm: Norm | None = None
-    kept: dict[str, Tensor | None] = field(default_factory=dict)  # support (N, entries) by hook; None: all
+    kept: dict[str, Tensor] = field(default_factory=dict)  # {hook: channels (N, entries) that its AbsTopK keeps}
     attention: Attention | None = None
     slope: Tensor | None = None  # derivative of the activation at the kept neurons (N, entries)
-    residual: Tensor | None = None  # 1 where the residual stream passes after the block (N, d_model)
+    residual: Tensor | None = None  # (N, d_model): 1 where the residual stream passes on after it; None: everywhere
 
 
 @dataclass
 class Layer:
+    """The primal of one layer."""
+
     number: int
     block: Any
     attn: Sublayer = field(default_factory=Sublayer)

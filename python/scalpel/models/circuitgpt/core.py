@@ -137,7 +137,7 @@ class CircuitCore(nn.Module):
 
         Example:
             >>> from scalpel import CircuitGPT
-            >>> model = CircuitGPT.from_pretrained("bracket-mini")
+            >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
             >>> ids, mask = model.tokenizer.batch(["[[1,2],3", "[4,5"])
             >>> model(ids, mask).shape
             torch.Size([2, 7, 512])
@@ -168,7 +168,7 @@ class CircuitCore(nn.Module):
         Example:
             >>> import torch
             >>> from scalpel import CircuitGPT
-            >>> model = CircuitGPT.from_pretrained("bracket-mini")
+            >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
             >>> ids, _ = model.tokenizer.batch(["[[1,2]"])
             >>> logits, values = model.run_with_cache(ids, ["final_resid"])
             >>> torch.equal(model.unembed(values["final_resid"], ids), logits)

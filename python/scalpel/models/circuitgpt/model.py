@@ -63,10 +63,11 @@ class CircuitGPT(LoadedCore):
             memory). Do not change them in place.
 
         Raises:
-            ValueError: A hook is unknown, a pattern or function picks none, or a hook comes after ``stop_at``.
+            ValueError: A hook is unknown, a pattern or function picks none, or ``stop_at`` comes before a hook that is
+                listed or before all hooks that are picked.
 
         Example:
-            >>> model = CircuitGPT.from_pretrained("bracket-mini")
+            >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
             >>> ids, mask = model.tokenizer.batch(["[[1,2],3", "[4,5"])
             >>> logits, values = model.run_with_cache(ids, r"0\\.attn\\.[qk]", attention_mask=mask)
             >>> {name: tuple(value.shape) for name, value in values.items()}
@@ -95,7 +96,7 @@ class CircuitGPT(LoadedCore):
 
         Example:
             >>> import torch
-            >>> model = CircuitGPT.from_pretrained("bracket-mini")
+            >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
             >>> ids, _ = model.tokenizer.batch(["[[1,2]"])
             >>> logits = model.run_with_hooks(ids, [("0.attn.y", lambda value, name: torch.zeros_like(value))])
             >>> torch.equal(logits, model(ids))
@@ -127,7 +128,7 @@ class CircuitGPT(LoadedCore):
 
         Example:
             >>> import torch
-            >>> model = CircuitGPT.from_pretrained("bracket-mini")
+            >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
             >>> ids, _ = model.tokenizer.batch(["[[1,2]"])
             >>> before = model(ids)
             >>> with model.ablate(["1.attn.v", "0.mlp.post_act:5"], kind="zero"):
@@ -161,7 +162,7 @@ class CircuitGPT(LoadedCore):
 
         Example:
             >>> import torch
-            >>> model = CircuitGPT.from_pretrained("bracket-mini")
+            >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
             >>> ids, _ = model.tokenizer.batch(["[[1,2]"])
             >>> parts = model.logit_attribution(ids, ("]", ","))
             >>> parts.heads.shape  # prompts, layers, heads
@@ -179,7 +180,7 @@ class CircuitGPT(LoadedCore):
             (``"0.attn.act_in:12"``); biases and norm weights connect no two nodes and are left out.
 
         Example:
-            >>> edges = CircuitGPT.from_pretrained("bracket-mini").edges()
+            >>> edges = scalpel.CircuitGPT.from_pretrained("bracket-mini").edges()
             >>> len(edges) == len(edges.weight)
             True
             >>> edges.src[-1].partition(":")[0], edges.dst[-1].partition(":")[0]
@@ -208,7 +209,7 @@ class CircuitGPT(LoadedCore):
                 its range.
 
         Example:
-            >>> model = CircuitGPT.from_pretrained("bracket-mini")
+            >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
             >>> ids, _ = model.tokenizer.batch(["[[1,2]"])
             >>> model.generate(ids, 3).shape[1] - ids.shape[1]
             3
@@ -236,7 +237,7 @@ class CircuitGPT(LoadedCore):
             ValueError: ``dtype`` is not a floating-point dtype.
 
         Example:
-            >>> model = CircuitGPT.from_pretrained("bracket-mini")
+            >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
             >>> model.config.n_layer, model.config.d_model, model.training
             (2, 128, False)
         """
