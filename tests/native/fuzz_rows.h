@@ -94,7 +94,7 @@ inline std::uint64_t encode(Rng& rng, const Format& f, double value) {
   return sign | std::min(bits, f.infinity());
 }
 
-// Those up to kEverything are hard_rows of tests/support/cases.py.
+// Those up to kEverything are hard_rows of tests/support/tables/cases.py.
 enum class Kind : std::uint8_t {
   kNormal,
   kAllEqual,

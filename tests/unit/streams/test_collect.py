@@ -21,7 +21,7 @@ import scalpel
 from circuitgpt_cases import build, one_thread, tokens  # noqa: F401
 from covariance_states import same_bits, state_of
 from decoder_cases import model_of
-from places import SUPPORT
+from places import TABLES
 from scalpel.streams.budget import bytes_of, state_bytes
 
 collect = scalpel.collect
@@ -153,13 +153,12 @@ def test_memory_in_words() -> None:
 KILLED = """
 import json, os, signal, sys
 import torch
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:3]
 torch.set_num_threads(1)
 import scalpel
 import scalpel._resume as resume
 import scalpel.streams.saved as saved
 from circuitgpt_cases import build
-sys.path.insert(0, sys.argv[2])
 from test_collect import HOOKS, corpus
 
 def run(folder, at, where, memory):
@@ -198,7 +197,7 @@ Kill = Callable[..., None]
 def kill() -> Iterator[Kill]:
     """Collects into a folder, and is killed at a batch, or at a call of a function that writes its states."""
     process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(SUPPORT), str(Path(__file__).parent)],
+        [sys.executable, "-c", KILLED, str(TABLES), str(Path(__file__).parent)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert process.stdin is not None and process.stdout is not None

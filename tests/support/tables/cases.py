@@ -1,4 +1,4 @@
-"""The table of cases that every op runs on every target (test_cases.py), and the hard rows behind it.
+"""The table of cases that every op runs on every target (tests/unit/topk/test_cases.py), and the hard rows behind it.
 
 tolerance: the largest allowed difference from the twin in reference.py, relative to the twin's largest entry;
 0 means equal to the bit.
