@@ -141,8 +141,8 @@ def run(
             if name in law_lengths
         }
 
-    said = rules(critical_length)
-    simulated, constant = said["simulator"], said["constant"]
+    predicted_right = rules(critical_length)
+    simulated, constant = predicted_right["simulator"], predicted_right["constant"]
     protocol.predict(
         {
             "summary": f"θ = {float(counter.theta):.4f} from k={calibrate}: n* = "
@@ -162,14 +162,14 @@ def run(
     measured_lengths = {k: c.critical(curve, rng) for k, curve in curves.items()}
     score = agreement(curves, held, edges, simulated)
     rival = agreement(curves, held, edges, constant)
-    by_law = {name: agreement(curves, held, edges, rule) for name, rule in said.items()}
+    by_law = {name: agreement(curves, held, edges, rule) for name, rule in predicted_right.items()}
     lengths = fitted.draws if fitted.status == "crosses" else np.array([critical_length])
     draws = _resampled(curves, held, edges, rules, lengths, rng)
     interval = list(percentile_interval(np.array([d["simulator"]["plain"] for d in draws])))
     lead = [d["simulator"]["plain"] - d["constant"]["plain"] for d in draws]
     lead_interval = list(percentile_interval(np.array(lead)))
     by_law_interval = {
-        name: list(percentile_interval(np.array([draw[name]["plain"] for draw in draws]))) for name in said
+        name: list(percentile_interval(np.array([draw[name]["plain"] for draw in draws]))) for name in predicted_right
     }
     null: dict[str, Any] = {
         "constant": rival,
@@ -251,14 +251,14 @@ def _short_contexts(model: CircuitGPT, amounts: Sequence[int], seed: int) -> tup
 
 
 def agreement(
-    curves: dict[int, c.Curve], held: Sequence[int], edges: np.ndarray, said: dict[int, np.ndarray]
+    curves: dict[int, c.Curve], held: Sequence[int], edges: np.ndarray, predicted_right: dict[int, np.ndarray]
 ) -> dict[str, Any]:
     """Share of held-out cells in which a law's answer is the model's majority answer.
 
-    ``said``: whether the law predicts a right answer, bool by amount of evidence and (bins,).
+    ``predicted_right``: whether the law predicts a right answer, bool (bins,) by amount of evidence.
     """
     p = np.concatenate([curves[k].binned(edges) for k in held])
-    simulated = np.concatenate([said[k] for k in held])
+    simulated = np.concatenate([predicted_right[k] for k in held])
     asked = ~np.isnan(p)
     right, same = p[asked] > 0.5, (p[asked] > 0.5) == simulated[asked]
     balanced = (same[right].mean() + same[~right].mean()) / 2 if right.any() and not right.all() else float("nan")
@@ -278,16 +278,18 @@ def _resampled(
     draws = []
     for _ in range(resamples):
         part = {k: curves[k].sample(rng.integers(len(curves[k].right), size=len(curves[k].right))) for k in held}
-        said = rules(float(rng.choice(lengths)))
-        draws.append({name: agreement(part, held, edges, rule) for name, rule in said.items()})
+        predicted_right = rules(float(rng.choice(lengths)))
+        draws.append({name: agreement(part, held, edges, rule) for name, rule in predicted_right.items()})
     return draws
 
 
-def _shuffled(curves: dict[int, c.Curve], held: Sequence[int], edges: np.ndarray, said: dict[int, np.ndarray]) -> float:
+def _shuffled(
+    curves: dict[int, c.Curve], held: Sequence[int], edges: np.ndarray, predicted_right: dict[int, np.ndarray]
+) -> float:
     """Mean agreement when each row of the plane is judged by another row's simulator, over all cyclic shifts but 0."""
     scores = []
     for shift in range(1, len(held)):
-        other = {k: said[held[(i + shift) % len(held)]] for i, k in enumerate(held)}
+        other = {k: predicted_right[held[(i + shift) % len(held)]] for i, k in enumerate(held)}
         scores.append(agreement(curves, held, edges, other)["plain"])
     return float(np.mean(scores))
 

@@ -198,9 +198,14 @@ def fit_laws(lengths: Mapping[int, float]) -> dict[str, tuple[Law, dict[str, flo
 
 def predicted_error(name: str, k: float, calibration: Mapping[int, Critical]) -> float:
     """Standard error of a law's prediction, from the bootstrap of the lengths to which it was fitted."""
-    count = min(len(one.draws) for one in calibration.values())
+    count = min(len(length.draws) for length in calibration.values())
     return float(
-        np.std([fit_laws({a: one.draws[i] for a, one in calibration.items()})[name][0](k) for i in range(count)])
+        np.std(
+            [
+                fit_laws({amount: length.draws[i] for amount, length in calibration.items()})[name][0](k)
+                for i in range(count)
+            ]
+        )
     )
 
 
@@ -219,7 +224,7 @@ def within(predicted: float, measured: Critical, prediction_error: float = 0.0) 
 
 def bounds(measured: Mapping[Any, Critical]) -> dict[str, list[float]]:
     """The 95 % interval of each critical length, for a Result."""
-    return {str(key): [one.low, one.high] for key, one in measured.items()}
+    return {str(key): [length.low, length.high] for key, length in measured.items()}
 
 
 def table(measured: Mapping[Any, Critical]) -> dict[str, dict[str, Any]]:

@@ -121,7 +121,7 @@ def run(
     # P(correct) over all prompts may have a critical length although the answer wavers along single prompts, so the
     # summary states how often it changes.
     changes = " to ".join(
-        f"{extreme(length.sign_changes for length in measured.values()):.0f}" for extreme in (min, max)
+        f"{extreme(length_50.sign_changes for length_50 in measured.values()):.0f}" for extreme in (min, max)
     )
     null: dict[str, Any] = {
         name: _null(other, ask, amounts, rng)
@@ -144,10 +144,10 @@ def run(
             "mean_absolute_error": error,
         }
     edges = c.bins(length)
-    crossing = any(one.status == "crosses" for one in measured.values())
+    crossing = any(length_50.status == "crosses" for length_50 in measured.values())
     return protocol.conclude(
         measured={
-            "summary": "; ".join(f"k={k}: {one.text()}" for k, one in measured.items())
+            "summary": "; ".join(f"k={k}: {length_50.text()}" for k, length_50 in measured.items())
             + f". Along one prompt the answer changes {changes} times. "
             + best_words(best_law, scores, laws, measured, predict)
             + head.pop("words", ""),
@@ -164,7 +164,7 @@ def run(
         },
         interval={"summary": "95 % bootstrap by prompt", **c.bounds(measured)},
         null={
-            "summary": "; ".join(f"{name}: {found['words']}" for name, found in null.items()),
+            "summary": "; ".join(f"{name}: {of_null['words']}" for name, of_null in null.items()),
             **null,
         },
         verdict=verdict(measured, predict, holds, able >= least_accuracy),
@@ -279,7 +279,7 @@ def _null(other: CircuitGPT, ask: Any, amounts: Sequence[int], rng: np.random.Ge
     able = c.tells_depths(curves, flat)
     words = f"best balanced accuracy {able:.2f}"
     if able >= LEAST_ACCURACY:
-        words = ", ".join(f"k={k}: {one.text()}" for k, one in lengths.items())
+        words = ", ".join(f"k={k}: {length.text()}" for k, length in lengths.items())
     return {
         "words": words,
         "best_balanced_accuracy_at_one_length": able,
@@ -302,7 +302,7 @@ def _tokens(n: float) -> str:
 def _law_figure(
     measured: dict[int, c.Critical], laws: dict[str, BracketLaw], calibrate: Sequence[int]
 ) -> dict[str, Any]:
-    crossing = {k: one for k, one in measured.items() if one.status == "crosses"}
+    crossing = {k: length for k, length in measured.items() if length.status == "crosses"}
     amounts = sorted(measured)
     points = [
         {
@@ -316,7 +316,7 @@ def _law_figure(
         for is_calibration in (True, False)
     ]
     # A law that predicts "never", or a length far beyond what was asked, would press the points together.
-    most = 2 * max([one.value for one in measured.values() if np.isfinite(one.value)], default=1.0)
+    most = 2 * max([length.value for length in measured.values() if np.isfinite(length.value)], default=1.0)
     lines = [
         {
             "label": name,

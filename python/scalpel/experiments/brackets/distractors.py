@@ -153,9 +153,9 @@ def run(
     untouched = {"depth 2": float(moved.right[:, 0].mean()), "depth 1": float(_plain(model, flat).mean())}
     return protocol.conclude(
         measured={
-            "summary": "; ".join(f"{name} {one.text()}" for name, one in measured.items()),
+            "summary": "; ".join(f"{name} {count.text()}" for name, count in measured.items()),
             "against_the_seeds_figure": f"the seed says {SEED_D} at k = 2 for every class of tokens; here "
-            + ", ".join(f"{name} {one.text()}" for name, one in measured.items()),
+            + ", ".join(f"{name} {count.text()}" for name, count in measured.items()),
             "fewest": c.table(measured),
             "list_elements": c.table({k: again}),
             "accuracy_without_distractors": untouched,

@@ -116,9 +116,9 @@ def run(
     asked = held_out_prompts(model, prompts, rng)
     guard = HoleGuard(model, law, evidence="all")
     distances = [guard.distance(row) for row in asked.rows]
-    left = np.array([distance.tokens_left for distance in distances])
+    tokens_left = np.array([distance.tokens_left for distance in distances])
     k, n = (np.array([getattr(distance, name) for distance in distances], dtype=float) for name in ("k", "n"))
-    scores: dict[str, np.ndarray] = {"law": -left, "n": n}
+    scores: dict[str, np.ndarray] = {"law": -tokens_left, "n": n}
     if isinstance(law, ThresholdCounter):
         open_guard = HoleGuard(model, law, evidence="open")
         scores["open"] = -np.array([open_guard.distance(row).tokens_left for row in asked.rows])
@@ -129,13 +129,13 @@ def run(
         asked.left_out.extend(why)
     protocol.predict(
         {
-            "summary": f"{law_words}: {(left <= 0).sum()} of {len(left)} prompts fail, and failure is likelier the "
-            "fewer tokens are left",
+            "summary": f"{law_words}: {(tokens_left <= 0).sum()} of {len(tokens_left)} prompts fail, and failure is "
+            "likelier the fewer tokens are left",
             "law": law_words,
             "real": int(asked.real.sum()),
             "lengthened": int((~asked.real).sum()),
-            "failing": int((left <= 0).sum()),
-            "tokens_left": left,
+            "failing": int((tokens_left <= 0).sum()),
+            "tokens_left": tokens_left,
             "tokens_left_by_open_brackets": -scores["open"] if "open" in scores else None,
             "k": k,
             "n": n,
@@ -147,16 +147,16 @@ def run(
     failed = preference <= 0
     scores["margin"] = -np.abs(preference)
     parts = {"real": asked.real, "lengthened": ~asked.real, "all": np.ones(len(failed), dtype=bool)}
-    found = {name: judged(scores, failed, part, asked.prompt, rng) for name, part in parts.items()}
+    by_part = {name: judged(scores, failed, part, asked.prompt, rng) for name, part in parts.items()}
     judged_on = "real" if _enough(failed[asked.real]) else "all"
-    part, best = parts[judged_on], found[judged_on]
+    part, best = parts[judged_on], by_part[judged_on]
     by_file = judged(scores, failed, part, asked.file, rng)
     rates: dict[str, Any] = {
         name: alarms(-scores[name][part], failed[part], asked.prompt[part], rng)
         for name in ("law", "open", "weighted")
         if name in scores
     }
-    null = _nulls(nulls, model, asked, (left, k, n), failed, part, (ids.one, ids.two), rng)
+    null = _nulls(nulls, model, asked, (tokens_left, k, n), failed, part, (ids.one, ids.two), rng)
     verdict = judge(best, _enough(failed[part]) and known and able >= least_accuracy)
     shown = "real prompts" if judged_on == "real" else "real prompts and lengthened ones"
     return protocol.conclude(
@@ -166,9 +166,9 @@ def run(
             f"At margin 0 the guard {_alarmed(rates['law'])}"
             + "".join(f". {_also(name, best, rates)}" for name in ("open", "weighted") if name in rates),
             "judged_on": judged_on,
-            "auroc": {name: {s: one[s]["auroc"] for s in scores} for name, one in found.items()},
-            "law_minus_n": {name: one["law_minus_n"]["difference"] for name, one in found.items()},
-            "law_minus_margin": {name: one["law_minus_margin"]["difference"] for name, one in found.items()},
+            "auroc": {name: {score: of_part[score]["auroc"] for score in scores} for name, of_part in by_part.items()},
+            "law_minus_n": {name: of_part["law_minus_n"]["difference"] for name, of_part in by_part.items()},
+            "law_minus_margin": {name: of_part["law_minus_margin"]["difference"] for name, of_part in by_part.items()},
             "prompts": {name: int(p.sum()) for name, p in parts.items()},
             "failures": {name: int(failed[p].sum()) for name, p in parts.items()},
             "files": len(np.unique(asked.file[part])),
@@ -180,7 +180,7 @@ def run(
             "summary": f"law − length {_interval(best['law_minus_n'])}, law − own margin "
             f"{_interval(best['law_minus_margin'])}, by prompt; law − length with whole files resampled "
             f"{_interval(by_file['law_minus_n'])}",
-            **found,
+            **by_part,
             "by_file": by_file,
         },
         null=null,
@@ -221,9 +221,9 @@ def judged(
     rng: np.random.Generator,
     resamples: int = 500,
 ) -> dict[str, Any]:
-    """AUROC of each score over the prompts of ``part``, and the law's lead over its rivals, paired by draw.
+    """AUROC of each score over the prompts of ``part``, and the law's lead over its rivals, paired by resample.
 
-    95 % bootstrap intervals; ``units`` (prompts,): what is resampled together.
+    Intervals are 95 % bootstrap intervals. Prompts with the same number in ``units`` (prompts,) are resampled together.
     """
     chosen, wrong = np.stack([score[part] for score in scores.values()]), failed[part]
     members = rows_by_unit(units[part])
@@ -235,13 +235,14 @@ def judged(
     draws = np.full((1, len(chosen)), np.nan)
     if members:
         draws = np.stack(redraw(areas, len(members), rng, resamples))
-    every = aurocs(chosen, wrong)
-    place = {name: i for i, name in enumerate(scores)}
-    found = {name: {"auroc": float(every[i]), **_between(draws[:, i])} for name, i in place.items()}
+    areas_of_all = aurocs(chosen, wrong)
+    column = {name: i for i, name in enumerate(scores)}
+    judgement = {name: {"auroc": float(areas_of_all[i]), **_between(draws[:, i])} for name, i in column.items()}
     for name in ("n", "margin"):
-        value, spread = every[place["law"]] - every[place[name]], draws[:, place["law"]] - draws[:, place[name]]
-        found[f"law_minus_{name}"] = {"difference": float(value), **_between(spread)}
-    return found
+        lead = areas_of_all[column["law"]] - areas_of_all[column[name]]
+        lead_draws = draws[:, column["law"]] - draws[:, column[name]]
+        judgement[f"law_minus_{name}"] = {"difference": float(lead), **_between(lead_draws)}
+    return judgement
 
 
 def _between(draws: np.ndarray) -> dict[str, float]:
@@ -250,20 +251,23 @@ def _between(draws: np.ndarray) -> dict[str, float]:
 
 
 def alarms(left: np.ndarray, failed: np.ndarray, units: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
-    """Missed alarms among failures and false ones among successes at margin 0, with intervals by prompt."""
+    """Shares of missed failures and of false alarms among successes at margin 0, with intervals by prompt.
+
+    ``left``: the distance of each prompt in tokens; ``units`` as in :func:`judged`.
+    """
     members = rows_by_unit(units)
-    found: dict[str, Any] = {}
-    for name, of in (("missed", failed), ("false", ~failed)):
+    rates: dict[str, Any] = {}
+    for name, rows_of_kind in (("missed", failed), ("false", ~failed)):
         wrong = (left > 0) if name == "missed" else (left <= 0)
 
-        def share(drawn: np.ndarray, of: np.ndarray = of, wrong: np.ndarray = wrong) -> float:
+        def share(drawn: np.ndarray, rows_of_kind: np.ndarray = rows_of_kind, wrong: np.ndarray = wrong) -> float:
             rows = np.concatenate([members[i] for i in drawn])
-            return float(wrong[rows][of[rows]].mean()) if of[rows].any() else float("nan")
+            return float(wrong[rows][rows_of_kind[rows]].mean()) if rows_of_kind[rows].any() else float("nan")
 
-        value = float(wrong[of].mean()) if of.any() else float("nan")
+        value = float(wrong[rows_of_kind].mean()) if rows_of_kind.any() else float("nan")
         low, high = bootstrap(share, len(members), rng, resamples=500) if members else (float("nan"),) * 2
-        found[name] = {"rate": value, "low": low, "high": high, "of": int(of.sum())}
-    return found
+        rates[name] = {"rate": value, "low": low, "high": high, "of": int(rows_of_kind.sum())}
+    return rates
 
 
 def judge(best: dict[str, Any], testable: bool) -> Verdict:
@@ -291,14 +295,15 @@ def _nulls(
     answers: tuple[int, int],
     rng: np.random.Generator,
 ) -> dict[str, Any]:
-    left, k, n = (one[part] for one in plane)
+    """What the nulls that were asked for give, with their summary. ``plane``: the distances, k and n of all prompts."""
+    left, k, n = (coordinate[part] for coordinate in plane)
     wrong, law = failed[part], auroc(-plane[0][part], failed[part])
-    found: dict[str, Any] = {}
+    null: dict[str, Any] = {}
     words = []
     if "untrained" in nulls:
         theirs = ask(untrained(model), [row for row, kept in zip(asked.rows, part, strict=True) if kept], answers) <= 0
         area = auroc(-left, theirs)
-        found["untrained"] = {"auroc": area, "failures": int(theirs.sum()), "prompts": len(theirs)}
+        null["untrained"] = {"auroc": area, "failures": int(theirs.sum()), "prompts": len(theirs)}
         shown = "no AUROC" if np.isnan(area) else f"AUROC {area:.2f}"
         words.append(f"an untrained model fails on {theirs.sum()} of {len(theirs)}, {shown}")
     for name in ("rotated", "shuffled"):
@@ -307,18 +312,18 @@ def _nulls(
         if name == "shuffled":
             draws = np.array([auroc(-rng.permutation(left), wrong) for _ in range(500)])
         else:
-            flat = np.stack([(v - v.mean()) / (v.std() or 1.0) for v in (k, n)])
+            standardised = np.stack([(v - v.mean()) / (v.std() or 1.0) for v in (k, n)])
             angles = rng.uniform(0, 2 * np.pi, size=500)
-            draws = np.array([auroc(np.cos(a) * flat[0] + np.sin(a) * flat[1], wrong) for a in angles])
+            draws = np.array([auroc(np.cos(a) * standardised[0] + np.sin(a) * standardised[1], wrong) for a in angles])
         if np.isnan(draws).any():
             words.append(f"{name}: no AUROC, since the model fails on none or on all prompts")
             continue
         low, high = percentile_interval(draws)
         share = float((draws >= law).mean())
-        found[name] = {"auroc": float(draws.mean()), "low": low, "high": high, "at_least_the_laws": share}
+        null[name] = {"auroc": float(draws.mean()), "low": low, "high": high, "at_least_the_laws": share}
         what = "distances shuffled" if name == "shuffled" else "a random direction of the (k, n) plane"
         words.append(f"{what}: {draws.mean():.2f} [{low:.2f}, {high:.2f}], {share:.0%} as good as the law or better")
-    return {"summary": "; ".join(words) or "no null was asked for", **found}
+    return {"summary": "; ".join(words) or "no null was asked for", **null}
 
 
 def _unfinished(nulls: Sequence[str], known: bool) -> list[str]:

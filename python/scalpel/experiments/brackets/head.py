@@ -109,24 +109,24 @@ def find_head(model: CircuitGPT, prompts: int = 32, seed: int = 0) -> Head:
         Refused: The model answers alike at both depths, so that no head carries the depth.
     """
     nested, flat = _last(short_lists(model, 2, 2, prompts, seed)), _last(short_lists(model, 1, 1, prompts, seed))
-    y = {depth: _outputs(model, *one) for depth, one in ((2, nested), (1, flat))}
-    total = float((y[2][2] - y[1][2]).mean())
+    outputs = {depth: _outputs(model, *lists) for depth, lists in ((2, nested), (1, flat))}
+    total = float((outputs[2][2] - outputs[1][2]).mean())
     if not abs(total) > 1e-6:
         raise Refused("the model's answers at both depths are the same on short prompts; no head carries the depth")
     config = model.config
-    moved = torch.stack([(g * (a - b)) for g, a, b in zip(y[2][1], y[2][0], y[1][0], strict=True)])
+    moved = torch.stack([(g * (a - b)) for g, a, b in zip(outputs[2][1], outputs[2][0], outputs[1][0], strict=True)])
     by_head = moved.unflatten(-1, (config.n_head, -1)).sum(-1).mean(1)  # (layers, heads)
     order = by_head.abs().flatten().argsort(descending=True)[:_CANDIDATES].tolist()
     shares = {}
     for flat_index in order:
         layer, index = divmod(flat_index, config.n_head)
         with torch.no_grad():
-            changed = _with_head(model, nested, layer, index, partial(_instead, y[1][0][layer]))
-        shares[f"{layer}.{index}"] = float((y[2][2] - changed).mean()) / total
+            changed = _with_head(model, nested, layer, index, partial(_instead, outputs[1][0][layer]))
+        shares[f"{layer}.{index}"] = float((outputs[2][2] - changed).mean()) / total
     best = max(shares, key=lambda name: abs(shares[name]))
     layer, index = map(int, best.split("."))
     part = _part(model, index)
-    gradient = torch.cat([y[depth][1][layer][:, part] for depth in (2, 1)])
+    gradient = torch.cat([outputs[depth][1][layer][:, part] for depth in (2, 1)])
     # Saturated prompts have tiny gradients. Each gradient is normalised, so that every prompt counts the same.
     u = torch.nn.functional.normalize(gradient, dim=-1).mean(0)
     return Head(layer, index, torch.nn.functional.normalize(u, dim=0), shares[best], shares)
@@ -260,8 +260,8 @@ def read(model: CircuitGPT, head: Head, lists: LongLists, questions: Tensor, u: 
     logits = logits.masked_fill(~seen, -torch.inf)
     values = (v @ (head.u if u is None else u).double())[:, None].expand_as(logits).masked_fill(~seen, 0.0)
     sink = model.transformer.h[head.layer].attn.attn_imp.sink_logit[head.index].double() if config.sink else None
-    every = logits if sink is None else torch.cat([sink.expand(*logits.shape[:-1], 1), logits], -1)
-    log_a = logits - every.logsumexp(-1, keepdim=True)
+    all_logits = logits if sink is None else torch.cat([sink.expand(*logits.shape[:-1], 1), logits], -1)
+    log_a = logits - all_logits.logsumexp(-1, keepdim=True)
     a = log_a.exp()
     n = seen.sum(-1).double()
     attended = a.sum(-1)

@@ -151,7 +151,7 @@ def _conclude(protocol: Protocol, study: Study | None, own: Own, left_out: list[
     scores = {arm: [float(study.course(arm, "area")[:, i].mean()) for i in (0, -1)] for arm in ("topk", *CONTROLS)}
     own_rank = study.difference("dense", "effective_rank")
     score_end = study.at_the_end("dense", "area")
-    every = {
+    by_variant = {
         variant: {
             field: {control: vars(study.difference(control, field, variant)) for control in CONTROLS}
             for field in ("effective_rank", "equal_rank", "top1", "top3", "area", "reverse_area")
@@ -179,7 +179,7 @@ def _conclude(protocol: Protocol, study: Study | None, own: Own, left_out: list[
                 "ln_rank_differences": {name: vars(difference) for name, difference in rank.items()},
                 "score_differences": {name: vars(difference) for name, difference in onto.items()},
                 "score_difference_at_the_end": vars(score_end),
-                "every_variant": every,
+                "every_variant": by_variant,
                 "generators_appear_at": appeared,
                 "generators_by_answer_after_alone": study.appeared("after"),
                 "losses_at_the_end": {arm: study.loss(arm)[:, -1] for arm in ("topk", "dense", "afterwards")},

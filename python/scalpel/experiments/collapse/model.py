@@ -42,16 +42,17 @@ class Own:
             Refused: No text has two tokens, so that there is no gradient.
         """
         own = cls()
-        every = topk_hooks(model)
-        hooks = [name for name in every if hook_width(model, name) <= WIDEST]
+        all_hooks = topk_hooks(model)
+        hooks = [name for name in all_hooks if hook_width(model, name) <= WIDEST]
         if not hooks:
-            what = f"only AbsTopKs wider than {WIDEST} channels" if every else "no AbsTopK"
+            what = f"only AbsTopKs wider than {WIDEST} channels" if all_hooks else "no AbsTopK"
             own.left_out.append(f"The given model has {what}, so nothing was measured on it; the study decides.")
             own.summary = "the given model has no AbsTopK to measure"
             return own
-        if len(hooks) < len(every):
+        if len(hooks) < len(all_hooks):
             own.left_out.append(
-                f"Hooks wider than {WIDEST} channels were left out: {', '.join(h for h in every if h not in hooks)}."
+                f"Hooks wider than {WIDEST} channels were left out: "
+                f"{', '.join(h for h in all_hooks if h not in hooks)}."
             )
         texts, what = _sample(model, tokens, seed, own.left_out)
         models = {"model": model, **_controls(model, nulls, own.left_out)}
@@ -123,7 +124,7 @@ def _sample(model: CircuitGPT, tokens: int, seed: int, left_out: list[str]) -> t
     length = model.config.block_size
     try:
         task = bracket_counting(model, prompts, seed)
-        ids, mask = (torch.nn.functional.pad(one, (0, 1)) for one in (task.ids, task.mask))
+        ids, mask = (torch.nn.functional.pad(tensor, (0, 1)) for tensor in (task.ids, task.mask))
         rows = torch.arange(len(ids), device="cpu")
         ids[rows, task.asked + 1] = torch.tensor(task.answers, dtype=torch.int64, device="cpu")[task.labels]
         mask[rows, task.asked + 1] = True
@@ -156,9 +157,9 @@ def _jackknife(rows: Mapping[str, Rows]) -> dict[str, list[float]]:
     which = PRIMARY.partition(".")[0]
     draws: dict[str, list[np.ndarray]] = {"top1": [], "top3": [], "effective_rank": []}
     whole: dict[str, list[float]] = {name: [] for name in draws}
-    for one in rows.values():
-        gradient = torch.nn.functional.normalize(one.gradient(which), dim=1)
-        group = one.text * GROUPS // (int(one.text.max()) + 1)
+    for of_hook in rows.values():
+        gradient = torch.nn.functional.normalize(of_hook.gradient(which), dim=1)
+        group = of_hook.text * GROUPS // (int(of_hook.text.max()) + 1)
         directed = gradient.abs().sum(1) > 0
         parts = [gradient[directed & (group == g)] for g in range(GROUPS)]
         parts = [part for part in parts if len(part)]
@@ -174,18 +175,18 @@ def _jackknife(rows: Mapping[str, Rows]) -> dict[str, list[float]]:
         for i, name in enumerate(draws):
             draws[name].append(np.array(left)[:, i])
             whole[name].append(_figures_of(total)[i])
-    found = {}
+    intervals = {}
     for name, columns in draws.items():
         if not columns:
-            found[name] = [float("nan"), float("nan")]
+            intervals[name] = [float("nan"), float("nan")]
             continue
         log = name == "effective_rank"  # its mean over hooks is the geometric one
-        each = np.mean(np.log(columns) if log else columns, axis=0)
+        by_group = np.mean(np.log(columns) if log else columns, axis=0)
         middle = float(np.mean(np.log(whole[name]) if log else whole[name]))
-        interval = jackknife(torch.tensor(middle, dtype=torch.float64, device="cpu"), torch.from_numpy(each))
+        interval = jackknife(torch.tensor(middle, dtype=torch.float64, device="cpu"), torch.from_numpy(by_group))
         ends = [float(interval.low), float(interval.high)]
-        found[name] = [float(np.exp(end)) for end in ends] if log else ends
-    return found
+        intervals[name] = [float(np.exp(end)) for end in ends] if log else ends
+    return intervals
 
 
 def _figures_of(state: StreamingCovariance) -> tuple[float, float, float]:

@@ -327,9 +327,9 @@ def _comment(questions: ModelQuestions, machine: MooreMachine) -> dict[str, Any]
     }
 
 
-def _null(found: dict[str, Any], controls: dict[str, Any], asked: tuple[str, ...]) -> dict[str, Any]:
+def _null(extraction_nulls: dict[str, Any], controls: dict[str, Any], asked: tuple[str, ...]) -> dict[str, Any]:
     names = {"shuffled_labels": "shuffled", "random_nodes": "rotated", "untrained": "untrained"}
-    nulls = {name: value for name, value in found.items() if names.get(name) in asked}
+    nulls = {name: value for name, value in extraction_nulls.items() if names.get(name) in asked}
     parts = []
     if "shuffled_labels" in nulls:
         parts.append(f"conflict with shuffled labels {nulls['shuffled_labels']['mean']:.0%}")

@@ -1,4 +1,4 @@
-"""Which channels are mapped: the bar, the correction over hooks, setting the channel, and ties between claims."""
+"""Decide which channels are mapped: the bar, the correction over hooks, setting channels, and ties between claims."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,20 +15,29 @@ from .scan import BAR, CLAIMS, RIVALS, HookScan, Setup, Top
 __all__ = ["Candidate", "decide", "shares"]
 
 SET_LENGTH = 48  # tokens of the prompts in which channels are set
-SET_PROMPTS = 3  # of each amount
+SET_PROMPTS = 3  # how many of them there are for each amount of evidence
 _RESAMPLES = 200
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One channel of a hook (or random direction) that could be a claim's.
+    """One channel of a hook (or random direction) that could belong to a claim.
 
-    ``r2``: partial R², its 95 % interval by prompt ``low`` to ``high``; ``p``: by the maximum over channels and
-    variables; ``movement``: what setting it did to the logit difference, in the predicted direction, with its interval;
-    ``random_movement``: the 95 % quantile of that of ``random_channels`` channels of the hook, 0 where none was needed;
-    ``told``: "mapped", "ambiguous", or a better claim's or rival's name, by R² alone; ``outcome``: that, or "does not
-    move the output"; ``draws``: whether each resample (of scored prompts, of those that it was set in, of the random
-    channels) passes the bar and moves the output.
+    Attributes:
+        hook: The hook.
+        node: The channel as "hook:number", or the hook's random direction.
+        claim: The claim's group.
+        r2: Partial R².
+        low, high: The 95 % interval of ``r2`` by prompt.
+        p: p of ``r2``, by the maximum over channels and variables.
+        movement: How far setting the channel moved the logit difference in the predicted direction.
+        movement_low, movement_high: The interval of that.
+        random_movement: The 95 % quantile of the same for random channels of the hook; 0 if none were needed.
+        random_channels: How many random channels that was.
+        told: By R² alone: "mapped", "ambiguous", or the name of a better claim or rival.
+        outcome: ``told``, or "does not move the output".
+        draws: For each resample (of scored prompts, of the prompts in which it was set, of random channels), whether
+            the channel passes the bar and moves the output.
     """
 
     hook: str
@@ -49,18 +58,23 @@ class Candidate:
 
     @property
     def mapped(self) -> bool:
-        """Whether it counts."""
+        """Whether the channel counts as mapped to its claim."""
         return self.outcome == "mapped" and self.r2 >= BAR
 
     def row(self) -> dict[str, Any]:
-        """For a Result."""
+        """The fields but ``draws``, for a Result."""
         return {name: value for name, value in asdict(self).items() if name != "draws"}
 
 
 @dataclass(frozen=True)
 class Decided:
-    """``candidates``: the channels that were set; ``significant``: hooks with a score beyond the nulls', by group;
-    ``passing``: channels that pass the bar and the nulls, by group and hook; ``untested``: those left out by the cap.
+    """What was decided.
+
+    Attributes:
+        candidates: The channels that were set, by group.
+        significant: The hooks whose best score exceeds the nulls', by group.
+        passing: How many channels pass the bar and the nulls, by group and hook.
+        untested: How many channels above the bar were not set, because of the cap.
     """
 
     candidates: dict[str, list[Candidate]]
@@ -70,7 +84,11 @@ class Decided:
 
 
 def decide(model: CircuitGPT, setup: Setup, scans: Mapping[str, HookScan], *, cap: int, seed: int) -> Decided:
-    """Benjamini and Hochberg over the hooks for each group; at most ``cap`` channels of a hook and group are set."""
+    """Decide which channels are mapped.
+
+    For each group, the hooks are corrected by Benjamini and Hochberg. At most ``cap`` channels of a hook and group are
+    set, on prompts drawn with ``seed``.
+    """
     rng = np.random.default_rng([seed, 19])
     by_prompt = setup.prompts
     scored = np.unique(setup.asked.prompt[setup.asked.score])
@@ -108,10 +126,13 @@ def _set(
     chosen: np.ndarray,
     rng: np.random.Generator,
 ) -> list[Candidate]:
-    """Set each candidate to the value that its regression predicts for another value of the claimed variable."""
+    """Set each candidate to the value that its regression predicts for another value of the claimed variable.
+
+    The answer should move as predicted, and further than when random channels of the hook are set.
+    """
     top = scan.top[group]
     length = min(SET_LENGTH, setup.prompts.ids.shape[1])
-    # In the channel's own deviations random channels are moved as far as the best candidate.
+    # Random channels are moved as many of their own standard deviations as the best candidate.
     strongest = int(np.argmax(np.abs(top.beta[candidates]) / top.spread[candidates]))
     factor = float(top.beta[candidates][strongest] / top.spread[candidates][strongest])
     channels = np.concatenate([top.channels[candidates], scan.bystanders])
@@ -131,8 +152,8 @@ def _set(
         return np.asarray((weight[part] * change).sum(2) / np.where(size > 0, size, 1.0))
 
     movement = moved(slice(len(candidates)))
-    intervals = [bootstrap(partial(_mean_of, one), len(chosen), rng, _RESAMPLES) for one in movement]
-    # Random channels matter only where a candidate moves the output as predicted at all.
+    intervals = [bootstrap(partial(_mean_of, by_prompt), len(chosen), rng, _RESAMPLES) for by_prompt in movement]
+    # Random channels are needed only if some candidate moves the output as predicted.
     needed = len(scan.bystanders) > 0 and any(low > 0 for low, _ in intervals)
     others = moved(slice(len(candidates), None)) if needed else np.zeros((1, len(chosen)))
     most = float(np.quantile(np.abs(others.mean(1)), 0.95))
@@ -146,7 +167,7 @@ def _set(
         moves = low > 0 and movement[i].mean() > most
         name = f"{scan.hook}:{top.channels[j]}" if scan.directions is None else f"{scan.hook}, direction"
         r2_low, r2_high = percentile_interval(top.draws[:, j])
-        told = _tied(setup, top, int(j), group)
+        tells = _tied(setup, top, int(j), group)
         set_here.append(
             Candidate(
                 hook=scan.hook,
@@ -161,8 +182,8 @@ def _set(
                 movement_high=high,
                 random_movement=most,
                 random_channels=len(scan.bystanders) if needed else 0,
-                told=told,
-                outcome=told if moves else "does not move the output",
+                told=tells,
+                outcome=tells if moves else "does not move the output",
                 draws=(top.draws[:, j] >= BAR) & beyond[i],
             )
         )
@@ -176,12 +197,12 @@ def _mean_of(values: np.ndarray, rows: np.ndarray) -> float:
 def _other_values(
     setup: Setup, group: str, kind: str, variables: np.ndarray, chosen: np.ndarray, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """By how much the claimed variable is changed at every token, and the weight of each token's answer, its sign the
-    predicted one: both (variables, chosen, length).
+    """How much the claimed variable changes at every token, and the weight of every token's answer.
 
-    Running statistics are mirrored at a question: as far on the other side of what is usual at that n, position and
-    token; more evidence must raise logit("]]\\n") - logit("]\\n"). A token of the class is made to seem none, at its
-    own place; every later answer must fall.
+    Both are (variables, chosen, length). The sign of a weight is the predicted direction of the answer. A running
+    statistic is mirrored at each question: it is moved as far to the other side of what is usual at that n, position
+    and token, and more evidence must raise logit("]]\\n") - logit("]\\n"). For the update, a token of the class is
+    made to look like none at its own place, and every later answer must fall.
     """
     change = np.zeros((len(variables), len(chosen), length))
     weight = np.zeros_like(change)
@@ -192,8 +213,8 @@ def _other_values(
         for row, asked in enumerate(setup.prompts.asked[chosen]):
             weight[:, row, asked[asked < length]] = -1.0
         return change, weight
-    each = setup.asked.at.shape[1]
-    left = setup.at_asked[:, variables].T.reshape(len(variables), -1, each)[:, chosen]
+    questions = setup.asked.at.shape[1]
+    left = setup.at_asked[:, variables].T.reshape(len(variables), -1, questions)[:, chosen]
     at = setup.asked.at[chosen]
     rows, columns = np.nonzero(at < length)
     change[:, rows, at[rows, columns]] = -2.0 * left[:, rows, columns]
@@ -202,8 +223,9 @@ def _other_values(
 
 
 def _tied(setup: Setup, top: Top, j: int, group: str) -> str:
-    """What the channel is: mapped to the claim, a rival that scores higher, or ambiguous where the 95 % interval by
-    prompt of the difference from another claim or rival holds 0.
+    """Judge one channel: "mapped" to the claim, "ambiguous", or the name of a claim or rival that it tells better.
+
+    It is ambiguous if the 95 % interval by prompt of its lead over another claim or rival holds 0.
     """
     if group not in ("mean", "threshold"):
         return "mapped"
@@ -223,10 +245,11 @@ def _tied(setup: Setup, top: Top, j: int, group: str) -> str:
 
 
 def shares(decided: Decided, hooks: list[str]) -> tuple[dict[str, list[str]], tuple[float, float, float]]:
-    """Mapped hooks by claim, and the share of hooks mapped to any, with its 95 % interval by prompt."""
+    """The mapped hooks by claim, and the share of hooks mapped to any claim with its 95 % interval by prompt."""
     mapped = {claim: {channel.hook for channel in decided.candidates[claim] if channel.mapped} for claim in CLAIMS}
     by_claim = {claim: sorted(mapped[claim], key=hooks.index) for claim in CLAIMS}
-    # What moves the output in some resamples only counts in those, so the interval holds the setting's error too.
+    # A channel that moves the output in only some resamples counts in only those, so that the interval includes the
+    # error of the setting.
     passed = [f for claim in CLAIMS for f in decided.candidates[claim] if f.told == "mapped" and f.movement_high > 0]
     count = len({f.hook for f in passed if f.mapped})
     if not passed:
