@@ -1,3 +1,4 @@
+// Binds what describes the build and the machine: version, compiler, targets, threads.
 #include <pybind11/stl.h>
 
 #include <map>
@@ -43,7 +44,7 @@ std::vector<py::dict> target_list() {
   return list;
 }
 
-// What the tests need to see that a forced kernel is the one that ran.
+// Lets the tests verify that a forced kernel is the one that ran.
 std::map<std::string, py::dict> kernel_calls() {
   std::map<std::string, py::dict> ops;
   for (int i = 0; i < kTargetCount; ++i) {

@@ -1,3 +1,4 @@
+// Binds the streaming moments of covariance.h.
 #include "bindings/arrays.h"
 #include "covariance/covariance.h"
 
@@ -5,14 +6,14 @@ namespace scalpel::bindings {
 namespace py = pybind11;
 namespace {
 
-// A state as Python holds it. The counts, too, are memory that the op writes: between the return of a call
-// and Python's next statement an interrupt (Ctrl-C) may come, and counts kept by Python would then be left
-// behind.
+// The state as Python holds it. The op writes the counts into the caller's memory as well, because an
+// interrupt (Ctrl-C) may arrive between the return of a call and Python's next statement: counts that Python
+// updated itself would then disagree with the moments.
 //
-//   counts   (2,)             int64    rows that joined, rows that wait
+//   counts   (2,)             int64    rows that have been folded in, rows that still wait
 //   mean     (dim,)           float64
-//   scatter  (dim, dim)       float64, or (0, 0) while no row has joined
-//   waiting  (capacity, dim)  of the waiting rows' dtype
+//   scatter  (dim, dim)       float64, or (0, 0) before the first row is folded in
+//   waiting  (capacity, dim)  the dtype of the waiting rows
 class State {
  public:
   State(const ArrayTuple& counts, const ArrayTuple& mean, const ArrayTuple& scatter,

@@ -1,3 +1,4 @@
+// Binds the tangent and cotangent rules of jvp.h, for the CPU and the GPU alike.
 #include "bindings/arrays.h"
 #include "bindings/place.h"
 
@@ -5,7 +6,7 @@ namespace scalpel::bindings {
 namespace py = pybind11;
 namespace {
 
-// None is a view without data.
+// None becomes a view without data or dimensions, which the ops treat as absent.
 TensorView view_or_none(const py::object& array) {
   return array.is_none() ? TensorView{.ndim = 0} : view_of(array.cast<ArrayTuple>());
 }

@@ -1,4 +1,4 @@
-// scalpel._core: one init_ function for each op.
+// scalpel._core: the module itself, which calls one init_ function per op.
 #include "bindings/arrays.h"
 
 PYBIND11_MODULE(_core, m) {
