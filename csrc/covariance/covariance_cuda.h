@@ -17,12 +17,10 @@
 //   x      (rows, dim)     float16, bfloat16, float32 or float64; last stride 1, any row stride
 //   limit                  the largest size that an entry may have
 //   sums   (chunks, dim)   float64, overwritten: x - x[0] summed over each kColumnSumsRows rows
-//   told   (3,)            float64, not negative, updated in place: told[0] is the minimum of its old value
-//   and
-//                          the index of the first row with an entry that is NaN or larger than limit; told[1]
-//                          the maximum of its old value and |x|; told[2] that of its old value and |x -
-//                          x[0]|. Sizes are computed in float32 unless x is float64, and NaN is ignored in
-//                          them
+//   told   (3,)            float64, not negative, updated in place. told[0] becomes the minimum of itself and
+//                          the index of the first row with an entry that is NaN or larger than limit,
+//                          told[1] the maximum of itself and |x|, and told[2] that of itself and |x - x[0]|.
+//                          Sizes are computed in float32 unless x is float64, and NaN is ignored in them
 #pragma once
 
 #include "../core/tensor_view.h"
