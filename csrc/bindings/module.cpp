@@ -3,8 +3,8 @@
 
 PYBIND11_MODULE(_core, m) {
   m.doc() =
-      "The native core of scalpel. Internal: arrays are (address, dtype, shape, strides) and nobody checks "
-      "lifetimes.";
+      "The native core of scalpel. Internal: arrays are (address, dtype, shape, strides) and "
+      "lifetimes are not checked.";
   pybind11::register_local_exception_translator([](std::exception_ptr error) {
     try {
       if (error) std::rethrow_exception(error);

@@ -70,8 +70,8 @@ void combine(Moments& a, const Moments& b, double sign, double weight, const std
 
 void check_waiting(const Moments& state, const Waiting& waiting) {
   if (waiting.filled < 0 || waiting.filled > waiting.capacity) {
-    throw std::invalid_argument("waiting holds " + std::to_string(waiting.filled) + " of " +
-                                std::to_string(waiting.capacity) + " rows");
+    throw std::invalid_argument("waiting.filled is " + std::to_string(waiting.filled) +
+                                "; allowed: 0 to the capacity, " + std::to_string(waiting.capacity));
   }
   if (state.scatter == nullptr && (state.count != 0 || waiting.capacity < 0)) {
     throw std::invalid_argument("a state with rows needs its scatter");
@@ -131,8 +131,8 @@ std::int64_t update_moments(Moments& state, Waiting& waiting, const TensorView& 
   kernels_for(active_covariance_kernels(), x.dtype);  // throws for an unsupported dtype
   if (rows.count == 0) return -1;
   if (waiting.filled > 0 && waiting.dtype != x.dtype) {
-    throw std::invalid_argument(std::string("rows of ") + name_of(waiting.dtype) + " wait, and x is " +
-                                name_of(x.dtype) + "; fold them first");
+    throw std::invalid_argument(std::string("the waiting rows are ") + name_of(waiting.dtype) + " and x is " +
+                                name_of(x.dtype) + "; fold the waiting rows first");
   }
   waiting.dtype = x.dtype;
   const std::int64_t limit = waiting_limit(state);
@@ -206,7 +206,8 @@ void fold_moments(Moments& state, Waiting& waiting, int threads) {
   check_state(state, "state");
   check_waiting(state, waiting);
   if (waiting.filled == 0) return;
-  if (state.scatter == nullptr) throw std::invalid_argument("rows wait, and there is no scatter to join");
+  if (state.scatter == nullptr)
+    throw std::invalid_argument("the state has waiting rows, but no scatter to fold them into");
   fold_blocks(state, waiting, threads);
   add_block(state, rows_of(waiting, state.dim), threads);
   waiting.filled = 0;

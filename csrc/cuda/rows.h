@@ -41,7 +41,7 @@ inline Rows rows_of(const TensorView& view, const char* name) {
     }
     if (rows.dims == kMaxRowDims) {
       throw std::invalid_argument(std::string(name) + " has more than " + std::to_string(kMaxRowDims) +
-                                  " dimensions that don't lie behind each other; call .contiguous()");
+                                  " leading dimensions whose strides cannot be merged; call .contiguous()");
     }
     rows.shape[rows.dims] = view.shape[i];
     rows.strides[rows.dims] = view.strides[i];

@@ -45,7 +45,8 @@ LaneRows<Real> lanes_of(const LanesOf& of) {
 
 dim3 blocks(std::int64_t count) {
   if (count > 0x7FFFFFFF)
-    jvp::refuse("attention of " + std::to_string(count) + " tiles; a GPU takes 2^31 - 1");
+    jvp::refuse("attention needs " + std::to_string(count) +
+                " blocks of a GPU; at most 2^31 - 1 are allowed: use a smaller batch");
   return dim3(static_cast<unsigned>(count));
 }
 

@@ -82,7 +82,8 @@ inline std::int64_t pieces(std::int64_t n, std::int64_t piece) { return (n + pie
 // A grid with one block per unit of work.
 inline dim3 grid_of(std::int64_t units) {
   if (units > 0x7FFFFFFF)
-    jvp::refuse("there is work for " + std::to_string(units) + " blocks of a GPU; 2^31 - 1 are allowed");
+    jvp::refuse("the work needs " + std::to_string(units) +
+                " blocks of a GPU; at most 2^31 - 1 are allowed: use a smaller batch");
   return dim3(static_cast<unsigned>(units));
 }
 
