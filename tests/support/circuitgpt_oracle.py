@@ -84,8 +84,7 @@ def norm(config: dict[str, Any], weights: dict[str, Vector], name: str, x: Vecto
 
 
 def sparsify(config: dict[str, Any], x: Vector, location: str) -> Vector:
-    """Keep the int(afrac·width) entries of largest magnitude, the lower index among equals, and set the rest to zero.
-    """
+    """Keep the int(afrac·width) entries of largest magnitude, the lower index among equals; zero the rest."""
     if config["afrac"] is None or location not in config["afrac_loctypes"].split(","):
         return x
     kept = sorted(range(len(x)), key=lambda i: (-abs(x[i]), i))[: int(config["afrac"] * len(x))]

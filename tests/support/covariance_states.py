@@ -35,7 +35,7 @@ def same_bits(a: StreamingCovariance, b: StreamingCovariance) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-#   ---- rounding bounds ------------------------------------------------------------------------------
+# ---- rounding bounds ------------------------------------------------------------------------------
 #
 # Adding m numbers one by one in a format of unit roundoff u has an error of at most (m - 1) u times the sum of their
 # sizes: each addition is off by u times a partial sum, and the first one, to zero, is exact (Higham 2002, "Accuracy and
