@@ -1,8 +1,8 @@
-# scalpel._cuda: kernels in a static library with the CUDA runtime inside, and a module of Python around them. Nothing
-# links to the driver or to torch, so that the module loads where there is no GPU.
+# scalpel._cuda: the kernels in a static library that contains the CUDA runtime, and a Python module around
+# them. Nothing links to the driver or to torch, so that the module also loads where there is no GPU.
 set(CMAKE_CUDA_COMPILER ${SCALPEL_NVCC})
 if(NOT CMAKE_CUDA_ARCHITECTURES)
-  set(CMAKE_CUDA_ARCHITECTURES 80-real 90)  # and, for what comes after, PTX of the last
+  set(CMAKE_CUDA_ARCHITECTURES 80-real 90)  # the last includes PTX, for later GPUs
 endif()
 enable_language(CUDA)
 
@@ -10,7 +10,7 @@ file(GLOB _kernels CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/csrc/*/*_cuda.c
 add_library(scalpel_cuda STATIC ${_kernels})
 target_compile_features(scalpel_cuda PUBLIC cuda_std_20)
 target_include_directories(scalpel_cuda PUBLIC ${CMAKE_CURRENT_SOURCE_DIR}/csrc)
-# What spills its registers would be slow without anybody noticing.
+# A kernel that spills registers is slow without anybody noticing, so a spill is an error.
 target_compile_options(scalpel_cuda PRIVATE -Xptxas=-warn-spills -Werror=all-warnings -Xfatbin=-compress-all)
 set_target_properties(scalpel_cuda PROPERTIES
   CUDA_RUNTIME_LIBRARY Static

@@ -1,10 +1,10 @@
-"""Fixtures for every test, and how tests are shared out among processes."""
+"""Fixtures for every test, and the distribution of tests over processes."""
 
 import os
 from collections.abc import Iterator
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: more threads than cores would only wait
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, when torch is imported
+if "PYTEST_XDIST_WORKER" in os.environ:  # with several processes, more threads only compete
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it once, when it is imported
 
 import hypothesis
 import pytest
@@ -15,12 +15,12 @@ from scalpel import _core
 
 pytest_plugins = ["analysis_cases", "cuda_stand_in", "smollm2"]
 
-# The same inputs in every run, and no test fails because the machine is busy. `--hypothesis-profile=default` draws new
-# ones.
+# Hypothesis draws the same inputs in every run and sets no deadline, so that a busy machine fails no test.
+# `--hypothesis-profile=default` draws new inputs.
 hypothesis.settings.load_profile("ci")
 
 
-# The files that take longest, so that no process is left with one of them at the end.
+# The files that take longest start first, so that no process is left with one of them at the end.
 FIRST = [
     "test_fuzz.py",
     "test_build.py",
@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """A file's tests go to one process, so that what they share is made once; and so do those of an `xdist_group`."""
+    """Keep the tests of a file, or of an `xdist_group`, in one process, so that what they share is built once."""
     from xdist.scheduler import LoadGroupScheduling
 
     class ByFileOrGroup(LoadGroupScheduling):
@@ -66,7 +66,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
 @pytest.fixture(params=SUPPORTED)
 def target(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each CPU target that runs here, forced."""
+    """Force each CPU target that runs here, one per test."""
     _core.force_target(request.param)
     yield request.param
     _core.force_target("")

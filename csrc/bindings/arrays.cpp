@@ -28,7 +28,7 @@ TensorView view_of(const ArrayTuple& array) {
     throw std::invalid_argument("an array has " + std::to_string(shape.size()) + " dimensions and " +
                                 std::to_string(strides.size()) + " strides; at most " +
                                 std::to_string(TensorView::kMaxDims) +
-                                " of each are allowed, as many as the other");
+                                " of each are allowed, and the two numbers must be equal");
   }
   view.ndim = static_cast<int>(shape.size());
   for (int i = 0; i < view.ndim; ++i) {

@@ -1,4 +1,5 @@
-// Arrays of Python as TensorViews.
+// Converts the tuples with which Python describes an array into TensorViews. Tuples keep the module free of
+// torch and numpy headers; Python guarantees that the memory stays alive during a call.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -10,11 +11,11 @@
 
 namespace scalpel::bindings {
 
-// (address, dtype name, shape, strides in elements): all that a tensor or array needs to say about itself.
+// (address, dtype name, shape, strides in elements): everything the core needs to know of a tensor or array.
 using ArrayTuple = pybind11::tuple;
 
-// Raises ValueError when the tuple isn't one, names an unknown dtype or has more than TensorView::kMaxDims
-// dimensions.
+// Throws std::invalid_argument (ValueError in Python) when the tuple does not have these four parts or has
+// more than TensorView::kMaxDims dimensions, and DTypeError (TypeError) for an unknown dtype.
 TensorView view_of(const ArrayTuple& array);
 
 void init_core(pybind11::module_& m);

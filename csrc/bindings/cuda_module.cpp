@@ -1,5 +1,5 @@
-// scalpel._cuda: the ops of scalpel._core on a GPU. Loads without a driver; device_count() then says why
-// there is none.
+// scalpel._cuda: the ops of scalpel._core on a GPU. The module loads without a driver, so that one build
+// serves machines with and without a GPU; device_count() then reports why no GPU can be used.
 #include "bindings/arrays.h"
 #include "bindings/place.h"
 #include "cuda/device.h"

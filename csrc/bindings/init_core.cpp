@@ -1,3 +1,4 @@
+// Binds what describes the build and the machine: version, compiler, targets, threads.
 #include <pybind11/stl.h>
 
 #include <map>
@@ -43,7 +44,7 @@ std::vector<py::dict> target_list() {
   return list;
 }
 
-// What the tests need to see that a forced kernel is the one that ran.
+// Lets the tests verify that a forced kernel is the one that ran.
 std::map<std::string, py::dict> kernel_calls() {
   std::map<std::string, py::dict> ops;
   for (int i = 0; i < kTargetCount; ++i) {
@@ -62,14 +63,14 @@ void init_core(py::module_& m) {
   m.def("version", [] { return SCALPEL_VERSION; }, "The version that this module was built from.");
   m.def("compiler", &compiler, "The compiler that built this module.");
   m.def("parallel_backend", &parallel_backend, "The version of OpenMP that parallel loops use.");
-  m.def("max_threads", &max_threads, "The most threads that a parallel loop would use by itself.");
+  m.def("max_threads", &max_threads, "The number of threads that a parallel loop uses at most.");
   m.def("targets", &target_list,
         "Every CPU target, the most wanted first, and whether it is built and supported here.");
   m.def(
       "active_target", [] { return active_target().name; },
       "The target in use. ValueError if SCALPEL_TARGET is wrong.");
   m.def("force_target", &force_target, py::arg("name"),
-        "Use this target from now on; '' for the default. For tests.");
+        "Force a target from now on; '' restores the default. For tests.");
   m.def(
       "prefer_huge_pages",
       [](std::uintptr_t address, std::int64_t bytes) {

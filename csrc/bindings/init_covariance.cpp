@@ -1,3 +1,4 @@
+// Binds the streaming moments of covariance.h.
 #include "bindings/arrays.h"
 #include "covariance/covariance.h"
 
@@ -5,14 +6,14 @@ namespace scalpel::bindings {
 namespace py = pybind11;
 namespace {
 
-// A state as Python holds it. The counts, too, are memory that the op writes: between the return of a call
-// and Python's next statement an interrupt (Ctrl-C) may come, and counts kept by Python would then be left
-// behind.
+// The state as Python holds it. The op writes the counts into the caller's memory as well, because an
+// interrupt (Ctrl-C) may arrive between the return of a call and Python's next statement: counts that Python
+// updated itself would then disagree with the moments.
 //
-//   counts   (2,)             int64    rows that joined, rows that wait
+//   counts   (2,)             int64    rows that have been folded in, rows that still wait
 //   mean     (dim,)           float64
-//   scatter  (dim, dim)       float64, or (0, 0) while no row has joined
-//   waiting  (capacity, dim)  of the waiting rows' dtype
+//   scatter  (dim, dim)       float64, or (0, 0) before the first row is folded in
+//   waiting  (capacity, dim)  the dtype of the waiting rows
 class State {
  public:
   State(const ArrayTuple& counts, const ArrayTuple& mean, const ArrayTuple& scatter,
@@ -106,7 +107,8 @@ void combine(const ArrayTuple& counts, const ArrayTuple& mean, const ArrayTuple&
   const State other(other_counts, other_mean, other_scatter, other_waiting, centered);
   if (state.rows.filled + other.rows.filled > 0 || state.moments.scatter == nullptr ||
       other.moments.scatter == nullptr) {
-    throw std::invalid_argument("states join when no rows wait in either: fold them first");
+    throw std::invalid_argument(
+        "a state has waiting rows or no scatter; call fold_moments on both states first");
   }
   const py::gil_scoped_release release;
   op(state.moments, other.moments, threads);
@@ -122,24 +124,25 @@ void init_covariance(py::module_& m) {
         "row "
         "that isn't finite.");
   m.def("fold_moments", &fold, py::arg("counts"), py::arg("mean"), py::arg("scatter"), py::arg("waiting"),
-        py::arg("centered"), py::arg("threads") = 0, "Let the rows that wait join, in place.");
+        py::arg("centered"), py::arg("threads") = 0, "Fold the waiting rows into a state, in place.");
   m.def("first_bad_row", &first_bad, py::arg("x"), py::arg("threads") = 0,
         "The index of the first row that update_moments would refuse, or -1.");
   m.def("center_rows", &center, py::arg("x"), py::arg("centered"), py::arg("mean"), py::arg("out"),
         py::arg("threads") = 0,
-        "Write the mean of rows, and the rows less it; returns the sum of their squares.");
+        "Write the mean of the rows, and the rows minus that mean; return the sum of squares of the latter.");
   m.def("symmetric_moments", &symmetric, py::arg("counts"), py::arg("mean"), py::arg("scatter"),
         py::arg("waiting"), py::arg("centered"), py::arg("out"), py::arg("threads") = 0,
         "Write scatter / count, both triangles, to out.");
-  m.def("block_rows", [] { return kBlockRows; }, "How many rows wait before they join as one block.");
+  m.def("block_rows", [] { return kBlockRows; }, "The number of rows that are folded in as one block.");
   const auto def = [&m](const char* name, auto* f, const char* doc) {
     m.def(name, f, py::arg("counts"), py::arg("mean"), py::arg("scatter"), py::arg("waiting"),
           py::arg("centered"), py::arg("other_counts"), py::arg("other_mean"), py::arg("other_scatter"),
           py::arg("other_waiting"), py::arg("threads") = 0, doc);
   };
-  def("merge_moments", &combine<merge_moments>, "Add the rows behind another state to a state, in place.");
+  def("merge_moments", &combine<merge_moments>,
+      "Add the rows that another state has seen to a state, in place.");
   def("subtract_moments", &combine<subtract_moments>,
-      "Take the rows behind another state out of a state, in place.");
+      "Remove the rows that another state has seen from a state, in place.");
 }
 
 }  // namespace scalpel::bindings

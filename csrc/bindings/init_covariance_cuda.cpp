@@ -1,3 +1,4 @@
+// Binds the two covariance kernels of covariance_cuda.h.
 #include "bindings/arrays.h"
 #include "bindings/place.h"
 #include "covariance/covariance_cuda.h"

@@ -1,3 +1,4 @@
+// Binds the tangent and cotangent rules of jvp.h, for the CPU and the GPU alike.
 #include "bindings/arrays.h"
 #include "bindings/place.h"
 
@@ -5,7 +6,7 @@ namespace scalpel::bindings {
 namespace py = pybind11;
 namespace {
 
-// None is a view without data.
+// None becomes a view without data or dimensions, which the ops treat as absent.
 TensorView view_or_none(const py::object& array) {
   return array.is_none() ? TensorView{.ndim = 0} : view_of(array.cast<ArrayTuple>());
 }
@@ -130,7 +131,9 @@ void attention(const ArrayTuple& q, const ArrayTuple& k, const ArrayTuple& v, co
 
 void init_jvp(py::module_& m) {
   using py::arg;
-  m.def("tangent_lanes", [] { return kTangentLanes; }, "How many tangents lie side by side.");
+  m.def(
+      "tangent_lanes", [] { return kTangentLanes; },
+      "The number of tangents that lie side by side in lanes.");
   m.def("linear_lanes", &linear, arg("starts"), arg("columns"), arg("weights"), arg("cols"), arg("x"),
         arg("x_index"), arg("scale"), arg("out"), arg("out_index"), place(),
         "A sparse matrix, in compressed rows, times lanes. Indices and scale may be None.");
@@ -138,16 +141,17 @@ void init_jvp(py::module_& m) {
         arg("bias"), arg("out"), place(),
         "Rows times the transposed sparse matrix, plus a bias, which may be None.");
   m.def("rows_to_lanes", &turned<ops::rows_to_lanes>, arg("rows"), arg("lanes"), place(),
-        "Tangents as rows, to lanes.");
+        "Convert tangents stored as rows to lanes.");
   m.def("lanes_to_rows", &turned<ops::lanes_to_rows>, arg("lanes"), arg("rows"), place(),
-        "Lanes to tangents as rows.");
+        "Convert lanes to tangents stored as rows.");
   m.def("norm_jvp", &norm_forward, arg("normed"), arg("rate"), arg("gain"), arg("centred"), arg("over"),
         arg("x"), arg("out"), arg("out_index"), place(), "Tangents of RMSNorm or (centred) LayerNorm.");
   m.def("norm_vjp", &norm_backward, arg("normed"), arg("rate"), arg("gain"), arg("centred"), arg("over"),
-        arg("x"), arg("x_index"), arg("out"), place(), "Its cotangents, added to out.");
+        arg("x"), arg("x_index"), arg("out"), place(),
+        "Cotangents of RMSNorm or (centred) LayerNorm, added to out.");
   m.def("gather_lanes", &gather, arg("x"), arg("out"), arg("index"), place(), "Copy the listed channels.");
   m.def("scatter_lanes", &scatter, arg("x"), arg("index"), arg("out"), place(),
-        "Add entries to the channels that they are.");
+        "Add each entry to its channel.");
   const auto def = [&m](const char* name, auto* f, const char* doc) {
     m.def(name, f, arg("q"), arg("k"), arg("v"), arg("y"), arg("allowed"), arg("sink"), arg("heads"),
           arg("kv_heads"), arg("scale"), arg("dq"), arg("dq_index"), arg("dk"), arg("dk_index"), arg("dv"),

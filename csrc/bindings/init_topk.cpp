@@ -1,3 +1,4 @@
+// Binds the three ops of topk.h, for the CPU and the GPU alike.
 #include "bindings/arrays.h"
 #include "bindings/place.h"
 

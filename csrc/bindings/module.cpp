@@ -1,10 +1,10 @@
-// scalpel._core: one init_ function for each op.
+// scalpel._core: the module itself, which calls one init_ function per op.
 #include "bindings/arrays.h"
 
 PYBIND11_MODULE(_core, m) {
   m.doc() =
-      "The native core of scalpel. Internal: arrays are (address, dtype, shape, strides) and nobody checks "
-      "lifetimes.";
+      "The native core of scalpel. Internal: arrays are (address, dtype, shape, strides) and "
+      "lifetimes are not checked.";
   pybind11::register_local_exception_translator([](std::exception_ptr error) {
     try {
       if (error) std::rethrow_exception(error);

@@ -1,5 +1,5 @@
-// Where the ops of a module run: these files are compiled into _core, whose ops take a number of threads, and
-// into _cuda, whose ops take a device and a stream.
+// Where the ops of a module run. The same binding files are compiled twice: into _core, whose ops take a
+// number of threads, and into _cuda, whose ops take a device and a stream.
 #pragma once
 
 #include <pybind11/pybind11.h>

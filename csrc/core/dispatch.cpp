@@ -1,3 +1,4 @@
+// The table of targets, and the choice among them.
 #include "core/dispatch.h"
 
 #include <atomic>
@@ -74,7 +75,7 @@ const TargetInfo* targets() { return kTargets; }
 const TargetInfo& active_target() {
   const TargetInfo* now = chosen.load(std::memory_order_acquire);
   if (now != nullptr) return *now;
-  // Two first calls at once read the same environment, so they agree.
+  // Two threads that both make the first call read the same environment, so they choose the same target.
   const TargetInfo& picked = pick(from_environment(), "SCALPEL_TARGET");
   const TargetInfo* unset = nullptr;
   chosen.compare_exchange_strong(unset, &picked, std::memory_order_acq_rel);

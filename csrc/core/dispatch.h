@@ -1,5 +1,6 @@
-// Which instruction set the kernels of this process use. One binary carries a copy of every kernel for each
-// target; the first supported one in priority order is taken, unless SCALPEL_TARGET names another.
+// Chooses the instruction set that the kernels of this process use. One binary carries a copy of every
+// kernel for each target: the file grows by the number of targets, and in return one wheel is fast on every
+// CPU. The first supported target in priority order is taken, unless SCALPEL_TARGET names another.
 #pragma once
 
 #include <string>
@@ -12,22 +13,22 @@ inline constexpr int kTargetCount = 4;
 struct TargetInfo {
   Target target;
   const char* name;         // the value of SCALPEL_TARGET that forces it
-  const char* description;  // for people
-  const char* needs;        // CPU features, for messages
+  const char* description;  // one line for a person to read
+  const char* needs;        // the CPU features that it needs, for error messages
   bool built;               // compiled into this binary
-  bool (*cpu_has_needs)();  // asked of the CPU at run time
+  bool (*cpu_has_needs)();  // asks the CPU at run time
   bool supported() const { return built && cpu_has_needs(); }
 };
 
-// All targets, the most wanted first. Has kTargetCount entries, indexed by Target.
+// All targets in order of preference, the fastest first: kTargetCount entries, indexed by Target.
 const TargetInfo* targets();
 
-// The target in use. The first call reads SCALPEL_TARGET.
-// Throws std::invalid_argument when it names no target or one that can't run here.
+// The target in use. The first call reads SCALPEL_TARGET. Throws std::invalid_argument when the variable
+// names no target, or one that cannot run here.
 const TargetInfo& active_target();
 
-// Replaces the choice for the whole process, for tests and comparisons: a name, or "" for the default.
-// Throws std::invalid_argument as above and then leaves the choice as it was.
+// Replaces the choice for the whole process; meant for tests and comparisons. `name` is a target's name, or
+// "" for the default. Throws std::invalid_argument as above, and then leaves the choice as it was.
 void force_target(const std::string& name);
 
 }  // namespace scalpel

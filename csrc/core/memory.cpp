@@ -15,7 +15,8 @@ void prefer_huge_pages([[maybe_unused]] void* address, [[maybe_unused]] std::int
   const auto begin = (reinterpret_cast<std::uintptr_t>(address) + page - 1) / page * page;
   const auto end =
       (reinterpret_cast<std::uintptr_t>(address) + static_cast<std::uintptr_t>(bytes)) / page * page;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a refusal is no error
+  // The result is ignored, because a refusal is not an error.
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
 

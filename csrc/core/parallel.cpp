@@ -9,12 +9,12 @@
 namespace scalpel {
 namespace {
 
-// Below this many steps, waking the other threads costs more than they give.
+// With fewer steps per thread, waking the other threads costs more than they contribute.
 constexpr std::int64_t kMinWorkPerThread = 16384;
 
 std::atomic<bool> forked{false};
 
-// fork() copies only the calling thread: the child has OpenMP's bookkeeping without its threads.
+// fork() copies only the calling thread, so the child has OpenMP's bookkeeping but none of its threads.
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
 
 }  // namespace

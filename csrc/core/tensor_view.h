@@ -1,4 +1,5 @@
-// A tensor that somebody else owns: address, dtype, device, shape and strides. Plain data, no ownership.
+// A view of a tensor that the caller owns: address, dtype, device, shape and strides. It is plain data, so
+// that the core depends on neither Python nor torch; the caller keeps the memory alive.
 #pragma once
 
 #include <cstddef>
@@ -44,13 +45,13 @@ constexpr const char* name_of(DType dtype) {
   }
 }
 
-// A dtype that an op does not take; TypeError in Python.
+// Thrown for a dtype that an op does not take. It becomes a TypeError in Python.
 struct DTypeError : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
 struct TensorView {
-  static constexpr int kMaxDims = 64;  // as many as torch and numpy have
+  static constexpr int kMaxDims = 64;  // the limit of torch and numpy
 
   void* data = nullptr;
   DType dtype = DType::kFloat32;
@@ -59,7 +60,7 @@ struct TensorView {
   std::int64_t shape[kMaxDims] = {};
   std::int64_t strides[kMaxDims] = {};  // in elements, not bytes
 
-  // A row-major matrix, the usual case in C++.
+  // A contiguous row-major matrix, the usual case in C++.
   static TensorView matrix(void* data, DType dtype, std::int64_t rows, std::int64_t width) {
     TensorView view;
     view.data = data;
@@ -74,14 +75,14 @@ struct TensorView {
 
   std::int64_t width() const { return ndim == 0 ? 1 : shape[ndim - 1]; }
 
-  // The number of rows along the last dimension, that is the product of the leading shape.
+  // The number of rows along the last dimension, which is the product of the leading dimensions.
   std::int64_t rows() const {
     std::int64_t n = 1;
     for (int i = 0; i + 1 < ndim; ++i) n *= shape[i];
     return n;
   }
 
-  // Where row r starts, in elements from data.
+  // The offset of row r from `data`, in elements.
   std::int64_t row_offset(std::int64_t r) const {
     std::int64_t offset = 0;
     for (int i = ndim - 2; i >= 0; --i) {
@@ -94,9 +95,9 @@ struct TensorView {
   // True when row r starts at r * row_stride() for every r.
   bool uniform_rows() const {
     if (ndim < 3) return true;
-    std::int64_t next = row_stride() * shape[ndim - 2];  // where the rows of one more outer step should start
+    std::int64_t next = row_stride() * shape[ndim - 2];  // the stride that the next outer dimension needs
     for (int i = ndim - 3; i >= 0; --i) {
-      // A dimension of size 1 takes no step, and its stride means nothing.
+      // A dimension of size 1 is never stepped along, so its stride does not matter.
       if (shape[i] > 1 && strides[i] != next) return false;
       next *= shape[i];
     }

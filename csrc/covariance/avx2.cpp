@@ -1,4 +1,4 @@
-// Scatter tiles for x86-64-v3 (AVX2, FMA, BMI). CMakeLists.txt gives this file its flags.
+// Scatter tiles for x86-64-v3 (AVX2, FMA, BMI). CMakeLists.txt sets this file's compiler flags.
 #include "covariance/kernel.h"
 
 namespace scalpel {

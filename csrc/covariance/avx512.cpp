@@ -1,4 +1,4 @@
-// Scatter tiles for x86-64-v4 (AVX-512 F, BW, DQ, VL). CMakeLists.txt gives this file its flags.
+// Scatter tiles for x86-64-v4 (AVX-512 F, BW, DQ, VL). CMakeLists.txt sets this file's compiler flags.
 #include "covariance/kernel.h"
 
 namespace scalpel {

@@ -1,4 +1,5 @@
-// A block of rows: its mean, its panels, and the tiles of the lower triangle, in parallel.
+// Folds a block of rows into a state: its mean, its packed panels, and the tiles of the lower triangle, in
+// parallel. Packing copies every row once, so that the tiles read contiguous memory.
 #include "covariance/block.h"
 
 #include <algorithm>
@@ -16,13 +17,13 @@
 namespace scalpel {
 namespace {
 
-// Panels that go down the triangle together, against one panel along it: at 1024 rows they fill 512 KB. Where
-// there are too few panels for the threads, one by one.
+// The number of panels of the triangle's rows that share one panel of its columns; 1024 rows of them fill
+// 512 KB. With too few panels for the threads, they are processed one by one.
 constexpr std::int64_t kBand = 4;
 constexpr std::int64_t kPanelsPerThread = 8;
-// Squares beyond this overflow a float64 sum, which would spoil the state without a NaN in sight.
+// Squares of larger entries overflow a float64 sum, which would spoil the state although no entry is NaN.
 constexpr double kLargest = 1e150;
-// Deviations whose squares, 1024 of them summed, float32 holds with room on both sides.
+// The range of deviations of which float32 holds the sum of 1024 squares with room at both ends.
 constexpr double kSmallest = 1e-12;
 constexpr double kLargestFloat = 1e15;
 
@@ -35,7 +36,7 @@ void multiply(const CovarianceKernels& kernels, const double* a, const double* b
   kernels.tile_float64(a, b, rows, tile);
 }
 
-// S: what products are in.
+// S is the type in which products are computed.
 template <class S>
 class Block {
  public:
@@ -61,7 +62,8 @@ class Block {
     const std::int64_t after = before + rows_.count;
     if (state_.centered) {
       shift_ = mean_;
-      // Chan's d d^T n_a n_b / n: one more product of a row with itself, sqrt(n_a n_b / n) d.
+      // The term d d^T n_a n_b / n of Chan's rule is one more outer product, that of the row sqrt(n_a n_b /
+      // n) d.
       const double weight = std::sqrt(static_cast<double>(before) / static_cast<double>(after)) *
                             std::sqrt(static_cast<double>(rows_.count));
       for (std::int64_t c = 0; c < dim_; ++c)
@@ -78,8 +80,9 @@ class Block {
 
  private:
   static constexpr std::int64_t kWidth = kPanelBytes / static_cast<std::int64_t>(sizeof(S));
-  // Rows of a product before it is added in float64. At 128 the error of float32 products is half of torch's
-  // XᵀX (at 256 like it, at 64 a quarter, for a twelfth more time); panels of 256 float64 rows are fastest.
+  // The number of rows that are summed before the sum is added in float64. With 128 the error of float32
+  // products is half that of torch's X^T X (with 256 it is equal, with 64 a quarter, for a twelfth more
+  // time). For float64, panels of 256 rows are fastest.
   static constexpr std::int64_t kChunk = sizeof(S) == 4 ? 128 : 256;
   static constexpr std::align_val_t kAlign{64};
   struct Free {
@@ -114,8 +117,8 @@ class Block {
     const std::int64_t bands = (panels_ + together - 1) / together;
     auto some = [&](std::int64_t first, std::int64_t last, int) {
       for (std::int64_t band = first; band < last; ++band) {
-        const std::int64_t top =
-            (bands - 1 - band) * together;  // the longest first, so that threads end together
+        // The longest bands come first, so that all threads finish together.
+        const std::int64_t top = (bands - 1 - band) * together;
         const std::int64_t bottom = std::min(panels_, top + together);
         for (std::int64_t q = 0; q < bottom; ++q) {
           for (std::int64_t p = std::max(top, q); p < bottom; ++p) add_tile(p, q);
@@ -145,9 +148,9 @@ class Block {
   const std::int64_t dim_;
   const std::int64_t panels_;
   const int threads_;
-  std::vector<double> mean_;   // of the block
-  std::vector<double> shift_;  // what is taken off each row
-  std::vector<double> joint_;  // the row that joins block and state
+  std::vector<double> mean_;   // the block's mean
+  std::vector<double> shift_;  // what is subtracted from each row
+  std::vector<double> joint_;  // the row whose outer product accounts for the difference of the means
   std::unique_ptr<S[], Free> packed_;
 };
 
@@ -205,7 +208,7 @@ double find_mean(const Rows& rows, std::int64_t dim, bool centered, double* mean
   double most = 0;
   for (std::int64_t c = 0; c < dim; ++c) {
     mean[c] = start[c] + mean[c] / static_cast<double>(rows.count);
-    // no entry is farther from the mean than twice its distance from the first
+    // No entry is farther from the mean than twice the largest distance from the first row.
     most = std::max(most, centered ? 2 * peaks[c] : peaks[c] + std::fabs(start[c]));
   }
   return most;

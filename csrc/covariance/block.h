@@ -1,4 +1,4 @@
-// One block of rows joins a state. Internal.
+// Folds one block of rows into a state. Internal: shared by moments.cpp and block.cpp.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace scalpel {
 
-// Of one dtype, `stride` elements from one to the next.
+// Rows of one dtype; consecutive rows are `stride` elements apart.
 struct Rows {
   const void* data;
   std::int64_t stride;
@@ -25,14 +25,14 @@ struct Rows {
 const CovarianceKernels& active_covariance_kernels();
 const RowKernels& kernels_for(const CovarianceKernels& kernels, DType dtype);
 
-// The index of the first row with an entry that is not finite or too large, or -1.
+// The index of the first row with an entry that is NaN, infinite or too large, or -1.
 std::int64_t first_bad_row(const Rows& rows, std::int64_t dim, int threads);
 
-// The mean of the rows, float64, from rows shifted by the first of them, so that a column that never varies
-// has its own value as its mean. Returns a bound on |x - mean|, or on |x| if not centered.
+// Computes the mean of the rows in float64. The rows are shifted by the first of them, so that the mean of a
+// column that never varies is exactly its value. Returns a bound on |x - mean|, or on |x| if not centered.
 double find_mean(const Rows& rows, std::int64_t dim, bool centered, double* mean, int threads);
 
-// At most kBlockRows rows, all finite, join the state.
+// Folds at most kBlockRows rows, all of them finite, into the state.
 void add_block(Moments& state, const Rows& rows, int threads);
 
 }  // namespace scalpel

@@ -1,12 +1,12 @@
-// What an update asks of its rows before it multiplies them, in one read of them: sums of columns, the first
-// row that isn't finite, and the largest sizes.
+// What an update must know of its rows before it multiplies them: sums of columns, the first row that is not
+// finite, and the largest sizes. All of it takes one read of the rows.
 //
-// A block has a stretch of columns and kChunk rows. Sums are in float64, of what rows are from the first: a
-// column that never varies sums to exactly 0. The sums of the chunks are the caller's to add
-// up. Largest and first do not depend on an order, so they are atomics, on the
-// bits of numbers that aren't negative.
+// A block handles a range of columns and kChunk rows. Sums are float64 sums of the differences from the
+// first row, so that a column that never varies sums to exactly 0; the caller adds up the sums of the
+// chunks. The maxima and the first row do not depend on the order of evaluation, so they use atomics, on the
+// bit patterns of numbers that are not negative.
 //
-// Cost: the rows once, and a 64th as many float64 numbers written.
+// Cost: one read of the rows, and a write of 1/64 as many float64 numbers.
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads) column_sums(Job job) {
         sums[c] += static_cast<double>(value) - static_cast<double>(from);
         const Value apart = value > from ? value - from : from - value;
         const Value magnitude = value < 0 ? -value : value;
-        if (apart > farthest) farthest = apart;  // not so of NaN
+        if (apart > farthest) farthest = apart;  // false for NaN, which is therefore ignored
         if (magnitude > size) size = magnitude;
         if (!(magnitude <= limit) && row < bad) bad = row;
       }

@@ -1,4 +1,4 @@
-// An entry of rows on a GPU: how its dtype is held, and its value.
+// An entry of a row on a GPU: the type that stores it, and its value.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,8 @@ template <DType kType>
 using Bits = std::conditional_t<kType == DType::kFloat64, double,
                                 std::conditional_t<kType == DType::kFloat32, float, std::uint16_t>>;
 
-// float64 of a float64 entry, else float32, which holds all of the others.
+// The value of an entry: float64 for float64, otherwise float32, which represents all the other dtypes
+// exactly.
 template <DType kType>
 __device__ auto value_of(Bits<kType> bits) {
   if constexpr (kType == DType::kBFloat16)

@@ -1,24 +1,26 @@
-// The lower triangle of a Gram matrix on tensor cores: a block a tile, and all rows go by it in slabs.
+// The lower triangle of a Gram matrix on tensor cores. Each block owns a tile, and all rows pass by it in
+// slabs.
 //
-// Tensor cores multiply bfloat16. Of 24 bits, three bfloat16 numbers hold all: v = hi + mid + lo, and of the
-// nine products of two such sums the six largest are taken; the others are below 2^-24 of |v w| each, as
-// rounding in float32 is. (Henry, Tang & Heinecke 2019, "Leveraging the bfloat16 artificial intelligence
-// datatype for higher-precision computations".) bfloat16 has float32's exponents, so no part leaves the
-// range.
+// Tensor cores multiply bfloat16. Three bfloat16 numbers hold all 24 bits of a float32: v = hi + mid + lo.
+// Of the nine products of two such sums the six largest are computed; each of the others is below 2^-24 of
+// |v w|, like the rounding error of float32. (Henry, Tang & Heinecke 2019, "Leveraging the bfloat16
+// artificial intelligence datatype for higher-precision computations".) bfloat16 has the exponents of
+// float32, so no part leaves the range.
 //
-// A tensor core cuts off what does not fit its sum, it doesn't round. Cuts all go one way, and over n
-// additions of positive products, a variance's, they grow like n (Fasi, Higham, Mikaitis & Pranesh 2021,
-// "Numerical behavior of NVIDIA tensor cores"). So only the products of 16 rows (32 of single bfloat16) are
-// summed there, the small ones first; these sums are added up in float32, rounded (Ootomo & Yokota 2022,
-// "Recovering single precision accuracy from tensor cores"), in two steps, and in float64 every kFlush rows.
+// A tensor core truncates its sums instead of rounding them. Truncation errors all have the same sign, and
+// over n additions of positive products, as in a variance, they grow like n (Fasi, Higham, Mikaitis &
+// Pranesh 2021, "Numerical behavior of NVIDIA tensor cores"). Therefore a tensor core only sums the products
+// of 16 rows (32 for single bfloat16), the small ones first. These sums are added with rounding in float32
+// (Ootomo & Yokota 2022, "Recovering single precision accuracy from tensor cores"), in two steps, and in
+// float64 every kFlush rows.
 //
-// Shared memory holds four rows of a column as one word of 64 bits, which is what a thread needs of a
-// 16-row step for either operand: which four of the 16 is the same for both, so the sum doesn't care. The
-// next slab is read into registers while this one is multiplied. A diagonal tile has one operand, and its
-// warps leave out what is above the diagonal.
+// Shared memory holds four rows of a column as one word of 64 bits, which is what a thread needs of a 16-row
+// step for either operand. Which four of the 16 rows a word holds is the same for both operands, so it does
+// not affect the sum. The next slab is read into registers while the current one is multiplied. A diagonal
+// tile has only one operand, and its warps skip what is above the diagonal.
 //
-// Cost: n dim^2 / 2 products, times 6 for three parts; every tile reads its rows once, dim / 128 times each
-// in all, mostly from L2. Small dims take tiles of 64, so that there are enough blocks.
+// Cost: n dim^2 / 2 products, times 6 for three parts. Every tile reads its rows once, so each row is read
+// dim / 128 times in total, mostly from L2. Small dims use tiles of 64, so that there are enough blocks.
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
@@ -30,13 +32,14 @@ namespace scalpel::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kSlab = 32;  // rows in shared memory at a time
+constexpr int kSlab = 32;  // rows held in shared memory at a time
 constexpr int kQuads = kSlab / 4;
-// Rows after which the sums in registers are added to those in shared memory, and these to the scatter.
-// n numbers of one sign, added one by one, have an error of some eps sqrt(n / 12): 128 sums of 16 rows twice
-// that of torch's float32 product, in two steps of 16 half of it. By count of bytes, a step takes a twentieth
-// of the products' time, and the scatter, in float64 from L2, about as much. Single bfloat16 sums 32 rows at
-// once, and takes a sixth of the time, so that it goes further.
+// The number of rows after which the sums in registers are added to those in shared memory (kSettle), and
+// those to the scatter (kFlush). Adding n numbers of one sign one by one has an error of about eps sqrt(n /
+// 12): 128 sums of 16 rows give twice the error of torch's float32 product, two steps of 16 half of it.
+// Judged by the bytes moved, a step costs a twentieth of the time of the products, and adding to the
+// scatter, in float64 from L2, about as much. Single bfloat16 sums 32 rows at once and takes a sixth of the
+// time, so both intervals are longer.
 template <int kSplits>
 constexpr int kSettle = kSplits == 1 ? 1024 : 256;
 template <int kSplits>
@@ -48,8 +51,8 @@ struct Job {
   double* scatter;
   std::int64_t rows, stride;
   int dim;
-  bool paired;  // two neighbours can be read at once
-  bool wide;    // two neighbours of scatter can be
+  bool paired;  // two neighbouring entries of x can be read at once
+  bool wide;    // two neighbouring entries of scatter can be read and written at once
 };
 
 template <DType kType>
@@ -71,15 +74,17 @@ __device__ float2 floats_of(Pair<kType> pair) {
                        device::float_of_half(static_cast<std::uint16_t>(pair >> 16)));
 }
 
-// A thread's share of a slab, on its way from memory to shared memory: two columns of some quads of rows.
+// A thread's share of a slab on its way from device memory to shared memory: two columns of some groups of
+// four rows.
 template <DType kType, int kSplits, int kTile>
 struct Carried {
-  static constexpr int kPitch = kTile + 4;  // of 64 bits: lanes that read at once meet in no bank
+  // In words of 64 bits. Lanes that read together use different banks.
+  static constexpr int kPitch = kTile + 4;
   static constexpr int kPart = kQuads * kPitch;
   static constexpr int kPairs = kTile / 2;
   static constexpr int kItems = kQuads * kPairs / kThreads;
 
-  int column, slot;  // in x, and in the tile
+  int column, slot;  // the column in x and its place in the tile
   int quad;
   float2 shift;
   Pair<kType> held[kItems][4];
@@ -119,7 +124,7 @@ struct Carried {
       float2 v[4];
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const bool there = first_row + row_of(item, r) < job.rows;  // else 0, and no shift
+        const bool there = first_row + row_of(item, r) < job.rows;  // otherwise 0, without a shift
         const float2 x = floats_of<kType>(held[item][r]);
         v[r] = make_float2(there ? x.x - shift.x : 0.0f, there ? x.y - shift.y : 0.0f);
       }
@@ -137,25 +142,25 @@ struct Carried {
       }
     }
   }
-  // What the part leaves, exactly.
+  // Subtracts a part; the remainder is exact.
   static __device__ void less(float& low, float& high, unsigned part) {
     low -= __uint_as_float(part << 16);
     high -= __uint_as_float(part & 0xFFFF0000u);
   }
 };
 
-// 8 warps, two down the tile and four along it, each with kSide by kSide pieces of 16 by 8.
+// A tile is covered by 8 warps, two down and four along, each with kSide by kSide pieces of 16 by 8.
 template <int kSplits, int kTile>
 struct Tile {
   static constexpr int kSide = kTile / 32;
   static constexpr int kPitch = kTile + 4, kPart = kQuads * kPitch;
-  static constexpr int kChain = kSplits == 1 ? 2 : 1;  // steps of 16 rows that a tensor core sums
+  static constexpr int kChain = kSplits == 1 ? 2 : 1;  // steps of 16 rows that a tensor core sums in one go
 
-  int down, along;  // where the warp's part begins
+  int down, along;  // where the warp's part of the tile begins
   int lane_row, lane_pair;
   bool diagonal;
   float sums[kSide][kSide][4];
-  float* settled;  // as many of this thread, kThreads from one to the next
+  float* settled;  // this thread's settled sums, kThreads apart
 
   __device__ Tile(bool diagonal_, float* shared) : diagonal(diagonal_), settled(shared + threadIdx.x) {
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -187,7 +192,7 @@ struct Tile {
 
   __device__ void add_slab(const uint2* a_slab, const uint2* b_slab) {
     constexpr int kTerms = kSplits == 1 ? 1 : 6;
-    constexpr int kLeft[6] = {kSplits - 1, 0, 1, 1, 0, 0};  // the smallest products first
+    constexpr int kLeft[6] = {kSplits - 1, 0, 1, 1, 0, 0};  // the smallest products come first
     constexpr int kRight[6] = {0, kSplits - 1, 1, 0, 1, 0};
 #pragma unroll
     for (int step = 0; step < kSlab / 16; step += kChain) {
@@ -280,10 +285,10 @@ __global__ void __launch_bounds__(kThreads) gram(Job job) {
   SCALPEL_DYNAMIC_SHARED(memory);
   auto* shared = reinterpret_cast<uint2*>(memory);  // slab, operand, part, quad, column
 
-  // Tiles row by row: 0 and its diagonal, 1, ...
+  // Tiles are numbered row by row through the lower triangle, the diagonal included.
   const double index = static_cast<double>(blockIdx.x);
   auto row = static_cast<std::int64_t>((sqrt(8.0 * index + 1.0) - 1.0) / 2.0);
-  while ((row + 1) * (row + 2) / 2 <= blockIdx.x) ++row;  // where the root was rounded
+  while ((row + 1) * (row + 2) / 2 <= blockIdx.x) ++row;  // corrects for the rounding of the root
   while (row * (row + 1) / 2 > blockIdx.x) --row;
   const int i0 = static_cast<int>(row) * kTile;
   const int j0 = static_cast<int>(blockIdx.x - row * (row + 1) / 2) * kTile;
@@ -309,7 +314,7 @@ __global__ void __launch_bounds__(kThreads) gram(Job job) {
   for (std::int64_t s = 0; s < slabs; ++s) {
     if (s + 1 < slabs) read(s + 1);
     tile.add_slab(slab(s, 0), slab(s, diagonal ? 0 : 1));
-    if (s + 1 < slabs) write(s + 1);  // what was there was read before the last barrier
+    if (s + 1 < slabs) write(s + 1);  // its old content was read before the last barrier
     __syncthreads();
     if ((s + 1) % (kFlush<kSplits> / kSlab) == 0) {
       tile.flush(job, i0, j0);
@@ -320,7 +325,7 @@ __global__ void __launch_bounds__(kThreads) gram(Job job) {
   tile.flush(job, i0, j0);
 }
 
-// Two slabs of two operands, and a tile of float32.
+// Two slabs of two operands, and one tile of float32.
 template <int kSplits, int kTile>
 constexpr std::size_t shared_bytes() {
   return 4 * sizeof(uint2) * kSplits * Tile<kSplits, kTile>::kPart + sizeof(float) * kTile * kTile;
@@ -337,7 +342,7 @@ template <DType kType>
 void run(Job job, int splits, const CudaQueue& queue) {
   constexpr std::int64_t kItem = sizeof(Bits<kType>);
   job.paired = reinterpret_cast<std::uintptr_t>(job.x) % (2 * kItem) == 0 && job.stride % 2 == 0;
-  // Either tile gives the same bits: an entry's sum doesn't depend on its place.
+  // Both tile sizes give the same bits, because the sum of an entry does not depend on its place in a tile.
   const std::int64_t side = (job.dim + 127) / 128;
   const bool enough = side * (side + 1) / 2 >= device::multiprocessors();
   const std::size_t room = device::most_shared();

@@ -1,4 +1,4 @@
-// Checks, rows that wait for a block, and states that join or part.
+// The operations of covariance.h: checks, rows that wait for a block, and adding and subtracting states.
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
@@ -16,7 +16,7 @@ namespace {
 const CovarianceKernels* kernels_of(Target target) {
   switch (target) {
 #if defined(SCALPEL_X86_TARGETS)
-    case Target::kAvx512Vbmi2:  // compressing lanes is of no use here
+    case Target::kAvx512Vbmi2:  // these kernels never compress lanes, so VBMI2 does not help
     case Target::kAvx512:
       return &covariance_avx512();
     case Target::kAvx2:
@@ -54,7 +54,7 @@ void check_pair(const Moments& a, const Moments& b) {
   }
 }
 
-// scatter_a = scatter_a + sign * (scatter_b + weight * d d^T) over the lower triangle.
+// scatter_a = scatter_a + sign * (scatter_b + weight * d d^T), on the lower triangle.
 void combine(Moments& a, const Moments& b, double sign, double weight, const std::vector<double>& d,
              int threads) {
   auto rows = [&](std::int64_t begin, std::int64_t end, int) {
@@ -70,8 +70,8 @@ void combine(Moments& a, const Moments& b, double sign, double weight, const std
 
 void check_waiting(const Moments& state, const Waiting& waiting) {
   if (waiting.filled < 0 || waiting.filled > waiting.capacity) {
-    throw std::invalid_argument("waiting holds " + std::to_string(waiting.filled) + " of " +
-                                std::to_string(waiting.capacity) + " rows");
+    throw std::invalid_argument("waiting.filled is " + std::to_string(waiting.filled) +
+                                "; allowed: 0 to the capacity, " + std::to_string(waiting.capacity));
   }
   if (state.scatter == nullptr && (state.count != 0 || waiting.capacity < 0)) {
     throw std::invalid_argument("a state with rows needs its scatter");
@@ -95,7 +95,7 @@ void wait(Waiting& waiting, const Rows& rows, std::int64_t dim, int threads) {
   waiting.filled += rows.count;
 }
 
-// Whole blocks join the state; what is left moves to the front.
+// Folds whole blocks into the state and moves the remaining rows to the front.
 void fold_blocks(Moments& state, Waiting& waiting, int threads) {
   const Rows rows = rows_of(waiting, state.dim);
   const std::int64_t whole = waiting.filled / kBlockRows * kBlockRows;
@@ -128,11 +128,11 @@ std::int64_t update_moments(Moments& state, Waiting& waiting, const TensorView& 
                                 " in its last dimension; it must be 1 (make it contiguous)");
   }
   Rows rows{x.data, x.row_stride(), x.shape[0], x.dtype};
-  kernels_for(active_covariance_kernels(), x.dtype);  // refuses a dtype
+  kernels_for(active_covariance_kernels(), x.dtype);  // throws for an unsupported dtype
   if (rows.count == 0) return -1;
   if (waiting.filled > 0 && waiting.dtype != x.dtype) {
-    throw std::invalid_argument(std::string("rows of ") + name_of(waiting.dtype) + " wait, and x is " +
-                                name_of(x.dtype) + "; fold them first");
+    throw std::invalid_argument(std::string("the waiting rows are ") + name_of(waiting.dtype) + " and x is " +
+                                name_of(x.dtype) + "; fold the waiting rows first");
   }
   waiting.dtype = x.dtype;
   const std::int64_t limit = waiting_limit(state);
@@ -197,7 +197,7 @@ double center_rows(const TensorView& x, bool centered, const TensorView& mean, c
   };
   parallel_for(rows.count, std::max<std::int64_t>(1, 65536 / dim), threads_for(rows.count * dim, threads),
                some);
-  double sum = 0;  // in the order of the rows, whatever the threads
+  double sum = 0;  // summed in the order of the rows, whatever the number of threads
   for (const double each : squares) sum += each;
   return sum;
 }
@@ -206,7 +206,8 @@ void fold_moments(Moments& state, Waiting& waiting, int threads) {
   check_state(state, "state");
   check_waiting(state, waiting);
   if (waiting.filled == 0) return;
-  if (state.scatter == nullptr) throw std::invalid_argument("rows wait, and there is no scatter to join");
+  if (state.scatter == nullptr)
+    throw std::invalid_argument("the state has waiting rows, but no scatter to fold them into");
   fold_blocks(state, waiting, threads);
   add_block(state, rows_of(waiting, state.dim), threads);
   waiting.filled = 0;
@@ -250,7 +251,7 @@ void subtract_moments(Moments& state, const Moments& other, int threads) {
     state.mean[c] = rest;
   }
   combine(state, other, -1.0, na / (na + nb) * nb, d, threads);
-  // Cancellation may leave a variance a rounding error below zero, where none can be.
+  // Cancellation may leave a variance slightly below zero, which is impossible for a variance.
   for (std::int64_t c = 0; c < dim; ++c)
     state.scatter[c * dim + c] = std::max(0.0, state.scatter[c * dim + c]);
   state.count = left;

@@ -1,4 +1,5 @@
-// Scatter tiles for the architecture's baseline. CMakeLists.txt gives this file its flags.
+// Scatter tiles for the architecture's baseline instruction set. CMakeLists.txt sets this file's compiler
+// flags.
 #include "covariance/kernel.h"
 
 namespace scalpel {

@@ -1,4 +1,5 @@
-// The covariance in full, from the lower triangle of a scatter.
+// Expands the lower triangle of a scatter to the full covariance, square by square, so that the transposed
+// writes stay in cache.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
@@ -9,7 +10,7 @@
 namespace scalpel {
 namespace {
 
-constexpr std::int64_t kSide = 32;  // of a square that stays in L1, its mirror image beside it
+constexpr std::int64_t kSide = 32;  // the side of a square that fits L1 together with its mirror image
 
 template <class T>
 void mirror(const Moments& state, T* out, int threads) {
@@ -19,7 +20,8 @@ void mirror(const Moments& state, T* out, int threads) {
   auto bands = [&](std::int64_t first, std::int64_t last, int) {
     T image[kSide * kSide];
     for (std::int64_t band = first; band < last; ++band) {
-      const std::int64_t p = squares - 1 - band;  // the longest first, so that threads end together
+      // The longest bands come first, so that all threads finish together.
+      const std::int64_t p = squares - 1 - band;
       const std::int64_t top = p * kSide;
       const std::int64_t height = std::min(kSide, dim - top);
       for (std::int64_t left = 0; left < top; left += kSide) {

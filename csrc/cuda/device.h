@@ -1,14 +1,16 @@
-// What kernels for GPUs are written in: CUDA where nvcc compiles them, and where a C++ compiler does, the
-// stand-in of tests/native/host_cuda, which runs the threads of a block one after the other on the CPU.
+// The dialect in which GPU kernels are written. It is CUDA when nvcc compiles them. When a C++ compiler
+// does, it is the stand-in of tests/native/host_cuda, which runs the threads of a block one after another on
+// the CPU, so that the kernels can be tested without a GPU.
 //
-// Kernels keep to what both have: barriers, shuffles, votes, atomics, shared memory, and `launch` in place of
-// the three brackets. Nothing here waits for the device; memory is the caller's.
+// Kernels use only what both provide: barriers, shuffles, votes, atomics, shared memory, and `launch` in
+// place of CUDA's triple angle brackets. Nothing here waits for the device, and all memory belongs to the
+// caller.
 #pragma once
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
 
-// Shared memory whose size is given at the launch, aligned to 16 bytes; once in a kernel.
+// Declares shared memory whose size is given at launch, aligned to 16 bytes. Use it once per kernel.
 #define SCALPEL_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 
 namespace scalpel::device {
@@ -19,10 +21,11 @@ void start(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t sha
   kernel<<<grid, block, shared, stream>>>(arguments...);
 }
 
-// d += a b with a (16, 16) and b (16, 8) of bfloat16, d (16, 8) float32, spread over a warp as PTX
-// ISA 9.7.14.5 (mma.m16n8k16) has it: with g = lane / 4 and t = lane % 4, a[0] holds (row g, columns 2t, 2t +
-// 1), a[1] the same of row g + 8, a[2] and a[3] those of columns 2t + 8; b[0] (rows 2t, 2t + 1, column g),
-// b[1] rows 2t + 8; d[0], d[1] (row g, columns 2t, 2t + 1), d[2], d[3] row g + 8.
+// d += a b, where a is (16, 16) and b is (16, 8), both bfloat16, and d is (16, 8), float32. The matrices are
+// distributed over a warp as PTX ISA 9.7.14.5 (mma.m16n8k16) prescribes. With g = lane / 4 and t = lane % 4:
+// a[0] holds row g, columns 2t and 2t + 1; a[1] the same of row g + 8; a[2] and a[3] those of columns 2t + 8
+// and 2t + 9. b[0] holds rows 2t and 2t + 1 of column g, b[1] rows 2t + 8 and 2t + 9. d[0] and d[1] hold row
+// g, columns 2t and 2t + 1; d[2] and d[3] those of row g + 8.
 __device__ __forceinline__ void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
@@ -31,7 +34,7 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const unsigned (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Two numbers rounded to bfloat16, in the halves of a word; ties to even.
+// Rounds two numbers to bfloat16, ties to even, and packs them into the halves of a word.
 __device__ __forceinline__ unsigned pack_bf16(float low, float high) {
   unsigned both;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
@@ -46,9 +49,9 @@ __device__ __forceinline__ float float_of_half(unsigned short bits) {
 
 }  // namespace scalpel::device
 #elif __has_include("host_cuda.h")
-#include "host_cuda.h"  // on the include path of the tests alone
+#include "host_cuda.h"  // only the tests have it on their include path
 #else
-#include <cuda_runtime.h>  // for who only calls the ops
+#include <cuda_runtime.h>  // for code that only calls the ops
 #endif
 
 #include <cstddef>
@@ -61,7 +64,7 @@ __device__ __forceinline__ float float_of_half(unsigned short bits) {
 
 namespace scalpel {
 
-// Where to run: a device and a stream of it (0: the default stream).
+// Where to run: a device and one of its streams (nullptr: the default stream).
 struct CudaQueue {
   int device = 0;
   cudaStream_t stream = nullptr;
@@ -71,11 +74,11 @@ namespace device {
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  (void)cudaGetLastError();  // or the next launch would be blamed for it
+  (void)cudaGetLastError();  // clears the error, or the next launch would report it
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// Makes the queue's device the current one, and puts the former back.
+// Makes the queue's device the current one, and restores the previous one at the end of the scope.
 class OnDevice {
  public:
   explicit OnDevice(const CudaQueue& queue) {
@@ -95,7 +98,8 @@ class OnDevice {
   bool changed_ = false;
 };
 
-// The dynamic shared memory that a block may have on the current device once a kernel has asked for it.
+// The largest amount of dynamic shared memory that a block can have on the current device, once its kernel
+// has requested it.
 inline std::size_t most_shared() {
   int device = 0, most = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
@@ -112,8 +116,8 @@ inline int multiprocessors() {
 }
 
 #if defined(__CUDACC__) || __has_include("host_cuda.h")
-// Lets a kernel ask for all the shared memory that there is; once for each kernel and device, and never for
-// less, since another thread may be about to launch it with more.
+// Lets a kernel use all of the shared memory. This is done once per kernel and device, and never for a
+// smaller amount, because another thread may be about to launch the kernel with more.
 inline void allow_shared(const void* kernel) {
   static std::mutex mutex;
   static std::set<std::pair<const void*, int>> done;
@@ -128,7 +132,7 @@ inline void allow_shared(const void* kernel) {
         "cudaFuncSetAttribute");
 }
 
-// Starts a kernel and reports what is wrong with the launch; what goes wrong in it shows at a later call.
+// Starts a kernel and reports errors of the launch. Errors inside the kernel appear at a later call.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared, const CudaQueue& queue,
             Arguments... arguments) {

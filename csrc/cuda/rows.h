@@ -1,4 +1,5 @@
-// Where the rows of a strided tensor begin, for kernels.
+// Locates the rows of a strided tensor inside a kernel. The number of dimensions is bounded, so that the
+// description fits a kernel's arguments.
 #pragma once
 
 #include <stdexcept>
@@ -11,13 +12,13 @@ namespace scalpel::device {
 
 constexpr int kMaxRowDims = 8;
 
-// The leading dimensions of a tensor, those that lie behind each other merged into one.
+// The leading dimensions of a tensor; neighbouring dimensions that form one uniform stride are merged.
 struct Rows {
   int dims = 0;
   std::int64_t shape[kMaxRowDims];
   std::int64_t strides[kMaxRowDims];
 
-  // Where row r begins, in elements.
+  // The offset of row r, in elements.
   __host__ __device__ std::int64_t offset(std::int64_t r) const {
     std::int64_t found = 0;
     for (int i = dims - 1; i > 0; --i) {
@@ -40,7 +41,7 @@ inline Rows rows_of(const TensorView& view, const char* name) {
     }
     if (rows.dims == kMaxRowDims) {
       throw std::invalid_argument(std::string(name) + " has more than " + std::to_string(kMaxRowDims) +
-                                  " dimensions that don't lie behind each other; call .contiguous()");
+                                  " leading dimensions whose strides cannot be merged; call .contiguous()");
     }
     rows.shape[rows.dims] = view.shape[i];
     rows.strides[rows.dims] = view.strides[i];

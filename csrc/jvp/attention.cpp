@@ -1,4 +1,5 @@
-// Attention on lanes: checks, and one task for each head of each row of the batch.
+// Attention on lanes: the checks, and one task for each head of each batch row. Heads that share k and v
+// belong to one piece of work, so that the pieces need no synchronisation.
 #include <vector>
 
 #include "jvp/attention_checks.h"
@@ -11,7 +12,7 @@ namespace {
 
 using Sizes = AttentionSizes;
 
-// Where each head's entries are, (tokens, heads). An index must ascend within a token.
+// The entries of each head, (tokens, heads). An index must ascend within a token.
 template <class Real>
 std::vector<HeadEntries<Real>> entries_of(const LanesOf& of, const char* name, std::int64_t tokens,
                                           std::int64_t heads, std::int64_t d) {
@@ -42,7 +43,7 @@ std::vector<HeadEntries<Real>> entries_of(const LanesOf& of, const char* name, s
   return found;
 }
 
-// The same with a head's tokens side by side, as a task wants them: (batch, heads, length).
+// The same entries ordered by head, (batch, heads, length), as a task expects them.
 template <class Real>
 std::vector<HeadEntries<Real>> by_head(const std::vector<HeadEntries<Real>>& entries, const Sizes& sizes,
                                        std::int64_t heads) {
@@ -64,7 +65,8 @@ void clear(const LanesOf& of) {
   std::memset(of.lanes.data, 0, static_cast<std::size_t>(elements * item_size(of.lanes.dtype)));
 }
 
-// forward: the jvp. Heads of q that share k and v are one piece of work backward, because they add up there.
+// Runs the jvp if `forward`, else the vjp. In the vjp, heads of q that share k and v add to the same
+// cotangents.
 void run(const Attention& at, const LanesOf& q, const LanesOf& k, const LanesOf& v, const TensorView& y,
          int threads, bool forward) {
   const Sizes sizes = check_attention(at, q, k, v, y, Contents::kChecked);

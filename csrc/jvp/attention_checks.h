@@ -1,4 +1,4 @@
-// What attention's ops ask of their views, wherever they run.
+// The argument checks of attention, shared by the CPU and the GPU.
 #pragma once
 
 #include <string>

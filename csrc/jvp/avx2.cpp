@@ -1,4 +1,4 @@
-// Tangents for x86-64-v3 (AVX2, FMA). CMakeLists.txt gives this file its flags.
+// Tangents for x86-64-v3 (AVX2, FMA). CMakeLists.txt sets this file's compiler flags.
 #include "jvp/kernel.h"
 
 namespace scalpel {

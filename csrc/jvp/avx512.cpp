@@ -1,4 +1,4 @@
-// Tangents for x86-64-v4 (AVX-512 F, BW, DQ, VL). CMakeLists.txt gives this file its flags.
+// Tangents for x86-64-v4 (AVX-512 F, BW, DQ, VL). CMakeLists.txt sets this file's compiler flags.
 #include "jvp/kernel.h"
 
 namespace scalpel {

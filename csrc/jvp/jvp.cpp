@@ -1,4 +1,5 @@
-// Linear layers, norms and copies on lanes: checks, picks a target and hands it tokens.
+// Linear layers, norms and copies on lanes: checks the arguments, picks a target and hands it ranges of
+// tokens.
 #include "jvp/jvp.h"
 
 #include "jvp/task.h"
@@ -9,7 +10,7 @@ namespace jvp {
 const JvpKernels* kernels_of(Target target) {
   switch (target) {
 #if defined(SCALPEL_X86_TARGETS)
-    case Target::kAvx512Vbmi2:  // compressing lanes is of no use here
+    case Target::kAvx512Vbmi2:  // these kernels never compress lanes, so VBMI2 does not help
     case Target::kAvx512:
       return &jvp_avx512();
     case Target::kAvx2:

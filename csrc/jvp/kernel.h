@@ -1,12 +1,14 @@
-// What jvp.cpp and the files of the targets agree on. Internal; raw pointers only, everything is checked
-// before. Real is float or double.
+// The interface between the drivers (jvp.cpp, rows.cpp, attention.cpp) and the targets' files. Internal: the
+// kernels take raw pointers and sizes, because the drivers have already checked everything. Real is float or
+// double.
 #pragma once
 
 #include <cstdint>
 
 namespace scalpel {
 
-// A (tokens, entries, 16) array and the channels of its entries; index nullptr: entry c is channel c.
+// A (tokens, entries, 16) array and the channels of its entries. Without an index (nullptr), entry c is
+// channel c.
 template <class Real>
 struct LaneRows {
   Real* lanes;
@@ -28,7 +30,7 @@ struct LinearTask {
   Real* line;               // scratch: (entries of in + 1) * 16
 };
 
-// Sixteen tokens from `first` on, and the matrix's rows [begin, end).
+// Sixteen tokens, starting with `first`, and the rows [begin, end) of the matrix.
 template <class Real>
 struct LinearRowsTask {
   const std::int64_t* starts;
@@ -42,7 +44,7 @@ struct LinearRowsTask {
   Real* line;  // scratch: cols * 16
 };
 
-// (count, tokens, channels) and lanes of all channels.
+// Rows of shape (count, tokens, channels), and lanes of all channels.
 template <class Real>
 struct TurnTask {
   Real* rows;
@@ -73,16 +75,16 @@ struct CopyTask {
 
 constexpr int kQueryTile = 8;
 
-// The entries of one head among a token's: their lanes, their channels within the head, and how many.
+// The entries of a token that belong to one head: their lanes, their channels, and how many there are.
 template <class Real>
 struct HeadEntries {
   Real* lanes;
-  const std::int64_t* channels;  // nullptr: 0, 1, 2, ...
-  std::int64_t first;            // the head's first channel, which `channels` count from 0 of the row
+  const std::int64_t* channels;  // channels within the token's row; nullptr: all channels of the head
+  std::int64_t first;            // the head's first channel, to subtract from `channels`
   std::int64_t count;
 };
 
-// One head of q and the head of k and v that it reads.
+// One head of q, and the head of k and v that it reads.
 template <class Real>
 struct AttentionTask {
   const Real *q, *k, *v, *y;   // the head's first channel at token 0
@@ -91,18 +93,19 @@ struct AttentionTask {
   const std::uint8_t* allowed;  // (length, length)
   const Real* sink;             // the head's logit, or nullptr
   Real scale;
-  const HeadEntries<Real>* dq;  // (length,) each; for the jvp in, for the vjp out
+  const HeadEntries<Real>* dq;  // (length,) each; inputs of the jvp, outputs of the vjp
   const HeadEntries<Real>* dk;
   const HeadEntries<Real>* dv;
-  Real* dy;  // the head's first lane at token 0; y_row * 16 from token to token
+  Real* dy;  // the head's first lane at token 0; tokens are y_row * 16 apart
   std::int64_t y_row;
   std::int64_t begin, end;  // queries
   Real* scratch;            // attention_scratch()
   std::uint16_t* nonzero;
 };
 
-// Elements of scratch: keys transposed, the weights and queries of a tile, two blocks of (d, 16) for each of
-// its queries, and the head's k, v and their entries side by side. Beside it `nonzero`: channels, see there.
+// The number of elements of scratch: the transposed keys, the weights and queries of a tile, two blocks of
+// (d, 16) for each query of a tile, and the head's k and v with their entries. `nonzero` lists channels; see
+// Packed in attention.inc.
 constexpr std::int64_t attention_scratch(std::int64_t length, std::int64_t d) {
   const std::int64_t padded = (length + 15) / 16 * 16;
   return d * padded + kQueryTile * padded + kQueryTile * d + 2 * kQueryTile * d * 16 + 2 * length * d * 17;

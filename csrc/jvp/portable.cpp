@@ -1,4 +1,4 @@
-// Tangents for the architecture's baseline. CMakeLists.txt gives this file its flags.
+// Tangents for the architecture's baseline instruction set. CMakeLists.txt sets this file's compiler flags.
 #include "jvp/kernel.h"
 
 namespace scalpel {

@@ -1,4 +1,5 @@
-// Rows and lanes: checks, and pieces of work.
+// A sparse layer on plain rows, and the conversion between rows and lanes: checks the arguments and divides
+// the work into pieces.
 #include "jvp/jvp.h"
 #include "jvp/task.h"
 
@@ -46,7 +47,8 @@ void linear_rows(const SparseMatrix& weight, const TensorView& x, const TensorVi
   if (tokens == 0 || rows == 0) return;
   const std::int64_t blocks = (tokens + kTangentLanes - 1) / kTangentLanes;
   threads = threads_for(blocks * (weight.columns.shape[0] + rows) * kTangentLanes, threads);
-  // Few tokens: the matrix's rows are shared out as well, in whole tiles.
+  // With few tokens there are too few blocks for the threads, so the rows of the matrix are divided too, in
+  // whole tiles of sixteen.
   const std::int64_t shares = std::min<std::int64_t>((2 * threads + blocks - 1) / blocks, (rows + 15) / 16);
   const std::int64_t share = ((rows + shares - 1) / shares + 15) / 16 * 16;
   for_dtype(dtype, [&](auto real) {

@@ -1,4 +1,5 @@
-// What the drivers of this folder share: checks of views, and the way from views to tasks.
+// What the drivers of this folder share: the checks of views, and the conversion of views into tasks. The
+// GPU uses the same checks, so that both refuse the same arguments with the same messages.
 #pragma once
 
 #include <algorithm>
@@ -36,7 +37,8 @@ inline void expect(const TensorView& view, const char* name, DType dtype, Shape 
     refuse(std::string(name) + " has shape " + text_of(view.shape, view.ndim) + "; it must be " +
            text_of(shape.begin(), static_cast<int>(shape.size())));
   }
-  if (std::find(shape.begin(), shape.end(), 0) != shape.end()) return;  // no memory, so any strides
+  // An empty view has no memory, so its strides do not matter.
+  if (std::find(shape.begin(), shape.end(), 0) != shape.end()) return;
   std::int64_t step = 1;
   for (int i = view.ndim - 1; i >= 0; --i) {
     if (view.shape[i] > 1 && view.strides[i] != step) refuse(std::string(name) + " must be contiguous");
@@ -44,7 +46,7 @@ inline void expect(const TensorView& view, const char* name, DType dtype, Shape 
   }
 }
 
-// Every number in [0, limit). Branch-free first, because this runs on every call.
+// Checks that every number is in [0, limit). The first loop has no branches, because it runs on every call.
 template <class Int>
 void expect_range(const Int* numbers, std::int64_t n, std::int64_t limit, const std::string& holds,
                   const char* what) {
@@ -59,10 +61,11 @@ void expect_range(const Int* numbers, std::int64_t n, std::int64_t limit, const 
          std::to_string(limit - 1));
 }
 
-// Whether a check looks at what an index or a matrix holds: not where that lies in a GPU's memory.
+// Whether a check reads what an index or a matrix contains. It does not when they are in a GPU's memory,
+// because reading them would mean waiting for the device.
 enum class Contents { kChecked, kTrusted };
 
-// A lanes array and its index; gives the number of tokens.
+// Checks a lanes array and its index, and returns the number of tokens.
 inline std::int64_t expect_lanes(const TensorView& lanes, const TensorView& index, const char* name,
                                  DType dtype, std::int64_t channels, Contents contents = Contents::kChecked) {
   if (lanes.ndim != 3) {
@@ -100,7 +103,7 @@ T* data(const TensorView& view) {
   return static_cast<T*>(view.data);
 }
 
-// Rows that ascend, columns within the matrix.
+// Checks that the starts ascend and that the columns are within the matrix.
 inline void check_matrix(const SparseMatrix& weight, DType dtype, Contents contents) {
   const std::int64_t rows = weight.rows();
   const std::int64_t nonzeros = weight.columns.ndim == 1 ? weight.columns.shape[0] : -1;
@@ -119,7 +122,7 @@ inline void check_matrix(const SparseMatrix& weight, DType dtype, Contents conte
 
 inline bool absent(const TensorView& view) { return view.ndim == 0; }
 
-// What the ops of jvp.h ask of their views; each gives the dtype.
+// The checks of the ops in jvp.h. Each returns the dtype.
 
 inline DType check_linear_lanes(const SparseMatrix& weight, const TensorView& in, const TensorView& in_index,
                                 const TensorView& scale, const TensorView& out, const TensorView& out_index,
@@ -154,7 +157,8 @@ inline DType check_turn(const TensorView& rows, const TensorView& lanes) {
   return dtype;
 }
 
-// Tokens of a dense lanes array of `width` channels and of one with an index.
+// Checks a lanes array without an index and one that may have an index, both of `width` channels. Returns
+// the number of tokens.
 inline std::int64_t check_pair(const TensorView& dense, const char* dense_name, std::int64_t width,
                                const TensorView& lanes, const TensorView& index, const char* name,
                                DType dtype, Contents contents) {
@@ -208,7 +212,7 @@ inline DType check_scatter(const TensorView& in, const TensorView& index, const 
 
 template <class Real>
 LaneRows<Real> rows_of(const TensorView& lanes, const TensorView& index) {
-  static constexpr std::int64_t kNoEntry = 0;  // an index without entries may lack memory
+  static constexpr std::int64_t kNoEntry = 0;  // an index without entries may have no memory
   const std::int64_t* channels = nullptr;
   if (!absent(index)) channels = index.data == nullptr ? &kNoEntry : data<const std::int64_t>(index);
   return {data<Real>(lanes), channels, lanes.shape[1]};
@@ -224,7 +228,7 @@ const JvpKernelsOf<Real>& kernels() {
   }
 }
 
-// f(Real{}) for the dtype.
+// Calls f(float{}) or f(double{}), according to the dtype.
 template <class F>
 void for_dtype(DType dtype, F f) {
   if (dtype == DType::kFloat32) {
@@ -234,7 +238,8 @@ void for_dtype(DType dtype, F f) {
   }
 }
 
-// How many threads for n pieces that cost `steps` vectors each, and f(begin, end, thread) on ranges of them.
+// threads_of: the number of threads for n pieces of work that cost `steps` vector operations each. over:
+// calls f(begin, end, thread) on ranges of the pieces.
 inline int threads_of(std::int64_t n, std::int64_t steps, int threads) {
   return threads_for(n * std::max<std::int64_t>(1, steps) * 4, threads);
 }
@@ -243,8 +248,8 @@ void over(std::int64_t n, int threads, F f) {
   parallel_for(n, std::max<std::int64_t>(1, n / (8 * threads)), threads, f);
 }
 
-// As many objects as there are threads, on cache lines of their own. Allocated before a loop, which must not
-// throw.
+// One array per thread, on cache lines of its own. It is allocated before a parallel loop, because the loop
+// must not throw.
 template <class T>
 class PerThread {
  public:

@@ -1,4 +1,4 @@
-// TopK for x86-64-v3 (AVX2, BMI2). CMakeLists.txt gives this file its flags.
+// TopK for x86-64-v3 (AVX2, BMI2). CMakeLists.txt sets this file's compiler flags.
 #include <immintrin.h>
 
 #include "topk/kernel.h"
@@ -6,7 +6,8 @@
 namespace scalpel {
 namespace {
 
-// AVX2 has no compressing move, so a table says for each set of eight lanes which come to the front.
+// AVX2 has no compress instruction, so this table lists, for each set of eight lanes, the lanes that move to
+// the front.
 struct Fronts {
   alignas(64) std::uint8_t lanes[256][8];
   constexpr Fronts() : lanes() {
@@ -27,7 +28,7 @@ inline __m128i front_bytes(unsigned set) {
 template <class Bits>
 struct Lanes;
 
-// A mask is a vector, all ones in the lanes that are set. L says what depends on the width of a lane.
+// A mask is a vector whose selected lanes are all ones. L supplies what depends on the width of a lane.
 template <class L, class Bits_, class Key_>
 struct AnyLanes {
   using Bits = Bits_;
@@ -116,7 +117,7 @@ struct Lanes<std::uint64_t> : AnyLanes<Lanes<std::uint64_t>, std::uint64_t, std:
   static unsigned bits(Mask m) { return static_cast<unsigned>(_mm256_movemask_pd(_mm256_castsi256_pd(m))); }
   static int compress(Key* to, Vec v, Mask m) {
     const unsigned set = bits(m);
-    // Lane i of 64 bits is lanes 2 i and 2 i + 1 of 32.
+    // A 64-bit lane i consists of the 32-bit lanes 2 i and 2 i + 1.
     const __m256i even = _mm256_slli_epi64(_mm256_cvtepu8_epi64(front_bytes(set)), 1);
     const __m256i odd = _mm256_slli_epi64(_mm256_add_epi64(even, _mm256_set1_epi64x(1)), 32);
     store(reinterpret_cast<Bits*>(to), _mm256_permutevar8x32_epi32(v, _mm256_or_si256(even, odd)));
@@ -146,7 +147,7 @@ struct Lanes<std::uint16_t> : AnyLanes<Lanes<std::uint16_t>, std::uint16_t, std:
   static int compress(Key* to, Vec v, Mask m) {
     const unsigned set = bits(m);
     const auto half = [to](int at, __m128i part, unsigned lanes) {
-      // Lane i of 16 bits is bytes 2 i and 2 i + 1.
+      // A 16-bit lane i consists of the bytes 2 i and 2 i + 1.
       const __m128i even = _mm_slli_epi16(_mm_cvtepu8_epi16(front_bytes(lanes)), 1);
       const __m128i odd = _mm_slli_epi16(_mm_add_epi16(even, _mm_set1_epi16(1)), 8);
       const __m128i packed = _mm_shuffle_epi8(part, _mm_or_si128(even, odd));

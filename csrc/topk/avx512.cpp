@@ -1,5 +1,6 @@
-// TopK for x86-64-v4 (AVX-512 F, BW, DQ, VL). CMakeLists.txt gives this file its flags.
-// GCC 12 warns of its own header's undefined vectors.
+// TopK for x86-64-v4 (AVX-512 F, BW, DQ, VL). CMakeLists.txt sets this file's compiler flags.
+//
+// GCC 12 warns about undefined vectors in its own header, so those warnings are off while it is included.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"

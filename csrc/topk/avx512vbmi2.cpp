@@ -1,5 +1,7 @@
-// TopK for x86-64-v4 with VBMI2, which compresses 16-bit lanes. CMakeLists.txt gives this file its flags.
-// GCC 12 warns of its own header's undefined vectors.
+// TopK for x86-64-v4 with VBMI2, which can compress 16-bit lanes. CMakeLists.txt sets this file's compiler
+// flags.
+//
+// GCC 12 warns about undefined vectors in its own header, so those warnings are off while it is included.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"

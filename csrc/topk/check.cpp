@@ -1,3 +1,5 @@
+// The checks of check.h. The common layouts are decided by arithmetic on strides; only unusual ones pay for
+// a sorted list of rows.
 #include "topk/check.h"
 
 #include <algorithm>
@@ -18,7 +20,7 @@ std::string shape_text(const TensorView& v) {
   return text + (v.ndim == 1 ? ",)" : ")");
 }
 
-// Where each row of v begins, in elements, ascending.
+// The offsets of the rows of v, in elements, in ascending order.
 std::vector<std::int64_t> row_starts(const TensorView& v) {
   std::vector<std::int64_t> starts(static_cast<std::size_t>(v.rows()));
   for (std::size_t r = 0; r < starts.size(); ++r) starts[r] = v.row_offset(static_cast<std::int64_t>(r));
@@ -26,7 +28,7 @@ std::vector<std::int64_t> row_starts(const TensorView& v) {
   return starts;
 }
 
-// The bytes from the first to the last element, as [begin, end). Strides may be negative.
+// The bytes from the first element to the last, as [begin, end). Strides may be negative.
 void extent(const TensorView& v, std::uintptr_t& begin, std::uintptr_t& end) {
   std::int64_t low = 0;
   std::int64_t high = 0;
@@ -36,9 +38,9 @@ void extent(const TensorView& v, std::uintptr_t& begin, std::uintptr_t& end) {
   end = base + (high + 1) * item_size(v.dtype);
 }
 
-// True when two elements of v, whose rows are contiguous, are in one place.
+// True when two elements of v share an address. Each row of v is contiguous.
 bool overlaps_itself(const TensorView& v) {
-  // Most layouts are nested: each stride steps over everything that the smaller ones reach.
+  // Most layouts are nested: each stride steps over everything that the smaller strides reach.
   std::pair<std::int64_t, std::int64_t> dims[TensorView::kMaxDims];  // |stride|, shape
   int n = 0;
   for (int i = 0; i + 1 < v.ndim; ++i) {
@@ -59,13 +61,13 @@ bool overlaps_itself(const TensorView& v) {
   return false;
 }
 
-// True when a row of a and a row of b have a byte in common; rows are contiguous.
+// True when a row of a and a row of b share a byte. The rows of both are contiguous.
 bool overlap(const TensorView& a, const TensorView& b) {
   std::uintptr_t a_begin, a_end, b_begin, b_end;
   extent(a, a_begin, a_end);
   extent(b, b_begin, b_end);
   if (a_end <= b_begin || b_end <= a_begin) return false;
-  // Views may lie between each other, as two halves of the columns of one tensor do.
+  // Two views may interleave without overlapping, as the left and right halves of one tensor's columns do.
   const std::vector<std::int64_t> of_a = row_starts(a);
   const std::vector<std::int64_t> of_b = row_starts(b);
   const auto at = [](const TensorView& v, std::int64_t start) {

@@ -1,5 +1,5 @@
-// What every target refuses: checks of dtypes, shapes and memory in front of the kernels. Only descriptions
-// are read.
+// The argument checks that every target shares: dtypes, shapes and memory. They read only the descriptions
+// of the tensors, never the data, so the GPU can use them without waiting for the device.
 #pragma once
 
 #include <cstdint>
@@ -10,10 +10,10 @@ namespace scalpel {
 
 enum class TopKOutput : std::uint8_t { kMask, kKept, kIndex };
 
-// std::invalid_argument (DTypeError for a dtype) that says what was given and what is allowed.
+// Throws std::invalid_argument (DTypeError for a dtype) with what was given and what is allowed.
 void check_topk(const TensorView& x, std::int64_t k, const TensorView& out, TopKOutput output);
 
-// True when there is no element.
+// True when the tensor has no elements.
 bool topk_empty(const TensorView& view);
 
 }  // namespace scalpel

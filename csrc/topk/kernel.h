@@ -1,5 +1,5 @@
-// What topk.cpp and the files of the targets agree on. Internal; raw pointers only, everything is checked
-// before.
+// The interface between topk.cpp and the targets' files. Internal: the kernels take raw pointers and sizes,
+// because topk.cpp has already checked everything.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace scalpel {
 
-// A block of rows, each `*_stride` elements after the one before.
+// A block of rows. Consecutive rows lie `x_stride` and `out_stride` elements apart.
 struct TopKBlock {
   const void* x;
   std::int64_t x_stride;
@@ -18,11 +18,12 @@ struct TopKBlock {
   std::int64_t width;
   std::int64_t k;
   bool by_value;
-  bool stream;    // write past the caches: the output is larger than they are
-  void* scratch;  // one thread's own: topk_scratch_bytes(), zeroed before its first block, 64-byte aligned
+  bool stream;    // bypass the caches when writing, because the output is larger than they are
+  void* scratch;  // per thread: topk_scratch_bytes(), 64-byte aligned, zeroed before its first block
 };
 
-// Two lines of keys, each with room for a vector beyond its end, and what a thread remembers from row to row.
+// Scratch holds what a thread remembers from row to row (kTopKMemoryBytes), and two lines of keys, each with
+// room for one vector beyond its end.
 constexpr std::int64_t kTopKMemoryBytes = 64;
 constexpr std::int64_t topk_line_bytes(std::int64_t width, std::int64_t item_size) {
   return (width * item_size + 2 * 64 + 63) / 64 * 64;
@@ -34,8 +35,8 @@ constexpr std::int64_t topk_scratch_bytes(std::int64_t width, std::int64_t item_
 struct TopKKernels {
   const char* compiled_for;
   std::uint64_t* calls;
-  // One function for each element width; `infinity` is the bit pattern of +inf, which alone tells float16
-  // from bfloat16.
+  // One function per element width. `infinity` is the bit pattern of +inf; it is the only thing that
+  // distinguishes float16 from bfloat16.
   void (*run16)(const TopKBlock&, TopKOutput, std::uint16_t infinity);
   void (*run32)(const TopKBlock&, TopKOutput, std::uint32_t infinity);
   void (*run64)(const TopKBlock&, TopKOutput, std::uint64_t infinity);

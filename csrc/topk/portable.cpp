@@ -1,4 +1,5 @@
-// TopK for the architecture's baseline: one lane. The compiler vectorises the loops that it can.
+// TopK for the architecture's baseline instruction set: the vectors of kernel_body.inc with a single lane.
+// The compiler vectorises the loops that it can.
 #include "topk/kernel.h"
 
 namespace scalpel {

@@ -1,4 +1,4 @@
-// Checks, picks a target and hands it blocks of rows.
+// Checks the arguments, picks a target and hands it blocks of rows.
 #include "topk/topk.h"
 
 #include <algorithm>
@@ -36,7 +36,7 @@ const TopKKernels* kernels_of(Target target) {
   }
 }
 
-// k = 0 and k = width need no ranking, and a row of width 0 has nothing to rank.
+// Neither k = 0 nor k = width needs any ranking; a row of width 0 falls under both.
 bool is_trivial(const TensorView& x, std::int64_t k) { return k == 0 || k == x.width(); }
 
 void fill_trivial(const TensorView& x, std::int64_t k, const TensorView& out, TopKOutput output,
@@ -54,11 +54,11 @@ void fill_trivial(const TensorView& x, std::int64_t k, const TensorView& out, To
   }
 }
 
-// An output of this size is gone from a last-level cache before anybody reads it.
+// An output of this size has left the last-level cache before anybody reads it.
 constexpr std::int64_t kStreamBytes = std::int64_t{32} << 20;
 
-// Rows that share cache lines with each other are not streamed unless they are long: half a line written past
-// the caches and half through them is slower than either.
+// Rows that share cache lines with their neighbours are streamed only if they are long: writing half a cache
+// line past the caches and the other half through them is slower than either.
 bool worth_streaming(const TensorView& out, TopKOutput output) {
   const std::int64_t size = item_size(out.dtype);
   if (output == TopKOutput::kIndex || out.rows() * out.width() * size < kStreamBytes) return false;
@@ -67,7 +67,7 @@ bool worth_streaming(const TensorView& out, TopKOutput output) {
   return whole_lines || out.width() * size >= 4096;
 }
 
-// One line of scratch for each thread, on cache lines of its own.
+// Scratch memory for each thread, on cache lines of its own.
 class Scratch {
  public:
   Scratch(std::int64_t line, int threads)
@@ -102,7 +102,7 @@ void run_block(const TopKKernels& kernels, const TopKBlock& block, TopKOutput ou
 void run(const TensorView& x, std::int64_t k, RankBy by, const TensorView& out, TopKOutput output,
          int threads) {
   check_topk(x, k, out, output);
-  if (topk_empty(x) || topk_empty(out)) return;  // indices of k = 0 have no memory
+  if (topk_empty(x) || topk_empty(out)) return;  // the index tensor for k = 0 has no memory
   const std::int64_t rows = x.rows();
   const std::int64_t width = x.width();
   const std::int64_t size = item_size(x.dtype);
@@ -118,7 +118,7 @@ void run(const TensorView& x, std::int64_t k, RankBy by, const TensorView& out, 
   }
 
   const TopKKernels& kernels = *kernels_of(active_target().target);
-  // Allocated here: the loop must not throw.
+  // Allocated outside the parallel loop, because the loop must not throw.
   const std::int64_t line = topk_scratch_bytes(width, size);
   threads = static_cast<int>(std::min<std::int64_t>(threads, (rows + grain - 1) / grain));
   const Scratch scratch(line, threads);

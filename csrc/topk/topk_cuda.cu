@@ -1,12 +1,14 @@
-// TopK on a GPU: a warp a row while a lane can hold its share, a block a row above.
+// TopK on a GPU: one warp per row where each lane can hold its share of the row in registers, otherwise one
+// block per row.
 //
-// A row is read once: its first entries stay in registers, the next in shared memory. The k-th largest key is
-// searched by counting the keys from a guess on, about ten times (benches/topk_counts.py); the search ends as
-// soon as exactly k are counted, and rows of equal keys end it at once. Only of a row that neither holds (of
-// float32 beyond 65,536 entries or so) is the rest read again: by each step of a search in which one tells
-// 1024 ranges of keys apart, so that three do, and when it is written. A row with ties at the k-th key goes
-// through its entries in order once more, to keep the first of them. All of it is integer arithmetic on
-// counts (floats guess, and no guess decides), so that the bits are the CPU's.
+// A row is read once: its first entries stay in registers, the next ones in shared memory. The search for
+// the k-th largest key guesses a key and counts the keys that reach it, about ten times
+// (benches/topk_counts.py). It ends as soon as a count is exactly k, and rows of equal keys end it at once.
+// Rows that fit neither registers nor shared memory (float32 rows beyond about 65,536 entries) have their
+// remainder read again by each step of the search and when the output is written; a step of that search
+// distinguishes 1024 ranges of keys, so three steps suffice. A row with ties at the k-th key is traversed
+// once more in order, to keep the first of them. All decisions are integer arithmetic on counts (floats only
+// produce guesses), so the bits equal the CPU's.
 #include <algorithm>
 #include <cstdint>
 
@@ -20,8 +22,8 @@ namespace {
 
 using namespace topk;
 
-// Dynamic shared memory begins with the group's words; from `bins_at` and `row_at` on, in bytes, are a wide
-// row's bins and the part of a row that is there.
+// Dynamic shared memory begins with the group's words. A wide row's bins start at byte `bins_at`, and the
+// part of the row that is held in shared memory at byte `row_at`.
 template <class Bits, Order kOrder, class Group, int kHeld, int kVector, Result kResult, int kThreads>
 __global__ void __launch_bounds__(kThreads, 1)
     rank_rows(Job job, int vectors, int shared_vectors, int bins_at, int row_at) {
@@ -48,9 +50,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         cut = r.search_wide(static_cast<unsigned>(job.k), reinterpret_cast<unsigned*>(memory + bins_at));
     }
     if (job.k > 0 && !r.wide()) cut = r.search(static_cast<unsigned>(job.k));
-    const bool ordered = cut.equal != kAllEqual;  // the same for the whole group
+    const bool ordered = cut.equal != kAllEqual;  // uniform over the group
     const Key from = ordered ? r.keys.after(cut.threshold) : cut.threshold;
-    // Which of a vector's entries are kept, as bits; `seen` and `put` run over the vectors before.
+    // `kept` is a bit set of a vector's kept entries; `seen` and `put` count ties and kept entries in
+    // earlier vectors.
     unsigned seen = 0, put = 0;
     r.each([&](int at, const typename R::Vec& vec) {
       const bool there = at < job.width;
@@ -92,13 +95,14 @@ __global__ void __launch_bounds__(kThreads, 1)
         *reinterpret_cast<Vector<Out, kVector>*>(static_cast<Out*>(job.out) + to + at) = out;
       }
     });
-    group.end_row();  // shared memory is the next row's
+    group.end_row();  // the next row reuses the shared memory
   }
 }
 
 template <class Bits, Order kOrder, int kVector, Result kResult>
 void start(const Job& job, const CudaQueue& queue) {
-  // Entries in a thread's registers: 32; 8 of single ones, whose addresses take room, too, and 4 of float64.
+  // The number of entries in a thread's registers: 32 in vectors. Single entries take registers for their
+  // addresses too, so it is 8 of them, or 4 of float64.
   constexpr int kEntries = kVector > 1 ? 32 : sizeof(Bits) == 8 ? 4 : 8;
   constexpr int kHeld = kEntries / kVector;
   const auto many = [&](std::int64_t groups, int per_block) {
@@ -110,7 +114,8 @@ void start(const Job& job, const CudaQueue& queue) {
                    many(job.rows, WarpGroup::kPerBlock), dim3(128), 0, queue, job, kHeld, 0, 0, 0);
     return;
   }
-  // Half as many entries a thread as a warp's row has: of 1024 threads each may have 64 registers.
+  // Half as many entries per thread as in a warp's row, because a thread of a 1024-thread block has at most
+  // 64 registers.
   constexpr int kBlockHeld = kHeld / 2 > 0 ? kHeld / 2 : 1;
   using R = Row<Bits, kOrder, BlockGroup, kBlockHeld, kVector>;
   constexpr std::size_t kWords = (BlockGroup::kWords * sizeof(unsigned) + 15) / 16 * 16;
@@ -123,8 +128,8 @@ void start(const Job& job, const CudaQueue& queue) {
   };
   int threads = 64;
   while (threads < 512 && vectors_of(threads) > kBlockHeld) threads *= 2;
-  // Two blocks on a multiprocessor, so that one reads or writes while the other counts, or one with all its
-  // threads.
+  // Prefer two blocks on a multiprocessor, so that one reads or writes while the other counts; if they do
+  // not fit, use one block with all its threads.
   const std::size_t room = device::most_shared();
   if (needed(threads) > room / 2 - 1024) threads = 1024;
   int shared_vectors = vectors_of(threads) - kBlockHeld;
@@ -150,8 +155,8 @@ bool aligned(const void* data, const Rows& rows, std::int64_t bytes, std::int64_
 
 template <class Bits, Order kOrder, Result kResult>
 void pick_vector(const Job& job, const CudaQueue& queue) {
-  // float64 goes by single entries, which still fill whole lines: half the kernels to compile for what is
-  // rare.
+  // float64 is read one entry at a time, which still fills whole cache lines and halves the number of
+  // kernels to compile for a rare case.
   constexpr int kVector = sizeof(Bits) == 8 ? 1 : 16 / sizeof(Bits);
   constexpr std::int64_t kOut = kResult == Result::kMask ? 1 : sizeof(Bits);
   const bool whole = job.width % kVector == 0 && aligned(job.x, job.x_rows, 16, sizeof(Bits)) &&

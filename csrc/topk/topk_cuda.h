@@ -1,7 +1,8 @@
-// TopK on a GPU: the contract of topk.h, for memory of one device. Nothing is waited for and nothing is
-// allocated.
+// TopK on a GPU: the contract of topk.h, for memory of one device. The calls return without waiting for the
+// device, and they allocate nothing.
 //
-// Strides before the last may be anything; of what can't be merged into one, at most kMaxRowDims dimensions.
+// Strides other than the last may be anything. After dimensions that form one uniform stride are merged, at
+// most kMaxRowDims dimensions may remain.
 #pragma once
 
 #include "../core/tensor_view.h"

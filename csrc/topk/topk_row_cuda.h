@@ -1,4 +1,5 @@
-// How a row is held by the threads that share it, and how its k-th largest key is searched; see topk_cuda.cu.
+// How the threads that share a row hold it and search for its k-th largest key; topk_cuda.cu describes the
+// whole.
 #pragma once
 
 #include <cstdint>
@@ -11,14 +12,16 @@ namespace scalpel::cuda::topk {
 using device::Rows;
 
 enum class Result { kMask, kKept, kIndex };
-enum class Order { kMagnitude, kValue, kEither };  // kEither: told at run time, which saves compiling twice
+// kEither is decided at run time, which saves compiling a kernel twice.
+enum class Order { kMagnitude, kValue, kEither };
 
-// An entry's rank as an unsigned number of its own width: larger is kept first. All NaNs have the largest, ±0
-// the same. `infinity`: its bits, which tell float16 from bfloat16; NaNs are above.
+// The rank of an entry as an unsigned number of its own width; larger ranks are kept first. All NaNs share
+// the largest rank, and -0 and +0 share one. `infinity` is the bit pattern of +inf, which distinguishes
+// float16 from bfloat16: larger magnitudes are NaNs.
 template <class Bits_, Order kOrder>
 struct Keys {
   using Bits = Bits_;
-  // Counting in 32 bits what has 16 spares conversions.
+  // 16-bit entries are ranked in 32 bits, which avoids conversions.
   using Key = std::conditional_t<sizeof(Bits) == 8, std::uint64_t, std::uint32_t>;
   static constexpr Key kSign = Key{1} << (8 * sizeof(Bits) - 1);
   Key infinity;
@@ -31,27 +34,27 @@ struct Keys {
     if (!value()) return magnitude;
     return (bits & kSign) != 0 && size <= infinity ? kSign - magnitude : kSign + magnitude;
   }
-  // Whether an entry's rank is at least `from`, a rank or beyond(). Magnitudes spare the look for NaNs:
-  // `from` is at most the first of them.
+  // True when the rank of an entry is at least `from`, which is a rank or beyond(). Magnitudes need no check
+  // for NaN, because `from` is never above the first NaN.
   __device__ bool reaches(Bits bits, Key from) const {
     return value() ? of(bits) >= from : static_cast<Key>(bits & (kSign - 1)) >= from;
   }
-  // 1 where an entry reaches `from`, a rank: of a magnitude by the sign of a difference, two instructions of
-  // which one adds it up, where a comparison takes three.
+  // 1 if an entry reaches `from`, which is a rank, else 0. For magnitudes it is the sign bit of a
+  // difference: two instructions including the addition to the count, where a comparison takes three.
   __device__ unsigned reached(Bits bits, Key from) const {
     if (value()) return of(bits) >= from ? 1u : 0u;
     return static_cast<unsigned>((from - 1 - static_cast<Key>(bits & (kSign - 1))) >> (8 * sizeof(Key) - 1));
   }
-  // Which no entry reaches.
+  // A value that no entry reaches.
   __device__ Key beyond() const { return value() ? most() + 1 : kSign; }
   // The next rank, or beyond().
   __device__ Key after(Key key) const { return key == most() ? beyond() : key + 1; }
   // The largest rank.
   __device__ Key most() const { return value() ? kSign + infinity + 1 : infinity + 1; }
-  // In the order of ranks but for NaNs, which only settled() makes the same.
+  // Ordered like ranks, except that NaNs still differ; settled() makes them equal.
   __device__ Key rough(Bits bits) const { return value() ? of(bits) : static_cast<Key>(bits & (kSign - 1)); }
   __device__ Key settled(Key rough) const { return rough > most() ? most() : rough; }
-  // Ranks no higher than any entry; what stands where a row has none.
+  // The bits of an entry that ranks no higher than any other. They fill the places beyond the end of a row.
   __device__ Bits least() const { return value() ? static_cast<Bits>(kSign | infinity) : Bits{0}; }
 };
 
@@ -68,7 +71,7 @@ struct Job {
 
 constexpr unsigned kAll = 0xFFFFFFFFu;
 
-// The threads that share a row: a warp.
+// A group of threads that share a row: one warp.
 struct WarpGroup {
   static constexpr int kPerBlock = 4;
   static constexpr bool kWide = false;  // its registers hold every row that it is given
@@ -90,7 +93,7 @@ struct WarpGroup {
     }
     return key;
   }
-  // The sum over the threads before this one, and over all.
+  // The sum over the threads before this one; `total` becomes the sum over all threads.
   __device__ unsigned before(unsigned n, unsigned& total) {
     unsigned sum = n;
     for (int step = 1; step < 32; step *= 2) {
@@ -103,8 +106,9 @@ struct WarpGroup {
   __device__ void end_row() {}
 };
 
-// A whole block. `words`: shared, for three rounds, so that one barrier a round is enough: what a round
-// clears was last read before the barrier of the round before.
+// A group of threads that share a row: a whole block. `words` is shared memory for three rounds, which makes
+// one barrier per round sufficient: the words that a round overwrites were last read before the barrier of
+// the previous round.
 struct BlockGroup {
   static constexpr bool kWide = true;
   static constexpr std::size_t kWords = 3 * 33;
@@ -169,7 +173,8 @@ struct alignas(sizeof(Bits) * kVector) Vector {
   Bits entry[kVector];
 };
 
-// What is kept: keys above the threshold, and the first `equal` of those equal to it; kAllEqual: all of them.
+// What is kept: the keys above the threshold and the first `equal` of those that equal it. kAllEqual keeps
+// all of the latter.
 template <class Key>
 struct Cut {
   Key threshold;
@@ -177,7 +182,7 @@ struct Cut {
 };
 constexpr unsigned kAllEqual = 0xFFFFFFFFu;
 
-// The square root of a count, about.
+// The approximate square root of a count.
 __device__ inline float root(unsigned n) {
   const auto x = static_cast<float>(n);
   return x * rsqrtf(n == 0 ? 1.0f : x);
@@ -185,9 +190,9 @@ __device__ inline float root(unsigned n) {
 __device__ inline int bit_width(std::uint32_t x) { return 32 - __clz(static_cast<int>(x)); }
 __device__ inline int bit_width(std::uint64_t x) { return 64 - __clzll(static_cast<long long>(x)); }
 
-// A row as its group holds it: vector v of thread t stands at (v * size + t) * kVector. The first kHeld
-// vectors of a thread are in registers, `shared` more in shared memory, the rest in memory. Vectors of more
-// than one entry end where the row does.
+// A row as its group holds it. Vector v of thread t is at element (v * size + t) * kVector. The first kHeld
+// vectors of a thread are in registers, `shared_vectors` more in shared memory, and the rest stays in device
+// memory. If a vector has more than one entry, the width is a multiple of that number.
 template <class Bits, Order kOrder, class Group, int kHeld, int kVector>
 struct Row {
   using Key = typename Keys<Bits, kOrder>::Key;
@@ -221,7 +226,7 @@ struct Row {
       for (int v = 0; v < shared_vectors; ++v) shared[v * group.size() + group.rank()] = read(kHeld + v);
     }
   }
-  // f(vector's place, vector) for every vector of this thread, in ascending order.
+  // Calls f(place, vector) for every vector of this thread, in ascending order.
   template <class F>
   __device__ void each(F f) const {
 #pragma unroll
@@ -232,12 +237,14 @@ struct Row {
       for (int v = kHeld + shared_vectors; v < vectors; ++v) f(place(v), read(v));
     }
   }
-  // How many keys are at least `from`, which is above the key of what isn't there.
+  // The number of keys that are at least `from`, which must be above the key that fills places beyond the
+  // row.
   __device__ unsigned count(Key from) const {
     unsigned n = 0;
     if (kPairs && !keys.value()) {
-      // Two magnitudes a word: with the sign's bit set, taking `from` off each borrows nothing from the
-      // other, and the bit stays where a magnitude reaches it. No thread holds 2^16 of either half.
+      // Each word holds two magnitudes. With both sign bits set, subtracting `from` from each half never
+      // borrows from the other half, and the sign bit remains set where the magnitude reaches `from`. The
+      // halves cannot overflow: no thread holds 2^16 entries.
       const unsigned both = static_cast<unsigned>(from) * 0x10001u;
       each([&](int, const Vec& vec) {
         const auto* words = reinterpret_cast<const unsigned*>(&vec);
@@ -254,10 +261,11 @@ struct Row {
     return group.sum(n);
   }
 
-  // Narrows [low, high] to the least and largest key in it; there is one. kAll: every key is.
+  // Narrows [low, high] to the smallest and largest key inside it; at least one key is inside. kAll states
+  // that every key is.
   template <bool kAll>
   __device__ void tighten(Key& low, Key& high) {
-    Key most = 0, rest = 0;  // rest: the largest of the complements
+    Key most = 0, rest = 0;  // rest: the largest complement, which belongs to the smallest key
     each([&](int at, const Vec& vec) {
       if (at >= width) return;
 #pragma unroll
@@ -272,11 +280,11 @@ struct Row {
     low = keys.settled(static_cast<Key>(~group.largest(rest)));
   }
 
-  // Of a row that is held whole: narrows [low, high], in which the least kept key is, by counting from a
-  // guess on. The guess takes the counts' square roots for straight between low and high: counts of a
-  // distribution's tail fall faster than on a line, those of its middle don't. One that left more than half
-  // is followed by a halving; and every tenth step looks which keys are left, which ends it where they are
-  // one key, a tie.
+  // For a row that is held whole. Narrows [low, high], which contains the smallest kept key, by counting the
+  // keys that reach a guess. The guess interpolates linearly between the square roots of the counts: the
+  // counts in a distribution's tail fall faster than a straight line, and in its middle they do not. If a
+  // guess leaves more than half of the interval, the next step halves it. Every tenth step finds the
+  // smallest and largest key that remain; when they are equal, which happens with ties, the search ends.
   __device__ Cut<Key> search(unsigned k) {
     constexpr int kTightenEvery = 10;
     Key low = 0, high = 0, before = 0;
@@ -310,9 +318,9 @@ struct Row {
     return {low, from_low == k ? kAllEqual : k - above};
   }
 
-  // Of a row that isn't: every step reads the rest again, so it tells 1024 ranges of keys apart, not two.
-  // Needs 1024 threads, and kBins * kCopies words of shared memory: a count has copies, for lanes that meet
-  // in one.
+  // For a row that is not held whole. Every step reads the rest of the row again, so each distinguishes 1024
+  // ranges of keys instead of two. It needs 1024 threads and kBins * kCopies words of shared memory. Every
+  // count has kCopies copies, so that lanes that increment the same count rarely collide.
   static constexpr int kBins = 1024, kCopies = 8;
   __device__ Cut<Key> search_wide(unsigned k, unsigned* bins) {
     Key low = 0, high = keys.most();
@@ -326,7 +334,7 @@ struct Row {
         if (at >= width) return;
 #pragma unroll
         for (int e = 0; e < kVector; ++e) {
-          const Key apart = keys.of(vec.entry[e]) - low;  // below low it wraps, beyond size
+          const Key apart = keys.of(vec.entry[e]) - low;  // a key below low wraps around to more than size
           if (apart <= size) atomicAdd(&bins[(apart >> shift) * kCopies + group.rank() % kCopies], 1u);
         }
       });

@@ -1,4 +1,4 @@
-// Keeps the 2 largest of each row, without Python.
+// Keeps the 2 entries of largest magnitude in each row, without Python.
 #include <scalpel/topk/topk.h>
 
 #include <cstdio>

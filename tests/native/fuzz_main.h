@@ -1,9 +1,9 @@
-// The loop of a fuzz target, and how it tells what it found:
+// The main loop of a fuzz target, and how it reports what it finds:
 //
 //   fuzz_... [--seed S] [--start N] [--inputs N] [--seconds S]
 //
-// Input N of a seed is always the same one, so a wrong one is seen again with --start N --inputs 1. Runs
-// until it is stopped when neither --inputs nor --seconds is given.
+// Input N of a seed is always the same, so a failure is reproduced with --start N --inputs 1. Without
+// --inputs and --seconds the program runs until it is stopped.
 #pragma once
 
 #include <unistd.h>
@@ -22,7 +22,7 @@
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
-// UndefinedBehaviorSanitizer exits without a word otherwise.
+// By default UndefinedBehaviorSanitizer exits without a report.
 extern "C" [[gnu::used]] const char* __ubsan_default_options() {
   return "print_stacktrace=1:halt_on_error=1:abort_on_error=1";
 }
@@ -30,14 +30,14 @@ extern "C" [[gnu::used]] const char* __ubsan_default_options() {
 
 namespace fuzz {
 
-// What is wrong, in words.
+// Describes a wrong result.
 struct Mismatch : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
 inline volatile std::sig_atomic_t stopped = 0;
 
-// What is being checked, for when the program dies of it: a write out of bounds does not throw.
+// What is being checked, to be reported if the program dies: a write out of bounds does not throw.
 inline char input_text[128];
 inline char call_text[1024];
 
@@ -56,7 +56,7 @@ inline void handle_signals() {
   for (const int signal : {SIGINT, SIGTERM}) std::signal(signal, [](int) { stopped = 1; });
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_set_death_callback(tell_last_words);
-  const auto fatal = {SIGABRT};  // AddressSanitizer tells more of the others
+  const auto fatal = {SIGABRT};  // AddressSanitizer reports more about the others itself
 #else
   const auto fatal = {SIGABRT, SIGSEGV, SIGBUS, SIGILL, SIGFPE};
 #endif
@@ -73,8 +73,8 @@ inline double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// Fuzzer(seed) has run(number), which throws when something is wrong; about() for the first line; and
-// calls(), how many calls it has checked.
+// Fuzzer(seed) provides run(number), which throws when something is wrong; about(), for the first line of
+// output; and calls(), the number of calls it has checked.
 template <class Fuzzer>
 int run(int argc, char** argv) {
   std::uint64_t seed = 0;

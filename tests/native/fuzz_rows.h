@@ -1,4 +1,4 @@
-// Rows of floats on which a selection can go wrong, as the bit patterns of a format.
+// Rows of floats that are hard for a selection, as bit patterns of a float format.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,8 @@
 
 namespace fuzz {
 
-// One input's own numbers, so that an input can be drawn again without those before it.
+// The random numbers of one input. They depend only on the seed and the input's number, so that an input can
+// be drawn again without the ones before it.
 class Rng {
  public:
   Rng(std::uint64_t seed, std::int64_t number) {
@@ -61,7 +62,7 @@ inline constexpr Format kFormats[] = {{scalpel::DType::kFloat16, 5, 10},
                                       {scalpel::DType::kFloat32, 8, 23},
                                       {scalpel::DType::kFloat64, 11, 52}};
 
-// The number that a bit pattern stands for; a double holds all of them.
+// The number that a bit pattern represents. A double holds all of them.
 inline double decode(const Format& f, std::uint64_t bits) {
   if (f.dtype == scalpel::DType::kFloat64) return std::bit_cast<double>(bits);
   if (f.dtype == scalpel::DType::kFloat32) return std::bit_cast<float>(static_cast<std::uint32_t>(bits));
@@ -77,7 +78,7 @@ inline double decode(const Format& f, std::uint64_t bits) {
   return (bits & f.sign()) != 0 ? -size : size;
 }
 
-// The bit pattern nearest to a number; any of them for a NaN.
+// The bit pattern nearest to a number; for a NaN, a random one among its patterns.
 inline std::uint64_t encode(Rng& rng, const Format& f, double value) {
   const std::uint64_t sign = std::signbit(value) ? f.sign() : 0;
   const double size = std::fabs(value);
@@ -89,12 +90,12 @@ inline std::uint64_t encode(Rng& rng, const Format& f, double value) {
   const int least = 1 - f.bias();
   const int exponent = size == 0 ? least : std::max(std::ilogb(size), least);
   const auto whole = static_cast<std::uint64_t>(std::nearbyint(std::ldexp(size, f.mantissa_bits - exponent)));
-  // A whole of 2 * hidden(), after rounding up, carries into the exponent, as it should.
+  // If rounding up gives a `whole` of 2 * hidden(), it carries into the exponent, which is correct.
   const std::uint64_t bits = (static_cast<std::uint64_t>(exponent - least) << f.mantissa_bits) + whole;
   return sign | std::min(bits, f.infinity());
 }
 
-// Those up to kEverything are hard_rows of tests/support/tables/cases.py.
+// The kinds up to kEverything are those of hard_rows in tests/support/tables/cases.py.
 enum class Kind : std::uint8_t {
   kNormal,
   kAllEqual,
@@ -113,11 +114,11 @@ enum class Kind : std::uint8_t {
   kAllNan,
   kInfinities,
   kEverything,
-  kUniform,     // one sign
-  kFewLevels,   // of both signs
-  kRamp,        // geometric, over most of the exponents
-  kRaw,         // every bit pattern alike
-  kNeighbours,  // consecutive bit patterns, at the ends of the numbers or anywhere
+  kUniform,     // all of one sign
+  kFewLevels,   // a few values of both signs
+  kRamp,        // a geometric series over most of the exponents
+  kRaw,         // every bit pattern with equal probability
+  kNeighbours,  // consecutive bit patterns, at the ends of the range or anywhere
   kPeriodic,    // another kind, repeated
   kBlocks,      // another kind, each value several times in a row
 };
@@ -125,7 +126,7 @@ inline constexpr auto kLastKind = Kind::kBlocks;
 inline constexpr auto kLastPlainKind = Kind::kNeighbours;
 
 inline Kind any_kind(Rng& rng, Kind last) {
-  // Continuous data is what the guesses are made for.
+  // The kernels' guesses are tuned to continuous data, so it appears more often.
   if (rng.one_in(4)) return Kind::kNormal;
   return static_cast<Kind>(rng.between(0, static_cast<std::int64_t>(last)));
 }
@@ -137,7 +138,7 @@ inline double any_scale(Rng& rng, const Format& f) {
 // What the elements of one row have in common.
 struct RowTraits {
   std::int64_t levels;
-  double span;  // of a ramp, in powers of 2
+  double span;  // the span of a ramp, in powers of 2
   std::uint64_t base, neighbours;
 };
 
@@ -223,8 +224,8 @@ inline std::vector<std::uint64_t> draw_row(Rng& rng, const Format& f, Kind kind,
   return row;
 }
 
-// All rows of one call. A kernel may guess a row's cut from the rows before it, so what matters here is how
-// a row follows another.
+// All rows of one call. A kernel may guess the cut of a row from the rows before it, so what matters here is
+// how one row follows another.
 inline std::vector<std::vector<std::uint64_t>> draw_rows(Rng& rng, const Format& f, std::int64_t rows,
                                                          std::int64_t width) {
   enum class Plan { kAlike, kEachItsOwn, kNowAndThenAnother, kDrift, kAlmostCopies };

@@ -1,4 +1,4 @@
-// Tensors as a caller may lay them out, of shapes at which a kernel can go wrong.
+// Tensors in every layout that a caller may use, of shapes that are hard for a kernel.
 #pragma once
 
 #include <algorithm>
@@ -14,10 +14,10 @@
 
 namespace fuzz {
 
-// Memory and a view into it. There may be elements before, between and after the rows of the view.
+// Memory and a view into it. The memory may have elements before, between and after the rows of the view.
 struct Tensor {
-  scalpel::TensorView layout;  // without data
-  std::int64_t begin = 0;      // where its first element is, in elements
+  scalpel::TensorView layout;  // its data pointer is not set
+  std::int64_t begin = 0;      // the offset of its first element, in elements
   std::vector<unsigned char> bytes;
 
   scalpel::TensorView view() {
@@ -28,7 +28,7 @@ struct Tensor {
   std::int64_t item() const { return scalpel::item_size(layout.dtype); }
   std::int64_t row_begin(std::int64_t r) const { return (begin + layout.row_offset(r)) * item(); }
   std::uint64_t get(std::int64_t r, std::int64_t i) const {
-    std::uint64_t bits = 0;  // x86 and Arm are little-endian
+    std::uint64_t bits = 0;  // assumes a little-endian CPU, as x86 and Arm are
     std::memcpy(&bits, bytes.data() + row_begin(r) + i * item(), static_cast<std::size_t>(item()));
     return bits;
   }
@@ -43,7 +43,7 @@ inline std::string list_text(const std::int64_t* values, int n) {
   return text + ")";
 }
 
-// Lays the rows out with gaps, in any order of dimensions and forwards or backwards.
+// Lays the rows out with gaps, with the dimensions in any order and forwards or backwards.
 inline Tensor draw_layout(Rng& rng, scalpel::DType dtype, const std::vector<std::int64_t>& shape,
                           bool may_overlap) {
   Tensor t;
@@ -52,7 +52,7 @@ inline Tensor draw_layout(Rng& rng, scalpel::DType dtype, const std::vector<std:
   std::copy(shape.begin(), shape.end(), t.layout.shape);
   const int last = t.layout.ndim - 1;
   const std::int64_t width = shape.back();
-  // The stride of a single element means nothing.
+  // The stride along a dimension of size 1 does not matter.
   t.layout.strides[last] = width > 1 ? 1 : rng.between(-3, 3);
   const auto gap = [&rng] { return rng.one_in(2) ? 0 : rng.one_in(2) ? 1 : rng.between(2, 70); };
 
@@ -62,7 +62,7 @@ inline Tensor draw_layout(Rng& rng, scalpel::DType dtype, const std::vector<std:
   std::int64_t reach = width;
   for (const int d : inner_first) {
     const std::int64_t stride = reach + gap();
-    // With the gap after its last row, too, a dimension can go on where the one inside it ends.
+    // If the gap after its last row is included, an outer dimension can continue where this one ends.
     reach = rng.one_in(2) ? stride * shape[d] : stride * std::max<std::int64_t>(shape[d] - 1, 0) + reach;
     t.layout.strides[d] = rng.one_in(4) ? -stride : stride;
   }
@@ -77,7 +77,7 @@ inline Tensor draw_layout(Rng& rng, scalpel::DType dtype, const std::vector<std:
     for (int d = 0; d < last; ++d)
       (t.layout.strides[d] < 0 ? low : high) += (shape[d] - 1) * t.layout.strides[d];
   }
-  // Without anything around the rows, AddressSanitizer sees whatever is touched there.
+  // Where nothing surrounds the rows, AddressSanitizer detects any access outside them.
   t.begin = gap() - low;
   t.bytes.resize(static_cast<std::size_t>((t.begin + high + 1 + gap()) * t.item()));
   return t;
@@ -90,10 +90,11 @@ inline std::vector<std::int64_t> draw_shape(Rng& rng) {
   if (rng.one_in(12)) width = rng.between(350, 600);
   if (rng.one_in(40)) width = rng.between(4090, 4100);
   if (rng.one_in(60)) width = rng.between(600, 20000);
-  // Fewer rows where they are wide, for the sake of the sort; now and then enough for several threads.
+  // Wide inputs have fewer rows, because the oracle sorts them; now and then there are enough rows for
+  // several threads.
   std::int64_t rows = std::min<std::int64_t>(rng.between(1, 40), 40000 / (width + 1) + 1);
   if (width > 20 && rng.one_in(30)) rows = rng.between(33000, 66000) / width + 1;
-  // Long enough for a guess to become as narrow as it can.
+  // Enough rows for a guess to become as narrow as it can.
   if (width <= 100 && rng.one_in(6)) rows = rng.between(40, 300);
   if (rng.one_in(200)) rows = 0;
   if (rng.one_in(10)) return {width};

@@ -1,5 +1,5 @@
-// Draws inputs for TopK and compares every op on every target that runs here with a sort, until it is
-// stopped (fuzz_main.h says how).
+// Draws inputs for TopK and compares every op, on every target that runs here, with a sort. It runs until it
+// is stopped; fuzz_main.h describes the options.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -26,11 +26,11 @@ constexpr Op kOps[] = {Op::kMask, Op::kKept, Op::kIndex};
 constexpr const char* kOpNames[] = {"topk_mask", "keep_topk", "topk_indices"};
 const char* name_of(Op op) { return kOpNames[static_cast<int>(op)]; }
 
-// Outputs from this size on are written past the caches.
+// Outputs of at least this size are written past the caches.
 constexpr std::int64_t kStreamBytes = std::int64_t{32} << 20;
 constexpr std::int64_t kStreamEvery = 5000;
 
-// What one call is about.
+// The arguments of one call besides its tensors.
 struct Call {
   Op op;
   std::int64_t k;
@@ -65,7 +65,8 @@ struct Call {
   }
 };
 
-// The places kept in each row, ascending, k after k. NaN before every number, and all NaNs alike.
+// The kept places of each row, ascending, k for each row. NaN ranks before every number, and all NaNs are
+// equal.
 std::vector<std::int64_t> kept_places(const Format& f, const Tensor& x, std::int64_t k, RankBy by) {
   std::vector<std::int64_t> kept;
   std::vector<double> rank(static_cast<std::size_t>(x.layout.width()));
@@ -85,10 +86,10 @@ std::vector<std::int64_t> kept_places(const Format& f, const Tensor& x, std::int
   return kept;
 }
 
-// Writes what an op has to write into the rows of `out`, and nothing beside them.
+// Writes the expected result of an op into the rows of `out`, and nothing outside them.
 void write_expected(Op op, const Tensor& x, std::int64_t k, const std::vector<std::int64_t>& kept,
                     Tensor& out) {
-  if (x.layout.width() == 0) return;  // perhaps there is no memory
+  if (x.layout.width() == 0) return;  // there may be no memory
   for (std::int64_t r = 0; r < x.layout.rows(); ++r) {
     if (op != Op::kIndex) {
       std::fill_n(out.bytes.begin() + out.row_begin(r), x.layout.width() * out.item(), 0);
@@ -163,7 +164,7 @@ class Fuzzer {
       std::fill(out.bytes.begin(), out.bytes.end(), rng.pick<unsigned char>({0x5a, 0xa5, 0xff}));
       check(call, x, kept, out);
       if (op == Op::kKept && rng.one_in(2)) {
-        // Not the layout of x, whose rows may overlap.
+        // The layout of x is not used, because its rows may overlap.
         Tensor both = draw_layout(rng, f.dtype, shape, false);
         for (std::int64_t r = 0; r < x.layout.rows(); ++r) {
           for (std::int64_t i = 0; i < x.layout.width(); ++i) both.set(r, i, x.get(r, i));
@@ -180,7 +181,7 @@ class Fuzzer {
     return op == Op::kMask ? DType::kBool : op == Op::kKept ? f.dtype : DType::kInt64;
   }
 
-  // `out` is as it should be before the call: in place, with the values of x in its rows.
+  // `out` is the output before the call; for a call in place it holds the values of x.
   void check(Call& call, Tensor& x, const std::vector<std::int64_t>& kept, const Tensor& out) {
     Tensor expected = out;
     write_expected(call.op, x, call.k, kept, expected);
@@ -199,7 +200,7 @@ class Fuzzer {
     }
   }
 
-  // Something that the contract refuses must be refused, and leave everything as it was.
+  // Arguments that violate the contract must be refused, and all memory must remain unchanged.
   void check_refused(Rng& rng, Call call, const Tensor& given_x, const Tensor& given_out) {
     Tensor x = given_x;
     Tensor out = given_out;
@@ -249,10 +250,11 @@ class Fuzzer {
     }
   }
 
-  // A large output. Its rows are a few ones again and again, so that only those have to be sorted; as their
-  // width is odd, every copy stands elsewhere relative to vectors and cache lines.
+  // Checks a large output. It repeats a few distinct rows, so that only those have to be sorted. Their width
+  // is odd, so that every copy has another alignment relative to vectors and cache lines.
   void check_streamed(Rng& rng, Op op) {
-    const Format& f = kFormats[rng.between(0, op == Op::kMask ? 1 : 3)];  // not 8 bytes read for each written
+    // A mask has one byte per element, so wide formats would only add memory to read: it uses 16-bit formats.
+    const Format& f = kFormats[rng.between(0, op == Op::kMask ? 1 : 3)];
     const std::int64_t width = 2 * rng.between(20, 200) + 1;
     const std::int64_t distinct = 151;
     const std::int64_t gap = rng.between(0, 1);

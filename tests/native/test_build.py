@@ -1,4 +1,4 @@
-"""The core as a CMake package, without Python: installed, found, and used by the example."""
+"""Without Python, the core is a CMake package: it installs, is found, and the example builds against it."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ def run(*command: str | Path) -> str:
 @pytest.mark.skipif(not (ROOT / "CMakeLists.txt").exists(), reason="needs the source tree")
 def test_example_builds_against_the_installed_package(tmp_path: Path) -> None:
     core, prefix, example = tmp_path / "core", tmp_path / "prefix", tmp_path / "example"
-    # Not -O3: this is about packaging, and the flags of the targets stand in the files' own options anyway.
+    # -O1 saves time: this test is about packaging, and the optimised files set their own options anyway.
     run(CMAKE, "-S", ROOT, "-B", core, "-DSCALPEL_WERROR=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O1")
     run(CMAKE, "--build", core, "--parallel", "2")
     run(CMAKE, "--install", core, "--prefix", prefix)

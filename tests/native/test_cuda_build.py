@@ -1,4 +1,4 @@
-"""The module for GPUs: built where nvcc is, loaded where no driver is, and with the names of the CPU's."""
+"""The GPU module is built where nvcc is, loads without a driver, and has the same op names as the CPU module."""
 
 import shutil
 
@@ -12,7 +12,7 @@ from scalpel._native import cuda_core, memory_of, runs_on
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 BUILT = runs_on(torch.device("cuda"))
 KINDS = ("topk", "mask", "indices", "lanes", "rows", "jvp", "vjp")
-OTHERS = {"block_rows", "center_rows"}  # of the covariance, which a GPU does in another way
+OTHERS = {"block_rows", "center_rows"}  # the covariance works differently on a GPU
 SHARED = {name for name in dir(_core) if name.rpartition("_")[2] in KINDS} - OTHERS
 
 

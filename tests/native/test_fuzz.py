@@ -1,4 +1,4 @@
-"""The fuzz target of the TopK kernels, with sanitizers, for a few seconds; .ci/sanitize runs it for longer."""
+"""Run the fuzz target of TopK, with sanitizers, for a few seconds; .ci/sanitize runs it for longer."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def run(*command: str | Path) -> str:
 
 
 def has_sanitizers(folder: Path) -> bool:
-    """Whether the compiler comes with the sanitizers' libraries, which some distributions package apart."""
+    """Whether the compiler has the sanitizers' libraries, which some distributions package separately."""
     source = folder / "empty.cpp"
     source.write_text("int main() {}\n")
     command = [COMPILER, "-fsanitize=address,undefined", str(source), "-o", str(folder / "empty")]

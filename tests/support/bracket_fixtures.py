@@ -1,4 +1,4 @@
-"""A small tokenizer and small sources, so that tests of the bracket task need no shipped model."""
+"""A small tokenizer and small source files, so that tests of the bracket task need no shipped model."""
 
 from functools import lru_cache
 from itertools import islice

@@ -1,5 +1,6 @@
-"""The GPU kernels where there is no GPU: compiled by a C++ compiler against tests/native/host_cuda, which runs their
-threads on the CPU. Fixtures that take these, or a GPU where there is one.
+"""The GPU kernels on a machine without a GPU, and fixtures that use them, or a GPU where there is one.
+
+A C++ compiler builds the kernels against tests/native/host_cuda, which runs their threads on the CPU.
 """
 
 import importlib.util
@@ -28,7 +29,7 @@ COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-DSCALPEL_BINDS_CUDA", "-DSCALPEL_CUDA_MODULE=stand_in"]
 LIBRARY = f"stand_in{sysconfig.get_config_var('EXT_SUFFIX')}"
 NO_GPU = "needs a GPU, and a build with nvcc"
-# Who asks which core a tensor needs.
+# The modules that look up which core a tensor needs.
 _ASKED = (scalpel.topk, scalpel.lanes, scalpel.covariance.on_device)
 
 
@@ -36,7 +37,8 @@ BINDINGS = ("arrays", "cuda_module", "init_covariance_cuda", "init_jvp", "init_t
 
 
 def sources(folder: Path) -> list[Path]:
-    # As one file: each of them includes pybind11, which takes the compiler longer than all that they say.
+    # All sources are compiled as one file, because parsing pybind11 takes the compiler longer than the sources
+    # themselves.
     bindings = folder / "bindings.cpp"
     bindings.write_text("".join(f'#include "bindings/{name}.cpp"\n' for name in BINDINGS))
     others = ("csrc/topk/check.cpp", "tests/native/host_cuda/host_cuda.cpp")
@@ -44,7 +46,7 @@ def sources(folder: Path) -> list[Path]:
 
 
 def build(folder: Path) -> None:
-    """The stand-in's module, in ``folder``."""
+    """The module of the stand-in, built in ``folder``."""
     import pybind11
 
     includes = [ROOT / "csrc", ROOT / "tests/native/host_cuda", sysconfig.get_path("include"), pybind11.get_include()]
@@ -59,7 +61,7 @@ def build(folder: Path) -> None:
         objects = list(pool.map(compile_, sources(folder)))
     linked = folder / "linked"
     _run(COMPILER, "-shared", *objects, "-o", linked)
-    linked.replace(folder / LIBRARY)  # whole, or not there
+    linked.replace(folder / LIBRARY)  # a move, so that the file is either complete or absent
 
 
 def loaded(folder: Path) -> ModuleType:
@@ -77,7 +79,7 @@ def _run(*command: Any) -> None:
 
 @dataclass(frozen=True)
 class Gpu:
-    """Where tensors for the GPU's kernels go; ``real``: whether it is one."""
+    """The device for tensors of the GPU kernels; ``real`` tells whether it is a GPU."""
 
     device: str
     real: bool
@@ -85,12 +87,12 @@ class Gpu:
 
 @pytest.fixture(scope="session")
 def stand_in(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """Built once a run: of several processes, the first builds it and the others wait."""
+    """Build the stand-in once per run: the first process builds it and the others wait."""
     if COMPILER is None or not (ROOT / "csrc").exists():
         pytest.skip("needs a C++ compiler and the source tree")
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # that of the run
+        folder = folder.parent  # the folder of the whole run
     folder = folder / "stand_in"
     with FileLock(f"{folder}.lock"):
         if not (folder / LIBRARY).exists():
@@ -103,7 +105,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     params=[pytest.param("stand-in", marks=pytest.mark.native), pytest.param("cuda", marks=pytest.mark.gpu)]
 )
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
-    """The GPU's kernels, on the CPU by the stand-in, and on a GPU where there is one."""
+    """The GPU kernels: on the CPU through the stand-in, and on a GPU where there is one."""
     if request.param == "cuda":
         if not (torch.cuda.is_available() and runs_on(torch.device("cuda"))):
             pytest.skip(NO_GPU)
@@ -121,7 +123,7 @@ def _stands_in(module: ModuleType) -> Callable[..., tuple[ModuleType, tuple[int,
 
 @pytest.fixture
 def cuda() -> torch.device:
-    """A GPU, or the test is skipped."""
+    """A GPU; without one the test is skipped."""
     if not (torch.cuda.is_available() and runs_on(torch.device("cuda"))):
         pytest.skip(NO_GPU)
     return torch.device("cuda")

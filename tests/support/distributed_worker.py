@@ -1,6 +1,6 @@
-"""One process of the tests of torch.distributed: ``python distributed_worker.py RANK WORLD FOLDER TASK...``.
+"""One process of the torch.distributed tests: ``python distributed_worker.py RANK WORLD FOLDER TASK...``.
 
-Processes take long to start, so that one job does several tasks, each in a folder of its name below FOLDER.
+Starting processes is slow, so one job runs several tasks, each in a folder of its own name below FOLDER.
 """
 
 import datetime
@@ -49,7 +49,7 @@ def collected(folder: Path, rank: int, die: bool, memory: str = "1GiB") -> dict[
 def done(task: str, rank: int, world: int, folder: Path) -> dict[str, StreamingCovariance]:
     if task in ("merge", "again"):
         mine = states(rank, world)
-        if world == 2:  # the stricter case: a program whose new tensors are on meta unless they say otherwise
+        if world == 2:  # the stricter case: tensors go to meta unless the library names a device
             torch.set_default_device("meta")
         try:
             return {name: state.all_reduce() for name, state in mine.items()}
@@ -72,7 +72,7 @@ def done(task: str, rank: int, world: int, folder: Path) -> dict[str, StreamingC
 def main() -> None:
     rank, world, whole, *tasks = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:]
     torch.set_num_threads(1)
-    # Met in a file: a port that was free a moment ago may be another's.
+    # The processes meet through a file, because a port that was free a moment ago may be taken.
     dist.init_process_group(
         "gloo", init_method=f"file://{whole / 'met'}", rank=rank, world_size=world,
         timeout=datetime.timedelta(seconds=120),

@@ -1,8 +1,9 @@
-"""A device that isn't there: tensors that say they are on cuda:0 and compute on the CPU.
+"""A simulated device: tensors that claim to be on cuda:0 and compute on the CPU.
 
-PyTorch's own rules are kept: an operation on tensors of both devices is an error, and so is reading memory as the
-CPU's, unless `.cpu()` brought it there. With the stand-in for the kernels (cuda_stand_in.py) the package's whole way on
-a GPU can be walked where there is none. Not shown: what happens at once on a stream, which memory is reused, and time.
+PyTorch's own rules hold: an operation on tensors of both devices is an error, and so is reading the memory as CPU
+memory, unless `.cpu()` brought it there. Together with the stand-in for the kernels (cuda_stand_in.py), this tests the
+package's whole GPU path on a machine without a GPU. It cannot reveal concurrency on streams, reuse of memory, or
+running times.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("cuda", 0)
-_TAG = 1 << 62  # of addresses there, which are no addresses: only a kernel of the device can read them
+_TAG = 1 << 62  # added to addresses on DEVICE, so that only a kernel of the device can read them
 _T = torch.Tensor
-# What gives numbers to Python, from wherever they are.
+# Operations that return numbers to Python, from any device.
 TOLD = {_T.tolist, _T.item, _T.__bool__, _T.__int__, _T.__float__, _T.__index__, _T.__complex__, torch.equal, _T.equal}
-# May read a tensor of the other device: copies, and a look-up, whose indices may be the CPU's.
+# Operations that may read a tensor of the other device: copies, and look-ups, whose indices may be on the CPU.
 MAY_MIX = {_T.copy_, _T.__getitem__, _T.__setitem__}
 ABOUT_THE_DEVICE = {_T.device.__get__, _T.is_cuda.__get__, _T.is_cpu.__get__, _T.data_ptr, _T.__repr__}  # type: ignore
 
 
 class Elsewhere(torch.Tensor):
-    """A tensor on DEVICE; ``inner`` has its numbers. Within Factories alone."""
+    """A tensor on DEVICE whose numbers are in ``inner``. It is created only within Factories."""
 
     inner: torch.Tensor
 
@@ -54,14 +55,14 @@ class Elsewhere(torch.Tensor):
 
 
 def bare(x: Any) -> Any:
-    """The same on the CPU: numbers, or the device itself."""
+    """The same value on the CPU; DEVICE itself becomes the CPU."""
     if isinstance(x, Elsewhere):
         return x.inner
     return torch.device("cpu") if isinstance(x, torch.device | str) and there(x) else x
 
 
 def elsewhere(x: Any) -> Any:
-    """x on DEVICE, if it is a tensor of the CPU; a model with all it has."""
+    """Move a CPU tensor, or a model with everything it contains, to DEVICE."""
     if isinstance(x, nn.Module):
         for module in x.modules():
             for name, parameter in module._parameters.items():
@@ -76,7 +77,7 @@ def elsewhere(x: Any) -> Any:
 
 
 class Factories(TorchFunctionMode):
-    """Every function of PyTorch, on DEVICE too."""
+    """Run every PyTorch function on DEVICE too."""
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -109,19 +110,19 @@ def is_device(x: Any) -> bool:
 
 
 def there(x: Any) -> bool:
-    """Whether x names DEVICE."""
+    """Whether x names DEVICE as a device."""
     if isinstance(x, str):
         return x.split(":")[0] == "cuda"
     return isinstance(x, torch.device) and x.type == "cuda"
 
 
 def _may_change_in_place(input: torch.Tensor, from_: torch.Tensor) -> bool:
-    """What Module.to asks of a parameter; names and types are PyTorch's."""
+    """The part of a parameter that Module.to reads; names and types are PyTorch's."""
     return isinstance(input, Elsewhere) == isinstance(from_, Elsewhere)
 
 
 class Kernels:
-    """The ops of ``core``, for memory of DEVICE alone."""
+    """The ops of ``core``, restricted to memory of DEVICE."""
 
     def __init__(self, core: Any) -> None:
         self._core = core
@@ -134,7 +135,7 @@ class Kernels:
 
 
 def _read(given: Any) -> Any:
-    """Memory as the core takes it, its address made real. An address of the CPU is an error."""
+    """Convert memory on DEVICE to what the core takes, with a real address. An address of the CPU is an error."""
     if isinstance(given, tuple) and len(given) == 4 and isinstance(given[1], str):
         assert given[0] == 0 or given[0] & _TAG, f"a kernel was given memory of the CPU: {given}"
         return (given[0] & ~_TAG, *given[1:])
@@ -143,7 +144,7 @@ def _read(given: Any) -> Any:
 
 @contextmanager
 def device_with(core: Any, monkeypatch: Any) -> Iterator[None]:
-    """DEVICE exists, and `core` has its ops."""
+    """Make DEVICE available, with `core` as its ops."""
     kernels = Kernels(core)
     monkeypatch.setattr("scalpel._native._found", lambda name: kernels)
     stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: None)

@@ -1,4 +1,4 @@
-"""What public_operations.py gives to the operations, and how what they give back is compared."""
+"""The inputs of public_operations.py, and the comparison of the operations' results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 
 
 class Plain(nn.Module):
-    """A module that nobody has rules for."""
+    """A module for which the library has no rules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Plain(nn.Module):
 
 
 class Given:
-    """What the operations are given. Made under torch's own defaults, and left as it is."""
+    """The inputs of the operations. They are created under torch's own defaults and must not be changed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -73,7 +73,7 @@ class Given:
         self.text.write_text(text_of(40))
 
     def new(self, name: str) -> Path:
-        """A path that nothing stands at."""
+        """A path at which nothing exists yet."""
         number = len(os.listdir(self.folder))
         return self.folder / f"{name}-{number}"
 
@@ -91,7 +91,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Numbers:
-    """A tensor as it is compared: all but its memory."""
+    """What a comparison considers of a tensor: everything except its memory."""
 
     dtype: str
     device: str
@@ -100,7 +100,7 @@ class Numbers:
 
 
 def plain(value: Any) -> Any:
-    """A result as nested tuples of numbers, texts and bits, which can be compared with ==, NaN and signs of 0 too."""
+    """A result as nested tuples of numbers, strings and bits, comparable with ==, including NaN and signed zeros."""
     if isinstance(value, Tensor):
         if value.device.type == "meta":
             return Numbers(str(value.dtype), "meta", tuple(value.shape), b"")

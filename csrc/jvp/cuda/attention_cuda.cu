@@ -1,6 +1,6 @@
-// Attention on lanes on a GPU: checks, and what the kernel of attention_sweep.h is asked to sum. An index
-// that doesn't ascend or holds no channel isn't noticed here, because nothing waits for the device; nothing
-// is read or written outside the arrays then, but the result means nothing.
+// Attention on lanes on a GPU: the checks, and the sums that each rule asks of the kernel in
+// attention_sweep.h. Nothing waits for the device, so an index that does not ascend or that names no channel
+// goes unnoticed. Such a call reads and writes nothing outside the arrays, but its result is meaningless.
 #include "attention_sweep.h"
 #include "jvp/attention_checks.h"
 #include "jvp_cuda.h"
@@ -35,7 +35,7 @@ void expect_small(const AttentionSizes& sizes) {
               "; on a GPU fewer than 2^31 of each are allowed");
 }
 
-// Lanes without an entry are absent.
+// Lanes without any entry are treated as absent.
 template <class Real>
 LaneRows<Real> lanes_of(const LanesOf& of) {
   if (absent(of.lanes) || of.lanes.shape[1] == 0) return {nullptr, nullptr, 0};
@@ -45,7 +45,8 @@ LaneRows<Real> lanes_of(const LanesOf& of) {
 
 dim3 blocks(std::int64_t count) {
   if (count > 0x7FFFFFFF)
-    jvp::refuse("attention of " + std::to_string(count) + " tiles; a GPU takes 2^31 - 1");
+    jvp::refuse("attention needs " + std::to_string(count) +
+                " blocks of a GPU; at most 2^31 - 1 are allowed: use a smaller batch");
   return dim3(static_cast<unsigned>(count));
 }
 
@@ -116,7 +117,7 @@ void backward(const Attention& at, const AttentionSizes& sizes, const LanesOf& y
   to_k.out = dk;
   run<false>(to_k, sizes, queue);
 
-  // Last, because it writes where the statistics are.
+  // This sweep runs last, because it overwrites the statistics.
   Sweep<Real> to_q{};
   to_q.at = primal;
   to_q.row_lanes = u;

@@ -1,5 +1,5 @@
-// Pieces of attention's kernels: tiles of rows and of lanes in shared memory, scores, and the softmax's
-// statistics. See attention_sweep.h.
+// The building blocks of attention's kernels: tiles of rows and of lanes in shared memory, scores, and the
+// statistics of the softmax. attention_sweep.h combines them.
 #pragma once
 
 #include <cmath>
@@ -16,29 +16,29 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kLanes = kTangentLanes;
-constexpr int kColumns = 16;                      // keys or queries of a tile that is summed over
-constexpr int kScoreChannels = 64;                // of q and k that are staged at once for the scores
-constexpr int kScoreStride = kScoreChannels + 4;  // keeps vectors of different rows in different banks
-constexpr int kScoreRows = 16;                    // queries of a block that only makes statistics
+constexpr int kColumns = 16;                      // keys or queries in a tile that is summed over
+constexpr int kScoreChannels = 64;                // channels of q and k staged at once for the scores
+constexpr int kScoreStride = kScoreChannels + 4;  // puts vectors of different rows in different banks
+constexpr int kScoreRows = 16;                    // queries of a block that only computes statistics
 constexpr unsigned kAll = 0xFFFFFFFFu;
 
-// What the kernels read of the primal; see Attention.
+// What the kernels read of the primal; the fields are those of Attention in jvp.h.
 template <class Real>
 struct AttentionPrimal {
   const Real *q, *k, *v, *y;
   const std::uint8_t* allowed;
   const Real* sink;        // or nullptr
-  std::int64_t mask_step;  // from one batch row's mask to the next: 0 if they share one
+  std::int64_t mask_step;  // the stride between the masks of batch rows: 0 if they share one
   Real scale;
   int length, d, heads, kv_heads;
 };
 
-// Some tokens that follow each other, and one head of them.
+// One head of some consecutive tokens.
 struct Tile {
-  std::int64_t token;  // the first, of all tokens of the batch
+  std::int64_t token;  // the first token, counted over the whole batch
   int channel;         // the head's first
-  int width;           // channels of a token
-  int rows;            // how many tokens are there
+  int width;           // all channels of a token
+  int rows;            // the number of tokens that exist
 };
 
 struct Place {
@@ -70,8 +70,9 @@ struct alignas(sizeof(Real) * kCount < 16 ? sizeof(Real) * kCount : 16) Pack {
   Real x[kCount];
 };
 
-// kBytes, 4, 8 or 16 and aligned so, from memory to shared memory; zeros unless `wanted`. Neither waited for
-// nor held in registers, so that many are under way; `await_copies` waits for those of the block's threads.
+// Copies kBytes (4, 8 or 16, aligned to as many) from device memory to shared memory, or writes zeros if not
+// `wanted`. The copy neither blocks nor occupies registers, so that many can be in flight; await_copies()
+// waits for those of all threads of the block.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool wanted) {
 #if defined(__CUDACC__)
@@ -100,9 +101,9 @@ __device__ __forceinline__ void await_copies() {
   __syncthreads();
 }
 
-// The loads below ask for copies; await_copies() has to follow.
+// The loads below only start copies; call await_copies() before reading the result.
 
-// Channels [first, first + kChannels) of a tile's head, zero where there are none.
+// Loads channels [first, first + kChannels) of a tile's head, with zeros where there are none.
 template <int kRows, int kChannels, int kStride, class Real>
 __device__ __forceinline__ void load_rows(Real* to, const Real* from, const Tile& tile, int first, int d) {
   const Real* const head = from + tile.token * tile.width + tile.channel + first;
@@ -115,11 +116,11 @@ __device__ __forceinline__ void load_rows(Real* to, const Real* from, const Tile
   }
 }
 
-// The first entry of an ascending row whose channel is at least `channel`; for a whole warp. Safe, if of no
-// use, where the row doesn't ascend.
+// The first entry of an ascending row whose channel is at least `channel`. The whole warp must call it. If
+// the row does not ascend, the result is meaningless but still within the row.
 __device__ inline int first_entry(const std::int64_t* row, int entries, int channel) {
   const int lane = static_cast<int>(threadIdx.x % 32);
-  int low = 0, high = entries;  // it is in [low, high]
+  int low = 0, high = entries;  // the result is in [low, high]
   while (low < high) {
     const int step = (high - low - 1) / 32 + 1;
     const int probe = low + (lane + 1) * step - 1;
@@ -130,8 +131,9 @@ __device__ inline int first_entry(const std::int64_t* row, int entries, int chan
   return low;
 }
 
-// f(channel - first, entry) for the entries of one token in [first, first + count), by a warp: half a warp
-// for each, so that its sixteen threads can take the lanes. All threads of the warp come here.
+// Calls f(channel - first, entry) for the entries of one token whose channel is in [first, first + count).
+// Half a warp handles an entry, so that its sixteen threads take the sixteen lanes. All threads of the warp
+// must call it.
 template <class F>
 __device__ __forceinline__ void each_entry(const std::int64_t* row, int entries, int first, int count, F f) {
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -153,8 +155,8 @@ __device__ __forceinline__ void each_entry(const std::int64_t* row, int entries,
   }
 }
 
-// The lanes of channels [first, first + kChannels) of a tile's head, zero where there are none. Row r begins
-// at r * kStride.
+// Loads the lanes of channels [first, first + kChannels) of a tile's head, with zeros where there are none.
+// Row r begins at r * kStride.
 template <int kRows, int kChannels, int kStride, class Real>
 __device__ __forceinline__ void load_lanes(Real* to, const LaneRows<const Real>& of, const Tile& tile,
                                            int first, int d) {
@@ -195,14 +197,15 @@ __device__ __forceinline__ void load_lanes(Real* to, const LaneRows<const Real>&
   }
 }
 
-// Whether query `i` of the batch row may read key `j`.
+// True when query `i` of the batch row may read key `j`.
 template <class Real>
 __device__ __forceinline__ bool may_read(const AttentionPrimal<Real>& at, const Place& place, int i, int j) {
   if (i >= at.length || j >= at.length) return false;
   return at.allowed[place.batch * at.mask_step + static_cast<std::int64_t>(i) * at.length + j] != 0;
 }
 
-// The score of a query and a key of two tiles for each thread, key first; at least kQueries * kKeys threads.
+// Computes one score per thread, of a query and a key of two tiles; neighbouring threads have neighbouring
+// keys. Needs at least kQueries * kKeys threads.
 template <int kQueries, int kKeys, class Real>
 __device__ Real score_of(const AttentionPrimal<Real>& at, const Tile& queries, const Tile& keys,
                          Real* stage) {
@@ -230,8 +233,9 @@ __device__ Real score_of(const AttentionPrimal<Real>& at, const Tile& queries, c
   return sum * at.scale;
 }
 
-// The largest score of every query of a tile and one over the sum of e^(score - largest), the sink among
-// them; both zero for a query that may read nothing. Read them behind a barrier.
+// Computes for every query of a tile the largest score, and one over the sum of e^(score - largest), both
+// including the sink. Both are zero for a query that may read nothing. Synchronise the block before reading
+// them.
 template <int kQueries, class Real>
 __device__ void softmax_statistics(const AttentionPrimal<Real>& at, const Place& place, int first,
                                    Real* stage, Real* largest, Real* share) {
@@ -270,7 +274,7 @@ __device__ void softmax_statistics(const AttentionPrimal<Real>& at, const Place&
   }
 }
 
-// The statistics of all queries, (batch, heads, length, 2): a block for every sixteen.
+// Writes the statistics of all queries, (batch, heads, length, 2), with one block for every sixteen queries.
 template <class Real>
 __global__ void __launch_bounds__(kThreads) write_statistics(AttentionPrimal<Real> at, Real* to) {
   alignas(16) __shared__ Real stage[2 * kScoreRows * kScoreStride];

@@ -1,25 +1,26 @@
-// Attention on lanes on a GPU. The formulas are those of attention.inc.
+// Attention on lanes on a GPU. The formulas are those of attention.inc. The design trades some repeated
+// arithmetic for never holding an array of length x length.
 //
-// One kernel does all of it, because jvp and vjp are the same sweep: a block has a tile of rows of one head
-// and up to 64 of their channels, sixteen lanes each, as sums in its threads' registers, and goes over the
-// tiles of 16 columns. Of a tile it first makes
+// A single kernel does everything, because jvp and vjp are the same sweep. A block owns a tile of rows of
+// one head and up to 64 of their channels, with sixteen lanes each, as sums in its threads' registers. It
+// sweeps over the tiles of 16 columns. For each tile it first computes
 //   move[r, c] = P[r, c] (lanes of r times a row of c + a row of r times lanes of c - along),
 // and then adds move[r, c] times a row of c, and P[r, c] times lanes of c, to the sums:
 //   jvp:     rows are queries, columns are keys: dq k + q dk; then move v + P dv, less y sum_c move
 //   vjp, q:  rows are queries, columns are keys: u v - u y; then move k
 //   vjp, k:  rows are keys, columns are queries: u v - u y; then move q
 //   vjp, v:  rows are keys, columns are queries: P u
-// A tile of which no query may read a key costs a look at the mask. For every pair of a query and a key of d
-// channels that is 64 d multiplications and additions in the jvp, and 80 d in the vjp, 16 d more than needed,
-// because k and q make `move` each for themselves.
+// A tile in which no query may read a key only costs a look at the mask. For every pair of a query and a key
+// with d channels, the jvp takes 64 d multiply-adds and the vjp 80 d. That is 16 d more than necessary,
+// because k and q each compute `move` themselves.
 //
-// There is no array of length x length and no scratch. P is made anew from q and k in every sweep, d more
-// each. The largest score and the sum of a query's softmax cost a block of queries one more pass over its
-// keys, d again. A block of keys needs them for all queries: as a pass each, that would double the work at
-// 800 tokens, and more with more. So a kernel before writes them into the memory of dq, which is set last.
-// Only if that is too small for them (no dq, or fewer than heads / 8 entries a token) every block of keys
-// makes them, and has 16 channels instead of 64. Heads of more than 64 channels make `move` once for every 64
-// of them: half as much work again at 128.
+// No scratch memory is needed. Every sweep recomputes P from q and k, which adds d multiply-adds. A block of
+// queries computes the largest score and the sum of its softmax in one more pass over the keys, which adds
+// another d. A block of keys needs these statistics of all queries; computing them in the same way would
+// double the work at 800 tokens, and cost even more beyond. An earlier kernel therefore writes them into the
+// memory of dq, which is set last. If that memory is too small (no dq, or fewer than heads / 8 entries per
+// token), every block of keys computes them itself and has 16 channels instead of 64. Heads of more than 64
+// channels compute `move` once for every 64 channels, which is half as much work again at 128.
 #pragma once
 
 #include "attention_cuda.h"
@@ -27,25 +28,25 @@
 namespace scalpel::cuda {
 namespace {
 
-constexpr int kStep = 16;                          // channels staged at once for `move`
-constexpr int kFactorStride = kStep + 4;           // keeps vectors of different rows in different banks
-constexpr int kLaneStride = (kStep + 1) * kLanes;  // and two rows' lanes
+constexpr int kStep = 16;                          // channels staged at once to compute `move`
+constexpr int kFactorStride = kStep + 4;           // puts vectors of different rows in different banks
+constexpr int kLaneStride = (kStep + 1) * kLanes;  // likewise for the lanes of different rows
 
-// Of the blocks of keys, only those with so few channels can make the statistics: in the others that code
-// takes registers from the sums.
+// Only blocks of keys with this few channels can compute the statistics themselves. In larger blocks that
+// code would take registers from the sums.
 constexpr int kMakesStatistics = 16;
 
-// What a block sums over its columns; what is nullptr isn't there.
+// The terms that a block sums over its columns. A term whose pointer is nullptr is left out.
 template <class Real>
 struct Sweep {
   AttentionPrimal<Real> at;
-  LaneRows<const Real> row_lanes, column_lanes;  // for `move`, with
-  const Real *column_factor, *row_factor;        // the other side's rows
-  bool along;                                    // less u y, whose u is the queries' among those lanes
-  const Real* column_values;                     // times `move`
-  LaneRows<const Real> column_added;             // times P
-  bool drift;                                    // less y sum_c move
-  const Real* statistics;                        // (batch, heads, length, 2), if already made
+  LaneRows<const Real> row_lanes, column_lanes;  // factors of `move`, together with
+  const Real *column_factor, *row_factor;        // the rows on the other side
+  bool along;                                    // subtract u y from `move`, where u are the queries' lanes
+  const Real* column_values;                     // multiplied by `move`
+  LaneRows<const Real> column_added;             // multiplied by P
+  bool drift;                                    // subtract y sum_c move at the end
+  const Real* statistics;                        // (batch, heads, length, 2), or nullptr to compute them here
   LaneRows<Real> out;
 };
 
@@ -58,21 +59,21 @@ struct Shared {
   static constexpr int kFactors = (kRow + 2 * kColumns) * kFactorStride;
   static constexpr int kMoveStage = kFactors + (kRow + kColumns) * kLaneStride;
   static constexpr int kFit = kMoveStage / (kOut * (kLanes + 1));
-  static constexpr int kSub = kFit >= 16 ? 16 : kFit >= 8 ? 8 : 4;  // columns staged at once for the sums
+  static constexpr int kSub = kFit >= 16 ? 16 : kFit >= 8 ? 8 : 4;  // columns staged at once
   static_assert(kFit >= 4 && 2 * 16 * kScoreStride <= kMoveStage);
 
   alignas(16) Real stage[kMoveStage];
-  alignas(16) Real weights[kColumns * kRow];  // P, rows side by side
+  alignas(16) Real weights[kColumns * kRow];  // P, where the rows of a column are contiguous
   Real move[kRow * kColumns * kLanes];
-  Real along[kColumns * kLanes];  // u y of a query, or the sum of a row of `move`
+  Real along[kColumns * kLanes];  // u y of each query, or the sum of each row of `move`
   Real largest[kColumns], share[kColumns];
-  // What the block works on; kept here, because registers are short.
+  // What the block works on. It is kept in shared memory because registers are scarce.
   Tile rows;
-  int row, channel;  // the first of each
+  int row, channel;  // the first row and channel
   int batch, kv_head, last_head;
 };
 
-// What one tile of columns adds to `move`, for the rows and columns of this thread.
+// Computes `move` for one tile of columns, for the rows and columns of this thread.
 template <class Real, int kOut, bool kByQuery>
 __device__ __forceinline__ void make_move(const Sweep<Real>& sweep, const Tile& rows, const Tile& columns,
                                           Shared<Real, kOut>& shared, bool need_along) {
@@ -81,7 +82,7 @@ __device__ __forceinline__ void make_move(const Sweep<Real>& sweep, const Tile& 
   constexpr int kQueries = kByQuery ? kRow : kColumns;
   const int thread = static_cast<int>(threadIdx.x);
   const int t = thread % kLanes, group = thread / kLanes;
-  const int first_row = group / 4 * kOwnRows, first_column = group % 4;  // every fourth column
+  const int first_row = group / 4 * kOwnRows, first_column = group % 4;  // every fourth column is its own
   Real* const row_factor = shared.stage;
   Real* const column_factor = row_factor + kRow * kFactorStride;
   Real* const y = column_factor + kColumns * kFactorStride;
@@ -171,7 +172,7 @@ __device__ __forceinline__ void make_move(const Sweep<Real>& sweep, const Tile& 
   }
 }
 
-// Every `row` and `channel` that this thread sums up: rows that follow each other, every eighth channel.
+// The rows and channels that this thread sums: consecutive rows, and every eighth channel.
 template <class Real, int kOut>
 struct Own {
   static constexpr int kOwnRows = kRows<Real> / 2, kOwnChannels = kOut / 8;
@@ -232,7 +233,7 @@ __device__ __forceinline__ void add_columns(
   }
 }
 
-// The sums to where they belong: to the channels that out lists, or to all.
+// Writes the sums to the channels that `out` lists, or to all channels.
 template <class Real, int kOut>
 __device__ __forceinline__ void write_sums(
     const Sweep<Real>& sweep, const Tile& rows, int first, Shared<Real, kOut>& shared,
@@ -242,7 +243,7 @@ __device__ __forceinline__ void write_sums(
   const int t = thread % kLanes;
   const int d = sweep.at.d;
   const LaneRows<Real>& out = sweep.out;
-  // The entry of every row and channel, or -1.
+  // The entry of each row and channel, or -1 if out does not list it.
   int* const entry = reinterpret_cast<int*>(shared.stage);
   if (out.index != nullptr) {
     const int count = d - first < kOut ? d - first : kOut;
@@ -285,7 +286,8 @@ __global__ void __launch_bounds__(kThreads, 2) sweep_columns(Sweep<Real> sweep) 
   const AttentionPrimal<Real>& at = sweep.at;
   const int thread = static_cast<int>(threadIdx.x);
 
-  // Neighbouring blocks read the same head; those with the most to do come first.
+  // Neighbouring blocks read the same head, which keeps it in cache; the blocks with the most work start
+  // first.
   const unsigned tiles = static_cast<unsigned>((at.length + kRow - 1) / kRow);
   const unsigned chunks = static_cast<unsigned>((at.d + kOut - 1) / kOut);
   const unsigned heads = static_cast<unsigned>(kByQuery ? at.heads : at.kv_heads);
@@ -305,7 +307,7 @@ __global__ void __launch_bounds__(kThreads, 2) sweep_columns(Sweep<Real> sweep) 
 
   Real sum[O::kOwnRows][O::kOwnChannels] = {};
   if (sweep.drift) shared.along[thread] = 0;
-  bool need_along = sweep.along;  // that of queries which are rows is made once
+  bool need_along = sweep.along;  // when the queries are rows, it is computed only once
   for (int head = kByQuery ? mine : mine * group; head <= shared.last_head; ++head) {
     if (kByQuery) {
       softmax_statistics<kRow>(at, {shared.batch, head, shared.kv_head}, shared.row, shared.stage,
@@ -313,7 +315,7 @@ __global__ void __launch_bounds__(kThreads, 2) sweep_columns(Sweep<Real> sweep) 
     }
     for (int begin = 0; begin < at.length; begin += kColumns) {
       const Place place{shared.batch, head, shared.kv_head};
-      // Threads that stand for a query and a key of the tile, as in score_of.
+      // Each of these threads stands for a query and a key of the tile, as in score_of.
       const int key = thread % (kByQuery ? kColumns : kRow), query = thread / (kByQuery ? kColumns : kRow);
       const bool within = thread < kRow * kColumns;
       const bool may = within && may_read(at, place, (kByQuery ? shared.row : begin) + query,

@@ -1,7 +1,7 @@
-// The rules of jvp.h on a GPU: the same contracts, for memory of one device, but that what an index or a
-// matrix holds is not looked at, which would mean waiting: channels out of range, or out of order, are the
-// caller's to prevent. Nothing is waited for and nothing is allocated. Results are the same every time, and
-// differ from the CPU's in rounding.
+// The rules of jvp.h on a GPU, for memory of one device. The contracts are the same with one exception: the
+// contents of indices and matrices are not checked, because that would mean waiting for the device. Callers
+// must ensure that channels are in range and in order. The calls return without waiting and allocate
+// nothing. Results are reproducible, and differ from the CPU's in rounding only.
 #pragma once
 
 #include "core/tensor_view.h"

@@ -1,14 +1,14 @@
-// Sparse linear layers on lanes on a GPU, and on rows with sixteen tokens in the lanes.
+// Sparse linear layers on a GPU: on lanes, and on plain rows with sixteen tokens as the lanes.
 //
-// A block has a token's lines (entries of sixteen tangents) in shared memory, or as many as fit, and its
-// warps run through rows of the matrix. A warp reads 32 non-zeros at a time, finds their lines, and writes
-// those that have one behind each other; of these it then multiplies eight (float64: four) in a step. A
-// non-zero thus costs 8 bytes (12) from the caches, and only one that meets an entry a line of shared memory,
-// whose width is the limit: two an SM and cycle at most (float64: one). The sums of eight rows are collected
-// before they are written.
+// A block keeps the lines of a token (entries of sixteen tangents) in shared memory, or as many as fit, and
+// its warps run through the rows of the matrix. A warp reads 32 non-zeros at a time, looks up their lines,
+// and queues those that have one; it then multiplies eight of them (float64: four) per step. A non-zero
+// therefore costs 8 bytes (float64: 12) of cache bandwidth, and only one that meets an entry costs a line of
+// shared memory. Shared memory bandwidth is the limit: at most two lines per SM and cycle (float64: one).
+// The sums of eight rows are collected before they are written.
 //
-// Lines that don't fit are taken in tiles of ascending channels, and every row goes on where the tile before
-// ended.
+// Lines that do not fit are processed in tiles of ascending channels, and every row resumes where the
+// previous tile ended.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -22,9 +22,9 @@ namespace {
 
 using namespace lanes;
 
-constexpr int kRun = 8;             // rows of the matrix a warp takes at once
-constexpr int kHits = 64;           // non-zeros that wait for a warp
-constexpr int kMostThreads = 1024;  // a block
+constexpr int kRun = 8;             // rows of the matrix that a warp takes at once
+constexpr int kHits = 64;           // non-zeros that a warp can queue
+constexpr int kMostThreads = 1024;  // threads per block
 constexpr std::uint16_t kNone = 0xFFFF;
 
 template <class Real>
@@ -32,31 +32,31 @@ struct Product {
   const std::int64_t* starts;
   const std::int32_t* columns;
   const Real* weights;
-  const Real* in;  // lanes, or rows
+  const Real* in;  // lanes or rows
   const std::int64_t* in_index;
   const std::int64_t* out_index;
   std::int64_t tokens;
-  const Real* factor;  // lanes: scale; rows: bias
+  const Real* factor;  // the scale for lanes, the bias for rows
   Real* out;
   int cols, entries, outputs;
   bool in_aligned;
 };
 
-// A block has a token (rows: sixteen) and `share` of its outputs.
+// How the work is divided: a block handles one token (for rows: sixteen) and `share` of its outputs.
 struct Plan {
   int parts, share;
   int tiles;
-  int lines;  // a tile
+  int lines;  // lines per tile
   bool mapped;
 };
 
 template <class Real>
 struct alignas(2 * sizeof(Real)) Hit {
   Real weight;
-  std::int32_t line;  // where it begins
+  std::int32_t line;  // the offset of the line
 };
 
-// A non-zero a lane; column -1 behind the end.
+// One non-zero per lane of the warp; column is -1 past the end.
 template <class Real>
 struct Batch {
   std::int32_t column;
@@ -69,7 +69,7 @@ __device__ __forceinline__ Batch<Real> fetch(const Product<Real>& job, std::int6
   return {job.columns[at + lane], job.weights[at + lane]};
 }
 
-// How many of n ascending numbers are below `limit`.
+// The number of values below `limit` among n ascending numbers.
 template <class Int>
 __device__ int count_below(const Int* numbers, int n, std::int64_t limit) {
   int begin = 0;
@@ -84,15 +84,15 @@ __device__ int count_below(const Int* numbers, int n, std::int64_t limit) {
   return begin;
 }
 
-// Entries [from, from + count) of a token, and which channel is which line.
+// The entries [from, from + count) of a token, and the line of each channel.
 template <class Real>
 struct Tile {
-  int from, end;                 // end: the first channel that isn't this tile's
-  const std::int64_t* channels;  // of these entries, or nullptr
-  const std::uint16_t* map;      // or nullptr
+  int from, end;                 // end: the first channel past this tile
+  const std::int64_t* channels;  // the channels of these entries, or nullptr
+  const std::uint16_t* map;      // from channels to lines, or nullptr
   int count;
 
-  // -1: a channel that has no entry. One that is listed twice has its last entry.
+  // The line of a channel, or -1 if it has no entry. A channel that is listed twice has its last entry.
   __device__ __forceinline__ int line_of(std::int32_t channel) const {
     if (channels == nullptr) return channel - from;
     if (map != nullptr) return map[channel] == kNone ? -1 : map[channel];
@@ -109,7 +109,7 @@ __device__ Tile<Real> bring_lanes(const Product<Real>& job, const Plan& plan, st
   const int count = last ? job.entries - from : plan.lines;
   const Real* in = job.in + (token * job.entries + from) * kTangentLanes;
   const int step = static_cast<int>(blockDim.x), rank = static_cast<int>(threadIdx.x);
-  // Four loads before the first store, which the compiler could not move them over.
+  // Issues four loads before the first store, because the compiler cannot move a load over a store.
   for (int i = rank; i < count * kParts<Real>; i += 4 * step) {
     Pack<Real> held[4];
 #pragma unroll
@@ -127,19 +127,19 @@ __device__ Tile<Real> bring_lanes(const Product<Real>& job, const Plan& plan, st
   const std::int64_t* channels = job.in_index + token * job.entries + from;
   const int end = last ? job.cols : static_cast<int>(channels[count]);
   if (!plan.mapped) return {from, end, channels, nullptr, count};
-  // Channels of the tiles before are not asked for any more.
+  // Channels of earlier tiles are not looked up any more.
   for (int c = (tile == 0 ? 0 : static_cast<int>(channels[0])) + rank; c < end; c += step) map[c] = kNone;
   __syncthreads();
   for (int e = rank; e < count; e += step) {
-    // Of equal ones the last, in the next tile if these go on there.
+    // Of entries with equal channels the last one counts; it may be in the next tile.
     const bool more = from + e + 1 < job.entries;
     if (!more || channels[e + 1] != channels[e]) map[channels[e]] = static_cast<std::uint16_t>(e);
   }
   return {from, end, channels, map, count};
 }
 
-// Sixteen rows of x, turned. A warp reads eight columns of four rows: whole sectors of memory, and no more
-// than four threads to a bank when it writes.
+// Transposes sixteen rows of x. A warp reads eight columns of four rows, which are whole sectors of memory,
+// and at most four threads share a bank when it writes.
 template <class Real>
 __device__ Tile<Real> bring_rows(const Product<Real>& job, const Plan& plan, std::int64_t first, int tile,
                                  Real* lines) {
@@ -164,7 +164,7 @@ __device__ Tile<Real> bring_rows(const Product<Real>& job, const Plan& plan, std
   return {from, from + count, nullptr, nullptr, count};
 }
 
-// Adds hits [0, n), one a group of kParts threads.
+// Adds the hits [0, n). Each group of kParts threads takes one at a time.
 template <class Real>
 __device__ __forceinline__ void multiply_hits(const Hit<Real>* hits, int n, const Real* lines, int lane,
                                               Pack<Real>& sum) {
@@ -177,8 +177,8 @@ __device__ __forceinline__ void multiply_hits(const Hit<Real>* hits, int n, cons
   }
 }
 
-// The tile's share of `count` rows' products, (kRun, 16). Lane r has where row r's non-zeros in it begin and
-// how many they are.
+// Computes the tile's part of the products of `count` rows, (kRun, 16). Lane r holds where the non-zeros of
+// row r within the tile begin, and how many there are.
 template <class Real>
 __device__ void multiply_run(const Product<Real>& job, const Tile<Real>& tile, const Real* lines, int count,
                              std::int64_t at, int length, bool first, Hit<Real>* hits, Real* results) {
@@ -190,10 +190,10 @@ __device__ void multiply_run(const Product<Real>& job, const Tile<Real>& tile, c
   for (int r = 0; r < count; ++r) {
     Pack<Real> sum{};
     int waiting = 0;
-    bool lost = false;  // a weight that isn't finite times a tangent that is zero
+    bool lost = false;  // a non-finite weight met a zero tangent, which must give NaN
     bool more;
     do {
-      // The next non-zeros, of this row or the one after, are on their way while these are multiplied.
+      // The next non-zeros, from this row or the following one, are loaded while these are multiplied.
       more = left > 32;
       if (more) {
         p += 32;
@@ -262,7 +262,7 @@ __global__ void __launch_bounds__(kMostThreads)
     }
     for (int t = 0; t < plan.tiles; ++t) {
       if (plan.tiles > 1 || pass == first) {
-        __syncthreads();  // nobody reads the lines before any more
+        __syncthreads();  // no thread still reads the previous lines
         if constexpr (kRows) {
           tile = bring_rows(job, plan, token, t, lines);
         } else {
@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(kMostThreads)
         job.out[to * kTangentLanes + i] = results[i] * factor;
       }
     }
-    __syncwarp();  // results are the next run's
+    __syncwarp();  // the next run reuses the results
   }
 }
 
@@ -303,10 +303,11 @@ void start(const Product<Real>& job, const CudaQueue& queue) {
   const std::int64_t groups = kRows ? pieces(job.tokens, kTangentLanes) : job.tokens;
   const std::int64_t wanted = 4 * device::multiprocessors();
   Plan plan;
-  // The map leaves most of the memory to the lines.
+  // The map takes at most a sixth of shared memory and leaves the rest to the lines.
   plan.mapped = job.in_index != nullptr && job.cols <= most / 6 / static_cast<int>(sizeof(std::uint16_t));
   const int map = plan.mapped ? job.cols * static_cast<int>(sizeof(std::uint16_t)) : 0;
-  // Where only one block fits a multiprocessor it is a large one. Few outputs, or little work: small ones.
+  // If only one block fits a multiprocessor, it is a large one. With few outputs or little work, blocks are
+  // small.
   int warps = job.entries > (most / 2 - 1024 - map - 16 * kOfWarp) / kLine ? 32 : 16;
   while (warps > 4 && (warps * kOfWarp > most / 2 || warps * kRun / 2 >= job.outputs ||
                        groups * pieces(job.outputs, warps * kRun) < wanted)) {
@@ -314,8 +315,8 @@ void start(const Product<Real>& job, const CudaQueue& queue) {
   }
   plan.lines = std::max(1, std::min(job.entries, (most - warps * kOfWarp - map) / kLine));
   plan.tiles = std::max(1, static_cast<int>(pieces(job.entries, plan.lines)));
-  // Outputs are shared out between blocks only as far as all of the device needs it: each brings the lines
-  // again.
+  // Outputs are divided among blocks only as far as necessary to occupy the device, because each block loads
+  // the lines again.
   const std::int64_t passes = pieces(job.outputs, warps * kRun);
   const std::int64_t parts = std::min(pieces(wanted, groups), passes);
   plan.share = static_cast<int>(pieces(passes, parts)) * warps * kRun;

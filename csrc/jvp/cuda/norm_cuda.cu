@@ -1,9 +1,9 @@
-// Norms and copies on lanes on a GPU, where reading and writing memory should be what they wait for.
+// Norms and copies on lanes on a GPU. Both are designed to be limited by memory bandwidth only.
 //
-// Norms: a block a token. It goes over the token's lanes once for the means, once more for the result; the
-// second time they mostly come from the cache. An entry that a norm or scatter adds to a channel is added by
-// the threads of that channel's first entry, with those of the entries behind that list it again: the order
-// is always the same, and no two threads write one number.
+// Norms use one block per token. It reads the token's lanes once for the means and once more for the result;
+// the second time they mostly come from cache. When a norm or scatter adds entries to a channel, the threads
+// of the channel's first entry also add the later entries that list the channel again. The order of the
+// additions is therefore fixed, and no two threads write the same number.
 #include <algorithm>
 #include <cstdint>
 
@@ -16,7 +16,7 @@ namespace {
 using namespace lanes;
 
 constexpr int kCopyThreads = 256;
-constexpr int kTurned = 128;  // entries that a block turns at once
+constexpr int kTurned = 128;  // entries that a block transposes at once
 
 // ---- norms -------------------------------------------------------------------------------------
 
@@ -24,12 +24,13 @@ template <class Real>
 struct NormJob {
   const Real *normed, *rate, *gain;
   std::int64_t width, over;
-  std::int64_t entries;  // of what has an index
+  std::int64_t entries;  // of the array that has an index
   const std::int64_t* index;
   bool centred, in_aligned, out_aligned;
 };
 
-// The sum over a block of `along` and `mean`, times `share`. `words`: shared, (warps + 1, 2, 16).
+// Replaces `along` and `mean` by their sums over the block, times `share`. `words` is shared memory of shape
+// (warps + 1, 2, 16).
 template <class Real>
 __device__ void mean_over_block(Pack<Real>& along, Pack<Real>& mean, Real share, Real* words) {
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
@@ -121,10 +122,10 @@ __global__ void __launch_bounds__(1024)
     }
     store(out + c * kTangentLanes, sum, job.out_aligned);
   }
-  // Its barriers also make what was added visible to the block.
+  // The barriers in mean_over_block also make the added values visible to the whole block.
   mean_over_block(stretch, shift, Real(1) / static_cast<Real>(job.over), reinterpret_cast<Real*>(memory));
   if (!job.centred) shift = Pack<Real>{};
-  // Without an index the entries are added here, so that out is read once only.
+  // Without an index the entries are added in this loop, so that `out` is read only once.
   const bool dense = channels == nullptr;
 #pragma unroll 2
   for (std::int64_t c = first; c < (dense ? job.width : job.over); c += groups) {
@@ -156,7 +157,7 @@ NormJob<Real> norm_job(const Norm& norm, const LaneRows<const Real>& in, const L
   return job;
 }
 
-// So many threads that each has some eight loads; few large blocks also keep the second pass in the cache.
+// Uses as many threads as give each about eight loads. Few large blocks also keep the second pass in cache.
 template <class Real>
 void start_norm(void (*kernel)(NormJob<Real>, const Real*, Real*), const NormJob<Real>& job,
                 std::int64_t tokens, const Real* in, Real* out, const CudaQueue& queue) {
@@ -169,8 +170,8 @@ void start_norm(void (*kernel)(NormJob<Real>, const Real*, Real*), const NormJob
 
 // ---- copies ------------------------------------------------------------------------------------
 
-// Blocks of kCopyThreads / kParts entries, those of a token behind each other. `index` lists the entries'
-// channels.
+// A block handles kCopyThreads / kParts entries, and consecutive blocks belong to one token. `index` lists
+// the channels of the entries.
 template <class Real, bool kGather>
 __global__ void __launch_bounds__(kCopyThreads)
     copy(const Real* __restrict__ in, const std::int64_t* __restrict__ index, Real* __restrict__ out,
@@ -206,7 +207,7 @@ void start_copy(const Real* in, const std::int64_t* index, Real* out, std::int64
                  entries, width, static_cast<unsigned>(chunks), aligned(in), aligned(out));
 }
 
-// rows (count, n) and lanes (n, 16), n = tokens * channels: a matrix that is turned, kTurned of n at a time.
+// Transposes between rows (count, n) and lanes (n, 16), n = tokens * channels, in pieces of kTurned along n.
 template <class Real, bool kToLanes>
 __global__ void __launch_bounds__(kCopyThreads)
     turn(const Real* __restrict__ from, Real* __restrict__ to, std::int64_t n, int count) {

@@ -1,5 +1,5 @@
-// What the kernels on lanes share: an entry's sixteen tangents are moved by neighbouring threads, 16 bytes
-// each, so that a warp reads and writes whole lines of memory.
+// What the kernels on lanes share. Neighbouring threads move the sixteen tangents of an entry, 16 bytes
+// each, so that a warp reads and writes whole cache lines.
 #pragma once
 
 #include <cstdint>
@@ -13,16 +13,16 @@ namespace scalpel::cuda::lanes {
 constexpr unsigned kAll = 0xFFFFFFFFu;
 
 template <class Real>
-constexpr int kPack = 16 / static_cast<int>(sizeof(Real));  // tangents a thread
+constexpr int kPack = 16 / static_cast<int>(sizeof(Real));  // tangents per thread
 template <class Real>
-constexpr int kParts = kTangentLanes / kPack<Real>;  // threads an entry
+constexpr int kParts = kTangentLanes / kPack<Real>;  // threads per entry
 
 template <class Real>
 struct alignas(16) Pack {
   Real at[kPack<Real>];
 };
 
-// Lanes that begin inside of another array may not be aligned to a pack; the answer is the same for all
+// Lanes that begin inside another array may not be aligned to a pack. The answer is the same for all
 // threads.
 inline bool aligned(const void* lanes) { return reinterpret_cast<std::uintptr_t>(lanes) % 16 == 0; }
 
@@ -51,9 +51,9 @@ __device__ __forceinline__ void add(Pack<Real>& to, Real factor, const Pack<Real
   for (int i = 0; i < kPack<Real>; ++i) to.at[i] += factor * pack.at[i];
 }
 
-// Sums packs over the threads of a warp that have the same part. Each step halves what a thread still
-// carries, so that it ends with one sum, of `tangent`; threads with the bit kParts have what their neighbours
-// have.
+// Sums packs over the threads of a warp that hold the same part of an entry. Each step halves what a thread
+// still carries, so that it ends with the sum of one tangent, whose number is written to `tangent`. Threads
+// with the bit kParts set in their lane end with the same sums as their neighbours.
 template <class Real>
 __device__ __forceinline__ Real sum_over_warp(Pack<Real> pack, int lane, int& tangent) {
   int carried = kPack<Real>;
@@ -79,10 +79,11 @@ __device__ __forceinline__ Real sum_over_warp(Pack<Real> pack, int lane, int& ta
 
 inline std::int64_t pieces(std::int64_t n, std::int64_t piece) { return (n + piece - 1) / piece; }
 
-// A block a unit of the work.
+// A grid with one block per unit of work.
 inline dim3 grid_of(std::int64_t units) {
   if (units > 0x7FFFFFFF)
-    jvp::refuse("there is work for " + std::to_string(units) + " blocks of a GPU; 2^31 - 1 are allowed");
+    jvp::refuse("the work needs " + std::to_string(units) +
+                " blocks of a GPU; at most 2^31 - 1 are allowed: use a smaller batch");
   return dim3(static_cast<unsigned>(units));
 }
 

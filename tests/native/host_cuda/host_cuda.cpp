@@ -1,3 +1,5 @@
+// The scheduler of the stand-in: runs the threads of a block as fibers, and the blocks of a grid in random
+// order.
 #include "host_cuda.h"
 
 #include <setjmp.h>
@@ -22,16 +24,16 @@ struct Barrier {
 };
 
 struct Warp {
-  std::map<unsigned, Barrier> barriers;  // by mask
+  std::map<unsigned, Barrier> barriers;  // keyed by mask
   std::uint64_t slots[32];
-  unsigned words[32][6];  // by lane: a and b of mma_bf16
+  unsigned words[32][6];  // per lane: the arguments a and b of mma_bf16
 };
 
 struct Fiber {
-  ucontext_t context;  // to begin with; from then on `at`, which asks nothing of the system
+  ucontext_t context;  // used to start; later switches use `at`, which needs no system call
   jmp_buf at;
   bool begun = false;
-  const Barrier* waits = nullptr;  // and for what it must have passed
+  const Barrier* waits = nullptr;  // continues once waits->passed differs from `passed`
   std::uint64_t passed = 0;
   Place place;
   unsigned index = 0;
@@ -137,7 +139,7 @@ unsigned char* dynamic_shared() {
 unsigned lane() { return block->current->index % 32; }
 std::uint64_t* warp_slots() { return block->warps[block->current->index / 32].slots; }
 
-// A thread that has ended counts as one that has come, as on a GPU.
+// A thread that has ended counts as having arrived, as on a GPU.
 void block_barrier() {
   Barrier& at = block->barrier;
   const std::uint64_t mine = at.passed;
@@ -198,7 +200,7 @@ void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
   const auto number = [](unsigned pair, int high) {
     return __uint_as_float(high ? pair & 0xFFFF0000u : pair << 16);
   };
-  // One exchange for all six words: barriers are what takes the time here.
+  // Exchanges all six words at once, because barriers dominate the run time.
   using host_cuda::block;
   auto& words = block->warps[block->current->index / 32].words;
   std::memcpy(words[host_cuda::lane()], a, sizeof(a));

@@ -1,10 +1,11 @@
-// CUDA's words for a C++ compiler, so that kernels run where there is no GPU.
+// A stand-in for the parts of CUDA that the kernels use, so that a C++ compiler can build them and they can
+// run without a GPU.
 //
-// A block's threads are fibers on one CPU thread, taken in an order that is drawn anew each round, so that a
-// missing barrier gives different results and not only on some days; blocks run one after the other, in a
-// drawn order too. Shared memory is filled with 0xFF (NaN) before every block. A barrier that not all threads
-// reach ends the program with a message. What isn't shown by this: races within what a warp does at once,
-// memory ordering between blocks, alignment, time.
+// The threads of a block are fibers on one CPU thread. They run in an order that is drawn anew in each
+// round, so that a missing barrier changes the results reliably; blocks run one after another, in random
+// order too. Shared memory is filled with 0xFF (NaN) before every block. If not all threads reach a barrier,
+// the program aborts with a message. The stand-in cannot reveal races within the instructions of a warp,
+// memory ordering between blocks, misalignment, or running times.
 #pragma once
 
 #include <cmath>
@@ -73,7 +74,7 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* found, const void*)
   return found->sharedSizeBytes = 0, cudaSuccess;
 }
 inline cudaError_t cudaFuncSetAttribute(const void*, int, int) { return cudaSuccess; }
-// As an H100 has it, or what the environment says.
+// The values of an H100 (but only 4 multiprocessors), unless the environment sets the shared memory.
 inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
   const char* shared = std::getenv("HOST_CUDA_SHARED");
   *value = attribute == cudaDevAttrMultiProcessorCount ? 4
@@ -96,11 +97,11 @@ struct Place {
 const Place& here();
 unsigned char* dynamic_shared();
 void block_barrier();
-// Waits until all lanes of `mask` have come here; a vote or shuffle of a warp is two of these around a slot a
-// lane.
+// Waits until all lanes of `mask` have arrived. A vote or shuffle of a warp consists of two of these
+// barriers around one slot per lane.
 void warp_barrier(unsigned mask);
 unsigned lane();
-std::uint64_t* warp_slots();  // 32 words of the current warp
+std::uint64_t* warp_slots();  // the 32 words of the current warp
 void run(const std::function<void()>& kernel, dim3 grid, dim3 block, std::size_t shared);
 
 template <class T, class Pick>
@@ -280,7 +281,7 @@ void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]);
 inline unsigned pack_bf16(float low, float high) {
   const auto rounded = [](float x) {
     const unsigned bits = __float_as_uint(x);
-    return (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;  // of a finite x
+    return (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;  // valid for finite x
   };
   return rounded(low) | rounded(high) << 16;
 }

@@ -1,4 +1,4 @@
-"""What the tests of scalpel analyze share: small models, a text, and the fixtures of them."""
+"""What the tests of ``scalpel analyze`` share: small models, a text, and their fixtures."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from scalpel.cli import commands as cli
 from scalpel.models.tokenizer import Tokenizer
 
 LETTERS = "abcdefghijklm"
-CIRCUIT = 12  # the tiny CircuitGPT's context
+CIRCUIT = 12  # the context length of the tiny CircuitGPT
 SIZES: dict[str, int] = {"length": CIRCUIT, "chunks": 3, "tangents": 4, "stretches": 0}
 
 
 def letters(count: int) -> Tokenizer:
-    """One token a letter."""
+    """Map each letter to one token."""
     inner = tokenizers.Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(LETTERS[:count])}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     inner.decoder = decoders.Fuse()

@@ -1,7 +1,11 @@
+<<<<<<< HEAD:tests/support/tables/cases.py
 """The table of cases that every op runs on every target (tests/unit/topk/test_cases.py), and the hard rows behind it.
+=======
+"""The cases that every op runs on every target (test_cases.py), and the hard rows behind them.
+>>>>>>> help-I:tests/support/cases.py
 
-tolerance: the largest allowed difference from the twin in reference.py, relative to the twin's largest entry;
-0 means equal to the bit.
+``tolerance`` is the largest allowed difference from the twin in reference/, relative to the twin's largest entry; 0
+means equal to the bit.
 """
 
 from dataclasses import dataclass
@@ -10,8 +14,8 @@ import torch
 
 from scalpel import _core
 
-# Kernels that a target takes from another one.
-COMPILED_FOR = {(op, "avx512vbmi2"): "avx512" for op in ("covariance", "jvp")}  # nothing in them compresses lanes
+# Kernels that a target borrows from another target.
+COMPILED_FOR = {(op, "avx512vbmi2"): "avx512" for op in ("covariance", "jvp")}  # these ops never compress lanes
 
 # The CPU targets that run here.
 SUPPORTED = [target["name"] for target in _core.targets() if target["supported"]]
@@ -32,8 +36,8 @@ class Case:
 
 
 TOPK_SHAPES = [(7,), (1, 1), (3, 64), (5, 257), (2, 3, 40), (0, 4), (4, 0), (1, 5000), (600, 33)]
-# What rounding promises of float32 products: two deviations, a product and 128 sums of them are rounded by 2^-24 each
-# at most, of Σ |d_i| |d_j|, which is below n times the largest variance.
+# A bound on the rounding of float32 products. Two deviations, a product and 128 sums of products are each rounded by at
+# most 2^-24 of Σ |d_i| |d_j|, which is below n times the largest variance.
 FLOAT32_SUMS = 131 * 2.0**-24
 COVARIANCE_SHAPES = [(1, 1), (9, 1), (1, 5), (300, 16), (257, 33), (3, 40, 17), (700, 100)]
 
@@ -41,14 +45,15 @@ COVARIANCE_OPS = ("covariance", "second_moment")
 TOPK_OPS = ("topk_mask", "keep_topk", "topk_indices")
 
 CASES = [
-    # One op for each shape and dtype, in turn, so that every op meets every shape and every dtype: the three share what
-    # selects (test_topk.py has them all on every row that is hard to select from).
+    # Each shape and dtype gets one of the ops in turn, so that every op meets every shape and every dtype. One op per
+    # case is enough because the three share their selection; test_topk.py runs all of them on every row that is hard to
+    # select from.
     *(
         Case(TOPK_OPS[(i + j) % 3], shape, dtype, 0.0)
         for i, shape in enumerate(TOPK_SHAPES)
         for j, dtype in enumerate(DTYPES)
     ),
-    # The two ops take turns in the same way: they share the products, and differ in whether a mean is taken off.
+    # The two ops also take turns: they share the products, and differ only in whether a mean is subtracted.
     *(
         Case(COVARIANCE_OPS[(i + j) % 2], shape, dtype, 1e-13 if dtype == torch.float64 else FLOAT32_SUMS)
         for i, shape in enumerate(COVARIANCE_SHAPES)
@@ -58,11 +63,11 @@ CASES = [
 
 
 def hard_rows(width: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Rows (width,) on which a selection can go wrong, by name."""
+    """Named rows (width,) that are hard for a selection."""
     g = torch.Generator().manual_seed(width)
     normal = torch.randn(width, generator=g, dtype=torch.float64)
     info = torch.finfo(dtype)
-    smallest = info.smallest_normal * info.eps  # the smallest denormal
+    smallest = info.smallest_normal * info.eps  # the smallest subnormal number
     signs = torch.randint(0, 2, (width,), generator=g) * 2.0 - 1.0
     places = torch.arange(width)
 
@@ -93,6 +98,6 @@ def hard_rows(width: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def interesting_ks(width: int) -> list[int]:
-    """k at both ends, in the middle, and just beside."""
+    """The values of k at both ends of its range, next to them, and in the middle."""
     wanted = {0, 1, 2, 3, width // 16, width // 4, width // 2, width - 2, width - 1, width}
     return sorted(k for k in wanted if 0 <= k <= width)

@@ -1,4 +1,4 @@
-"""One table of tiny configurations: every variant that a public checkpoint can have."""
+"""A table of tiny configurations that covers every variant that a public checkpoint can have."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,7 +71,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tiny models on one torch thread: on a busy machine a pool costs milliseconds an op for nothing."""
+    """Run tiny models on one torch thread: on a busy machine a pool costs milliseconds per op and gains nothing."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -79,7 +79,7 @@ def one_thread() -> Iterator[None]:
 
 
 def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> CircuitGPT:
-    """The case's model with every parameter and buffer at random, so that no term is zero by luck."""
+    """The model of a case, with every parameter and buffer drawn at random, so that no term is zero by chance."""
     model = CircuitGPT(CircuitGPTConfig.from_dict(BASE | CASES[name]), seed=seed).to(dtype).eval()
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
@@ -98,8 +98,10 @@ def tokens(model: CircuitGPT, batch: int = 2, length: int = 7, seed: int = 0) ->
 
 @contextmanager
 def torch_func(model: CircuitGPT) -> Iterator[CircuitGPT]:
-    """Jacobians that are made and used in here go through torch.func: the native rules leave a model alone
-    whose modules have hooks."""
+    """Make Jacobians that are created and used inside this context go through torch.func.
+
+    The native rules do not apply to a model whose modules have hooks.
+    """
     handle = model.register_forward_hook(lambda *_: None)
     try:
         yield model

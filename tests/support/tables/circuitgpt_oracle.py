@@ -1,6 +1,7 @@
-"""CircuitGPT again, slowly: float64, one token and one head at a time, from the written facts alone.
+"""A second, slow implementation of CircuitGPT in float64, written only from the documented facts of the model.
 
-It shares no code with the library: weights come as a state dict, masks by sorting, sums by loops.
+It handles one token and one head at a time and shares no code with the library: weights come as a state dict, masks are
+made by sorting, and sums by loops.
 """
 
 import math
@@ -13,7 +14,7 @@ Vector = NDArray[np.float64]
 
 
 def forward(config: dict[str, Any], weights: dict[str, Vector], ids: list[int]) -> tuple[Vector, dict[str, Vector]]:
-    """Logits (L, vocab) of one prompt and every hook's values (L, width)."""
+    """The logits (L, vocab) of one prompt, and the values (L, width) of every hook."""
     hooks: dict[str, Vector] = {}
     length, concatenated = len(ids), config["d_pos_emb"] is not None
     stream = [weights["transformer.wte.weight"][i].copy() for i in ids]
@@ -83,7 +84,7 @@ def norm(config: dict[str, Any], weights: dict[str, Vector], name: str, x: Vecto
 
 
 def sparsify(config: dict[str, Any], x: Vector, location: str) -> Vector:
-    """The int(afrac·width) entries of largest magnitude, the lower index among equals; the rest zero."""
+    """Keep the int(afrac·width) entries of largest magnitude, the lower index among equals; zero the rest."""
     if config["afrac"] is None or location not in config["afrac_loctypes"].split(","):
         return x
     kept = sorted(range(len(x)), key=lambda i: (-abs(x[i]), i))[: int(config["afrac"] * len(x))]
@@ -99,7 +100,7 @@ def activation(config: dict[str, Any], x: Vector) -> Vector:
 def attend(
     config: dict[str, Any], q: list[Vector], k: list[Vector], v: list[Vector], t: int, sinks: Vector | None
 ) -> Vector:
-    """The heads' outputs at token ``t``, side by side."""
+    """The outputs of all heads at token ``t``, side by side."""
     width = config["d_head"]
     out = []
     for head in range(config["n_head"]):

@@ -1,4 +1,4 @@
-"""Tiny transformers models of every family that has rules, with the switches in which they differ."""
+"""Tiny transformers models of every family that has rules, with the configuration switches in which they differ."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def model_of(name: str, seed: int = 0) -> Any:
-    """In float64, with weights large enough that attention is not uniform."""
+    """Convert the model to float64, with weights large enough that attention is not uniform."""
     torch.manual_seed(seed)
     model = MODELS[name]().double().eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -120,7 +120,7 @@ def model_of(name: str, seed: int = 0) -> Any:
         noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
         if parameter.dim() > 1:
             parameter.copy_(noise * parameter.shape[-1] ** -0.5)
-        else:  # gains about 1, biases about 0, neither of them all alike
+        else:  # gains near 1 and biases near 0, all of them different
             parameter.add_(0.3 * noise)
     model.config._attn_implementation = "sdpa"
     return model
@@ -132,7 +132,7 @@ def ids_of(batch: int = 2, length: int = 6, seed: int = 0) -> Tensor:
 
 @contextmanager
 def exact_norms() -> Iterator[None]:
-    """transformers' RMSNorm rounds to float32 whatever it is given; inside, it keeps float64."""
+    """Keep float64 inside this context, where transformers' RMSNorm would round every input to float32."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
     from transformers.models.mistral.modeling_mistral import MistralRMSNorm
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm

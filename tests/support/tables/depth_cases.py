@@ -1,4 +1,4 @@
-"""Products of layers whose singular values are known: networks of given matrices, and small models made dense."""
+"""Products of layers with known singular values: networks of given matrices, and small models made dense."""
 
 from itertools import pairwise
 

@@ -1,4 +1,4 @@
-"""Tiny GGUF files, written with the package gguf as llama.cpp's converter writes them."""
+"""Tiny GGUF files, written with the gguf package as llama.cpp's converter writes them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from analysis_cases import LETTERS
 
 WIDTH, HEADS, KV_HEADS, LAYERS, NEURONS, VOCAB, CONTEXT = 32, 4, 2, 2, 64, 19, 24
-TOKENS = [*LETTERS, "Ġ", "ab", "1", "2", "ĠĠ", "<|end|>"]  # as many as VOCAB
+TOKENS = [*LETTERS, "Ġ", "ab", "1", "2", "ĠĠ", "<|end|>"]  # VOCAB tokens in total
 
 _LAYER = {
     "self_attn.q_proj": "attn_q",
@@ -55,13 +55,13 @@ def llama(seed: int = 0, **changes: Any) -> Any:
 
 
 def by_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q or k as ggml turns them: channel c beside channel c + half of its head."""
+    """Reorder the rows of q or k as ggml does: channel c beside channel c + half of its head."""
     halves = weight.reshape(heads, 2, -1, weight.shape[-1])
     return np.ascontiguousarray(np.stack([halves[:, 0], halves[:, 1]], axis=2).reshape(weight.shape))
 
 
 def tensors_of(model: Any) -> dict[str, np.ndarray]:
-    """What the file of ``model`` holds, in float32."""
+    """The tensors that the file of ``model`` holds, in float32."""
     found = {}
     for name, tensor in model.state_dict().items():
         stem, _, end = name.rpartition(".")
@@ -97,8 +97,11 @@ def write(
     tokens: bool = True,
     architecture: str = "llama",
 ) -> Path:
-    """A GGUF of ``tensors``; ``facts``: beside FACTS, or None of one that is left out; ``kinds``: of tensors that are
-    bytes."""
+    """Write a GGUF file of ``tensors``.
+
+    ``facts`` are metadata beyond FACTS; a value of None removes one. ``kinds`` gives the types of tensors that are
+    bytes.
+    """
     from gguf import GGUFWriter
 
     writer = GGUFWriter(str(path), architecture)
@@ -142,7 +145,7 @@ def _drawn(model: Any) -> Any:
 
 
 def gpt2(path: Path) -> Any:
-    """A GPT-2 of transformers' default context (its reader takes no other), and its file at ``path``."""
+    """A GPT-2 with transformers' default context (its reader accepts no other), and its file at ``path``."""
     import transformers
 
     sizes = {"n_layer": LAYERS, "n_head": 2, "n_embd": 8, "vocab_size": VOCAB, "n_positions": 1024}
@@ -188,7 +191,7 @@ def qwen(path: Path, version: int, **facts: Any) -> Any:
     }
     for key, tensor in model.state_dict().items():
         stem, _, end = key.rpartition(".")
-        tensors[f"{names[stem]}.{end}"] = tensor.numpy()  # q and k are not turned
+        tensors[f"{names[stem]}.{end}"] = tensor.numpy()  # q and k are not reordered
     said = {"rope.dimension_count": None, "vocab_size": None}
     if version == 3:
         said |= {"attention.key_length": head_dim, "attention.value_length": head_dim}

@@ -1,4 +1,4 @@
-"""Cases of the rules on lanes, and their checks against the slow twins, on the device that is torch's default."""
+"""Cases of the rules on lanes, checked against the slow twins on torch's default device."""
 
 from typing import Any
 
@@ -15,14 +15,14 @@ DTYPES = list(TOLERANCE)
 
 
 def close(found: Tensor, expected: Tensor) -> None:
-    """Within the dtype's tolerance of the twin's largest entry."""
+    """Check that the result is within the dtype's tolerance, relative to the twin's largest entry."""
     assert found.shape == expected.shape
     bound = TOLERANCE[found.dtype] * max(1.0, float(expected.abs().max()) if expected.numel() else 1.0)
     assert not found.numel() or float((found - expected).abs().max()) <= bound
 
 
 def index_of(tokens: int, channels: int, entries: int) -> Tensor:
-    """Some channels of each token, ascending."""
+    """Draw some channels of each token, in ascending order."""
     return torch.rand(tokens, channels).argsort(-1)[:, :entries].sort(-1).values.contiguous()
 
 
@@ -31,7 +31,7 @@ def random_lanes(tokens: int, channels: int, entries: int | None, dtype: torch.d
     return Lanes(torch.randn(tokens, channels if entries is None else entries, LANES, dtype=dtype), index, channels)
 
 
-SOME = (0, 5, LANES - 1)  # the lanes that are compared, where a twin is slow
+SOME = (0, 5, LANES - 1)  # the lanes that are compared when a twin is slow
 
 
 def tangents(lanes: Lanes) -> list[Tensor]:
@@ -60,7 +60,7 @@ LINEAR = [  # tokens, rows, cols, density, entries in, entries out
 
 
 def check_linear(shape: tuple[Any, ...], dtype: torch.dtype) -> int:
-    """Against the twin; how many entries the product has."""
+    """Compare with the twin, and return the number of entries of the product."""
     tokens, rows, cols, density, inside, outside = shape
     weight = sparse_matrix(rows, cols, density, dtype)
     x = random_lanes(tokens, cols, inside, dtype)
@@ -189,7 +189,7 @@ def check_attention(shape: tuple[Any, ...], dtype: torch.dtype) -> None:
 
 
 def check_many_keys_and_large_scores() -> None:
-    # Scores of ±200, of which an unshifted softmax would overflow, over more keys than a tile and a vector.
+    # Scores of ±200, with which an unshifted softmax would overflow, over more keys than a tile and a vector hold.
     q, k, v = (torch.randn(1, 200, 4, dtype=torch.float64) * 10 for _ in range(3))
     allowed = torch.ones(1, 200, 200, dtype=torch.bool).tril()
     twin = reference_lanes.attend(1, 1, allowed, None, 1.0)

@@ -1,4 +1,4 @@
-"""A figure of every kind, with gaps, crowded names and letters that mean something to others."""
+"""A figure of every kind, with gaps, crowded names, and characters that are special in HTML."""
 
 import math
 from typing import Any

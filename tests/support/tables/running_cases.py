@@ -1,4 +1,4 @@
-"""What is asked of a model in whatever state it is kept, and the gradient that plain autograd gives."""
+"""What is computed for a model in every state in which it may be kept, and the gradient that plain autograd gives."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GRADIENT = "1.resid_in.grad"
 
 
 def gradient_of(model: Any, ids: Tensor, layer: int) -> Tensor:
-    """∂loss/∂(the input of a layer), rows of all tokens, by plain autograd and without the library."""
+    """The gradient ∂loss/∂(input of a layer), one row per token, by plain autograd without the library."""
     held: list[Tensor] = []
 
     def keep(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Semigroups whose sizes are published, and random ones."""
+"""Semigroups with published sizes, and random semigroups."""
 
 from math import comb, factorial
 
@@ -6,12 +6,12 @@ import numpy as np
 
 
 def full(n: int) -> dict[str, list[int]]:
-    """T_n: all maps on n states."""
+    """The full transformation monoid T_n: all maps on n states."""
     return symmetric(n) | {"collapse": [0, 0, *range(2, n)]}
 
 
 def symmetric(n: int) -> dict[str, list[int]]:
-    """S_n: all permutations of n states."""
+    """The symmetric group S_n: all permutations of n states."""
     return {"swap": [1, 0, *range(2, n)], "turn": [*range(1, n), 0]}
 
 
@@ -20,7 +20,7 @@ def cyclic(n: int) -> dict[str, list[int]]:
 
 
 def catalan(n: int) -> dict[str, list[int]]:
-    """Order-preserving maps of n states that move no state up, the identity included."""
+    """The order-preserving maps on n states that move no state up, including the identity."""
     step = {f"e{i}": [i - 1 if state == i else state for state in range(n)] for i in range(1, n)}
     return {"1": list(range(n)), **step}
 

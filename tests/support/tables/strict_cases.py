@@ -1,4 +1,4 @@
-"""Folders of transformers' models, as they are and changed, for the tests of strict reading."""
+"""Folders of transformers models, unchanged and modified, for the tests of strict reading."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def put(weights: Weights, folder: Path) -> None:
 
 
 def refused(folder: Path) -> str:
-    """What both readers say, which must be the same."""
+    """Return what both readers report, and check that they agree."""
     said = []
     for stream in (False, True):
         with pytest.raises(CheckpointError) as error:

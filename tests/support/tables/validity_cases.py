@@ -1,4 +1,4 @@
-"""What the tests of validity radii share: the masks of every pair of every row, looked at one by one."""
+"""What the tests of validity radii share: an oracle that examines the masks of every pair of every row."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from scalpel.hooks.positions import add_at, select
 from scalpel.jacobians.operator import Jacobian
 
 CLOSE = {"rtol": 1e-9, "atol": 0.0}
-Taken = Callable[[str, Tensor], Tensor | None]  # rows of a mask that count, of (B, L); None for all
+Taken = Callable[[str, Tensor], Tensor | None]  # the rows of a mask that count, (B, L); None: all rows
 
 
 def tangents(J: Jacobian, count: int = 3, seed: int = 5) -> Tensor:
@@ -22,9 +22,10 @@ def tangents(J: Jacobian, count: int = 3, seed: int = 5) -> Tensor:
 
 
 def flip_of_row(x: Tensor, t: Tensor, k: int | None) -> float:
-    """Masks between all the steps at which any two entries, or an entry and zero, have one magnitude.
+    """Find the masks between all steps at which two entries, or an entry and zero, have the same magnitude.
 
-    As there, a step at which all that is not kept goes through zero with something that is kept is a flip too.
+    As in the library, a step at which every dropped entry passes through zero together with a kept one counts as a
+    flip.
     """
     pairs = [-x / t]
     if k is not None:
@@ -32,7 +33,7 @@ def flip_of_row(x: Tensor, t: Tensor, k: int | None) -> float:
             pairs.append(((sign * x[:, None] - x) / (t - sign * t[:, None])).flatten())
     steps = torch.cat(pairs)
     steps = torch.cat([steps.new_zeros(1), steps[steps.isfinite() & (steps > 0)]]).sort().values
-    steps = steps[torch.cat([torch.tensor([True]), steps.diff() > 1e-12 * steps[1:]])]  # one root, found twice
+    steps = steps[torch.cat([torch.tensor([True]), steps.diff() > 1e-12 * steps[1:]])]  # the same root, found twice
     between = torch.cat([(steps[1:] + steps[:-1]) / 2, steps[-1:] * 2 + 1])
 
     def masks(at: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ def flip_of_row(x: Tensor, t: Tensor, k: int | None) -> float:
 def flips_of_masks(
     model: scalpel.CircuitGPT, ids: Tensor, source: str, v: Tensor, at: Any = None, taken: Any = None, **inputs: Any
 ) -> list[tuple[float, str]]:
-    """(step, name) of each mask after ``source``. Tangents by two passes back, not one forward."""
+    """The (step, name) of each mask after ``source``, with tangents from two backward passes instead of a forward one."""
     chosen = select(at, ids.shape[1], "source")
     seen: list[tuple[str, Tensor, int | None]] = []
 

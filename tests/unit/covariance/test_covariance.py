@@ -1,4 +1,4 @@
-"""StreamingCovariance: one state however rows arrive, and errors that change nothing."""
+"""StreamingCovariance has one state however the rows arrive, and errors leave it unchanged."""
 
 import copy
 import math
@@ -47,7 +47,7 @@ def test_split_merge_and_twin_agree(rows: int, dim: int, splits: list[int], cent
 def test_means_a_thousand_times_the_deviations(dtype: torch.dtype, target: str) -> None:
     x = correlated(900, 20, shift=1000.0).to(dtype)
     expected = torch.from_numpy(reference.moments(x).covariance)
-    bound = covariance_bound(x, True, None)  # of the deviations: what the means are takes no part
+    bound = covariance_bound(x, True, None)  # relative to the deviations, whatever the means are
     for splits in (None, [300, 301], list(range(1, 900, 7))):
         assert within(state_of(x, splits).covariance(), expected, bound)
 
@@ -204,12 +204,12 @@ def test_an_interrupt_leaves_all_of_the_rows_or_none(op: str, monkeypatch: pytes
     state = state_of(x)
     others = {"merge": state_of(more), "subtract": state_of(x[:5])}
     for other in others.values():
-        other.covariance()  # rows that wait would be few enough to be copied
+        other.covariance()  # with fewer rows, the waiting rows would be copied
     native = getattr(_core, f"{op}_moments")
 
     def interrupted(*arguments: object) -> None:
         native(*arguments)
-        raise KeyboardInterrupt  # a Ctrl-C during the call is raised by its return
+        raise KeyboardInterrupt  # a Ctrl-C during the call is raised when it returns
 
     monkeypatch.setattr(_core, f"{op}_moments", interrupted)
     with pytest.raises(KeyboardInterrupt):

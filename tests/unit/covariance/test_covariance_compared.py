@@ -1,4 +1,4 @@
-"""Several states: intervals, angles, contrasts, similarity; and the names that scikit-learn's users look for."""
+"""Functions of several states: intervals, angles, contrasts, similarity; and the names that scikit-learn users know."""
 
 import copy
 import math
@@ -25,7 +25,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def test_the_jackknife_of_a_mean_is_students_t() -> None:
-    """Of a mean over blocks of one size, leaving one out gives the textbook's interval over block means."""
+    """For a mean over blocks of equal size, leaving one out gives the textbook interval over block means."""
     x = normal(80, 1) + 2
     blocks = [state_of(part) for part in x.split(10)]
     before = copy.deepcopy(blocks)
@@ -50,7 +50,7 @@ def test_leaving_out_is_leaving_out(rank: int | None) -> None:
 
 
 def test_the_interval_covers() -> None:
-    """Of 200 draws, about 95 % hold the participation ratio that endless rows have."""
+    """About 95 % of 200 intervals contain the participation ratio of infinitely many rows."""
     scale = torch.tensor([3.0, 2.0, 1.0, 1.0, 0.5]).double()
     truth = float(scale.square().sum() ** 2 / scale.pow(4).sum())
     hits = 0
@@ -78,14 +78,14 @@ def test_principal_angles() -> None:
     scale = torch.tensor([9.0, 7.0, 5.0] + [0.01] * (dim - 3)).double()
     angles = torch.tensor([1e-9, 0.3, 1.5]).double()
     other = turn.clone()
-    for i, angle in enumerate(angles):  # each leading axis leans towards one of the others
+    for i, angle in enumerate(angles):  # each leading axis is tilted towards one of the others
         other[i] = angle.cos() * turn[i] + angle.sin() * turn[10 + i]
         other[10 + i] = angle.cos() * turn[10 + i] - angle.sin() * turn[i]
     states = [state_of(torch.cat([scale[:, None] * basis, -scale[:, None] * basis])) for basis in (turn, other)]
     found = states[0].principal_angles(states[1], k)
     torch.testing.assert_close(found, angles, rtol=1e-6, atol=1e-12)
     expected = np.sort(scipy.linalg.subspace_angles(turn[:3].T.numpy(), other[:3].T.numpy()))
-    np.testing.assert_allclose(found.numpy()[1:], expected[1:], rtol=1e-6)  # scipy gives 0 for the first
+    np.testing.assert_allclose(found.numpy()[1:], expected[1:], rtol=1e-6)  # scipy returns 0 for the first
     assert float(states[0].principal_angles(states[0], k).max()) < 1e-12
 
 
@@ -108,7 +108,7 @@ def test_contrast_finds_what_one_has_and_the_other_lacks() -> None:
     more = x + 3 * normal(4000, 1, seed=2) * hidden
     plain = state_of(normal(4000, 20, seed=4) * torch.linspace(5, 1, 20).double())
     values, vectors = state_of(more).contrast(plain, 2)
-    # against B the direction that stands out is B⁻¹ h
+    # Relative to B, the direction that stands out is B⁻¹ h.
     towards = hidden / torch.linspace(5, 1, 20).double() ** 2
     assert abs(float(vectors[0] @ towards / towards.norm())) > 0.99
     assert values[0] > 2 * values[1]
@@ -134,7 +134,7 @@ def test_two_states_that_do_not_fit() -> None:
 
 
 def hsic_by_hand(x: Tensor, y: Tensor) -> float:
-    """Song et al. 2012, as a mean over all quadruples of different rows."""
+    """The estimator of Song et al. 2012, as a mean over all quadruples of different rows."""
     K, L = (x @ x.T).numpy(), (y @ y.T).numpy()
     n, total, count = len(K), 0.0, 0
     for i in range(n):
@@ -196,7 +196,7 @@ def test_bounds_of_the_effective_rank_hold(power: float, known: int) -> None:
     values = torch.arange(1, 51).double() ** -power
     low, high = effective_rank_bounds(values[:known], float(values.sum()), 50)
     assert low * (1 - 1e-9) <= effective_rank(values) <= high * (1 + 1e-9)
-    # both ends are taken by a spectrum
+    # There are spectra that attain either bound.
     rest, top = float(values[known:].sum()), float(values[known - 1])
     flat = torch.cat([values[:known], torch.full((50 - known,), rest / max(1, 50 - known)).double()])
     assert high == pytest.approx(effective_rank(flat), rel=1e-6)
@@ -220,7 +220,7 @@ def test_the_names_of_scikit_learn() -> None:
 
 
 def test_leaving_out_leaves_no_rounding() -> None:
-    """A block that dwarfs the others, and blocks of one row: what is left must be what a state of it alone has."""
+    """With a dominant block, and with blocks of one row, leaving one out must equal a state without that block."""
     parts = [normal(20, 6, seed=i) for i in range(5)]
     parts[2] = parts[2] * 1e8
     found = leave_one_out([state_of(part) for part in parts], lambda state: state.effective_rank("singular"))

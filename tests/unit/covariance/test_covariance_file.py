@@ -1,4 +1,4 @@
-"""Files and copies of StreamingCovariance: sound, whole, or refused."""
+"""Files and copies of StreamingCovariance: they are complete and correct, or refused."""
 
 import copy
 import json

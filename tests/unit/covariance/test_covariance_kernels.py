@@ -1,4 +1,4 @@
-"""What reads the rows of a covariance on a GPU: by the stand-in, on CPU tensors, and on a GPU where there is one."""
+"""The kernels that read the rows of a covariance: the stand-in on CPU tensors, and a GPU where there is one."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from scalpel.covariance.on_device import OnDevice
 
 NARROW = [torch.float16, torch.bfloat16, torch.float32]
 DTYPES = [*NARROW, torch.float64]
-where = torch.device("cpu")  # the device of the test that runs
+where = torch.device("cpu")  # the device of the running test
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def _kernels(gpu: Gpu) -> None:
 
 
 def memory(x: Tensor) -> Memory:
-    """For an op of the device that x is on."""
+    """The queue for an op on the device of x."""
     return memory_of(x, on=x.device)
 
 
@@ -34,7 +34,7 @@ def gram_lower(x: Tensor, shift: Tensor | None, scatter: Tensor, splits: int) ->
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("dtype", NARROW)
 def test_gram_lower(splits: int, dtype: torch.dtype, gpu: Gpu) -> None:
-    """Shapes around the tiles and the slabs, every alignment, with a shift and without; the upper triangle stays."""
+    """Shapes around the sizes of tiles and slabs, every alignment, with and without a shift; the upper triangle stays."""
     for rows, dim, left in [(1, 1, 0), (2, 7, 1), (31, 63, 1), (32, 64, 0), (33, 65, 0), (5, 300, 3), (0, 4, 0)]:
         x = torch.randn(rows, dim + 4).to(where, dtype)[:, left : left + dim]
         for shift in (None, torch.randn(dim).to(where)):
@@ -45,7 +45,7 @@ def test_gram_lower(splits: int, dtype: torch.dtype, gpu: Gpu) -> None:
             assert scatter[upper].isnan().all()
             apart = x.float() if shift is None else x.float() - shift
             apart = (apart.bfloat16() if splits == 1 else apart).double()
-            bound = gram_bound(apart, splits, gpu.real) + 2.0**-52 * start.abs()  # it is added to in float64
+            bound = gram_bound(apart, splits, gpu.real) + 2.0**-52 * start.abs()  # the result is added to it in float64
             assert within((scatter - start).masked_fill(upper, 0.0), (apart.T @ apart).tril(), bound)
 
 
@@ -67,7 +67,7 @@ def test_what_gram_lower_refuses() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_column_sums(dtype: torch.dtype) -> None:
-    """Around the chunks, every alignment, outputs that begin as NaN."""
+    """Sizes around that of a chunk, every alignment, and outputs that start as NaN."""
     core, place = on_device.core_of(torch.empty(0, device=where))
     chunk = core.COLUMN_SUMS_ROWS
     for rows, dim, left in [(1, 1, 0), (63, 7, 1), (64, 64, 0), (65, 130, 2), (200, 1100, 0), (3, 16, 8), (130, 33, 3)]:
@@ -103,7 +103,7 @@ def test_many_states_wait_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_captured_in_a_graph(gpu: Gpu, cuda: torch.device) -> None:
-    """What reads the rows, replayed on others."""
+    """The kernels can be captured in a graph and replayed on other rows."""
     core, _ = on_device.core_of(torch.empty(0, device=cuda))
     x, sums = torch.randn(300, 48, device=cuda), torch.empty(5, 48, dtype=torch.float64, device=cuda)
     scatter, told = (
@@ -112,7 +112,7 @@ def test_captured_in_a_graph(gpu: Gpu, cuda: torch.device) -> None:
     )
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        _, place = on_device.core_of(x)  # the stream that captures
+        _, place = on_device.core_of(x)  # the capturing stream
         scatter.zero_()
         core.column_sums(memory(x), 1e9, memory(sums), memory(told), place)
         core.gram_lower(memory(x), None, memory(scatter), 3, place)

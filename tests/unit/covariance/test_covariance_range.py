@@ -1,4 +1,4 @@
-"""Rows and spectra at the ends of what the numbers hold, and directions that come when nobody looks for them."""
+"""Rows and spectra near the limits of the number formats, and directions that first appear late."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 SCALES = [1e-40, 1e-30, 1e-20, 1e-13, 1e14, 1e17, 1e25, 1e37]
 
 
-# Whether rows are centered says nothing of their scale: each dtype and scale comes with one of the two, in turn.
+# Centering does not interact with the scale, so each dtype and scale is tested with one of the two choices, in turn.
 @pytest.mark.parametrize(
     ("scale", "dtype", "center"),
     [
@@ -91,7 +91,7 @@ def test_a_direction_that_comes_later_is_found(factor: float, center: bool) -> N
 
 
 def test_classes_that_come_one_after_the_other() -> None:
-    """Rows that are one-hot: every new class is orthogonal to all that was seen."""
+    """One-hot rows: every new class is orthogonal to everything before it."""
     state = StreamingCovariance(512, center=False)
     generator = torch.Generator().manual_seed(0)
     for step in range(12):
@@ -140,7 +140,7 @@ def test_what_changes_nothing_changes_nothing() -> None:
     bad = normal(3, 600)
     bad[1, 1] = float("nan")
     with pytest.raises(ValueError, match="row 1 of x has nan"):
-        state.update(bad)  # of another dtype: the rows that wait go on waiting
+        state.update(bad)  # another dtype, so the waiting rows continue to wait
     state.update(torch.empty(0, 600, dtype=torch.float64))
     assert state._state._counts.tolist() == [0, 500]  # type: ignore[attr-defined]
     one = StreamingCovariance(600).update(normal(500, 600).float())
@@ -150,7 +150,7 @@ def test_what_changes_nothing_changes_nothing() -> None:
 
 def test_memory_of_a_wide_sketch_stays_small() -> None:
     sketch = StreamingCovariance(60000, 32).update(normal(5, 60000))
-    values, vectors = sketch.eigh()  # a square of that width would be 27 GB
+    values, vectors = sketch.eigh()  # a square matrix of that width would take 27 GB
     assert vectors.shape == (32, 60000) and not values[5:].any()
     torch.testing.assert_close(vectors @ vectors.T, torch.eye(32, dtype=torch.float64))
 

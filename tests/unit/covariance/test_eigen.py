@@ -1,4 +1,4 @@
-"""Leading eigenvectors: the residual that is promised, what they are begun from, and what takes over."""
+"""Leading eigenvectors: the promised residual, the starting vectors, and the fallback."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def test_lapack_takes_over_where_iteration_fails(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_wrong_answer_is_not_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An iteration that believes it has converged is asked again in float64, and refused."""
+    """An iteration that reports convergence is checked in float64, and its wrong answer is refused."""
     state = state_of(rows_with(1.0))
     asked = []
 
@@ -91,7 +91,7 @@ def test_fewer_rows_than_dimensions(dim: int, rows: int, center: bool) -> None:
     assert not len(state._state._scatter)  # type: ignore[attr-defined]  # no dim x dim was made
     participation = state.participation_ratio() if dim <= rows else None
     known = state.effective_rank_bounds(rows - 1)
-    assert residual(state, values, vectors) <= 1e-12  # this makes it
+    assert residual(state, values, vectors) <= 1e-12  # this forms the full matrix
     full = torch.linalg.eigvalsh(state.covariance()).flip(0)
     torch.testing.assert_close(values, full[:5])
     with pytest.warns(RuntimeWarning, match=f"{rows} rows in {dim} dimensions"):
@@ -126,7 +126,7 @@ def test_rows_beyond_float32_go_through_lapack() -> None:
 @pytest.mark.parametrize("factor", [1.05, 1.3, 10.0])
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
 def test_an_unseen_direction_is_found(power: float, factor: float) -> None:
-    """Eigenvalues i^-power along the axes; all that was known is the leading axes, and the last axis now has more."""
+    """Eigenvalues i^-power along the axes. Only the leading axes were known, and the last axis now has more energy."""
     dim, k = 1024, 32
     values = torch.arange(1, dim + 1).double() ** -power
     values[-1] = factor * values[k - 1]
@@ -140,7 +140,7 @@ def test_an_unseen_direction_is_found(power: float, factor: float) -> None:
 
 @pytest.mark.parametrize("size", [0.0, 1e-3, 1.0])
 def test_a_start_that_is_nearly_right_needs_no_lapack(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The images of eigenvectors add nothing to a block but rounding, which must not be taken for directions."""
+    """The images of eigenvectors add only rounding errors to a block, which must not be taken for directions."""
     state = state_of(rows_with(1.0, 4000))
     before = state.eigh(8)
     monkeypatch.setattr(exact, "by_lapack", lambda _: pytest.fail("LAPACK was asked"))

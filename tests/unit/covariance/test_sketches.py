@@ -1,4 +1,4 @@
-"""Sketches: the proven bound on rows chosen against it, what the tracker captures, and what stays exact."""
+"""Sketches: the proven bound on adversarial rows, what the tracker captures, and what stays exact."""
 
 import copy
 import math
@@ -22,12 +22,12 @@ def decaying(rows: int, dim: int, power: float = 1.0, seed: int = 0) -> Tensor:
 
 
 def spikes(rows: int, dim: int) -> Tensor:
-    """Each direction comes once, in turn: there is nothing to forget cheaply."""
+    """Each direction occurs once, in turn, so that none can be forgotten at little cost."""
     return torch.eye(dim, dtype=torch.float64).repeat(math.ceil(rows / dim), 1)[:rows]
 
 
 def slow(rows: int, dim: int) -> Tensor:
-    """Large directions that change, and one small one that is always there and ends as the largest."""
+    """Large directions that change, and a small one that is always present and ends as the largest."""
     x = torch.zeros(rows, dim, dtype=torch.float64)
     x[torch.arange(rows), 1 + torch.arange(rows) * (dim - 1) // rows] = 3.0
     x[:, 0] = 1.0 - 2.0 * (torch.arange(rows) % 2)
@@ -35,7 +35,7 @@ def slow(rows: int, dim: int) -> Tensor:
 
 
 def late(rows: int, dim: int) -> Tensor:
-    """All the energy comes at the end, elsewhere."""
+    """Most of the energy comes at the end, in a new direction."""
     x = decaying(rows, dim, 0.5)
     x[rows * 9 // 10 :] = 100 * decaying(rows - rows * 9 // 10, dim, 0.5, seed=1).flip(1)
     return x
@@ -68,7 +68,7 @@ def scatter_of(x: Tensor, center: bool) -> Tensor:
     return x.T @ x
 
 
-# The bound is one inequality: a stream, a rank and a batch size that break it are met two at a time.
+# Since the bound is a single inequality, cases that contain every pair of a stream, a rank and a batch size suffice.
 @pytest.mark.parametrize(
     ("name", "rank", "sizes", "center"), pairs([*STREAMS], [2, 5, 20], [[1], [7, 30], [500]], [True, False]), ids=str
 )
@@ -89,7 +89,7 @@ def test_frequent_directions_keep_their_bound(name: str, rank: int, sizes: list[
     assert below.min() >= -rounding and below.max() <= shrunk + rounding
     assert torch.linalg.matrix_norm(S - estimate, 2) <= shrunk / 2 + rounding
     if name in ("flat", "spikes") and rank < 20:
-        assert shrunk > 0.1 * bound  # it was put to use
+        assert shrunk > 0.1 * bound  # so the bound is not vacuous
 
 
 def test_the_bound_survives_merging() -> None:
@@ -115,8 +115,8 @@ def test_the_tracker_captures_nearly_what_can_be(power: float, dtype: torch.dtyp
         sketch.update(part)
     values, vectors = sketch.eigh()
     captured = float((vectors @ C * vectors).sum() / best.values.sum())
-    assert 0.99 < captured < 1 + 1e-9  # block iteration gives a little less than the best
-    assert (values <= best.values * (1 + 1e-5)).all()  # what it sees is there
+    assert 0.99 < captured < 1 + 1e-9  # block iteration captures slightly less than the optimum
+    assert (values <= best.values * (1 + 1e-5)).all()  # no value exceeds the true one
     torch.testing.assert_close(values.sum(), best.values.sum(), rtol=0.02, atol=0)
 
 

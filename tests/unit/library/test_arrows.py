@@ -1,7 +1,7 @@
-"""No file imports itself through other files, not even through the ``__init__`` of a folder.
+"""No file imports itself through other files, not even through a folder's ``__init__``.
 
-The contracts of import-linter (pyproject.toml) hold the order of the rooms and find circles between files that lie side
-by side. They don't find a file that imports the package that imports it.
+The contracts of import-linter (pyproject.toml) enforce the order of the rooms, and find cycles between sibling files.
+They do not find a file that imports the package that imports it.
 """
 
 import ast
@@ -14,7 +14,7 @@ Arrows = dict[str, set[str]]
 
 
 def modules_in(folder: Path, package: str) -> dict[str, Path]:
-    """{dotted name: file} of a package."""
+    """Map the dotted name of each module of a package to its file."""
     named = {}
     for file in sorted((folder / package).rglob("*.py")):
         parts = file.relative_to(folder).with_suffix("").parts
@@ -23,7 +23,7 @@ def modules_in(folder: Path, package: str) -> dict[str, Path]:
 
 
 def imported_by(name: str, file: Path) -> Iterator[tuple[str, str]]:
-    """(module, name in it or "") of each import in a file, wherever it stands: in functions and under TYPE_CHECKING."""
+    """Yield (module, name in it or "") for each import in a file, including those in functions and under TYPE_CHECKING."""
     package = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -35,7 +35,7 @@ def imported_by(name: str, file: Path) -> Iterator[tuple[str, str]]:
 
 
 def arrows_in(folder: Path, package: str) -> Arrows:
-    """Which modules of a package each of them imports."""
+    """Map each module of a package to the modules of the package that it imports."""
     modules = modules_in(folder, package)
     arrows: Arrows = {name: set() for name in modules}
     for name, file in modules.items():
@@ -47,7 +47,7 @@ def arrows_in(folder: Path, package: str) -> Arrows:
 
 
 def circle_in(arrows: Arrows) -> list[str]:
-    """One circle of imports, its first module again at the end; empty where there is none."""
+    """Return one cycle of imports, ending with its first module again; empty if there is none."""
     finished: set[str] = set()
     path: list[str] = []
 
@@ -72,7 +72,7 @@ def circle_in(arrows: Arrows) -> list[str]:
 
 def test_no_file_imports_itself_through_others() -> None:
     arrows = arrows_in(ROOT / "python", "scalpel")
-    assert sum(map(len, arrows.values())) > 500  # it has read the library
+    assert sum(map(len, arrows.values())) > 500  # confirms that the library was read
     circle = circle_in(arrows)
     assert not circle, f"these files import each other in a circle: {' → '.join(circle)}"
 

@@ -1,4 +1,4 @@
-"""Every public class, copied and pickled: the copy behaves as the original, or the error says what to do instead."""
+"""Copies and pickles of every public class behave like the original, or the error says what to do instead."""
 
 import copy
 import inspect
@@ -76,7 +76,7 @@ def pruning() -> Pruning:
 
 
 def shown(value: Any) -> Any:
-    """All that an object is, as something that can be compared."""
+    """Everything an object consists of, in a form that can be compared."""
     if isinstance(value, Tensor | np.ndarray):
         return str(value.dtype), tuple(value.shape), value.tolist()
     if isinstance(value, dict):
@@ -100,7 +100,7 @@ def of_semigroup(one: semigroup.TransformationSemigroup) -> Any:
 def of_state(one: covariance.StreamingCovariance) -> Any:
     before = one.count
     one.update(torch.ones(3, one.dim, dtype=torch.float64))
-    # A copy folds the rows that wait, so that sums are made in another order.
+    # A copy folds the waiting rows, so its sums run in another order.
     found = [one.mean, *one.eigh(2), one.covariance()]
     return before, one.count, one.center, [shown(each.round(decimals=9)) for each in found]
 
@@ -128,7 +128,7 @@ def ablated_model() -> scalpel.CircuitGPT:
 
 LABELS = np.array([0, 1, 1]), np.array([0, 0, 1])
 
-# The class, how one is made, and what it does.
+# The class, how to make an instance, and what the instance does.
 WORKS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "AbsTopK": (lambda: scalpel.AbsTopK(3), lambda one: shown(one(rows(4, 9)))),
     "CircuitGPT": (model, lambda one: (shown(one(ids())), one.card, one.config)),
@@ -205,9 +205,9 @@ def test_a_copy_behaves_as_the_original(name: str, how: Callable[[Any], Any]) ->
     twin = how(original)
     assert type(twin) is type(original) and type(original).__name__ == name.split(",")[0]
     if how is copy.copy and name.startswith("StreamingCovariance"):
-        return  # it shares its state, as shallow copies do
+        return  # it shares its state, as a shallow copy does
     assert does(twin) == expected
-    assert does(original) == expected  # what was done to the twin did nothing to the original
+    assert does(original) == expected  # changing the copy did not change the original
 
 
 def test_the_table_holds_every_public_class() -> None:
@@ -272,7 +272,7 @@ def test_a_semigroup_is_pickled_by_its_generators() -> None:
     large = semigroup.TransformationSemigroup({"a": [1, 2, 3, 4, 5, 0], "b": [1, 0, 2, 3, 4, 5]}, progress=seen.append)
     bare = len(pickle.dumps(large))
     assert large.size == 720 and len(large.words()) == 720 and seen
-    assert len(pickle.dumps(large)) == bare < 1000  # nothing that was found
+    assert len(pickle.dumps(large)) == bare < 1000  # no cached results
     for how, reports in ((pickled, False), (copy.deepcopy, True), (copy.copy, True)):
         seen.clear()
         twin = how(large)

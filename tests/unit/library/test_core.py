@@ -1,4 +1,4 @@
-"""The choice of a CPU target, the stub of the native module, and what the build says of itself."""
+"""The choice of a CPU target, the stub file of the native module, and the build information."""
 
 import ast
 import os
@@ -13,7 +13,7 @@ import scalpel
 from cases import COMPILED_FOR, SUPPORTED
 from scalpel import _core
 
-# Runs a kernel through the native module alone, which starts much faster than torch.
+# Runs a kernel through the native module only, which starts much faster than torch.
 KERNEL = """
 import array, sys
 import scalpel._core as core

@@ -1,4 +1,4 @@
-"""The examples run as they stand, and print what they are about."""
+"""The examples run unchanged and print what they promise."""
 
 import runpy
 from importlib import import_module

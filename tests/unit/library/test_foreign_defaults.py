@@ -1,7 +1,7 @@
-"""Programs whose new tensors go elsewhere, or have another dtype, unless they say otherwise: nothing changes here.
+"""The library gives the same results in programs that change torch's default device or dtype.
 
-Each public operation runs under other defaults of torch and has to give the same bits. test_new_tensors.py reads the
-source for tensors that don't say where they are, and test_memory.py tries the gate to the core.
+Each public operation runs under other defaults of torch and must give the same bits. test_new_tensors.py searches the
+source for tensors that do not name their device, and test_memory.py tests the gate to the core.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ DEFAULTS: dict[str, tuple[str | None, torch.dtype]] = {
     "meta": ("meta", torch.float32),
     "float64": (None, torch.float64),
     "float16": (None, torch.float16),
-    "cuda and bfloat16": ("cuda", torch.bfloat16),  # without a GPU, a tensor that doesn't say where it is raises
+    "cuda and bfloat16": ("cuda", torch.bfloat16),  # without a GPU, a tensor that names no device raises
     "meta and float16": ("meta", torch.float16),
 }
-# Those that take a good part of a second: once, with both defaults foreign.
+# The slow operations run only once, with both defaults changed.
 SLOW = {
     "analyze",
     "analyze, transformers",
@@ -51,7 +51,7 @@ SLOW = {
 }
 
 
-# Public names that are no operation: kinds of results and of errors, and what other names are made of.
+# Public names that are not operations: types of results and errors, and what other names are made of.
 NO_OPERATION = {
     "circuits": "a package; its names are in the table",
     "experiments": "a package; its names are in the table",
@@ -78,7 +78,7 @@ NO_OPERATION = {
 
 @contextmanager
 def defaults(device: str | None, dtype: torch.dtype) -> Iterator[None]:
-    """torch's defaults, until the context is left."""
+    """Set torch's defaults for the duration of the context."""
     torch.set_default_dtype(dtype)
     torch.set_default_device(device)
     try:
@@ -98,7 +98,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
 
 @pytest.fixture(scope="module")
 def ordinary(given: Given) -> Callable[[str], Any]:
-    """What an operation gives under torch's own defaults."""
+    """The result of an operation under torch's own defaults."""
     found: dict[str, Any] = {}
 
     def of(name: str) -> Any:
@@ -133,7 +133,7 @@ def test_every_public_name_is_among_them() -> None:
 
 
 def methods_of(kind: type) -> set[str]:
-    """Public methods, those of the package's own mixins among them."""
+    """The public methods, including those of the package's own mixins."""
     own = [base for base in kind.__mro__ if base.__module__.startswith("scalpel.")]
     return {name for base in own for name, value in vars(base).items() if name[0] != "_" and callable_(value)}
 
@@ -146,7 +146,7 @@ def callable_(value: Any) -> bool:
 
 
 def test_a_default_device_is_no_watcher() -> None:
-    """It is a mode of torch's, but sees to new tensors alone: the short way past the dispatcher stays open."""
+    """torch's device mode affects only new tensors, so the fast path past the dispatcher stays in use."""
 
     class Watcher(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

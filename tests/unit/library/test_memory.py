@@ -1,4 +1,4 @@
-"""The gate to the core: which tensors have an address there, and what is refused with which words."""
+"""The gate to the core: which tensors may be passed to it, and the messages for those that may not."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_what_is_elsewhere_is_refused() -> None:
 def test_what_may_pass_the_gate() -> None:
     x = torch.arange(12, dtype=torch.float64).view(3, 4)[:, 1:]
     assert memory_of(x) == (x.data_ptr(), "float64", (3, 3), (4, 1)) == memory_of(x, on=torch.device("cpu"))
-    assert memory_of(torch.ones(0, 3))[2] == (0, 3)  # nothing is read of it
+    assert memory_of(torch.ones(0, 3))[2] == (0, 3)  # none of its memory is read
     assert memory_of(nn.Parameter(torch.ones(2)))[1:] == ("float32", (2,), (1,))
 
 
@@ -102,7 +102,7 @@ def test_rows_without_memory_leave_a_state_as_it_was(rank: int | None, kind: str
 
 
 def test_a_state_that_was_taken_elsewhere_is_named() -> None:
-    """Before, the core was given a null address."""
+    """Earlier versions passed a null address to the core."""
     state = scalpel.StreamingCovariance(4).update(torch.ones(5, 4))
     state._state._mean = state._state._mean.to("meta")  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"the state's mean, of shape \(4,\), is on meta"):
@@ -129,7 +129,7 @@ def test_topk_of_what_has_no_memory() -> None:
 
 
 def test_tangents_with_a_negative_bit() -> None:
-    """Such a tensor's memory holds the negatives of its numbers."""
+    """The memory of such a tensor holds the negated numbers."""
     model = build("plain")
     J = scalpel.jacobian(model, tokens(model), "0.resid_in", "final_resid")
     V = torch.randn(2, *J.source_shape, dtype=torch.float64)

@@ -15,7 +15,7 @@ import scalpel
 from places import ROOT
 from scalpel._moved import MOVED, MovedModuleFinder, install
 
-# Classes that a user may have pickled, by the modules that held them before.
+# Classes that a user may have pickled, with the modules in which they used to be.
 PICKLED = {
     "scalpel.guard_crossings": "Crossings",
     "scalpel.jacobians.depth": "Alignment Spectra",
@@ -31,7 +31,7 @@ PICKLED = {
 
 @pytest.fixture
 def old_names_unread():
-    """Take the old names out of Python's memory, as in a process that has imported none of them."""
+    """Remove the old names from sys.modules, as in a process that has imported none of them."""
     for old in MOVED:
         name = f"scalpel.{old}"
         sys.modules.pop(name, None)
@@ -48,7 +48,7 @@ def test_every_old_name_gives_the_new_module(old: str, new: str):
     assert module.__name__ == module.__spec__.name == f"scalpel.{new}"
     ours = [warning for warning in caught if f"scalpel.{old} " in str(warning.message)]
     assert len(ours) == 1 and f"scalpel.{new} " in str(ours[0].message)
-    assert ours[0].filename == __file__  # the line that imports, not one of importlib's
+    assert ours[0].filename == __file__  # the importing line, not one inside importlib
 
 
 @pytest.mark.parametrize(("old", "new"), MOVED.items())
@@ -122,7 +122,7 @@ def test_classes_are_found_where_old_pickles_look_for_them(module: str, names: s
 @pytest.mark.filterwarnings("ignore:scalpel:DeprecationWarning")
 def test_a_model_pickled_before_the_move():
     model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
-    stored = pickle.dumps(model, protocol=2)  # names a class by its module and a line's end
+    stored = pickle.dumps(model, protocol=2)  # this pickle opcode names a class: its module, a newline, its name
     for old, cls in (("circuitgpt", scalpel.CircuitGPT), ("config", scalpel.CircuitGPTConfig)):
         today, before = f"c{cls.__module__}\n".encode(), f"cscalpel.models.{old}\n".encode()
         assert today in stored

@@ -1,4 +1,4 @@
-"""The package's source, read for tensors that leave it to torch's defaults where they are, and for addresses."""
+"""Search the package's source for tensors that leave their device to torch's default, and for raw addresses."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from torch.utils._device import _device_constructors
 import scalpel
 
 SOURCE = Path(scalpel.__file__).parent
-# Whose dtype doesn't depend on torch's default.
+# Factories whose dtype does not depend on torch's default.
 WHOLE_NUMBERS = {"arange", "randint", "randperm", "tril_indices", "triu_indices"}
-# Not among them: torch.Generator, which is the CPU's whatever the default device is (test_a_generator_is_the_cpus).
+# torch.Generator is not listed, because it is on the CPU whatever the default device (test_a_generator_is_the_cpus).
 FACTORIES = {function.__name__ for function in _device_constructors()}
-# (file, call): why it need not say its dtype.
+# (file, call): the reason why this call need not name its dtype.
 MAY_LACK_A_DTYPE = {
     (
         "models/circuitgpt/ablation.py",
         "torch.as_tensor(prompt, device='cpu')",
     ): "what a user gives: refused unless it is integers",
 }
-# Addresses that no kernel reads.
+# Files that use addresses without passing them to a kernel.
 TAKES_ADDRESSES = {
     "_native.py": "the gate",
     "jacobians/rows/narrow.py": "whether a weight is the same memory as before",
@@ -41,7 +41,7 @@ TAKES_ADDRESSES = {
 
 @cache
 def nodes() -> list[tuple[str, ast.AST]]:
-    """Every piece of the source, and its file."""
+    """Yield every node of the source together with its file."""
     paths = sorted(SOURCE.rglob("*.py"))
     assert len(paths) > 100
     trees = [(path.relative_to(SOURCE).as_posix(), ast.parse(path.read_text(encoding="utf-8"))) for path in paths]
@@ -55,13 +55,13 @@ def calls() -> Iterator[tuple[str, ast.Call]]:
 
 
 def keyword(call: ast.Call, name: str) -> bool:
-    """Whether the call says it; None says nothing."""
+    """Whether the call sets the keyword; None does not set it."""
     given = [each.value for each in call.keywords if each.arg == name]
     return bool(given) and not (isinstance(given[0], ast.Constant) and given[0].value is None)
 
 
 def makes_a_module(called: str) -> bool:
-    """Whether ``called``, as nn.Linear, is a class of torch whose parameters are made somewhere."""
+    """Whether ``called``, such as nn.Linear, is a torch class that creates parameters on some device."""
     kind = getattr(nn, called.rpartition(".")[2], None)
     return isinstance(kind, type) and "device" in inspect.signature(kind).parameters
 
@@ -72,12 +72,12 @@ def needs_a_dtype(file: str, call: ast.Call, called: str) -> bool:
     if called in WHOLE_NUMBERS and not floats:
         return False
     if isinstance(first, ast.Call) and ast.unparse(first.func).startswith("np."):
-        return False  # an array brings its own
+        return False  # an array has its own dtype
     return (file, ast.unparse(call)) not in MAY_LACK_A_DTYPE
 
 
 def lacking(file: str, call: ast.Call) -> list[str]:
-    """What the call leaves to torch's defaults."""
+    """The keywords that the call leaves to torch's defaults."""
     owner, _, called = ast.unparse(call.func).rpartition(".")
     if owner == "torch" and called == "load":
         return [] if keyword(call, "map_location") else ["map_location"]
@@ -100,8 +100,7 @@ def test_every_new_tensor_says_where_it_is_and_its_dtype() -> None:
 
 
 def test_no_factory_goes_by_another_name() -> None:
-    """Neither `from torch import zeros`, which would not be seen above, nor a class of our own whose makers are
-    torch's."""
+    """No file imports a torch factory by name, and own modules pass device and dtype to torch's constructors."""
     for file, node in nodes():
         if isinstance(node, ast.ImportFrom) and node.module in ("torch", "torch.nn"):
             names = {alias.name for alias in node.names}

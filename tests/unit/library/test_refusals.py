@@ -1,4 +1,4 @@
-"""A model that can't be put to something is refused with the reason, and no other error is taken for a refusal."""
+"""A model that does not fit an operation is refused with the reason, and other errors are not mistaken for refusals."""
 
 from collections.abc import Callable
 from functools import cache
@@ -67,7 +67,7 @@ def empty() -> CircuitGPT:
     return model
 
 
-# What is wrong with a model, what the refusal says, and the experiments that it concerns.
+# The fault of a model, the text of the refusal, and the experiments that refuse.
 MODELS: dict[str, tuple[Callable[[], CircuitGPT], str, list[str]]] = {
     "no tokenizer": (lambda: small(tokenizer=None), "no tokenizer.*text", TEXT),
     "an answer that is split": (lambda: small(tokenizer=characters()), r"splits an answer.*2 tokens", TEXT),
@@ -135,7 +135,7 @@ def test_extractions_and_circuits_refuse_with_the_same_exception() -> None:
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[], Any]]:
-    """What each experiment does instead, by name; those without an entry give a result."""
+    """What each experiment does with the model, by name; experiments without an entry give a result."""
     instead: dict[str, Callable[[], Any]] = {}
     found = experiments.run("minimal_simulator", None, k_max=3, n_max=30, samples=3)
 
@@ -223,7 +223,7 @@ def test_a_part_that_is_refused_is_left_out_and_a_bug_is_raised(name: str, monke
     module = import_module(f"scalpel.{name}")
     part, go = PARTS[name]
     others = {"quote_questions", "set_or_string_questions"} if module is abilities else set()
-    for other in others:  # they read many files
+    for other in others:  # these two read many files
         monkeypatch.setattr(module, other, lambda *_: refuse())
     monkeypatch.setattr(module, part, lambda *_, **__: refuse())
     assert any("this one can't be asked" in note for note in go(module))

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.xdist_group("threads")
 
 @pytest.fixture(autouse=True)
 def _two_threads() -> Iterator[None]:
-    """Within each call, too, wherever the tests run."""
+    """Use several threads inside each call too, wherever the tests run."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -67,7 +67,7 @@ def test_crossed_merges_do_not_wait_for_each_other() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_after_a_fork() -> None:
-    x = torch.randn(400, 500)  # large enough for the parent to have started its threads
+    x = torch.randn(400, 500)  # large enough that the parent has started its threads
     expected = scalpel.topk_mask(x, 100).numpy()
     child = os.fork()
     if child == 0:

@@ -1,4 +1,4 @@
-"""Many streams over a corpus: against values recorded one by one, in groups, saved, killed and resumed."""
+"""Many streams over a corpus, compared with values recorded one by one; in groups, saved, killed and resumed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def corpus(model: nn.Module, count: int = 5, rows: int = 3) -> list[Tensor]:
 
 
 def expected(model: Any, batches: list[Tensor], hook: str) -> Tensor:
-    """Rows of a CircuitGPT, the slow way: each batch by itself, gradients by backward."""
+    """The rows of a CircuitGPT, computed slowly: each batch by itself, and gradients by backward()."""
     found = []
     for ids in batches:
         with torch.enable_grad():
@@ -126,7 +126,7 @@ def test_groups_give_the_same_bits(tmp_path: Path) -> None:
     seen: list[int] = []
     grouped = collect(model, batches, HOOKS, memory=2 * size, progress=seen.append)
     assert list(grouped) == HOOKS and len(grouped) == 5 and seen[-1] >= 2 * len(batches)
-    for hook in HOOKS:  # with no gradient in its group, a hook's values come from other products: to rounding
+    for hook in HOOKS:  # without gradients in its group, a hook's values differ by rounding
         torch.testing.assert_close(grouped[hook].covariance(), whole[hook].covariance(), rtol=0, atol=1e-13)
     folder = grouped._saved.folder  # type: ignore[attr-defined]
     assert folder.is_dir()
@@ -149,7 +149,7 @@ def test_memory_in_words() -> None:
 
 # ---- saved ---------------------------------------------------------------------------------------
 
-# A process that is forked for each collection that is killed, since a process takes long to start.
+# One forked process per collection that is killed, because starting a new process is slow.
 KILLED = """
 import json, os, signal, sys
 import torch
@@ -195,7 +195,11 @@ Kill = Callable[..., None]
 
 @pytest.fixture(scope="module")
 def kill() -> Iterator[Kill]:
+<<<<<<< HEAD
     """Collects into a folder, and is killed at a batch, or at a call of a function that writes its states."""
+=======
+    """Collect into a folder, and be killed at a batch, or at a call of a function in streams/saved.py."""
+>>>>>>> help-I
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(SUPPORT), str(TABLES), str(Path(__file__).parent)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -1,4 +1,4 @@
-"""scalpel.collect where models, batches and folders are not the plain ones."""
+"""scalpel.collect with unusual models, batches and folders."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_module_that_runs_more_than_once() -> None:
 
 
 class _Turned(nn.Module):
-    """Values that lie in memory in other orders: turned, and expanded."""
+    """Values with other memory layouts: transposed and expanded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ def test_batches_that_come_in_another_order() -> None:
     before = set(Path(tempfile.gettempdir()).glob("scalpel-*"))
     with pytest.raises(ValueError, match="batches differed when they were read again, for group 2 of 2"):
         collect(model, shuffled, ["0.resid_in", "final_resid"], state_bytes(12, None))
-    assert set(Path(tempfile.gettempdir()).glob("scalpel-*")) == before  # what was made there is gone
+    assert set(Path(tempfile.gettempdir()).glob("scalpel-*")) == before  # the objects created there are gone
 
 
 def test_names_however_they_are_given() -> None:
@@ -286,7 +286,7 @@ def test_groups_are_part_of_what_is_resumed(tmp_path: Path) -> None:
 
 
 def test_a_damaged_folder_and_another_corpus(tmp_path: Path) -> None:
-    """Groups that are sound must not be joined by one that is filled from other batches."""
+    """Complete groups must not be combined with one that was filled from other batches."""
     model = build("plain")
     batches = [tokens(model, 2, 5, seed=i) for i in range(4)]
     hooks = ["0.resid_in", "final_resid"]

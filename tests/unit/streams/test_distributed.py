@@ -1,4 +1,4 @@
-"""States of several processes on this machine, merged through torch.distributed."""
+"""States of several processes on this machine are merged through torch.distributed."""
 
 import os
 import subprocess
@@ -47,7 +47,7 @@ def succeed(world: int, folder: Path, *tasks: str) -> None:
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The folder of a job of so many processes."""
+    """The folder of a job with the given number of processes."""
     folders = {world: tmp_path_factory.mktemp(f"job-of-{world}") for world in TASKS}
     for world, folder in folders.items():
         succeed(world, folder, *TASKS[world])

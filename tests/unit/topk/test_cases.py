@@ -1,4 +1,4 @@
-"""Every case of the table, on every target, against the twin in reference.py."""
+"""Every case of the table, on every target, against its twin in reference/."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from scalpel import _core, reference
 
 def calls(op: str, target: str) -> int:
     compiled_for, count = _core.kernel_calls()[op][target]
-    # From the macros that the compiler predefined in the kernel's file.
+    # The target is read from the macros that the compiler predefined for the kernel's file.
     assert compiled_for == COMPILED_FOR.get((op, target), target)
     return count
 
@@ -41,7 +41,7 @@ def test_covariance_case(case: Case, target: str) -> None:
     for value, expected, tolerance in (
         (ours.mean, twin.mean, 1e-13),
         (ours.covariance(), twin.covariance, case.tolerance),
-        (ours.mean, twin.mean, 1e-13),  # by the kernel, once the rows have joined
+        (ours.mean, twin.mean, 1e-13),  # by the kernel, once the rows have been folded in
     ):
         np.testing.assert_allclose(value.numpy(), expected, rtol=0, atol=tolerance * np.abs(expected).max())
     assert calls("covariance", target) > before

@@ -1,4 +1,4 @@
-"""The rules on lanes against their twins, on every target; what they refuse."""
+"""The rules on lanes, against their twins on every target, and the arguments they refuse."""
 
 from typing import Any
 
@@ -34,7 +34,8 @@ from scalpel.lanes import Linear
 from scalpel.reference import lanes as reference_lanes
 
 
-# In the cases of `pairs`, every shape meets every target and every dtype, and every dtype every target.
+# In the cases that `pairs` chooses, every shape occurs with every target and every dtype, and every dtype with every
+# target.
 @pytest.mark.parametrize(("shape", "dtype", "target"), pairs(LINEAR, DTYPES, SUPPORTED), indirect=["target"], ids=str)
 def test_linear(shape: tuple[Any, ...], dtype: torch.dtype, target: str) -> None:
     before = _core.kernel_calls()["jvp"][target][1]
@@ -43,7 +44,8 @@ def test_linear(shape: tuple[Any, ...], dtype: torch.dtype, target: str) -> None
     assert ran == (entries > 0)
 
 
-# Threads share out tokens: with every number of tokens one thread, and more where there is something to share out.
+# Threads divide the tokens, so every number of tokens runs with one thread, and with more where there is something to
+# divide.
 TOKENS_AND_THREADS = [*((n, 1) for n in (0, 1, 15, 16, 17, 40)), (1, 5), (16, 2), (17, 2), (40, 2), (40, 5)]
 
 

@@ -1,4 +1,4 @@
-"""topk_mask, keep_topk, topk_indices: exact on hard rows, on every target; errors that say what to do."""
+"""topk_mask, keep_topk and topk_indices are exact on hard rows on every target, and errors say what to do."""
 
 from functools import cache
 
@@ -14,13 +14,13 @@ from cases import DTYPES, hard_rows, interesting_ks
 from scalpel import _core, reference
 
 WIDTHS = range(301)
-# Beyond 384 the k-th largest is looked for in a sample of 64 first, then in a sample of what is left.
+# In rows longer than 384, the k-th largest is estimated from a sample of 64, and then from a sample of the rest.
 WIDE = [383, 384, 385, 511, 512, 513, 1000, 1023, 1024, 1025, 4095, 4096, 4097]
 BY = ("magnitude", "value")
 
 
 def masks_of(x: torch.Tensor, by: str, ks: list[int]) -> dict[int, np.ndarray]:
-    """The twin's masks, for one sort."""
+    """The masks of the twin for several k, computed with a single sort."""
     order = reference.topk_order(x, by)
     masks = {k: np.zeros(order.shape, dtype=np.bool_) for k in ks}
     for k, mask in masks.items():
@@ -30,13 +30,13 @@ def masks_of(x: torch.Tensor, by: str, ks: list[int]) -> dict[int, np.ndarray]:
 
 @cache
 def rows_and_twins(width: int, dtype: torch.dtype) -> tuple[torch.Tensor, dict[tuple[str, int], np.ndarray]]:
-    """The hard rows of a width, and the twin's mask for each k of interest."""
+    """The hard rows of a width, and the twin's mask for each interesting k."""
     x = torch.stack(list(hard_rows(width, dtype).values()))
     return x, {(by, k): mask for by in BY for k, mask in masks_of(x, by, interesting_ks(width)).items()}
 
 
 def check_all(x: torch.Tensor, k: int, by: str, mask: np.ndarray) -> None:
-    """The three ops against one mask; kept values to the bit."""
+    """Check the three ops against one mask; kept values must be equal to the bit."""
     assert np.array_equal(scalpel.topk_mask(x, k, by).numpy(), mask)
     indices = scalpel.topk_indices(x, k, by)
     assert indices.dtype == torch.int64
@@ -63,7 +63,7 @@ def test_wide_hard_rows(dtype: torch.dtype, target: str) -> None:
 
 
 def test_the_rows_before_do_not_matter(target: str) -> None:
-    # The kernel guesses a row's cut from the rows before it: let the guess be wrong in every way.
+    # The kernel guesses the cut of a row from the rows before it; these rows make the guess fail in every way.
     for dtype, width in ((torch.float32, 600), (torch.bfloat16, 900), (torch.float64, 130), (torch.float16, 450)):
         x, twins = rows_and_twins(width, dtype)
         order = torch.randint(len(x), (400,))
@@ -80,7 +80,7 @@ def test_rows_of_any_scale(target: str) -> None:
 
 @pytest.mark.parametrize("op", ["keep_topk", "topk_mask"])
 def test_outputs_larger_than_the_caches(op: str, target: str) -> None:
-    # From 32 MiB on they are written past the caches, which asks for aligned addresses.
+    # Outputs of 32 MiB or more are written past the caches, which requires aligned addresses.
     rows, width = (8300, 1013) if op == "keep_topk" else (33200, 1013)
     dtype = torch.float32 if op == "keep_topk" else torch.float16
     x = torch.randn(rows, width, dtype=torch.float32).to(dtype)
@@ -156,7 +156,7 @@ def test_numpy_arrays_of_every_kind() -> None:
     expected = reference.topk_mask(x, 3)
     frozen = x.copy()
     frozen.flags.writeable = False
-    packed = np.zeros(5, dtype=[("tag", "i1"), ("row", "f8", 8)])  # rows that aren't aligned
+    packed = np.zeros(5, dtype=[("tag", "i1"), ("row", "f8", 8)])  # unaligned rows
     packed["row"] = x
     for given_x in (x, frozen, x.astype(">f8"), packed["row"]):
         assert np.array_equal(scalpel.topk_mask(given_x, 3), expected)
@@ -177,7 +177,7 @@ def test_arrays_that_speak_dlpack() -> None:
     assert np.array_equal(np.from_dlpack(out), scalpel.keep_topk(x, 3))
 
     class Bare:
-        """Speaks DLPack, and belongs to no library that could take a result back."""
+        """Supports DLPack but belongs to no library that could take back a result."""
 
         def __init__(self, tensor: torch.Tensor) -> None:
             self.tensor = tensor
@@ -220,10 +220,10 @@ def test_out() -> None:
 def test_out_may_be_laid_out_in_any_order() -> None:
     x = torch.randn(4, 6, 9)
     expected = scalpel.keep_topk(x, 3)
-    interleaved = torch.empty(40 * 9).as_strided((2, 3, 9), (27, 18, 1))  # no nesting, and no two in one place
+    interleaved = torch.empty(40 * 9).as_strided((2, 3, 9), (27, 18, 1))  # not nested, yet without overlap
     for like, want in ((torch.empty(6, 4, 9).transpose(0, 1), expected), (interleaved, expected[:2, :3])):
         assert torch.equal(scalpel.keep_topk(x[: want.shape[0], : want.shape[1]], 3, out=like), want)
-    for out in (torch.empty(9, 4, 6).movedim(0, -1), torch.empty(4, 6, 18)[..., ::2]):  # the last dimension apart
+    for out in (torch.empty(9, 4, 6).movedim(0, -1), torch.empty(4, 6, 18)[..., ::2]):  # all dimensions except the last
         assert torch.equal(scalpel.keep_topk(x, 3, out=out), expected)
     strided = np.empty((4, 6, 18), dtype=np.float32)[..., ::2]
     assert np.array_equal(scalpel.keep_topk(x.numpy(), 3, out=strided), expected.numpy())
@@ -371,7 +371,7 @@ def test_a_tensor_elsewhere_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("scalpel._native.cuda_core", absent)
 
     class OnCuda(torch.Tensor):
-        device = torch.device("cuda", 0)  # as a tensor on a GPU would say
+        device = torch.device("cuda", 0)  # as a GPU tensor would report
 
     with pytest.raises(ValueError, match=r"x is on cuda:0.*CPU only.*x\.cpu\(\)"):
         scalpel.keep_topk(torch.randn(3, 8).as_subclass(OnCuda), 2)

@@ -1,4 +1,4 @@
-"""TopK under torch's transforms: the mask is a constant of every derivative."""
+"""TopK under torch's transforms: every derivative treats the mask as a constant."""
 
 import sys
 from collections.abc import Callable
@@ -72,7 +72,7 @@ def test_forward_ad(x: Tensor, mask: Tensor) -> None:
 
 
 def test_jvp(x: Tensor, mask: Tensor) -> None:
-    # The silent failure: a bare custom op under jvp gives a tangent of zeros, or of the wrong mask.
+    # The silent failure to guard against: a bare custom op under jvp gives a tangent of zeros, or of the wrong mask.
     t = torch.randn_like(x)
     y, tangent = jvp(keep, (x,), (t,))
     assert torch.equal(y, x * mask)
@@ -237,7 +237,7 @@ def test_compiled_backward(x: Tensor, mask: Tensor) -> None:
 
 
 def test_what_watches_sees_the_op(x: Tensor) -> None:
-    # A plain call goes straight to the core; nobody who records, fakes or times ops may be left out by that.
+    # A plain call goes straight to the core. That must not bypass anything that records, fakes or times ops.
     class Names(TorchDispatchMode):
         def __init__(self) -> None:
             super().__init__()
@@ -311,8 +311,11 @@ def test_subclasses_stay_what_they_are(x: Tensor, mask: Tensor) -> None:
 
 
 def test_a_plain_call_goes_straight_to_the_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A custom op alone costs more than the whole PyTorch expression on a small tensor, and so would twice the checks:
-    counted, since a clock says what else the machine does."""
+    """A plain call makes only few dispatcher calls and checks, because either would dominate on a small tensor.
+
+    A custom op alone costs more than the whole PyTorch expression. The test counts calls instead of measuring time,
+    which would depend on the load of the machine.
+    """
     x = torch.randn(4, 64)
     indices = x.abs().topk(16).indices
     assert torch.equal(scalpel.keep_topk(x, 16), torch.zeros_like(x).scatter_(-1, indices, x.gather(-1, indices)))
@@ -343,7 +346,7 @@ def test_a_plain_call_goes_straight_to_the_core(monkeypatch: pytest.MonkeyPatch)
         finally:
             sys.setprofile(None)
         assert len(calls) <= most, calls
-        assert calls.count("empty") <= 2  # ours and torch's, for the one result
+        assert calls.count("empty") <= 2  # one call by us and one by torch, for the single result
 
 
 def test_opcheck() -> None:
