@@ -1,4 +1,4 @@
-"""Folders that finished parts are kept in, so that a call that was stopped goes on."""
+"""Folders that keep finished parts, so that a call that was stopped continues from there."""
 
 import json
 from pathlib import Path
@@ -10,9 +10,10 @@ __all__ = ["keyed_folder"]
 
 
 def keyed_folder(folder: str | Path | None, file: str, key: dict[str, Any], what: str) -> Path | None:
-    """The folder, made if need be, with ``key`` in ``file``; None for None.
+    """Prepare a folder whose parts belong to ``key``, which is stored in ``file``; None for None.
 
-    ValueError where it holds parts that were made with another key; ``what`` says in words what differs then.
+    Raises:
+        ValueError: If the folder holds parts that were made with another key; ``what`` describes them.
     """
     if folder is None:
         return None
@@ -21,6 +22,6 @@ def keyed_folder(folder: str | Path | None, file: str, key: dict[str, Any], what
     text = json.dumps(key, indent=2, sort_keys=True)
     stored = folder / file
     if stored.exists() and stored.read_text() != text:
-        raise ValueError(f"{folder} holds {what}; give another folder, or remove that one to begin anew")
+        raise ValueError(f"{folder} holds {what}; use another folder, or remove this one to start again")
     replace_text(stored, text)
     return folder

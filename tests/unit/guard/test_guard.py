@@ -20,7 +20,7 @@ from scalpel.report.pictures.figures import to_svg
 from scalpel.semigroup import ThresholdCounter
 from scalpel.tasks import held_out
 from scalpel.tasks.literals import literals_of
-from scalpel.training import untrained
+from scalpel.training.untrained import untrained
 
 __all__ = ["one_thread"]
 

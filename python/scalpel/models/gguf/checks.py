@@ -1,7 +1,7 @@
-"""Whether transformers reads all of what a GGUF file says.
+"""Checks that transformers reads everything that a GGUF file says.
 
-Its reader drops a tensor that has no place, and metadata that it doesn't know (a scaling of the positions, say), in
-silence. The package gguf and the file's own header say what there is.
+Its reader silently drops a tensor that has no place and metadata that it does not know, such as a scaling of the
+positions. The package gguf and the file's own header tell what there is.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ _OTHERWISE = "The model would compute something else than it was made for"
 
 
 def check_whole(header: Header) -> None:
+    """Check that all tensors lie inside the file.
+
+    Raises:
+        CheckpointError: If the file is cut short, or a tensor is stored in an unknown way.
+    """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     size = header.path.stat().st_size
@@ -37,7 +42,11 @@ def check_whole(header: Header) -> None:
 
 
 def check_metadata(header: Header, config: Any, shape: DecoderConfig) -> None:
-    """CheckpointError where the metadata says what the config, as transformers made it, does not."""
+    """Check that the metadata agree with the config that transformers made of them.
+
+    Raises:
+        CheckpointError: If they do not.
+    """
     said = header.of_architecture()
     windows = set(shape.windows) or {None}
     right: dict[str, Any] = {
@@ -86,9 +95,10 @@ def check_metadata(header: Header, config: Any, shape: DecoderConfig) -> None:
 
 
 def _advice(lacking: bool) -> str:
-    """What to do; ``lacking``: nothing is wrong but that the file lacks something, as a damaged one may.
+    """Say what to do; ``lacking`` means that the only fault is that something is missing, as in a damaged file.
 
-    A whole file is the same after another download, and transformers' reader passes over the same of it.
+    A complete file would be the same after another download, and transformers' reader would ignore the same parts of
+    it.
     """
     if lacking:
         return f"{_OTHERWISE}: download the file again, or use the model's safetensors, if they are published"
@@ -105,7 +115,11 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def check_tensors(header: Header, expected: Expected, shape: DecoderConfig) -> None:
-    """CheckpointError where a tensor of the file has no place in the model, or the model needs one that isn't there."""
+    """Check that the file's tensors are those of the model.
+
+    Raises:
+        CheckpointError: If a tensor of the file has no place in the model, or the model needs one that is missing.
+    """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     kind = next((each for each, name in MODEL_ARCH_NAMES.items() if name == header.architecture), None)

@@ -1,7 +1,7 @@
-"""Models in GGUF files, the format of llama.cpp: dequantised into plain models of transformers.
+"""Models in GGUF files, the format of llama.cpp, dequantised into plain models of transformers.
 
-transformers' own reader does the reading; what it would pass over in silence (a tensor without a place, a scaling of
-the positions) is looked for here, and refused. Needs the extra ``gguf``. To keep a model as safetensors, which can be
+transformers' own reader reads the file. What it would silently ignore (a tensor that has no place, a scaling of the
+positions) is detected here and refused. This needs the extra ``gguf``. To keep a model as safetensors, which can be
 streamed::
 
     from scalpel.models.gguf.model import plain_model, tokenizer
@@ -41,11 +41,23 @@ _CUT_AT_DIGITS = ("codeshell", "command-r", "exaone", "refact", "smollm", "starc
 
 
 def gguf_in(path: str | Path) -> Path | None:
-    """The GGUF file that ``path`` stands for: a file, or a folder with one and no other weights. None where it stands
-    for something else.
+    """Find the GGUF file that a path stands for.
 
-    Raises CheckpointError for a folder with several, and for a file named .gguf, or a link named so, that leads to
-    nothing.
+    Args:
+        path: A file, or a folder.
+
+    Returns:
+        The file itself, or the only GGUF file of a folder without other weights; None if the path stands for something
+        else.
+
+    Raises:
+        CheckpointError: If a folder holds several GGUF files, or there is no file behind a name or link that ends in
+            .gguf.
+
+    Example:
+        >>> from scalpel.models.gguf import gguf_in
+        >>> gguf_in(".").name  # the current folder holds model.gguf
+        'model.gguf'
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -70,20 +82,26 @@ def gguf_in(path: str | Path) -> Path | None:
 
 
 def plain_model(path: str | Path) -> Any:
-    """The model in a GGUF file as transformers' plain class in float32, in evaluation mode.
+    """Read the model in a GGUF file as transformers' plain class in float32, in evaluation mode.
 
-    What transformers itself returns for such a file counts as quantised and refuses to be saved. This is the same
-    model without that mark: ``save_pretrained`` writes it, and whatever takes a model of transformers' takes it.
+    What transformers itself returns for such a file counts as quantised and cannot be saved. This is the same model
+    without that mark: ``save_pretrained`` writes it, and it can be used wherever a model of transformers can.
 
     Args:
-        path: a GGUF file, or a folder with one.
+        path: A GGUF file, or a folder with one.
 
     Returns:
         A ``LlamaForCausalLM`` or another class that :func:`scalpel.jacobian` has rules for.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged, or its model can't be read exactly.
-        ImportError: transformers, gguf or accelerate is missing.
+        CheckpointError: If there is no such file, it is damaged, or its model cannot be read exactly.
+        ImportError: If transformers, gguf or accelerate is missing.
+
+    Example:
+        >>> from scalpel.models.gguf import plain_model
+        >>> model = plain_model("model.gguf")
+        >>> type(model).__name__, model.dtype
+        ('Qwen2ForCausalLM', torch.float32)
     """
     file = _file(path)
     header = read_header(file)
@@ -96,18 +114,23 @@ def plain_model(path: str | Path) -> Any:
 
 
 def tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a GGUF file.
+    """Read the tokenizer in a GGUF file.
 
     Args:
-        path: a GGUF file, or a folder with one.
+        path: A GGUF file, or a folder with one.
 
     Returns:
         The tokenizer; its ``save(folder)`` writes a tokenizer.json.
 
     Raises:
-        CheckpointError: there is no such file, it has no tokenizer, or doesn't say how text is cut in a way that is
-            known here.
-        ImportError: transformers or gguf is missing.
+        CheckpointError: If there is no such file, it has no tokenizer, or it does not name a known way to split text.
+        ImportError: If transformers or gguf is missing.
+
+    Example:
+        >>> from scalpel.models.gguf import tokenizer
+        >>> reader = tokenizer("model.gguf")
+        >>> reader.decode(reader.encode("abba"))
+        'abba'
     """
     file = _file(path)
     header = read_header(file)
@@ -133,7 +156,22 @@ def tokenizer(path: str | Path) -> Tokenizer:
 
 
 def stored_as(path: str | Path) -> str:
-    """How the tensors of a GGUF file are stored, the most frequent first: "210 Q4_1, 61 F32, 1 Q8_0"."""
+    """Summarize how the tensors of a GGUF file are stored.
+
+    Args:
+        path: A GGUF file, or a folder with one.
+
+    Returns:
+        The counts, the most frequent kind first, such as "210 Q4_1, 61 F32, 1 Q8_0".
+
+    Raises:
+        CheckpointError: If there is no such file, or it is damaged.
+
+    Example:
+        >>> from scalpel.models.gguf import stored_as
+        >>> stored_as("model.gguf")
+        '27 F32'
+    """
     from gguf import GGMLQuantizationType
 
     kinds = read_header(_file(path)).kinds().most_common()
@@ -141,7 +179,7 @@ def stored_as(path: str | Path) -> str:
 
 
 def no_stream(file: Path) -> CheckpointError:
-    """Why a GGUF file isn't streamed, and what can be done."""
+    """Explain why a GGUF file cannot be streamed, and what to do instead."""
     return CheckpointError(
         f"{file} is a GGUF, which can't be streamed: transformers dequantises it, and reads it whole. Analyse it in "
         f"memory (scalpel analyze without --stream), or save it as safetensors first: {_HOW}, then "
@@ -150,7 +188,7 @@ def no_stream(file: Path) -> CheckpointError:
 
 
 def no_circuitgpt(file: Path) -> CheckpointError:
-    """Why a GGUF file isn't read as a CircuitGPT, and what can be done."""
+    """Explain why a GGUF file cannot be read as a CircuitGPT, and what to do instead."""
     return CheckpointError(
         f"{file} is a GGUF, which holds a dense transformer and no CircuitGPT: give it to scalpel analyze, or read it "
         f"({_HOW}) and give plain_model(FILE) to scalpel.jacobian, scalpel.collect or scalpel.lyapunov"
@@ -188,14 +226,14 @@ def _check_packages() -> None:
 
 @contextmanager
 def _alone(file: Path) -> Iterator[Path]:
-    """A folder with nothing but the file, as _NAME: what may lie beside it, an adapter say, would be read, too."""
+    """Give a folder that holds only the file, as _NAME, because transformers would also read an adapter beside it."""
     with tempfile.TemporaryDirectory(prefix="scalpel-gguf-") as folder:
         os.symlink(file.resolve(), Path(folder) / _NAME)
         yield Path(folder)
 
 
 def _expected(header: Header, folder: Path) -> Expected:
-    """What the model's class has with the config that transformers makes of the metadata, which must say the same."""
+    """Find what the model's class expects with transformers' config, and check that the file's metadata agree."""
     from transformers import AutoConfig
 
     file = header.path
@@ -250,7 +288,7 @@ def _read(file: Path, folder: Path, expected: Expected) -> Any:
 
 
 def _without_quantisation(model: Any, name: str) -> Any:
-    """The same weights in a new model of the same class, whose config doesn't say that it was quantised."""
+    """Move the weights into a new model of the same class whose config does not say that it was quantised."""
     config = deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -271,7 +309,7 @@ def _without_quantisation(model: Any, name: str) -> Any:
 
 
 def _set_cut(inner: Any, cut: Any, file: Path) -> None:
-    """Let ``inner`` cut text as the file says that its merges were learnt."""
+    """Make ``inner`` split text in the way for which, as the file says, its merges were learnt."""
     from tokenizers import pre_tokenizers
 
     if cut in _CUT_AT_DIGITS:

@@ -1,4 +1,4 @@
-"""Exact bounds of a share (C. Clopper and E. Pearson, 1934)."""
+"""Exact bounds on a share (C. Clopper and E. Pearson, 1934)."""
 
 from scipy.stats import beta
 
@@ -6,9 +6,12 @@ __all__ = ["clopper_pearson"]
 
 
 def clopper_pearson(hits: int, trials: int, alpha: float = 0.05) -> tuple[float, float]:
-    """Bounds (low, high) that hold the share with a probability of at least 1 - alpha; (0, 1) without trials.
+    """Compute bounds that contain the true share with a probability of at least 1 - alpha; (0, 1) without trials.
 
-    For several shares at once divide alpha by their number (Bonferroni), and the bounds hold together.
+    For several shares at once, divide alpha by their number (Bonferroni); then all bounds hold together.
+
+    Raises:
+        ValueError: If hits or alpha is out of range.
     """
     if not 0 <= hits <= trials:
         raise ValueError(f"{hits} hits of {trials} trials; hits run from 0 to the trials")
