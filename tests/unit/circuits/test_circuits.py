@@ -30,7 +30,7 @@ from scalpel.circuits.task import answer_logits, check_able, nonsense
 from scalpel.experiments.machine.circuit import FILE, examine, read_pruning, run, stored
 from scalpel.models.circuitgpt.model import CircuitGPT
 from scalpel.tasks.bracket_words import BRACKET_WORDS
-from scalpel.training import untrained
+from scalpel.training.untrained import untrained
 
 __all__ = ["one_thread"]
 
@@ -105,7 +105,7 @@ def test_bad_options(model, options, words):
 
 
 def test_bad_tasks():
-    with pytest.raises(ValueError, match="one label a prompt"):
+    with pytest.raises(ValueError, match="one label per prompt"):
         Task.of("t", [[1], [2]], [0], (1, 2))
     with pytest.raises(ValueError, match="two or more"):
         Task.of("t", [[1]], [2], (1, 2))

@@ -290,8 +290,7 @@ def test_the_verdict_follows_from_each_figure():
     assert "use horizon=8" in judge(early, 0.05, good, right, good, None, (0, 10))[1][0]
     unsure = judge(level, 0.05, Rate({"c": (0, 9)}), right, good, None, (0, 10))[1][0]
     assert (
-        "use more pairs" in unsure
-        and "use more pairs" not in judge(level, 0.05, bad, right, good, None, (0, 10))[1][0]
+        "use more pairs" in unsure and "use more pairs" not in judge(level, 0.05, bad, right, good, None, (0, 10))[1][0]
     )
 
 

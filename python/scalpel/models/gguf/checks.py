@@ -14,7 +14,7 @@ from ..decoders.strict import Expected
 from ..weight_files import CheckpointError, some
 from .header import Header
 
-# Metadata of an architecture that changes nothing of what a model computes, or that the tensors' shapes repeat.
+# Metadata of an architecture that does not affect what a model computes, or that the tensors' shapes imply.
 _HARMLESS = ("feed_forward_length", "rope.scaling.finetuned", "rope.scaling.original_context_length", "pooling_type")
 _OTHERWISE = "The model would compute something else than it was made for"
 
@@ -71,7 +71,9 @@ def check_metadata(header: Header, config: Any, shape: DecoderConfig) -> None:
     }
     if shape.rotary is not None:
         right["rope.freq_base"] = config.rope_parameters["rope_theta"]
-        said.setdefault("rope.freq_base", 10000.0)  # what llama.cpp takes where a file doesn't say it; so are these
+        said.setdefault(
+            "rope.freq_base", 10000.0
+        )  # llama.cpp's default where a file does not say it; so are the next three
     said.setdefault("attention.head_count_kv", said.get("attention.head_count"))
     said.setdefault("attention.key_length", shape.width // shape.heads)
     said.setdefault("attention.sliding_window", None)
@@ -108,10 +110,10 @@ def _advice(lacking: bool) -> str:
     )
 
 
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, float) and isinstance(other, int | float) and not isinstance(other, bool):
-        return math.isclose(one, other, rel_tol=1e-6)  # the file's are float32
-    return bool(one == other)
+def _same(stored: Any, other: Any) -> bool:
+    if isinstance(stored, float) and isinstance(other, int | float) and not isinstance(other, bool):
+        return math.isclose(stored, other, rel_tol=1e-6)  # the file holds float32
+    return bool(stored == other)
 
 
 def check_tensors(header: Header, expected: Expected, shape: DecoderConfig) -> None:
@@ -122,7 +124,7 @@ def check_tensors(header: Header, expected: Expected, shape: DecoderConfig) -> N
     """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    kind = next((each for each, name in MODEL_ARCH_NAMES.items() if name == header.architecture), None)
+    kind = next((number for number, name in MODEL_ARCH_NAMES.items() if name == header.architecture), None)
     if kind is None:
         raise CheckpointError(f"the package gguf knows no architecture {header.architecture!r}: install a newer one")
     names = get_tensor_name_map(kind, shape.layers)
@@ -137,9 +139,9 @@ def check_tensors(header: Header, expected: Expected, shape: DecoderConfig) -> N
     if extra := sorted(header.tensors.keys() - wanted.keys()):
         said.append(f"transformers would drop {some(extra)}")
     for name in sorted(wanted.keys() & header.tensors.keys()):
-        found = header.tensors[name].shape
-        if found not in (wanted[name], wanted[name][::-1]):  # GPT-2's matrices are turned
-            said.append(f"{name!r} has shape {found}, by the config {wanted[name]}")
+        shape_in_file = header.tensors[name].shape
+        if shape_in_file not in (wanted[name], wanted[name][::-1]):  # GPT-2's matrices are transposed
+            said.append(f"{name!r} has shape {shape_in_file}, by the config {wanted[name]}")
     if said:
         why = ""
         if "rope_freqs.weight" in extra:

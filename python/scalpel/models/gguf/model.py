@@ -4,7 +4,7 @@ transformers' own reader reads the file. What it would silently ignore (a tensor
 positions) is detected here and refused. This needs the extra ``gguf``. To keep a model as safetensors, which can be
 streamed::
 
-    from scalpel.models.gguf.model import plain_model, tokenizer
+    from scalpel.models.gguf import plain_model, tokenizer
 
     plain_model("model.gguf").save_pretrained(folder)
     tokenizer("model.gguf").save(folder)
@@ -33,11 +33,18 @@ __all__ = ["gguf_in", "plain_model", "stored_as", "tokenizer"]
 
 _NAME = "model.gguf"
 _JOIN = "Parts of one model are joined with llama.cpp's llama-gguf-split --merge"
-_HOW = "from scalpel.models.gguf.model import plain_model"
+_HOW = "from scalpel.models.gguf import plain_model"
 
-# How text is cut before merging, by the name that llama.cpp gives it, where transformers goes by GPT-2's cut.
+# How text is split before merging, by llama.cpp's names, where transformers would always split it as GPT-2 does.
 _CUT_AS_GPT2 = ("gpt-2", "gpt2", "jais", "mpt", "olmo")
-_CUT_AT_DIGITS = ("codeshell", "command-r", "exaone", "refact", "smollm", "starcoder")  # each digit alone, then GPT-2's
+_CUT_AT_DIGITS = (
+    "codeshell",
+    "command-r",
+    "exaone",
+    "refact",
+    "smollm",
+    "starcoder",
+)  # each digit alone, then as GPT-2
 
 
 def gguf_in(path: str | Path) -> Path | None:
@@ -63,16 +70,16 @@ def gguf_in(path: str | Path) -> Path | None:
     if path.is_dir():
         if any((path / name).is_file() for name in WEIGHT_FILES):
             return None
-        named = sorted(each for each in path.iterdir() if each.suffix.lower() == ".gguf")
-        found = [each for each in named if each.is_file() or not each.exists()]  # a link that leads nowhere counts
-        if len(found) > 1:
+        named = sorted(entry for entry in path.iterdir() if entry.suffix.lower() == ".gguf")
+        files = [entry for entry in named if entry.is_file() or not entry.exists()]  # a dangling link counts
+        if len(files) > 1:
             raise CheckpointError(
-                f"{path} holds {len(found)} GGUF files, {some(each.name for each in found)}: give one of them. {_JOIN}"
+                f"{path} holds {len(files)} GGUF files, {some(file.name for file in files)}: give one of them. {_JOIN}"
             )
-        if not found:
+        if not files:
             return None
-        check_link(found[0])
-        return found[0]
+        check_link(files[0])
+        return files[0]
     if path.is_file():
         return path if path.suffix.lower() == ".gguf" or _begins_as_gguf(path) else None
     if path.suffix.lower() == ".gguf":
@@ -146,7 +153,7 @@ def tokenizer(path: str | Path) -> Tokenizer:
                 folder, gguf_file=_NAME, trust_remote_code=False, local_files_only=True
             )
         inner = read.backend_tokenizer
-    except Exception as error:  # transformers raises many kinds; each means that it can't be read
+    except Exception as error:  # transformers raises errors of many kinds; each means that the file can't be read
         raise CheckpointError(
             f"transformers can't read the tokenizer in {file}: {type(error).__name__}: {error}"
         ) from error
@@ -199,10 +206,10 @@ def no_circuitgpt(file: Path) -> CheckpointError:
 
 
 def _file(path: str | Path) -> Path:
-    found = gguf_in(path)
-    if found is None:
+    file = gguf_in(path)
+    if file is None:
         raise CheckpointError(f"{path} is neither a GGUF file nor a folder with one and no other weights")
-    return found
+    return file
 
 
 def _begins_as_gguf(path: Path) -> bool:
@@ -260,7 +267,7 @@ def _read(file: Path, folder: Path, expected: Expected) -> Any:
 
     options: dict[str, Any] = {}
     try:
-        from transformers import GgufConfig  # transformers of 2026 may leave the weights quantised
+        from transformers import GgufConfig  # newer releases of transformers would leave the weights quantised
 
         options["quantization_config"] = GgufConfig(dequantize=True)
     except ImportError:
@@ -270,7 +277,7 @@ def _read(file: Path, folder: Path, expected: Expected) -> Any:
         model, info = auto.from_pretrained(
             folder,
             gguf_file=_NAME,
-            config=expected.config,  # read already, with a vocabulary that takes seconds
+            config=expected.config,  # already read; reading it again takes seconds because of the vocabulary
             dtype=torch.float32,
             trust_remote_code=False,
             local_files_only=True,
@@ -299,7 +306,7 @@ def _without_quantisation(model: Any, name: str) -> Any:
         plain: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     plain.load_state_dict(model.state_dict(), strict=True, assign=True)
     plain.tie_weights()
-    for path, buffer in model.named_buffers():  # the rotary angles, which no state dict holds
+    for path, buffer in model.named_buffers():  # the rotary angles, which are not in the state dict
         owner, _, leaf = path.rpartition(".")
         setattr(plain.get_submodule(owner), leaf, buffer)
     return plain.eval()

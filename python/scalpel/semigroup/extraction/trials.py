@@ -85,20 +85,24 @@ class Sample:
     census: frozenset[int] = frozenset()
 
 
-def by_state(questions: Questions, candidate: Candidate, each: int, horizon: int, rng: np.random.Generator) -> Sample:
-    """Collect up to ``each`` new prefixes of up to ``horizon`` letters for each state.
+def by_state(
+    questions: Questions, candidate: Candidate, per_state: int, horizon: int, rng: np.random.Generator
+) -> Sample:
+    """Collect up to ``per_state`` new prefixes of up to ``horizon`` letters for each state.
 
     New means that the candidate was not learned from them.
 
     Words that the machine leads to a state are tried: half of them are drawn at random, and half are drawn for that
-    state. If the machine leads no more than ``each`` words to a state, all of them are taken, including those learned
-    from. A state for which no prefix was found has an empty list.
+    state. If the machine leads no more than ``per_state`` words to a state, all of them are taken, including
+    those learned from. A state for which no prefix was found has an empty list.
     """
     prefixes: dict[int, list[Word]] = {state: [] for state in _asked(candidate)}
-    few, census = _few(questions, candidate, each, horizon, rng)
+    few, census = _few(questions, candidate, per_state, horizon, rng)
     seen, asked_few = set(candidate.prefixes), False
     for _ in range(_ROUNDS):
-        wanting = {s: each - len(words) for s, words in prefixes.items() if len(words) < each and s not in few}
+        wanting = {
+            s: per_state - len(words) for s, words in prefixes.items() if len(words) < per_state and s not in few
+        }
         chosen = _led_to(questions, candidate, wanting, horizon, seen, rng) if wanting else []
         if not asked_few:
             chosen += [word for words in few.values() for word in words]
@@ -106,29 +110,29 @@ def by_state(questions: Questions, candidate: Candidate, each: int, horizon: int
         if not chosen:
             break
         for word, state in zip(chosen, candidate.rho(questions, chosen).tolist(), strict=True):
-            if state in prefixes and (len(prefixes[state]) < each or state in census):
+            if state in prefixes and (len(prefixes[state]) < per_state or state in census):
                 prefixes[state].append(word)
     return Sample(prefixes, census)
 
 
 def _few(
-    questions: Questions, candidate: Candidate, each: int, horizon: int, rng: np.random.Generator
+    questions: Questions, candidate: Candidate, per_state: int, horizon: int, rng: np.random.Generator
 ) -> tuple[dict[int, list[Word]], frozenset[int]]:
     """Collect the words of states that few words lead to.
 
-    If at most ``each`` words lead to a state, all of them are taken, which is a census. If at most eight times as many
-    do, ``each`` new ones of them are taken, which drawing at random would find slowly.
+    If at most ``per_state`` words lead to a state, all of them are taken, which is a census. If at most eight times
+    as many do, ``per_state`` new ones of them are taken, which drawing at random would find slowly.
     """
     few, census = {}, []
     for state in _asked(candidate):
-        words = all_words_to(candidate.machine, state, horizon, 8 * each)
+        words = all_words_to(candidate.machine, state, horizon, 8 * per_state)
         if words is None:
             continue
         words = [word for word in words if questions.is_valid(word)]
-        if len(words) <= each:
+        if len(words) <= per_state:
             census.append(state)
         else:
-            words = [words[i] for i in rng.permutation(len(words)) if words[i] not in candidate.prefixes][:each]
+            words = [words[i] for i in rng.permutation(len(words)) if words[i] not in candidate.prefixes][:per_state]
         few[state] = words
     return few, frozenset(census)
 
@@ -192,18 +196,18 @@ def conflicts(questions: Questions, candidate: Candidate, sample: Sample) -> tup
 
 
 def fidelity(
-    questions: Questions, candidate: Candidate, each: int, horizon: int, rng: np.random.Generator
+    questions: Questions, candidate: Candidate, per_state: int, horizon: int, rng: np.random.Generator
 ) -> tuple[Rate, list[Word]]:
     """Measure how often the model's output is the machine's, for each state of the machine.
 
     Returns:
         The rate, and the words on which they differ.
     """
-    few, census = _few(questions, candidate, each, horizon, rng)
+    few, census = _few(questions, candidate, per_state, horizon, rng)
     groups: dict[int, list[Word]] = {state: list(few.get(state, [])) for state in _asked(candidate)}
     seen = set(candidate.prefixes)
     for _ in range(_ROUNDS):
-        wanting = {s: each - len(words) for s, words in groups.items() if len(words) < each and s not in few}
+        wanting = {s: per_state - len(words) for s, words in groups.items() if len(words) < per_state and s not in few}
         for word in _led_to(questions, candidate, wanting, horizon, seen, rng) if wanting else ():
             groups[candidate.machine.state(word)].append(word)
     cells: dict[str, tuple[int, int]] = {}
