@@ -16,7 +16,6 @@ from scalpel.circuits import (
     Task,
     bracket_counting,
     circuit_graph,
-    measure,
     node_hooks,
     prune,
 )
@@ -24,7 +23,7 @@ from scalpel.circuits.ablations import Substitute, nodes_at, substitute
 from scalpel.circuits.closure import closes_over
 from scalpel.circuits.fit import refit
 from scalpel.circuits.masks import learn_masks
-from scalpel.circuits.measure import only
+from scalpel.circuits.measure import measure, only
 from scalpel.circuits.packing import pack
 from scalpel.circuits.task import answer_logits, check_able, nonsense
 from scalpel.experiments.machine.circuit import FILE, examine, read_pruning, run, stored
