@@ -14,11 +14,23 @@ _HOW_TO_READ = "from scalpel.models.gguf import plain_model"
 
 
 def gguf_in(path: str | Path) -> Path | None:
-    """The GGUF file that ``path`` stands for: a file, or a folder with one and no other weights. None where it stands
-    for something else.
+    """Find the GGUF file that a path stands for.
 
-    Raises CheckpointError for a folder with several, and for a file named .gguf, or a link named so, that leads to
-    nothing.
+    Args:
+        path: A file, or a folder.
+
+    Returns:
+        The file itself, or the only GGUF file of a folder without other weights; None if the path stands for something
+        else.
+
+    Raises:
+        CheckpointError: If a folder holds several GGUF files, or there is no file behind a name or link that ends in
+            .gguf.
+
+    Example:
+        >>> from scalpel.models.gguf import gguf_in
+        >>> gguf_in(".").name  # the current folder holds model.gguf
+        'model.gguf'
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -44,7 +56,7 @@ def gguf_in(path: str | Path) -> Path | None:
 
 
 def no_stream(file: Path) -> CheckpointError:
-    """Why a GGUF file isn't streamed, and what can be done."""
+    """Explain why a GGUF file cannot be streamed, and what to do instead."""
     return CheckpointError(
         f"{file} is a GGUF, which can't be streamed: transformers dequantises it, and reads it whole. Analyse it in "
         f"memory (scalpel analyze without --stream), or save it as safetensors first: {_HOW_TO_READ}, then "
@@ -53,7 +65,7 @@ def no_stream(file: Path) -> CheckpointError:
 
 
 def no_circuitgpt(file: Path) -> CheckpointError:
-    """Why a GGUF file isn't read as a CircuitGPT, and what can be done."""
+    """Explain why a GGUF file cannot be read as a CircuitGPT, and what to do instead."""
     return CheckpointError(
         f"{file} is a GGUF, which holds a dense transformer and no CircuitGPT: give it to scalpel analyze, or read it "
         f"({_HOW_TO_READ}) and give plain_model(FILE) to scalpel.jacobian, scalpel.collect or scalpel.lyapunov"

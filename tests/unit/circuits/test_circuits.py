@@ -104,7 +104,7 @@ def test_bad_options(model, options, words):
 
 
 def test_bad_tasks():
-    with pytest.raises(ValueError, match="one label a prompt"):
+    with pytest.raises(ValueError, match="one label per prompt"):
         Task.of("t", [[1], [2]], [0], (1, 2))
     with pytest.raises(ValueError, match="two or more"):
         Task.of("t", [[1]], [2], (1, 2))
@@ -293,7 +293,7 @@ def test_what_no_circuit_can_be_sought_for(model):
         Task.of("t", [[1], []], [0, 1], (2, 5))
     with pytest.raises(ValueError, match="not all different"):
         Task.of("t", [[1], [2]], [0, 1], (2, 2))
-    with pytest.raises(ValueError, match="is no token"):
+    with pytest.raises(ValueError, match="is not a token"):
         answer_logits(model, Task.of("t", [[1], [2]], [0, 1], (2, 99_999)))
     with pytest.raises(ValueError, match="no layer"):
         prune(build("no_layer"), lambda model, prompts, seed: Task.of("t", [[1], [2]], [0, 1], (2, 5)))

@@ -195,11 +195,7 @@ Kill = Callable[..., None]
 
 @pytest.fixture(scope="module")
 def kill() -> Iterator[Kill]:
-<<<<<<< HEAD
-    """Collects into a folder, and is killed at a batch, or at a call of a function that writes its states."""
-=======
-    """Collect into a folder, and be killed at a batch, or at a call of a function in streams/saved.py."""
->>>>>>> help-I
+    """Collect into a folder, and be killed at a batch, or at a call of a function that writes its states."""
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(SUPPORT), str(TABLES), str(Path(__file__).parent)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -1,4 +1,4 @@
-"""Exact bounds of a share (C. Clopper and E. Pearson, 1934)."""
+"""Exact bounds on a share (C. Clopper and E. Pearson, 1934)."""
 
 from scipy.stats import binomtest
 
