@@ -12,8 +12,8 @@ from scalpel import CircuitGPT, experiments
 from scalpel.experiments.alignment import experiment as alignment
 from scalpel.experiments.alignment.measure import Components, Direction, gradients, own_directions
 from scalpel.experiments.brackets.constructed import threshold_circuit
+from scalpel.experiments.mapping.claims import CLAIMS, Setup
 from scalpel.experiments.mapping.measure import Prompts
-from scalpel.experiments.mapping.scan import CLAIMS, Setup
 from scalpel.models.untrained import untrained
 from scalpel.tasks.brackets import closers
 

@@ -17,9 +17,10 @@ import numpy as np
 
 from ...models.circuitgpt.model import CircuitGPT
 from ..controls import LEAST_ACCURACY
+from ..mapping.claims import BAR, CLAIMS, Setup
 from ..mapping.experiment import checked_length
 from ..mapping.measure import Prompts
-from ..mapping.scan import BAR, CLAIMS, Setup, untrained_seeds
+from ..mapping.scan import untrained_seeds
 from ..nulls import NULLS, check_nulls, only_beside
 from ..provenance import at_least, caution, check_share, model_provenance
 from ..result import Protocol, Result, Verdict

@@ -18,8 +18,9 @@ from ...covariance import StreamingCovariance
 from ...models.circuitgpt.model import CircuitGPT
 from ...tasks.brackets import closers
 from ...tasks.refused import Refused
+from ..mapping.claims import CLAIMS, Setup
 from ..mapping.measure import Prompts, Scores
-from ..mapping.scan import CLAIMS, Setup, recorded, scores_of
+from ..mapping.scan import recorded, scores_of
 from ..statistics import draw_weights
 
 __all__ = ["LOSSES", "Components", "Direction", "directions_at", "gradients", "own_directions"]

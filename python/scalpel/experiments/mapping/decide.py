@@ -9,8 +9,9 @@ import numpy as np
 
 from ...models.circuitgpt.model import CircuitGPT
 from ..statistics import bootstrap, discoveries, percentile_interval
+from .claims import BAR, CLAIMS, RIVALS, Setup
 from .measure import directions_moved
-from .scan import BAR, CLAIMS, RIVALS, HookScan, Setup, Top
+from .scan import HookScan, Top
 
 __all__ = ["Candidate", "decide", "shares"]
 

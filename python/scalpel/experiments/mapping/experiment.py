@@ -31,8 +31,9 @@ from ..nulls import NULLS, check_nulls, only_beside
 from ..provenance import at_least, caution, check_share, model_provenance
 from ..result import Protocol, Result, Verdict
 from ..statistics import clopper_pearson
+from .claims import BAR, CLAIMS, LEVELS, READABLE, RIVALS, Setup
 from .decide import Decided, decide, shares
-from .scan import BAR, CLAIMS, LEVELS, READABLE, RIVALS, HookScan, Setup, reference, scan, untrained_seeds
+from .scan import HookScan, reference, scan, untrained_seeds
 
 QUESTION = "Are there channels that detect “[”, that average it, and that compare the average with a threshold?"
 SEED_FIGURE = "3 generators explain 81 activation patterns; 41/81 mapped"
