@@ -133,7 +133,6 @@ TO_DO: set[str] = {
     "semigroup.Extraction.to_json",
     "semigroup.extract",
     # models
-    "models.gguf.gguf_in",
     "models.gguf.plain_model",
     "models.gguf.stored_as",
     "models.gguf.tokenizer",
