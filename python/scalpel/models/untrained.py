@@ -1,4 +1,4 @@
-"""Untrained twins: models of the same shape and density as a trained one, with which it is compared."""
+"""Untrained models of the same shape and density as a trained one, to compare it with."""
 
 from .circuitgpt.model import CircuitGPT
 from .sparsity import prune_
@@ -11,11 +11,11 @@ def untrained(model: CircuitGPT) -> CircuitGPT:
 
     Its weights are drawn from the seed in the model's card, or from seed 0 if the card has none.
     """
-    other = CircuitGPT(model.config, seed=int(model.card.get("recipe", {}).get("seed", 0)))
-    other.tokenizer = model.tokenizer
+    twin = CircuitGPT(model.config, seed=int(model.card.get("recipe", {}).get("seed", 0)))
+    twin.tokenizer = model.tokenizer
     trained = dict(model.named_parameters())
-    for name, parameter in other.named_parameters():
+    for name, parameter in twin.named_parameters():
         if parameter.dim() == 2:
             nonzero = int(trained[name].count_nonzero())
             prune_(parameter, nonzero / max(1, parameter.numel()), 0)
-    return other.eval()
+    return twin.eval()

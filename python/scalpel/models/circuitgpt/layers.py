@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ...hooks.masks import activating, watched
 from ...lanes import FORWARD_BELOW, Linear, apply_linear
 from ...topk import keep_topk
-from ..fresh import MADE_IN, linear, zeros
+from ..fresh import PARAMETER_DTYPE, linear, zeros
 from .attention import attend
 from .config import CircuitGPTConfig
 
@@ -26,12 +26,12 @@ Tap = Callable[[str, Tensor], Tensor]
 
 class _LayerNorm(nn.LayerNorm):
     def __init__(self, width: int, bias: bool, device: torch.device) -> None:
-        super().__init__(width, eps=1e-5, bias=bias, device=device, dtype=MADE_IN)
+        super().__init__(width, eps=1e-5, bias=bias, device=device, dtype=PARAMETER_DTYPE)
 
 
 def norm(config: CircuitGPTConfig, width: int, device: torch.device) -> nn.Module:
     if config.rms_norm:
-        return nn.RMSNorm(width, device=device, dtype=MADE_IN)
+        return nn.RMSNorm(width, device=device, dtype=PARAMETER_DTYPE)
     return _LayerNorm(width, config.ln_bias, device)
 
 

@@ -258,11 +258,11 @@ class CircuitGPT(LoadedCore):
 
         Example:
             >>> import tempfile
-            >>> from scalpel import CircuitGPTConfig
-            >>> model = CircuitGPT(CircuitGPTConfig(vocab_size=10, n_layer=1, n_head=2, d_model=8))
+            >>> config = scalpel.CircuitGPTConfig(vocab_size=10, n_layer=1, n_head=2, d_model=8)
+            >>> model = scalpel.CircuitGPT(config)
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     model.save_pretrained(folder)
-            ...     CircuitGPT.from_pretrained(folder).config.d_model
+            ...     scalpel.CircuitGPT.from_pretrained(folder).config.d_model
             8
         """
         checkpoint.save_pretrained(self, folder)
