@@ -94,9 +94,9 @@ def _directions(setup: Setup, hook: str, asked: np.ndarray, single: np.ndarray) 
 
 
 def gradients(model: CircuitGPT, prompts: Prompts, hooks: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
-    """Gradients at ``hooks`` for every token, by loss and hook: float64 (prompts, length, channels).
+    r"""Gradients at ``hooks`` for every token, by loss and hook: float64 (prompts, length, channels).
 
-    "loss" is the cross-entropy between the two answers, log(1 + exp(∓d)) with d = logit("]]\\n") - logit("]\\n"),
+    "loss" is the cross-entropy between the two answers, log(1 + exp(∓d)) with d = logit("]]\n") - logit("]\n"),
     averaged over a prompt's questions. "difference" is d itself, whose gradient doesn't vanish if the model is sure.
     """
     assert model.tokenizer is not None

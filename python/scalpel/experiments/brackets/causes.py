@@ -149,7 +149,7 @@ def _failing_length(scout: c.Curve) -> int | None:
 def says_two(
     model: CircuitGPT, cell: Evidence, mask: Tensor | None = None, positions: Tensor | None = None
 ) -> np.ndarray:
-    """logit("]]\\n") - logit("]\\n") after each prompt, (prompts,).
+    r"""logit("]]\n") - logit("]\n") after each prompt, (prompts,).
 
     ``mask`` (prompts, n), bool: the keys that the answering position may read. ``positions``: in place of the cell's.
     """

@@ -26,7 +26,7 @@ def threshold_circuit(
     evidence: str = "[",
     block_size: int = 512,
 ) -> CircuitGPT:
-    """Build a CircuitGPT that answers "]]\\n" iff k / (n + sink) > theta, where k counts the tokens ``evidence``.
+    r"""Build a CircuitGPT that answers "]]\n" iff k / (n + sink) > theta, where k counts the tokens ``evidence``.
 
     Args:
         tokenizer: Must hold both answers and ``evidence`` as single tokens.

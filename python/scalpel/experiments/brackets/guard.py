@@ -204,7 +204,7 @@ def _weighted(model: CircuitGPT, length: float, seed: int) -> tuple[FailureLaw |
 
 @torch.no_grad()
 def ask(model: CircuitGPT, rows: Sequence[Sequence[int]], answers: tuple[int, int]) -> np.ndarray:
-    """logit("]]\\n") − logit("]\\n") after each prompt, float64 (prompts,)."""
+    r"""logit("]]\n") − logit("]\n") after each prompt, float64 (prompts,)."""
     order = np.argsort([len(row) for row in rows], kind="stable")  # rows of a batch are padded to the longest
     task = Task.of("nested lists", [rows[i] for i in order], [1] * len(rows), answers)
     logits = answer_logits(model, task, batch=16).double().numpy()

@@ -83,7 +83,7 @@ def short_lists(model: CircuitGPT, k: int, depth: int, prompts: int, seed: int) 
 
 
 def _difference(model: CircuitGPT, logits: Tensor) -> Tensor:
-    """logit("]]\\n") - logit("]\\n"), over the last dimension."""
+    r"""logit("]]\n") - logit("]\n"), over the last dimension."""
     assert model.tokenizer is not None
     ids = closers(model.tokenizer)
     return logits[..., ids.two] - logits[..., ids.one]

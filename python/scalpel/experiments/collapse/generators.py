@@ -54,7 +54,7 @@ def state(word: Word) -> int:
 
 @torch.no_grad()
 def answers(model: CircuitGPT, asked: Sequence[Word], batch: int = 256) -> dict[Word, int]:
-    """Which of "]\\n" (1), "]]\\n" (2) and, if that is a token, "]]]\\n" (3) the model prefers after each word.
+    r"""Which of "]\n" (1), "]]\n" (2) and, if that is a token, "]]]\n" (3) the model prefers after each word.
 
     Raises:
         Refused: The model has no tokenizer, or one that splits an answer.

@@ -116,7 +116,7 @@ def _moments(state: StreamingCovariance, scale: str) -> dict[str, tuple[np.ndarr
 
 
 def captured(covariance: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """Share of the variance in the span of the first r orthonormal ``directions`` (rows), for r = 1, 2, …
+    """Share of the variance in the span of the first r orthonormal ``directions`` (rows), for r = 1, 2 and so on.
 
     NaN if there is no variance.
     """

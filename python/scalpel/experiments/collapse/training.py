@@ -52,7 +52,7 @@ class Difference:
         return cls(mean, low, high, by_seed.tolist())
 
     def p(self) -> float:
-        """p of a two-sided t test against no difference; 1 if there is nothing to test."""
+        """The p of a two-sided t test against no difference; 1 if there is nothing to test."""
         known = np.array([figure for figure in self.by_seed if np.isfinite(figure)])
         if len(known) < 2 or float(np.ptp(known)) == 0:
             return 1.0

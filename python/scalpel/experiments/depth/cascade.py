@@ -224,7 +224,7 @@ def rounding(model: CircuitGPT) -> float:
 
 
 def effective_ranks(values: np.ndarray) -> np.ndarray:
-    """exp of the entropy of each row's normalised singular values (Roy and Vetterli 2007), (rows,)."""
+    """The exponential of the entropy of each row's normalised singular values (Roy and Vetterli 2007), (rows,)."""
     ranks: np.ndarray = np.exp(stats.entropy(values, axis=1))
     return ranks
 

@@ -198,11 +198,11 @@ def _mean_of(values: np.ndarray, rows: np.ndarray) -> float:
 def _other_values(
     setup: Setup, group: str, kind: str, variables: np.ndarray, chosen: np.ndarray, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How much the claimed variable changes at every token, and the weight of every token's answer.
+    r"""How much the claimed variable changes at every token, and the weight of every token's answer.
 
     Both are (variables, chosen, length). The sign of a weight is the predicted direction of the answer. A running
     statistic is mirrored at each question: it is moved as far to the other side of what is usual at that n, position
-    and token, and more evidence must raise logit("]]\\n") - logit("]\\n"). For the update, a token of the class is
+    and token, and more evidence must raise logit("]]\n") - logit("]\n"). For the update, a token of the class is
     made to look like none at its own place, and every later answer must fall.
     """
     change = np.zeros((len(variables), len(chosen), length))

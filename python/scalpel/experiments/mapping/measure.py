@@ -88,6 +88,7 @@ class Prompts:
         )
 
     def __len__(self) -> int:
+        """How many prompts there are."""
         return len(self.ids)
 
 
@@ -274,7 +275,7 @@ def record(model: CircuitGPT, prompts: Prompts, hooks: Sequence[str], at: np.nda
 
 @torch.no_grad()
 def difference(model: CircuitGPT, ids: Tensor, positions: Tensor, hooks: Sequence[tuple[str, object]] = ()) -> Tensor:
-    """logit("]]\\n") - logit("]\\n") at every token, float32 (rows, length)."""
+    r"""logit("]]\n") - logit("]\n") at every token, float32 (rows, length)."""
     assert model.tokenizer is not None
     ends = closers(model.tokenizer)
     logits = model.run_with_hooks(ids, list(hooks), position_ids=positions)  # type: ignore[arg-type]
