@@ -1,7 +1,7 @@
-"""Semigroups, orbits, extraction, ablation effects, pruning: each against its peer in one run, answers checked first.
+"""Semigroups, orbits, extraction, ablation effects and pruning, each beside its peer, after the answers were checked.
 
 `python benches/bench_algebra.py` takes about eight minutes and writes docs/algebra.json and docs/algebra.md;
-`--without-pruning` leaves out the four that pruning takes.
+`--without-pruning` leaves out pruning, which takes four of these minutes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def full_transformations(n: int) -> dict[str, list[int]]:
 
 
 def semigroups() -> dict[str, Any]:
-    """T_7, 823,543 elements: enumerated by ours and by libsemigroups alone, from maps to a size."""
+    """Times the enumeration of T_7 (823,543 elements) by Scalpel and by libsemigroups alone, from maps to a size."""
     from libsemigroups_pybind11 import FroidurePin, ReportGuard, Transf
 
     generators = full_transformations(7)
@@ -46,7 +46,7 @@ def semigroups() -> dict[str, Any]:
         return int(FroidurePin([Transf(images) for images in generators.values()]).size())
 
     assert ours() == alone() == 7**7
-    found = medians({"ours": (ours, ROUNDS), "libsemigroups": (alone, ROUNDS)})
+    times = medians({"ours": (ours, ROUNDS), "libsemigroups": (alone, ROUNDS)})
     del quiet
     s = semigroup.TransformationSemigroup(generators)
     _ = s.size
@@ -59,11 +59,11 @@ def semigroups() -> dict[str, Any]:
     ):
         tables[name] = seconds(make)
     assert s.greens().counts()["D"] == 7 and len(s.idempotents()) == 6322
-    return {"elements": 7**7, "ms": found, "ratio": found["ours"] / found["libsemigroups"], "tables_seconds": tables}
+    return {"elements": 7**7, "ms": times, "ratio": times["ours"] / times["libsemigroups"], "tables_seconds": tables}
 
 
 def orbits() -> list[dict[str, Any]]:
-    """Breadth-first on 12 million states: ours, scipy's breadth_first_order, and a copy of the maps' bytes."""
+    """Times breadth-first search on 12 million states: ours, scipy's breadth_first_order, and a copy of the maps."""
     rows, columns = 3000, 4000
     states = rows * columns
     row, column = np.divmod(np.arange(states), columns)
@@ -75,7 +75,7 @@ def orbits() -> list[dict[str, Any]]:
         ],
         "two random maps": list(np.random.default_rng(0).integers(states, size=(2, states))),
     }
-    found = []
+    measured = []
     for name, images in maps.items():
         table = np.stack(images).astype(np.int32)
         graph = csr_array(
@@ -95,7 +95,7 @@ def orbits() -> list[dict[str, Any]]:
         )
         reached = int(seen.sum())
         shape_ms = medians({"shapes": (lambda t=table: semigroup.orbit_shapes(t[0]), 3)})["shapes"]
-        found.append(
+        measured.append(
             {
                 "states": name,
                 "reached": reached,
@@ -104,34 +104,34 @@ def orbits() -> list[dict[str, Any]]:
                 "orbit_shapes_million_a_second": states / shape_ms / 1e3,
             }
         )
-    return found
+    return measured
 
 
 def extraction() -> list[dict[str, Any]]:
-    """Seconds of a whole extraction, nulls and the untrained model included."""
-    found = []
+    """Times whole extractions, nulls and the untrained model included."""
+    measured = []
     for name in ("mod3-mini", "flip-flop-mini", "parity-mini"):
         model = scalpel.CircuitGPT.from_pretrained(name)
         card = model.card["machine"]
         begun = time.perf_counter()
-        one = semigroup.extract(model, card["letters"], card["outputs"])
-        assert one.verdict == "finite", one.reasons
-        found.append(
+        extracted = semigroup.extract(model, card["letters"], card["outputs"])
+        assert extracted.verdict == "finite", extracted.reasons
+        measured.append(
             {
                 "model": name,
                 "seconds": time.perf_counter() - begun,
-                "size": one.semigroup().size,
-                "words_asked": one.asked,
-                "conflict_at_most": None if one.conflict is None else one.conflict.worst,
+                "size": extracted.semigroup().size,
+                "words_asked": extracted.asked,
+                "conflict_at_most": None if extracted.conflict is None else extracted.conflict.worst,
             }
         )
-    return found
+    return measured
 
 
 def effects() -> list[dict[str, Any]]:
-    """All 3,712 nodes of bracket-mini: ours, and one pass a node with model.ablate, in batches of 64 prompts."""
+    """Times the effects of all 3,712 nodes of bracket-mini: ours, and one pass for each node with model.ablate."""
     model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
-    found = []
+    measured = []
     for prompts in (64, 256):
         task = circuits.bracket_counting(model, prompts, 3)
         parts = [task.part(slice(i, i + 64)) for i in range(0, prompts, 64)]
@@ -151,7 +151,7 @@ def effects() -> list[dict[str, Any]]:
                 errors.append(float(np.abs(ours.hooks[hook][int(channel)] - logits).max()))
         assert max(errors) < 1e-4, max(errors)
         ratios = [each * len(nodes) / whole for whole, each in times]
-        found.append(
+        measured.append(
             {
                 "prompts": prompts,
                 "nodes": len(nodes),
@@ -162,30 +162,30 @@ def effects() -> list[dict[str, Any]]:
                 "largest_difference_of_a_logit": max(errors),
             }
         )
-    return found
+    return measured
 
 
 @torch.no_grad()
 def one_pass(model: scalpel.CircuitGPT, node: str, parts: list[circuits.Task]) -> np.ndarray:
-    """The answers' logits with one node ablated, by a forward pass."""
-    found = []
+    """The logits of the answers with one node ablated, from a forward pass."""
+    parts_logits = []
     with model.ablate([node]):
         for part in parts:
             logits = model(part.ids)
-            found.append(logits[torch.arange(len(part)), part.asked][:, list(part.answers)])
-    return torch.cat(found).numpy()
+            parts_logits.append(logits[torch.arange(len(part)), part.asked][:, list(part.answers)])
+    return torch.cat(parts_logits).numpy()
 
 
 def pruning() -> dict[str, Any]:
-    """Ten seeds, their controls, and what the best closes over."""
+    """Times pruning from ten seeds, with their controls, and what the best circuit closes over."""
     model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
-    found = circuits.prune(model)
+    pruned = circuits.prune(model)
     return {
-        "seconds": found.seconds,
-        "seeds": len(found.circuits),
-        "nodes": [len(circuit.nodes) for circuit in found.circuits],
-        "of": found.total,
-        "reached": sum(circuit.reached for circuit in found.circuits),
+        "seconds": pruned.seconds,
+        "seeds": len(pruned.circuits),
+        "nodes": [len(circuit.nodes) for circuit in pruned.circuits],
+        "of": pruned.total,
+        "reached": sum(circuit.reached for circuit in pruned.circuits),
     }
 
 
@@ -200,13 +200,13 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         "# Semigroups, orbits, extraction, circuits",
         "",
-        "Made by `python benches/bench_algebra.py`; answers were checked before anything was timed.",
+        "Made by `python benches/bench_algebra.py`. Every answer was checked before anything was timed.",
         where_measured(report["environment"], report["commit"]),
         "",
         "## A semigroup of 823,543 elements (T_7)",
         "",
-        f"Enumerated in {s['ms']['ours']:.0f} ms; by libsemigroups alone {s['ms']['libsemigroups']:.0f} ms: "
-        f"**{s['ratio']:.2f}×**. After that, in seconds: "
+        f"Enumerating it takes {s['ms']['ours']:.0f} ms, and {s['ms']['libsemigroups']:.0f} ms by libsemigroups alone: "
+        f"**{s['ratio']:.2f}×**. What follows takes, in seconds: "
         + ", ".join(f"{name} {value:.1f}" for name, value in s["tables_seconds"].items())
         + ".",
         "",
@@ -223,12 +223,12 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     lines += [
         "",
-        "Reachability is shared by threads where the frontier is wide; index and period of a single map are one walk "
-        "on one thread, and each step of a random map waits for memory.",
+        "Threads share the search for reachable states where the frontier is wide. Index and period of a single map "
+        "are found in one walk on one thread, and each step of a random map waits for memory.",
         "",
         "## Extraction, nulls included",
         "",
-        "| model | seconds | elements | words asked | conflict at most, in any cell |",
+        "| model | seconds | elements | words asked | highest bound on conflict in any cell |",
         "|---|---|---|---|---|",
     ]
     lines += [
@@ -239,9 +239,10 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         "## Ablation effects of every node of bracket-mini",
         "",
-        "The peer is one pass a node with `model.ablate`, in batches of 64 prompts (48 nodes timed, times all nodes).",
+        "The peer runs one pass for each node with `model.ablate`, in batches of 64 prompts. 48 nodes are timed, and "
+        "their mean is multiplied by the number of nodes.",
         "",
-        "| prompts | nodes | ours, s | one pass, ms | ratio | of three runs | largest difference of a logit |",
+        "| prompts | nodes | ours, s | one pass, ms | ratio | ratios of three runs | largest difference of a logit |",
         "|---|---|---|---|---|---|---|",
     ]
     lines += [
@@ -255,7 +256,7 @@ def markdown(report: dict[str, Any]) -> str:
             "",
             "## Pruning bracket-mini for bracket counting",
             "",
-            f"{p['seeds']} seeds with their controls in {p['seconds']:.0f} s; {p['reached']} reach 0.15 nats, with "
+            f"{p['seeds']} seeds with their controls take {p['seconds']:.0f} s. {p['reached']} reach 0.15 nats, with "
             f"{min(p['nodes'])} to {max(p['nodes'])} of {p['of']:,} nodes.",
         ]
     return "\n".join(lines) + "\n"

@@ -1,7 +1,7 @@
-"""StreamingCovariance against plain torch and scikit-learn, all in one run, after the answers were checked.
+"""Compares StreamingCovariance with plain torch and scikit-learn in one run, after the answers were checked.
 
 `python benches/bench_covariance.py` takes about four minutes and writes docs/covariance.json and docs/covariance.md.
-Under pytest it is `scalpel bench`'s own case: `pytest benches/bench_covariance.py`.
+`pytest benches/bench_covariance.py` times the covariance case of `scalpel bench` instead.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ def test_covariance_update(timed: Callable[[bench.Case], None], device: str) -> 
 
 
 def decaying(power: float, rows: int, dim: int) -> Iterator[Tensor]:
-    """Batches whose eigenvalues fall as i^-power, in axes that were turned at random."""
+    """Batches whose eigenvalues fall as i^-power, in randomly rotated axes."""
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (dim,), generator=generator) * 2.0 - 1
     scale = torch.arange(1, dim + 1) ** (-power / 2)
     while True:
         x = torch.randn(rows, dim, generator=generator) * scale
-        # a turn that costs d log d: the Fourier transform of real rows, as an orthogonal matrix
+        # a rotation that costs d log d: the Fourier transform of real rows, as an orthogonal matrix
         bins = torch.fft.rfft(x * signs, norm="ortho")
         inner = bins[:, 1:-1] * 2**0.5
         yield torch.cat([bins[:, :1].real, inner.real, inner.imag, bins[:, -1:].real], dim=1)
 
 
 def activations(rows: int, dim: int) -> Iterator[Tensor]:
-    """All hooks of the shipped bracket-mini side by side, then its logits, over its training texts: real rows."""
+    """Real rows: all hooks of the shipped bracket-mini side by side, then its logits, over its training texts."""
     from scalpel.tasks.corpus import documents, interpreter_sources
 
     model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
@@ -75,11 +75,11 @@ KINDS: dict[str, Callable[[int, int], Iterator[Tensor]]] = {
 }
 
 
-def error_of(found: Tensor, x: Tensor) -> float:
-    """Largest, against two passes in float64, relative to the largest entry."""
+def error_of(covariance: Tensor, x: Tensor) -> float:
+    """The largest error against two passes in float64, relative to the largest entry."""
     wide = x.double() - x.double().mean(dim=0)
     expected = wide.T @ wide / len(x)
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float((covariance - expected).abs().max() / expected.abs().max())
 
 
 # ---- what is timed -------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def exact(dim: int, rows: int, rounds: int) -> dict[str, Any]:
     x = torch.randn(rows, dim, generator=torch.Generator().manual_seed(0))
     narrow = x.bfloat16()
     states = [StreamingCovariance(dim) for _ in range(3)]
-    for _ in range(1 + dim // rows):  # past the rows that wait until there are as many as columns
+    for _ in range(1 + dim // rows):  # beyond the first rows, which wait until there are as many as columns
         for state in states:
             state.update(x)
     fresh = StreamingCovariance(dim).update(x).covariance()
@@ -101,7 +101,7 @@ def exact(dim: int, rows: int, rounds: int) -> dict[str, Any]:
         for part in x.split(256):
             states[1].update(part)
 
-    found = medians(
+    times = medians(
         {
             "ours": (lambda: states[0].update(x), rounds),
             "ours in batches of 256": (streamed, rounds),
@@ -111,12 +111,12 @@ def exact(dim: int, rows: int, rounds: int) -> dict[str, Any]:
             "XᵀX, bfloat16": (lambda: torch.mm(narrow.T, narrow, out=narrow_product), rounds),
         }
     )
-    print(dim, {name: round(value, 1) for name, value in found.items()}, flush=True)
-    return {"dim": dim, "rows": rows, "ms": found}
+    print(dim, {name: round(value, 1) for name, value in times.items()}, flush=True)
+    return {"dim": dim, "rows": rows, "ms": times}
 
 
 def errors() -> list[dict[str, Any]]:
-    found = []
+    measured = []
     for rows, dim, shift in ((4096, 512, 0.0), (4096, 512, 1000.0), (300, 64, 0.0), (300, 64, 1000.0)):
         ours, theirs = [], []
         for seed in range(5):
@@ -125,12 +125,12 @@ def errors() -> list[dict[str, Any]]:
             x = (torch.randn(rows, dim, generator=generator, dtype=torch.float64) @ turn + shift).float()
             ours.append(error_of(StreamingCovariance(dim).update(x).covariance(), x))
             theirs.append(error_of(torch.cov(x.T, correction=0).double(), x))
-        found.append({"rows": rows, "dim": dim, "mean": shift, "ours": max(ours), "torch": max(theirs)})
-    return found
+        measured.append({"rows": rows, "dim": dim, "mean": shift, "ours": max(ours), "torch": max(theirs)})
+    return measured
 
 
 def leading(kind: str) -> dict[str, Any]:
-    """The top of the spectrum after each batch, update included; torch's has its XᵀX for nothing."""
+    """Times the top of the spectrum after each batch. Our time includes the update; torch gets its XᵀX for free."""
     state = StreamingCovariance(EIGEN_DIM)
     batches = KINDS[kind](EIGEN_ROWS, EIGEN_DIM)
     for _ in range(16):
@@ -152,13 +152,13 @@ def leading(kind: str) -> dict[str, Any]:
             torchs.append(time.perf_counter() - begun)
     if worst > 1e-5:
         raise bench.WrongAnswer(f"a residual is {worst:.1e} of the largest eigenvalue")
-    found = {"kind": kind, "ours": statistics.median(ours) * 1e3, "torch": statistics.median(torchs) * 1e3}
-    print(found, worst, flush=True)
-    return found | {"residual": worst}
+    times = {"kind": kind, "ours": statistics.median(ours) * 1e3, "torch": statistics.median(torchs) * 1e3}
+    print(times, worst, flush=True)
+    return times | {"residual": worst}
 
 
 def sketches(kind: str, rank: int) -> dict[str, Any]:
-    """Milliseconds a batch, and the share of the variance of all batches that the directions hold."""
+    """Milliseconds for each batch, and the share of the variance of all batches that the directions hold."""
     from sklearn.decomposition import IncrementalPCA
 
     source = KINDS[kind](SKETCH_ROWS, SKETCH_DIM)
@@ -199,16 +199,15 @@ def sketches(kind: str, rank: int) -> dict[str, Any]:
         "Frequent Directions, rank doubled": wider.eigh(rank).vectors,
         "IncrementalPCA": torch.from_numpy(incremental.components_),
     }
-    found = {
+    measured = {
         name: {"ms": statistics.median(took[1:]) * 1e3, "captured": captured(vectors[name])}
         for name, took in times.items()
     }
-    found["pca_lowrank, all at once"] = {"ms": lowrank * 1e3, "captured": captured(V.T)}
+    measured["pca_lowrank, all at once"] = {"ms": lowrank * 1e3, "captured": captured(V.T)}
     best = float(torch.linalg.eigvalsh(C)[-rank:].sum()) / total
-    print(
-        kind, rank, best, {name: (round(f["ms"], 1), round(f["captured"], 4)) for name, f in found.items()}, flush=True
-    )
-    return {"kind": kind, "rank": rank, "best": best, "ways": found}
+    shown = {name: (round(way["ms"], 1), round(way["captured"], 4)) for name, way in measured.items()}
+    print(kind, rank, best, shown, flush=True)
+    return {"kind": kind, "rank": rank, "best": best, "ways": measured}
 
 
 def run() -> dict[str, Any]:
@@ -230,14 +229,14 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "# Streaming covariance: figures",
         "",
-        "Made by `python benches/bench_covariance.py`; the numbers behind it are in `covariance.json`. Do not edit.",
+        "Made by `python benches/bench_covariance.py` from the numbers in `covariance.json`. Do not edit.",
         "",
-        "Warm medians in milliseconds, contenders in turn, in one process, after the answers were checked.",
+        "Warm medians in milliseconds. The contenders take turns in one process, after the answers were checked.",
         where_measured(result["environment"], result["commit"]),
         "",
         "## Exact update, float32 rows",
         "",
-        "*XᵀX* is torch's product alone: no mean, no float64, no state. Half of it is what a symmetric product needs.",
+        "*XᵀX* is torch's product alone, with no mean, no float64 and no state. A symmetric product needs half of it.",
         "",
         "| | " + " | ".join(f"d = {each['dim']}, {each['rows']} rows" for each in result["exact"]) + " |",
         "|---|" + "---:|" * len(result["exact"]),
@@ -256,11 +255,11 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"| **{words}** | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "torch's bfloat16 product is rounded to bfloat16 and is not centred; ours is float32 and centred.",
+        "Torch's bfloat16 product is rounded to bfloat16 and not centered; ours is float32 and centered.",
         "",
         "## Error against two passes in float64, float32 rows",
         "",
-        "Of the largest entry, the worst of five draws; torch's is `torch.cov` in float32.",
+        "Relative to the largest entry; the worst of five draws. Torch's is `torch.cov` in float32.",
         "",
         "| rows | d | mean, in deviations | ours | torch |",
         "|---:|---:|---:|---:|---:|",
@@ -285,9 +284,9 @@ def table(result: dict[str, Any]) -> str:
         "",
         f"## Sketches of d = {SKETCH_DIM}, batches of {SKETCH_ROWS}",
         "",
-        "Captured: the share of the variance of all rows that the directions hold; *best* is that of the eigenvectors.",
+        "*Captured* is the share of all rows' variance that the directions hold, and *best* that of the eigenvectors.",
         "",
-        "| rows | rank | best | | ms a batch | IncrementalPCA ÷ it | captured |",
+        "| rows | rank | best | | ms per batch | IncrementalPCA ÷ it | captured |",
         "|---|---:|---:|---|---:|---:|---:|",
     ]
     for each in result["sketches"]:

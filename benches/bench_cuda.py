@@ -1,7 +1,8 @@
-"""The three ops on a GPU, against PyTorch there and against what the device can do at most.
+"""The operations on a GPU, beside PyTorch on it and the most that the device can do.
 
-`python benches/bench_cuda.py` checks every answer against the CPU or float64, times by device events, all ratios in one
-run, and writes docs/cuda_figures.json and .md. Without a GPU, or a build with nvcc, it says so and writes nothing.
+`python benches/bench_cuda.py` checks every answer against the CPU or float64, times with device events, takes all
+ratios from one run, and writes docs/cuda_figures.json and .md. Without a GPU, or a build with nvcc, it says so and
+writes nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from scalpel._native import runs_on
 from scalpel.cli import bench
 
 DOCS = Path(__file__).parents[1] / "docs"
-ELEMENTS = 1 << 28  # beyond the last-level cache several times over
+ELEMENTS = 1 << 28  # several times the last-level cache
 SETS, ROUNDS = 3, 15
 WIDTHS = (512, 2048, 8192, 16384, 65536, 1 << 17)
 LONG = 4096
@@ -56,7 +57,7 @@ def main() -> None:
 
 
 def medians(contenders: dict[str, list[Callable[[], Any]]]) -> dict[str, float]:
-    """Median milliseconds by device events; each contender has a call for every set of inputs, and they take turns."""
+    """Median milliseconds by device events. Each contender has a call for every set of inputs, and they take turns."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(-3, ROUNDS):
         for name, calls in contenders.items():
@@ -67,7 +68,7 @@ def medians(contenders: dict[str, list[Callable[[], Any]]]) -> dict[str, float]:
             ended.synchronize()
             if turn >= 0:
                 times[name].append(begun.elapsed_time(ended))
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: statistics.median(each) for name, each in times.items()}
 
 
 def check(right: bool, what: str) -> None:
@@ -97,7 +98,7 @@ def topk(width: int, k: int, dtype: torch.dtype, kind: str = "normal") -> dict[s
     )
     out = torch.empty_like(sets[0])
     slow = [lambda x=x: expression(x[: max(1, rows // 8)], k) for x in sets]
-    found = medians(
+    times = medians(
         {
             "ours": [lambda x=x: scalpel.keep_topk(x, k, out=out) for x in sets],
             "clone": [lambda x=x: out.copy_(x) for x in sets],
@@ -110,9 +111,9 @@ def topk(width: int, k: int, dtype: torch.dtype, kind: str = "normal") -> dict[s
         "dtype": str(dtype)[6:],
         "kind": kind,
         "rows": rows,
-        **found,
-        "of_clones_bandwidth": found["clone"] / found["ours"],
-        "times_torch": 8 * found["torch_eighth"] / found["ours"],
+        **times,
+        "of_clones_bandwidth": times["clone"] / times["ours"],
+        "times_torch": 8 * times["torch_eighth"] / times["ours"],
     }
 
 
@@ -120,8 +121,10 @@ def topk(width: int, k: int, dtype: torch.dtype, kind: str = "normal") -> dict[s
 
 
 def jvp(density: float) -> dict[str, Any]:
-    """A model of csp_yolo2's shape: our product as it chooses, with every linear layer sparse, with every one dense,
-    and vmap(jvp). Where sparse and dense meet is what SPARSE_BELOW_CUDA should say.
+    """Times the products of a model with csp_yolo2's shape.
+
+    The contenders are ours as it chooses, ours with every linear layer sparse or every one dense, and vmap(jvp). The
+    density at which sparse and dense take equally long is what SPARSE_BELOW_CUDA should be.
     """
     model = model_of(density, torch.float32, layers=LAYERS).cuda()
     ids = torch.randint(64, (1, LENGTH), device="cuda")
@@ -157,8 +160,10 @@ def jvp(density: float) -> dict[str, Any]:
 
 
 def attention(length: int) -> dict[str, Any]:
-    """Sixteen tangents through attention with a sink, against vmap(jvp) of the plain expression: at LONG one tangent,
-    times sixteen, since its L × L arrays of sixteen wouldn't fit.
+    """Times sixteen tangents through attention with a sink, beside vmap(jvp) of the plain expression.
+
+    At length LONG, vmap(jvp) takes one tangent and its time is multiplied by sixteen, because the L × L arrays of
+    sixteen tangents would not fit into memory.
     """
     from scalpel.lanes import LANES, Attention, Lanes
 
@@ -202,28 +207,28 @@ def attention(length: int) -> dict[str, Any]:
     }
 
 
-def relative(found: Tensor, exact: Tensor) -> float:
-    return float((found.double() - exact).norm() / exact.norm())
+def relative(computed: Tensor, exact: Tensor) -> float:
+    return float((computed.double() - exact).norm() / exact.norm())
 
 
 # ---- covariance ----------------------------------------------------------------------------------
 
 
 def covariance(dim: int, dtype: torch.dtype) -> dict[str, Any]:
-    """An update of an uncentred state against PyTorch's XᵀX of the same rows in the same dtype."""
+    """Times an update of an uncentered state, beside PyTorch's XᵀX of the same rows in the same dtype."""
     rows = 16384
     sets = [torch.randn(rows, dim, device="cuda").to(dtype) for _ in range(SETS)]
     state = scalpel.StreamingCovariance(dim, center=False).update(sets[0])
     exact = sets[0].double().T @ sets[0].double() / rows
     ours, theirs = relative(state.covariance(), exact), relative(sets[0].T @ sets[0] / rows, exact)
     check(ours < 1e-2 and (dtype == torch.bfloat16 or ours < 2 * theirs), f"the covariance of {dim} {dtype}")
-    found = medians({"ours": [lambda x=x: state.update(x) for x in sets], "torch": [lambda x=x: x.T @ x for x in sets]})
+    times = medians({"ours": [lambda x=x: state.update(x) for x in sets], "torch": [lambda x=x: x.T @ x for x in sets]})
     return {
         "dim": dim,
         "dtype": str(dtype)[6:],
         "rows": rows,
-        **found,
-        "times_torch": found["torch"] / found["ours"],
+        **times,
+        "times_torch": times["torch"] / times["ours"],
         "error": ours,
         "torch_error": theirs,
     }
@@ -234,7 +239,7 @@ def page(content: dict[str, Any]) -> str:
         "# On a GPU",
         "",
         f"Made by `python benches/bench_cuda.py`: {content['device']}, torch {content['torch']}, commit "
-        f"{content['commit']}. Milliseconds, medians by device events; every answer was checked before.",
+        f"{content['commit']}. Median milliseconds by device events. Every answer was checked before it was timed.",
         "",
     ]
     for name in ("topk", "jvp", "attention", "covariance"):

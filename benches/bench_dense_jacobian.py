@@ -1,4 +1,4 @@
-"""Jacobian products of dense decoders: GPT-2's width against vmap(jvp) and the GEMM floor, and attention's memory.
+"""Jacobian products of dense decoders: GPT-2's width beside vmap(jvp) and the GEMM floor, and attention's memory.
 
 `python benches/bench_dense_jacobian.py` checks the answers, times everything in one run, measures peak memory in
 processes of their own, and writes docs/dense_jacobian.json and, made from it, docs/dense_jacobian.md.
@@ -79,9 +79,9 @@ def check(ids: Tensor) -> float:
     J = scalpel.jacobian(model, ids)
     V = torch.randn(TANGENTS, *J.source_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     right = through_torch_func(model, ids, V[:2])
-    found = J.jvp(V[:2])
-    worst = float((found - right).abs().max() / right.abs().max())
-    adjoint = float((J.vjp(found) * V[:2]).sum() / found.square().sum()) - 1
+    pushed = J.jvp(V[:2])
+    worst = float((pushed - right).abs().max() / right.abs().max())
+    adjoint = float((J.vjp(pushed) * V[:2]).sum() / pushed.square().sum()) - 1
     if not (worst <= 1e-9 and abs(adjoint) <= 1e-9):
         raise bench.WrongAnswer(f"the products are {worst:.1e} and {adjoint:.1e} (relative) off; nothing was timed")
     exact = J.jvp(V)
@@ -110,7 +110,7 @@ def time_gpt2() -> dict[str, Any]:
 
 
 def attention_memory(kind: str) -> dict[str, int]:
-    """Peak bytes of one product over a long text, beyond what is there, and what the tangents take."""
+    """Peak bytes of one product over a long text beyond what is allocated before, and the bytes of the tangents."""
     torch.manual_seed(0)
     rows = (1, LONG, HEADS, WIDTH // HEADS)
     q, k, v = (torch.randn(rows) for _ in range(3))
@@ -137,10 +137,10 @@ def attention_memory(kind: str) -> dict[str, int]:
 def run() -> dict[str, Any]:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = time_gpt2()
+        result = time_gpt2()
     for kind in ("dense", "dense vjp", "lanes"):
-        found[f"memory, {kind}"] = in_a_process(__file__, "--memory", kind)
-    return found | {"environment": bench.environment(), "commit": commit()}
+        result[f"memory, {kind}"] = in_a_process(__file__, "--memory", kind)
+    return result | {"environment": bench.environment(), "commit": commit()}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -149,14 +149,13 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "# Jacobian products of dense decoders: figures",
         "",
-        "Made by `python benches/bench_dense_jacobian.py`; the numbers behind it are in `dense_jacobian.json`. Do not",
-        "edit.",
+        "Made by `python benches/bench_dense_jacobian.py` from the numbers in `dense_jacobian.json`. Do not edit.",
         "",
         f"GPT-2's width ({WIDTH}, {HEADS} heads), {LAYERS} layers, {LENGTH} tokens, {TANGENTS} tangents from",
-        "`0.resid_in` to `final_resid`, untrained; warm medians, contenders in turn, after the answers were checked",
-        "in float64.",
+        "`0.resid_in` to `final_resid`, untrained. Warm medians; the contenders take turns, after the answers were",
+        "checked in float64.",
         where_measured(result["environment"], result["commit"]),
-        "The GEMM floor is the dense products of T + 1 forward passes, writing to memory that is there.",
+        "The GEMM floor is the dense products of T + 1 forward passes, written to memory that is already allocated.",
         "",
         "| | ms | ÷ its GEMM floor | vmap(jvp) ÷ it |",
         "|---|---:|---:|---:|",
@@ -171,10 +170,10 @@ def table(result: dict[str, Any]) -> str:
         "",
         f"## Attention over {LONG} tokens, {LONG_TANGENTS} tangents, the same width",
         "",
-        "Peak resident memory in a process of its own, beyond the primal and the tangents of q, k, v and y. One",
-        f"(heads, L, L) array a tangent would be {HEADS * LONG * LONG * 4 * LONG_TANGENTS >> 20} MiB for all tangents.",
+        "Peak resident memory in a process of its own, beyond the primal and the tangents of q, k, v and y.",
+        f"A (heads, L, L) array for each tangent takes {HEADS * LONG * LONG * 4 * LONG_TANGENTS >> 20} MiB in all.",
         "",
-        "| | MiB beyond | of 8·T·L·width bytes | the tangents themselves, MiB |",
+        "| | MiB beyond | ÷ 8·T·L·width bytes | the tangents themselves, MiB |",
         "|---|---:|---:|---:|",
     ]
     names = {

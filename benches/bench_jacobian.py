@@ -1,7 +1,8 @@
-"""Jacobian products of a CircuitGPT of csp_yolo2's layer shape, against torch.func, torch's CSR and the GEMM floor.
+"""Jacobian products of a CircuitGPT with csp_yolo2's layer shape, beside torch.func, torch's CSR and the GEMM floor.
 
 `python benches/bench_jacobian.py` checks the answers in float64, times everything in one run, and writes
-docs/jacobian.json and, made from it, docs/jacobian.md. Under pytest-benchmark, the one case of `scalpel bench`.
+docs/jacobian.json and, made from it, docs/jacobian.md. Under pytest-benchmark it times the Jacobian case of
+`scalpel bench`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def test_jvp(timed: Callable[[bench.Case], None], device: str) -> None:
 
 
 def model_of(density: float, dtype: torch.dtype, seed: int = 0, layers: int = LAYERS) -> CircuitGPT:
-    """An untrained model whose block matrices have that fraction of non-zeros, scaled so that values stay of size."""
+    """An untrained model whose block matrices have that share of non-zeros, scaled so that values keep their size."""
     config = CircuitGPTConfig(
         block_size=LENGTH,
         vocab_size=64,
@@ -60,13 +61,13 @@ def through_torch_func(model: CircuitGPT, ids: Tensor, tangents: Tensor) -> Tens
     """vmap(jvp) from 0.resid_in to final_resid."""
 
     def final(delta: Tensor) -> Tensor:
-        found: list[Tensor] = []
+        recorded: list[Tensor] = []
 
         def add(value: Tensor, name: str) -> Tensor:
             return value + delta
 
-        model.run_with_hooks(ids, fwd_hooks=[("0.resid_in", add), ("final_resid", lambda v, name: found.append(v))])
-        return found[0]
+        model.run_with_hooks(ids, fwd_hooks=[("0.resid_in", add), ("final_resid", lambda v, name: recorded.append(v))])
+        return recorded[0]
 
     zero = torch.zeros_like(tangents[0])
     return torch.func.vmap(lambda t: torch.func.jvp(final, (zero,), (t,))[1])(tangents)
@@ -174,12 +175,12 @@ def check(model: CircuitGPT, ids: Tensor) -> None:
     V = torch.randn(2, *J.source_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     expected = through_torch_func(model, ids, V)
     pulled = float((J.vjp(expected) * V).sum())  # <Jᵀ J V, V> = <J V, J V>
-    for name, found, right in (
+    for name, product, right in (
         ("ours", J.jvp(V), expected),
         ("torch CSR's", TorchCSR(model, ids).jvp(V), expected),
         ("our vjp's", torch.tensor(pulled, dtype=torch.float64), expected.square().sum()),
     ):
-        worst = float((found - right).abs().max() / right.abs().max())
+        worst = float((product - right).abs().max() / right.abs().max())
         if not worst <= 1e-9:
             raise bench.WrongAnswer(f"{name} product is {worst:.1e} (relative) off; nothing was timed")
 
@@ -195,7 +196,7 @@ def contenders_at(density: float, seed: int) -> dict[str, tuple[Callable[[], Any
     J = scalpel.jacobian(model, ids)
     V = torch.randn(TANGENTS, *J.source_shape, generator=generator)
     U = torch.randn(TANGENTS, *J.target_shape, generator=generator)
-    found: dict[str, tuple[Callable[[], Any], int]] = {
+    contenders: dict[str, tuple[Callable[[], Any], int]] = {
         "jvp": (lambda: J.jvp(V), 7),
         "vjp": (lambda: J.vjp(U), 7),
         "primal": (lambda: scalpel.jacobian(model, ids), 5),
@@ -206,8 +207,8 @@ def contenders_at(density: float, seed: int) -> dict[str, tuple[Callable[[], Any
     }
     if density == FULL:
         csr = TorchCSR(model, ids)
-        found["torch CSR"] = (lambda: csr.jvp(V), 3)
-    return found
+        contenders["torch CSR"] = (lambda: csr.jvp(V), 3)
+    return contenders
 
 
 def run(densities: tuple[float, ...] = DENSITIES, seed: int = 0) -> dict[str, Any]:
@@ -257,16 +258,16 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "# Jacobian products: figures",
         "",
-        "Made by `python benches/bench_jacobian.py`; the numbers behind it are in `jacobian.json`. Do not edit.",
+        "Made by `python benches/bench_jacobian.py` from the numbers in `jacobian.json`. Do not edit.",
         "",
         f"{LAYERS} layers of csp_yolo2's shape (width {WIDTH}, {HEADS} heads, a quarter of the activations kept), "
         f"{LENGTH} tokens,",
-        f"{TANGENTS} tangents from `0.resid_in` to `final_resid`, float32, random weights; warm medians in",
-        "milliseconds, contenders in turn, after the answers were checked in float64 (over 48 tokens).",
+        f"{TANGENTS} tangents from `0.resid_in` to `final_resid`, float32, random weights. Warm medians in",
+        "milliseconds; the contenders take turns, after the answers were checked in float64 (over 48 tokens).",
         where_measured(environment, result["commit"]),
         "",
         "- *vmap(jvp)*: torch.func over the same model",
-        "- *torch CSR*: the same products by hand over torch's CSR matrices",
+        "- *torch CSR*: the same products, written by hand with torch's CSR matrices",
         "- *GEMM floor*: the dense products of T + 1 forward passes",
         "- *dense forward*: dense linears, abs, topk, gather and scatter, explicit attention with the sink",
         "",
@@ -283,8 +284,8 @@ def table(result: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        f"Peak resident memory of one product at {FULL:.1%}, result included, each in a process of its own (MiB): "
-        + ", ".join(f"{who} {found['beyond'] / 2**20:.0f}" for who, found in result["memory"].items())
+        f"Peak resident memory in MiB of one product at {FULL:.1%}, its result included, each in a process of its own: "
+        + ", ".join(f"{who} {bytes_of['beyond'] / 2**20:.0f}" for who, bytes_of in result["memory"].items())
         + ".",
     ]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""A Llama-shaped model of 16 GB in bfloat16 shards, a layer at a time: time against reading and GEMM, peak memory.
+"""A Llama-shaped model of 16 GB in bfloat16 shards, one layer at a time: time beside reading and GEMM, peak memory.
 
 `python benches/bench_stream.py --folder FOLDER` writes the model there if it is not there yet (16 GB of random
 weights), checks a small one against the model in memory, times, and writes docs/stream.json and docs/stream.md.
@@ -44,7 +44,7 @@ def config_of(layers: int, **changes: int) -> Any:
 
 
 def write_model(folder: Path) -> None:
-    """A shard a layer; every layer has the same random numbers, which no product can tell."""
+    """One shard for each layer. All layers have the same random numbers, which makes no difference to the timing."""
     from safetensors.torch import save_file
 
     generator = torch.Generator().manual_seed(0)
@@ -80,7 +80,7 @@ def write_model(folder: Path) -> None:
 
 
 def check() -> None:
-    """A small model of the same family: layer by layer from its folder, and whole in memory."""
+    """Compares a small model of the same family, streamed from its folder, with the same model in memory."""
     import transformers
 
     small = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -107,7 +107,7 @@ def stream(folder: Path) -> Tensor:
 
 
 def read_all(folder: Path) -> int:
-    """Reads the layers' files once, into the same memory, past the system's cache: the fastest way that we know."""
+    """Reads the layers' files once, into the same memory, bypassing the system's cache: the fastest way we know."""
     memory, total = memoryview(mmap.mmap(-1, 1 << 26)), 0
     for path in sorted(folder.glob("layer-*.safetensors")):
         file = os.open(path, os.O_RDONLY | os.O_DIRECT)
@@ -122,7 +122,7 @@ def read_all(folder: Path) -> int:
 
 
 def forget(folder: Path) -> None:
-    """Out of the system's cache, as at the first run."""
+    """Drops the files from the system's cache, as before a first run."""
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -130,7 +130,7 @@ def forget(folder: Path) -> None:
 
 
 def seconds_of_gemm() -> float:
-    """The matrix products of T + 1 forward passes in bfloat16 and nothing else: those of a layer, times the layers."""
+    """Seconds of the matrix products of T + 1 forward passes in bfloat16: those of one layer, times the layers."""
     rows, kv = (TANGENTS + 1) * LENGTH, WIDTH // HEADS * KV_HEADS
     products = []
     for inside, out in ((WIDTH, WIDTH + 2 * kv), (WIDTH, WIDTH), (WIDTH, 2 * MLP), (MLP, WIDTH)):
@@ -161,7 +161,7 @@ def run(folder: Path, rounds: int = 2) -> dict[str, Any]:
         if not bool(stream(folder).isfinite().all()):
             raise bench.WrongAnswer("the tangents are not finite")
         times["streamed"].append(time.perf_counter() - begun)
-        print({name: round(found[-1], 2) for name, found in times.items()}, flush=True)
+        print({name: round(seconds[-1], 2) for name, seconds in times.items()}, flush=True)
     memory = in_a_process(__file__, "--folder", str(folder), "--memory")
     return {
         "seconds": times,
@@ -173,35 +173,36 @@ def run(folder: Path, rounds: int = 2) -> dict[str, Any]:
 
 
 def peak_resident() -> int:
-    """Bytes of this program since it began; getrusage would count what the program that started it held."""
+    """Peak bytes of this process since it began; getrusage would also count what its parent process held."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def table(result: dict[str, Any]) -> str:
     """docs/stream.md. Every figure in it is computed from the result."""
-    best = {name: min(found) for name, found in result["seconds"].items()}
+    best = {name: min(runs) for name, runs in result["seconds"].items()}
     larger = max(best["reading"], best["GEMM"])
     return "\n".join(
         [
             "# A model larger than memory: figures",
             "",
-            "Made by `python benches/bench_stream.py`; the numbers behind it are in `stream.json`. Do not edit.",
+            "Made by `python benches/bench_stream.py` from the numbers in `stream.json`. Do not edit.",
             "",
-            f"Llama's shape: {LAYERS} layers of width {WIDTH}, {HEADS} heads sharing {KV_HEADS}, MLP {MLP}; layers of "
-            f"{result['bytes'] / 1e9:.1f} GB in",
-            f"bfloat16 shards, random weights; {LENGTH} tokens, {TANGENTS} tangents through all layers. The files are "
-            "out of",
-            f"the system's cache before each run; the best of {len(result['seconds']['streamed'])} runs.",
+            f"Llama's shape: {LAYERS} layers of width {WIDTH}, {HEADS} heads that share {KV_HEADS} heads of keys and "
+            f"values, MLP {MLP};",
+            f"layers of {result['bytes'] / 1e9:.1f} GB in bfloat16 shards, random weights; {LENGTH} tokens, {TANGENTS} "
+            "tangents through all layers. The",
+            f"files are dropped from the system's cache before each run; the best of "
+            f"{len(result['seconds']['streamed'])} runs counts.",
             where_measured(result["environment"], result["commit"]),
             "",
             "| | |",
             "|---|---:|",
             f"| primal and tangents, streamed | {best['streamed']:.1f} s |",
-            f"| reading the layers' files alone, past the cache | {best['reading']:.1f} s |",
+            f"| reading the layers' files alone, bypassing the cache | {best['reading']:.1f} s |",
             f"| bfloat16 products of T + 1 forward passes alone | {best['GEMM']:.1f} s |",
             f"| streamed ÷ the larger of these | {best['streamed'] / larger:.2f} |",
-            f"| peak resident memory, the process whole | {result['resident'] / 2**30:.2f} GiB |",
+            f"| peak resident memory of the whole process | {result['resident'] / 2**30:.2f} GiB |",
             "",
         ]
     )

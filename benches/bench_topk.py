@@ -1,7 +1,7 @@
-"""TopK against PyTorch, NumPy and a plain copy, over widths, k and dtypes.
+"""Compares TopK with PyTorch, NumPy and a plain copy, over widths, k and dtypes.
 
 `python benches/bench_topk.py` checks every answer, times the whole grid in one run (about ten minutes on two
-cores), and writes docs/topk.json and, made from it, docs/topk.md. Under pytest-benchmark, the one case of
+cores), and writes docs/topk.json and, made from it, docs/topk.md. Under pytest-benchmark it times the TopK case of
 `scalpel bench`.
 """
 
@@ -33,7 +33,7 @@ KS: dict[str, Callable[[int], int]] = {
 DTYPES = (torch.float32, torch.bfloat16)
 ELEMENTS = 1 << 26  # 256 MiB of float32: far more than any cache
 CORNER_ELEMENTS = 1 << 25
-# The corners beside the usual call: what is asked for, by, dtype, width, k (negative: from the width).
+# Calls beside the usual one: the operation, what it ranks by, dtype, width, k (negative: counted from the width).
 ASIDE: tuple[tuple[str, str, torch.dtype, int, int], ...] = (
     ("keep_topk", "magnitude", torch.float32, 64, 8),
     ("keep_topk", "magnitude", torch.bfloat16, 64, 8),
@@ -56,13 +56,13 @@ def test_keep_topk(timed: Callable[[bench.Case], None], device: str) -> None:
 
 
 def expression(x: Tensor, k: int) -> Tensor:
-    """What keep_topk is in plain PyTorch; topk is asked for no order, which spares it a sort."""
+    """keep_topk in plain PyTorch. topk is called with sorted=False, which saves it a sort."""
     indices = x.abs().topk(k, sorted=False).indices
     return torch.zeros_like(x).scatter_(-1, indices, x.gather(-1, indices))
 
 
 def check(x: Tensor, k: int, kept: Tensor, mask: Tensor) -> None:
-    """The mask has k places a row and none outranks a kept one; on the first rows a stable sort gives the same."""
+    """Each row of the mask keeps k entries and no other outranks them; the first rows agree with a stable sort."""
     some = slice(0, max(1, (1 << 22) // x.shape[-1]))
     order = x[some].abs().sort(dim=-1, descending=True, stable=True).indices[..., :k]
     right = torch.equal(mask[some], torch.zeros_like(mask[some]).scatter_(-1, order, True))
@@ -78,24 +78,24 @@ def check(x: Tensor, k: int, kept: Tensor, mask: Tensor) -> None:
 
 
 def check_corner(op: str, by: str, x: Tensor, k: int, out: Tensor) -> None:
-    """The first rows against a stable sort, in which NaN comes first and among equals the lower index."""
+    """Compares the first rows with a stable sort, in which NaN comes first and the lower index wins ties."""
     some = x[: max(1, (1 << 21) // x.shape[-1])]
     size = some.abs() if by == "magnitude" else some
     order = size.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     mask = torch.zeros(some.shape, dtype=torch.bool).scatter_(-1, order, True)
-    found = out[: len(some)]
+    answer = out[: len(some)]
     if op == "topk_indices":
-        right = torch.equal(found, order.sort(dim=-1).values)
+        right = torch.equal(answer, order.sort(dim=-1).values)
     elif op == "topk_mask":
-        right = torch.equal(found, mask)
+        right = torch.equal(answer, mask)
     else:
-        right = torch.equal(found.nan_to_num(1.25), torch.where(mask, some, 0).nan_to_num(1.25))
+        right = torch.equal(answer.nan_to_num(1.25), torch.where(mask, some, 0).nan_to_num(1.25))
     if not right:
         raise bench.WrongAnswer(f"{op} by {by} of {tuple(x.shape)} {x.dtype}, k = {k}, is wrong; nothing was timed")
 
 
 def medians(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Milliseconds; the contenders take turns, so that what else the machine does falls on all of them."""
+    """Median milliseconds. The contenders take turns, so that other work on the machine affects all of them alike."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     for turn in range(-1, rounds):  # the first turn warms up
@@ -106,7 +106,7 @@ def medians(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, 
             del result
             if turn >= 0:
                 times[name].append(took)
-    return {name: statistics.median(found) * 1e3 for name, found in times.items()}
+    return {name: statistics.median(seconds) * 1e3 for name, seconds in times.items()}
 
 
 def cell(x: Tensor, k: int) -> dict[str, float]:
@@ -114,7 +114,7 @@ def cell(x: Tensor, k: int) -> dict[str, float]:
     out, mask = torch.empty_like(x), torch.empty(x.shape, dtype=torch.bool)
     check(x, k, scalpel.keep_topk(x, k, out=out), scalpel.topk_mask(x, k, out=mask))
     check(x, k, scalpel.keep_topk(x, k), mask)
-    found = medians(
+    times = medians(
         {
             "keep_topk, out=": lambda: scalpel.keep_topk(x, k, out=out),
             "topk_mask, out=": lambda: scalpel.topk_mask(x, k, out=mask),
@@ -140,11 +140,11 @@ def cell(x: Tensor, k: int) -> dict[str, float]:
     if x.dtype == torch.float32:  # numpy has no bfloat16
         array = x.numpy()
         slow["numpy.partition"] = lambda: np.partition(array, x.shape[-1] - k, axis=-1)
-    return found | medians(slow, SLOW_ROUNDS)
+    return times | medians(slow, SLOW_ROUNDS)
 
 
 def corners(rows: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Data on which a selection could be slow; the first is what it is compared with."""
+    """Data on which a selection could be slow. The first kind is what the others are compared with."""
     normal = torch.randn(rows, width, generator=generator)
     ascending = normal.sort(dim=-1).values
     outlier = normal.clone()
@@ -172,8 +172,8 @@ def corners(rows: int, width: int, generator: torch.Generator) -> dict[str, Tens
 
 
 def corner_table(generator: torch.Generator, widths: tuple[int, ...]) -> list[dict[str, Any]]:
-    """How long a call takes on each kind of data, over normal data of the same size, k and dtype."""
-    found = []
+    """The time of a call on each kind of data, divided by that on normal data of the same size, k and dtype."""
+    ratios = []
 
     def measure(op: str, by: str, k: int, data: dict[str, Tensor]) -> None:
         normal = data["normal"]
@@ -184,7 +184,7 @@ def corner_table(generator: torch.Generator, widths: tuple[int, ...]) -> list[di
             check_corner(op, by, x, k, call(x, k, by=by, out=out))
         times = medians({name: lambda x=x: call(x, k, by=by, out=out) for name, x in data.items()}, 5)
         what = {"op": op, "by": by, "dtype": str(normal.dtype)[6:], "width": normal.shape[-1], "k": k}
-        found.extend(what | {"data": name, "ratio": took / times["normal"]} for name, took in times.items())
+        ratios.extend(what | {"data": name, "ratio": took / times["normal"]} for name, took in times.items())
 
     for width in widths:
         kinds = corners(CORNER_ELEMENTS // width, width, generator)
@@ -195,11 +195,11 @@ def corner_table(generator: torch.Generator, widths: tuple[int, ...]) -> list[di
     for op, by, dtype, width, k in ASIDE:
         kinds = corners(CORNER_ELEMENTS // 4 // width, width, generator)
         measure(op, by, k % width, {name: x.to(dtype) for name, x in kinds.items()})
-    return found
+    return ratios
 
 
 def run(widths: tuple[int, ...] = WIDTHS, seed: int = 0) -> dict[str, Any]:
-    """The whole grid and the corners, as plain data."""
+    """Measures the whole grid and the corners."""
     generator = torch.Generator().manual_seed(seed)
     grid = []
     with torch.no_grad():
@@ -265,21 +265,21 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "# TopK: figures",
         "",
-        "Made by `python benches/bench_topk.py`; the numbers behind it are in `topk.json`. Do not edit.",
+        "Made by `python benches/bench_topk.py` from the numbers in `topk.json`. Do not edit.",
         "",
-        f"Median milliseconds and ratios of medians, {result['elements'] >> 20} Mi elements of normal data, after",
-        "every answer of ours was checked. Contenders in turn, the slow ones (from *expression* on) among",
+        f"Median milliseconds and ratios of medians over {result['elements'] >> 20} Mi elements of normal data, after",
+        "every answer of ours was checked. The contenders take turns, the slow ones (from *expression* on) among",
         f"themselves {rounds}. {environment['processor']}, {environment['threads']} threads,",
         f"target {environment['target']}, torch {environment['torch']}, "
         f"scalpel {environment['version']}, commit {result['commit']}.",
         "",
-        "- *ms*, *÷ copy_*: `keep_topk(x, k, out=y)`, and over `y.copy_(x)`",
-        "- *mask*: `topk_mask(x, k, out=m)` over that",
-        "- *÷ clone*: `keep_topk(x, k)`, whose result asks for huge pages, over `x.clone()`, which does not",
-        "- *expression, out=*, *topk*, *partition*: abs, topk, gather and scatter_; `torch.topk` alone (both write to",
-        "  memory that is there); `numpy.partition` alone, which gives new memory and has one thread: each over",
-        "  `keep_topk(x, k, out=y)`",
-        "- *expression*: the same without `out=`, over `keep_topk(x, k)`",
+        "- *ms*: `keep_topk(x, k, out=y)`; *÷ copy_*: that time divided by `y.copy_(x)`'s",
+        "- *mask*: `topk_mask(x, k, out=m)`, divided by `keep_topk(x, k, out=y)`",
+        "- *÷ clone*: `keep_topk(x, k)`, whose result asks for huge pages, divided by `x.clone()`, which does not ask",
+        "- *expression, out=*: abs, topk, gather and scatter_; *topk*: `torch.topk` alone (both write to memory that",
+        "  is already allocated); *partition*: `numpy.partition` alone, which allocates its result and has one thread.",
+        "  Each is divided by `keep_topk(x, k, out=y)`",
+        "- *expression*: the same expression without `out=`, divided by `keep_topk(x, k)`",
         "- *÷ float32*: how much faster than the same cell in float32",
         "",
         "| dtype | width | k | ms | ÷ copy_ | mask | ÷ clone | expression, out= | expression | topk | partition "
@@ -295,9 +295,10 @@ def table(result: dict[str, Any]) -> str:
         "",
         "## Other data",
         "",
-        "Time over that of normal data of the same width, k and dtype. `keep_topk` of float32 and bfloat16 at widths",
-        "512, 2048 and 16384 with k of 32, a quarter and fifteen sixteenths, then the calls listed below: the slowest",
-        "of each kind, and how many of all are above 2.",
+        "Times are divided by that of normal data of the same width, k and dtype. The calls are `keep_topk` of float32",
+        "and bfloat16 at widths 512, 2048 and 16384, with k of 32, a quarter and fifteen sixteenths of the width, and",
+        "those of the second table. The first table shows the slowest call on each kind of data, and how many calls",
+        "take more than twice as long.",
         "",
         "| data | time | where | above 2 |",
         "|---|---:|---|---:|",

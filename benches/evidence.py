@@ -1,8 +1,8 @@
-"""The seed's claims on several models: one table of verdicts, and how each law fares on each.
+"""The seed's claims on several models: a table of verdicts for each, and how each law fares.
 
-`python benches/evidence.py` runs every experiment on the shipped models, some minutes each, and writes
-docs/evidence.json and docs/evidence.md. Folders named as arguments, such as other seeds made by
-`scalpel train bracket-mini --seed 1`, are put to the questions on dilution as well.
+`python benches/evidence.py` runs every experiment on the shipped models, which takes some minutes for each, and writes
+docs/evidence.json and docs/evidence.md. Folders that are given as arguments, such as other seeds made by `scalpel train
+bracket-mini --seed 1`, are asked the questions on dilution as well.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> None:
     models: dict[str, Any] = {}
 
     def keep(label: str, results: dict[str, Result], refused: dict[str, str]) -> None:
-        """Written after every model, so that a run that is stopped has told something."""
+        """Writes the page after every model, so that a run that is stopped leaves what it has measured."""
         models[label] = {one: row(result) for one, result in results.items()} | {"refused": refused}
         content = plain({"where": where_measured(bench.environment(), commit()), "models": models})
         (DOCS / "evidence.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
@@ -53,24 +53,24 @@ def main() -> None:
 
 
 def row(result: Result) -> dict[str, Any]:
-    """What the page shows of a result."""
-    found: dict[str, Any] = {
+    """The parts of a result that the page shows."""
+    shown: dict[str, Any] = {
         part: getattr(result, part).get("summary", "") for part in ("prediction", "measured", "interval", "null")
     }
-    found |= {"verdict": result.verdict, "question": result.question, "seed_figure": result.seed_figure}
+    shown |= {"verdict": result.verdict, "question": result.question, "seed_figure": result.seed_figure}
     if result.name == "dilution":
-        found["laws"] = {name: one["mean_absolute_error"] for name, one in result.measured["laws"].items()}
-        found["critical_length"] = {
+        shown["laws"] = {name: one["mean_absolute_error"] for name, one in result.measured["laws"].items()}
+        shown["critical_length"] = {
             k: {name: one[name] for name in ("value", "low", "high", "status")}
             for k, one in result.measured["critical_length"].items()
         }
-        found["head"] = result.prediction.get("head", {}) | {"is_mean": result.measured["head"].get("is_mean")}
+        shown["head"] = result.prediction.get("head", {}) | {"is_mean": result.measured["head"].get("is_mean")}
     if result.name == "agreement":
-        found["by_law"] = {name: one["plain"] for name, one in result.measured["agreement_by_law"].items()}
-        found["by_law_interval"] = result.interval["by_law"]
+        shown["by_law"] = {name: one["plain"] for name, one in result.measured["agreement_by_law"].items()}
+        shown["by_law_interval"] = result.interval["by_law"]
     if result.name == "causes":
-        found["right"] = result.measured["right"]
-    return found
+        shown["right"] = result.measured["right"]
+    return shown
 
 
 def page(content: dict[str, Any]) -> str:
@@ -79,7 +79,7 @@ def page(content: dict[str, Any]) -> str:
         "# What the seed claims, and what these models do",
         "",
         f"Made by `python benches/evidence.py`; {content['where']}",
-        "Every verdict is computed by the rule that the report states beside it.",
+        "Every verdict is computed by the rule that the report shows beside it.",
         "",
     ]
     for name in (one for one in WHOLE if one in models):
@@ -99,8 +99,8 @@ def page(content: dict[str, Any]) -> str:
         if "dilution" in of:
             shown = [length(of["dilution"]["critical_length"].get(k)) for k in amounts]
             lines.append(f"| {name} | " + " | ".join(shown) + f" | {of['dilution']['verdict']} |")
-    lines += ["", "## Laws on held-out amounts", "", "Mean error of the critical length in tokens; and the share of "]
-    lines[-1] += "held-out cells of the (k, n) plane in which a law with one parameter says what the model says."
+    lines += ["", "## Laws on held-out amounts", "", "Mean error of the critical length in tokens, and the share of "]
+    lines[-1] += "held-out cells of the (k, n) plane in which a law with one parameter answers as the model does."
     laws = list(dict.fromkeys(law for of in models.values() for law in of.get("dilution", {}).get("laws", {})))
     cells = list(dict.fromkeys(law for of in models.values() for law in of.get("agreement", {}).get("by_law", {})))
     header = [*laws, *(f"cells: {law}" for law in cells)]
@@ -110,7 +110,7 @@ def page(content: dict[str, Any]) -> str:
             errors = [number(of["dilution"]["laws"].get(law, "")) for law in laws]
             shares = [share(of["agreement"], law) for law in cells]
             lines.append(f"| {name} | " + " | ".join([*errors, *shares]) + " |")
-    lines += ["", "–: the law says nothing, or that it never fails, or no amount has a critical length.", ""]
+    lines += ["", "–: the law predicts nothing, or predicts no failure, or no amount has a critical length.", ""]
     lines += ["## Is it the filler?", "", "P(correct) at depth 2 at the failing length.", ""]
     kinds = list(dict.fromkeys(kind for of in models.values() for kind in of.get("causes", {}).get("right", {})))
     lines += ["| model | " + " | ".join(kinds) + " | verdict |", "|---" * (len(kinds) + 2) + "|"]

@@ -1,4 +1,4 @@
-"""How the long benches measure: contenders in turn, and peak memory in a process of its own."""
+"""How the long benches measure: contenders take turns, and peak memory is measured in a process of its own."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from typing import Any
 
 
 def medians(contenders: dict[str, tuple[Callable[[], Any], int]]) -> dict[str, float]:
-    """Median milliseconds. Each contender has its number of rounds, after one that warms it up; they take turns, so
-    that what else the machine does falls on all of them."""
+    """Median milliseconds of each contender over its own number of rounds, after one round that warms it up.
+
+    The contenders take turns, so that other work on the machine affects all of them alike.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     most = max(rounds for _, rounds in contenders.values())
     for turn in range(-1, most):
@@ -29,7 +31,7 @@ def medians(contenders: dict[str, tuple[Callable[[], Any], int]]) -> dict[str, f
                 del result
                 if turn >= 0:
                     times[name].append(took)
-    return {name: statistics.median(found) * 1e3 for name, found in times.items()}
+    return {name: statistics.median(seconds) * 1e3 for name, seconds in times.items()}
 
 
 def _status(field: str) -> int:
@@ -40,9 +42,9 @@ def _status(field: str) -> int:
 
 
 def peak_beyond(run: Callable[[], Any]) -> int:
-    """Bytes of resident memory at the peak of ``run()``, beyond what is resident before; its result counts."""
+    """Bytes of resident memory at the peak of ``run()``, its result included, beyond what was resident before."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator kept would hide some of the peak
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator keeps would hide part of the peak
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = _status("VmRSS")
     result = run()
@@ -52,24 +54,24 @@ def peak_beyond(run: Callable[[], Any]) -> int:
 
 
 def in_a_process(script: str, *arguments: str) -> Any:
-    """What ``script`` prints as its last line, as JSON."""
+    """The last line that ``script`` prints, read as JSON."""
     command = [sys.executable, script, *arguments]
-    found = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
-    if found.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{found.stderr[-2000:]}")
-    return json.loads(found.stdout.splitlines()[-1])
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+    if finished.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{finished.stderr[-2000:]}")
+    return json.loads(finished.stdout.splitlines()[-1])
 
 
 def commit() -> str:
-    """What was measured, as git names it."""
+    """The commit that was measured, as ``git describe`` names it."""
     command = ["git", "describe", "--always", "--dirty"]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return found.stdout.strip() or "unknown"
+    described = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return described.stdout.strip() or "unknown"
 
 
-def where_measured(environment: dict[str, Any], of: str) -> str:
-    """One line for a table: the machine, and the code."""
+def where_measured(environment: dict[str, Any], measured_commit: str) -> str:
+    """The line of a page that names the machine and the code."""
     return (
         f"{environment['processor']}, {environment['threads']} threads, target {environment['target']}, "
-        f"torch {environment['torch']}, commit {of}."
+        f"torch {environment['torch']}, commit {measured_commit}."
     )

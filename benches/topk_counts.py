@@ -1,7 +1,8 @@
-"""How often a row is counted until its k-th largest key is found: the search of csrc/topk/topk_row_cuda.h in numpy,
-beside bisection. `python benches/topk_counts.py` prints means and the most, over kinds of rows, widths and k.
+"""How often a row is counted until its k-th largest key is found.
 
-It tells nothing of time, which needs a GPU; a count is what a row's search costs there.
+The search of csrc/topk/topk_row_cuda.h, written in numpy, is compared with bisection. `python benches/topk_counts.py`
+prints the mean and the largest number of counts over kinds of rows, widths and k. It says nothing about time, which
+needs a GPU; the number of counts is what the search of a row costs there.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ ROWS: dict[str, Callable[[int], np.ndarray]] = {
 
 
 def keys(x: np.ndarray, bits: int) -> np.ndarray:
-    """Magnitudes as the integers that float32, or bfloat16, has for them; sorted."""
+    """The integers by which float32, or bfloat16, represents the magnitudes, sorted."""
     return np.sort((x.astype(np.float32).view(np.uint32) & 0x7FFFFFFF) >> (32 - bits)).astype(np.int64)
 
 
 def search(row: np.ndarray, k: int, guess: bool) -> int:
-    """Counts until exactly k keys are found, or one key is left; ``guess``: as the kernel, else by halves. A look at
-    which keys are left counts as two.
+    """The number of counts until exactly k keys are count, or one key is left.
+
+    With ``guess`` it searches as the kernel does, without by halving. Looking at which keys are left counts as two.
     """
     low, high, from_low, above = int(row[0]), int(row[-1]), len(row), 0
     before, guessed, step, looks = 0, False, 0, 0
@@ -51,11 +53,11 @@ def search(row: np.ndarray, k: int, guess: bool) -> int:
         wanted = (k**0.5 + (k - 1) ** 0.5) / 2
         part = (from_low**0.5 - wanted) / (from_low**0.5 - above**0.5) if guessed else 0.5
         key = min(max(low + 1 + int(part * size), low + 1), high) if guess else low + size // 2 + 1
-        found = len(row) - int(np.searchsorted(row, key))
-        if found >= k:
-            low, from_low = key, found
+        count = len(row) - int(np.searchsorted(row, key))
+        if count >= k:
+            low, from_low = key, count
         else:
-            high, above = key - 1, found
+            high, above = key - 1, count
     return step + 2 * looks
 
 

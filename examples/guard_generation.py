@@ -1,8 +1,8 @@
 """Guard a generation: ``python examples/guard_generation.py``.
 
-The shipped model forgets, in a long list, that two brackets are open. A law foretells from which length on; the guard
-says how far away that is, and stops the generation there. ``model.generate`` of transformers takes the same guard as
-``logits_processor=[guard]``.
+In a long list, the shipped model forgets that two brackets are open. A law predicts the length from which it does; the
+guard says how far away that is, and stops the generation there. ``model.generate`` of a transformers model takes the
+same guard as ``logits_processor=[guard]``.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 
 import scalpel
 from scalpel.experiments.brackets.critical import ask_long_lists, critical
-from scalpel.guard.hole_guard import HoleReached
+from scalpel.guard import HoleReached
 from scalpel.semigroup import ThresholdCounter
 
 CLOSERS = ("]\n", "]]\n", "]]]\n")
@@ -20,7 +20,7 @@ def main(prompts: int = 32) -> None:
     model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
     start = model.tokenizer.token_to_id("<s>")
 
-    # The law: two "[" in n tokens are enough while 2/n > θ. θ comes from the measured critical length.
+    # The law says that two "[" in n tokens are enough while 2/n > θ. θ comes from the measured critical length.
     measured = critical(ask_long_lists(model, 2, prompts=prompts, length=448, seed=0), np.random.default_rng(0))
     print(f"two brackets are enough up to {measured.text()} tokens")
     guard = scalpel.HoleGuard(model, ThresholdCounter(2 / measured.value), on_failure="stop")

@@ -1,8 +1,8 @@
 """Spectra of a transformers model: ``python examples/spectra.py [MODEL [TEXT]]``.
 
 MODEL is a folder or an id on the hub (GPT-2, GPT-NeoX, Llama, Mistral, Qwen2, Qwen3), or a GGUF file; without one, a
-small GPT-2 with random weights is made, and nothing is read from anywhere. What a spectrum of a trained model means is
-seen beside that of an untrained one: ``scalpel analyze`` does both, over a whole text.
+small GPT-2 with random weights is made and nothing is downloaded. A spectrum of a trained model means little without
+that of an untrained model beside it: ``scalpel analyze`` computes both, over a whole text.
 """
 
 import sys
@@ -34,7 +34,7 @@ def main(name: str | None = None, text: str = TEXT) -> None:
     model = model.eval()
     hooks = [f"{i}.resid_in" for i in range(model.config.num_hidden_layers)] + ["final_resid"]
 
-    # Covariance: how many directions hold what the residual stream does, and what the loss asks of it.
+    # Covariance: how many directions hold the residual stream's values, and the loss's gradients there?
     states = scalpel.collect(model, [ids], [*hooks, *(f"{hook}.grad" for hook in hooks)])
     for hook in hooks:
         values, gradients = states[hook], states[f"{hook}.grad"]
@@ -44,14 +44,14 @@ def main(name: str | None = None, text: str = TEXT) -> None:
             f"{float(gradients.effective_rank()):.1f}"
         )
 
-    # Jacobian: what each layer, and all of them together, do to a direction at the last token.
+    # Jacobian: what does each layer, and what do all of them together, do to a direction at the last token?
     for source, target in [*pairwise(hooks), (hooks[0], hooks[-1])]:
         J = scalpel.jacobian(model, ids, source, target, positions=-1)
         print(f"{source:>12} → {target}: σ = {', '.join(f'{s:.2f}' for s in J.spectrum(5))} …")
 
-    # The semigroup of depth: growth in nats a layer, less that of the residual itself.
-    found = scalpel.lyapunov(model, ids[:, :16], 4, cumulative=False)
-    print("exponents less growth:", ", ".join(f"{e:+.3f}" for e in found.exponents_less_growth))
+    # The semigroup of depth: growth in nats per layer, less the growth of the residual stream itself.
+    exponents = scalpel.lyapunov(model, ids[:, :16], 4, cumulative=False)
+    print("exponents less growth:", ", ".join(f"{e:+.3f}" for e in exponents.exponents_less_growth))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Find the semigroup that a model's tokens generate: ``python examples/token_semigroup.py [MODEL]``.
 
-MODEL is one of the shipped models of a machine, mod3-mini, flip-flop-mini or parity-mini, or the folder of one that
-``scalpel train`` made.
+MODEL is one of the shipped models of a machine (mod3-mini, flip-flop-mini or parity-mini), or a folder that ``scalpel
+train`` wrote for one.
 """
 
 import sys
@@ -13,25 +13,25 @@ def main(name: str = "mod3-mini") -> None:
     model = scalpel.CircuitGPT.from_pretrained(name)
     letters, answers = model.card["machine"]["letters"], model.card["machine"]["outputs"]
 
-    found = scalpel.semigroup.extract(model, letters, answers)
-    print(found.summary())
-    for reason in found.reasons:
+    extraction = scalpel.semigroup.extract(model, letters, answers)
+    print(extraction.summary())
+    for reason in extraction.reasons:
         print("  against it:", reason)
-    if found.machine is None:
+    if extraction.machine is None:
         return
 
-    for state, row in enumerate(found.machine.transitions):
+    for state, row in enumerate(extraction.machine.transitions):
         moves = ", ".join(f"{letter} → {target}" for letter, target in zip(letters, row, strict=True))
-        print(f"state {state} says {found.machine.outputs[state]!r}: {moves}")
+        print(f"state {state} says {extraction.machine.outputs[state]!r}: {moves}")
 
-    semigroup = found.semigroup()
+    semigroup = extraction.semigroup()
     print(f"{semigroup.size} elements: {', '.join(' '.join(word) for word in semigroup.words())}")
     for box in semigroup.greens().egg_boxes:
         rows, columns, size = box.elements.shape
         print(f"D-class of {rows} × {columns} H-classes of {size}, {'regular' if box.regular else 'not regular'}")
     print("groups:", ", ".join(group.name for group in semigroup.groups()))
     print("aperiodic" if semigroup.is_aperiodic() else f"not aperiodic: {semigroup.word(semigroup.periodic_element())}")
-    print("the nulls:", found.nulls)
+    print("the nulls:", extraction.nulls)
 
 
 if __name__ == "__main__":

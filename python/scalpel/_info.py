@@ -1,4 +1,4 @@
-"""The version, and what this build can do on this machine."""
+"""The version of the library, and what this build can do on this machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __version__ = version("semigroup-scalpel")
 
 
 class Config(dict[str, Any]):
-    """A dict whose text is one "key: value" a line."""
+    """A dict that prints as one "key: value" pair per line."""
 
     def __str__(self) -> str:
         width = max(map(len, self))
@@ -34,12 +34,21 @@ def _cuda() -> str:
 
 
 def show_config() -> Config:
-    """What this build is and uses here; ``print(scalpel.show_config())`` shows it.
+    """Report what this build supports and which settings it uses on this machine.
 
-    Keys: version, python, torch, compiler, targets_built, targets_supported, target (the one in use; set
-    SCALPEL_TARGET to force another), threads, parallel, cuda.
+    ``print(scalpel.show_config())`` shows one line per key.
 
-    Raises ValueError when SCALPEL_TARGET names a target that can't run here.
+    Returns:
+        A dict with the keys version, python, torch, compiler, targets_built, targets_supported, target (the CPU target
+        in use; the environment variable SCALPEL_TARGET forces another), threads, parallel and cuda.
+
+    Raises:
+        ValueError: If SCALPEL_TARGET names a target that cannot run on this machine.
+
+    Example:
+        >>> config = scalpel.show_config()
+        >>> config["target"] in config["targets_supported"]
+        True
     """
     import platform
 

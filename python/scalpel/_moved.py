@@ -21,7 +21,6 @@ MOVED = {
     "circuits.pruning": "circuits.result",
     "cli_models": "cli.models",
     "cli_show": "cli.show",
-    "experiments.abilities": "tasks.abilities",
     "experiments.agreement": "experiments.brackets.agreement",
     "experiments.calibration": "experiments.brackets.calibration",
     "experiments.causes": "experiments.brackets.causes",
@@ -50,7 +49,6 @@ MOVED = {
     "models.llama": "models.decoders.llama",
     "models.logit_attribution": "models.circuitgpt.logit_attribution",
     "models.scope": "hooks.scope",
-    "models.untrained": "training.untrained",
     "ops": "topk",
     "reference_jacobian": "reference.jacobian",
     "reference_lanes": "reference.lanes",
@@ -58,6 +56,7 @@ MOVED = {
     "report.analysis_pictures": "report.pictures.analysis_pictures",
     "report.figures": "report.pictures.figures",
     "semigroup.extraction.extraction": "semigroup.extraction.result",
+    "training.corpus": "tasks.corpus",
 }
 
 _PACKAGE = __name__.partition(".")[0]

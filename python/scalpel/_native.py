@@ -1,4 +1,4 @@
-"""The native core: the module with the ops of each device, tensors and arrays as it takes them, memory for its results.
+"""The native core: the module of each device, tensors and arrays as memory, and new memory for results.
 
 No other file imports the compiled modules.
 """
@@ -28,13 +28,22 @@ DTYPE_NAMES = {
 
 
 def memory_of(x: torch.Tensor, name: str = "a tensor", on: torch.device | None = None) -> Memory:
-    """x as the core takes it; x must outlive the call.
+    """Describe a tensor as the core takes it; the tensor must outlive the call.
 
-    The core reads what stands at an address and can't see what that is, so every tensor goes to it through here.
-    ``name``: what an error calls x. ``on``: the device of the operation; the CPU if not given.
+    The core reads whatever is at an address and cannot tell what that is, so every tensor passes through this check.
 
-    Raises ValueError where x is elsewhere, or has no memory (a fake tensor, one inside a transform of torch.func, one
-    whose storage was released), and TypeError for a dtype that the core doesn't know.
+    Args:
+        x: The tensor.
+        name: What an error message calls x.
+        on: The device of the operation; None means the CPU.
+
+    Returns:
+        The address, the name of the dtype, the shape, and the strides in elements.
+
+    Raises:
+        ValueError: If x is on another device, or has no memory (a fake tensor, a tensor inside a transform of
+            torch.func, or one whose storage was released).
+        TypeError: If the core does not know the dtype.
     """
     if not (x.is_cpu if on is None else x.device == on):
         raise ValueError(_is_elsewhere(x, name, on))
@@ -51,38 +60,45 @@ def memory_of(x: torch.Tensor, name: str = "a tensor", on: torch.device | None =
 
 
 def memory_of_array(x: np.ndarray, name: str = "an array") -> Memory:
-    """The same of a numpy array, which is always on the CPU. ValueError where its strides aren't whole elements."""
-    x = np.asarray(x)  # a subclass may say anything of itself
+    """Describe a numpy array, which is always on the CPU, as `memory_of` describes a tensor.
+
+    Raises:
+        ValueError: If its strides are not whole elements.
+    """
+    x = np.asarray(x)  # a subclass may override what is read here
     if any(s % x.itemsize for s in x.strides):
         raise ValueError(
-            f"{name} has strides {x.strides} in bytes, which aren't whole elements of {x.itemsize}: give a copy of it"
+            f"{name} has strides {x.strides} in bytes, which are not whole elements of {x.itemsize}: pass a copy"
         )
     strides = tuple(s // x.itemsize for s in x.strides)
     return x.__array_interface__["data"][0], str(x.dtype), x.shape, strides
 
 
 def _is_elsewhere(x: torch.Tensor, name: str, on: torch.device | None) -> str:
-    there = "cpu" if on is None else str(on)
+    expected = "cpu" if on is None else str(on)
     if x.device.type == "meta":
         return (
-            f"{name}, of shape {tuple(x.shape)}, is on meta, where tensors have a shape and no numbers, and it is "
-            f"needed on {there}: make it with device={there!r}. A tensor made without a device is put on meta by "
+            f"{name}, of shape {tuple(x.shape)}, is on meta, where tensors have a shape but no numbers, and it is "
+            f"needed on {expected}: make it with device={expected!r}. A tensor made without a device is put on meta by "
             'torch.set_default_device("meta") and by torch.device("meta") as a context'
         )
-    return f"{name} is on {x.device}, and the operation runs on {there}; move it there with .to({there!r})"
+    return f"{name} is on {x.device}, and the operation runs on {expected}; move it there with .to({expected!r})"
 
 
 def _has_no_memory(x: torch.Tensor, name: str) -> str:
     return (
         f"{name} has no memory that can be read: it is a {type(x).__name__} of shape {tuple(x.shape)} that is fake, "
         "stands for another tensor inside a transform (torch.func, vmap, functionalization), or whose storage was "
-        "released. Give an ordinary tensor with numbers"
+        "released. Pass an ordinary tensor that holds numbers"
     )
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Fresh memory. That of the CPU is on huge pages if it is large and the system gives them: page faults would cost
-    more than what is written there."""
+    """Allocate a tensor whose values are not set.
+
+    Large tensors on the CPU are put on huge pages if the system provides them, because page faults would cost more than
+    writing the values.
+    """
     fresh = torch.empty(shape, dtype=dtype, device=device)
     if fresh.numel() >= 1 << 19 and fresh.is_cpu:
         cpu_core.prefer_huge_pages(memory_of(fresh, "a new tensor")[0], fresh.nbytes)
@@ -93,9 +109,14 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
 
 
 def core_of(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[Any, Any]:
-    """The module with the ops for x's device, and what its ops take last: how many threads, or (device, stream).
+    """Find the module with the ops for x's device, and the last argument that its ops take.
 
-    ValueError where there is none, or where one of ``others`` is on another device: an op is given addresses alone.
+    Returns:
+        The module, and the number of threads (CPU) or the device's index and stream (GPU).
+
+    Raises:
+        ValueError: If no op runs on x's device, or one of ``others`` is on another device: an op receives addresses
+            only and could not tell.
     """
     for other in others:
         if other is not None and other.device != x.device:
@@ -107,17 +128,21 @@ def core_of(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[Any, Any]:
 
 
 @cache
-def _found(name: str) -> Any:
+def _imported(name: str) -> Any:
     return import_module(name)
 
 
 def cuda_core() -> Any:
-    """The module with the ops for GPUs. ImportError where it wasn't built."""
-    return _found("scalpel._cuda")
+    """Return the module with the ops for GPUs.
+
+    Raises:
+        ImportError: If this build does not contain it.
+    """
+    return _imported("scalpel._cuda")
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether there are ops for that device."""
+    """Whether this build has ops for a device."""
     if device.type == "cuda":
         try:
             cuda_core()
@@ -127,23 +152,31 @@ def runs_on(device: torch.device) -> bool:
 
 
 def device_named(name: str | torch.device) -> torch.device:
-    """ "cpu", "cuda" or "cuda:1" as a device. ValueError where it isn't there, or no op runs on it."""
+    """Resolve a device given as "cpu", "cuda" or "cuda:1", or as a torch.device.
+
+    Raises:
+        ValueError: If PyTorch does not have the device on this machine, or no op runs on it.
+    """
     try:
-        there = torch.empty(0, dtype=torch.uint8, device=name).device
-    except (AssertionError, RuntimeError) as error:  # no such kind, PyTorch without CUDA, no driver, no such GPU
-        raise ValueError(f"device is {str(name)!r}, and PyTorch has none such here: {error}") from error
-    if not runs_on(there):
-        raise ValueError(f"device is {str(name)!r}, but {_why_not(there)}")
-    return there
+        device = torch.empty(0, dtype=torch.uint8, device=name).device
+    except (AssertionError, RuntimeError) as error:  # an unknown kind, PyTorch without CUDA, no driver, no such GPU
+        raise ValueError(f"device is {str(name)!r}, which PyTorch does not have on this machine: {error}") from error
+    if not runs_on(device):
+        raise ValueError(f"device is {str(name)!r}, but {_why_not(device)}")
+    return device
 
 
 def check_device(x: torch.Tensor, name: str) -> None:
-    """ValueError where no op runs on x's device."""
+    """Check that ops can run on x's device.
+
+    Raises:
+        ValueError: If they cannot.
+    """
     if x.device.type != "meta" and not runs_on(x.device):
         raise ValueError(f"{name} is on {x.device}, but {_why_not(x.device)}; move it with {name}.cpu()")
 
 
 def _why_not(device: torch.device) -> str:
     if device.type == "cuda":
-        return "this build runs on the CPU only: nvcc wasn't found when it was installed"
+        return "this build runs on the CPU only, because nvcc was not found when it was installed"
     return "there are kernels for the CPU and for CUDA only"

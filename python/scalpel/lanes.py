@@ -1,8 +1,8 @@
-"""Tangents sixteen at a time: one value's tangents side by side, and the sublayers' rules on them.
+"""Sixteen tangents at a time: their values side by side in vector lanes, and the rules of sublayers on them.
 
-A :class:`Lanes` holds the tangents of a value (N tokens, channels): ``values`` (N, entries, 16) and, where only
-some channels of a token can move or are wanted, their ``index`` (N, entries), ascending. The rules call the
-native core, whose contract is csrc/jvp/jvp.h; `scalpel.reference.jacobian` has their slow twins.
+A :class:`Lanes` holds the tangents of a value (N tokens, channels). ``values`` has shape (N, entries, 16). Where only
+some channels of a token can move or are wanted, ``index`` (N, entries) names them in ascending order. The rules call
+the native core, whose contract is csrc/jvp/jvp.h; `scalpel.reference.jacobian` has their slow twins.
 """
 
 from __future__ import annotations
@@ -22,19 +22,27 @@ __all__ = ["LANES", "Attention", "Lanes", "Linear", "Norm", "SparseWeight", "app
 
 LANES: int = cpu_core.tangent_lanes()
 
-# Where visiting the non-zeros one by one is faster than a dense product, measured on two cores of a Zen 4 against
-# its GEMM (2048 x 2048 to 8192 x 2048). Tangents: non-zeros times wanted outputs, as a fraction of all products;
-# even at 0.38 for all outputs, and 0.6 of the dense time at 0.25 when a quarter of the outputs is wanted.
+# Below which fraction of products it is faster to visit the non-zeros one by one than to multiply dense matrices,
+# measured on two cores of a Zen 4 against its GEMM (2048 x 2048 to 8192 x 2048). For tangents the fraction is that of
+# non-zeros times that of wanted outputs: the times are equal at 0.38 for all outputs, and visiting takes 0.6 of the
+# dense time at 0.25 when a quarter of the outputs is wanted.
 SPARSE_BELOW = 0.35
-# On a GPU, whose dense products are so much faster. No GPU has been asked: this one is a guess.
+# On a GPU, where dense products are much faster. This one is a guess that was not measured.
 SPARSE_BELOW_CUDA = 0.03
-# The layer itself: density; even at 0.2 to 0.35. With fewer tokens than lanes, most lanes are idle.
+# For the layer itself the fraction is its density: the times are equal at 0.2 to 0.35. With fewer tokens than lanes,
+# most lanes are idle.
 FORWARD_BELOW, FORWARD_BELOW_FEW = 0.3, 0.15
 
 
 @dataclass
 class Lanes:
-    """Sixteen tangents of a value: (N, entries, 16), of all ``channels`` or of those in ``index``."""
+    """Sixteen tangents of a value, of all its channels or of some.
+
+    Attributes:
+        values: A tensor of shape (N, entries, 16).
+        index: The channel of each entry, (N, entries), ascending; None for all channels.
+        channels: The number of channels of the value.
+    """
 
     values: Tensor
     index: Tensor | None
@@ -42,7 +50,7 @@ class Lanes:
 
     @classmethod
     def from_rows(cls, rows: Tensor) -> Lanes:
-        """(T <= 16, N, channels) → all channels; the lanes beyond T are zero."""
+        """Put tangents (T <= 16, N, channels) into lanes, of all channels; the lanes beyond T are zero."""
         rows = rows.resolve_neg().contiguous()
         values = empty((*rows.shape[1:], LANES), rows.dtype, rows.device)
         core, place = core_of(rows)
@@ -51,16 +59,17 @@ class Lanes:
 
     @classmethod
     def empty(cls, like: Tensor, index: Tensor | None, channels: int) -> Lanes:
-        """Not yet written; ``like`` (N, ...) gives tokens and dtype."""
+        """Allocate lanes whose values are not set; ``like`` (N, ...) gives the number of tokens and the dtype."""
         entries = channels if index is None else index.shape[1]
         return cls(empty((like.shape[0], entries, LANES), like.dtype, like.device), index, channels)
 
     @classmethod
     def zeros(cls, like: Tensor, channels: int) -> Lanes:
+        """Make lanes of all channels that are zero; ``like`` (N, ...) gives the number of tokens and the dtype."""
         return cls(empty((like.shape[0], channels, LANES), like.dtype, like.device).zero_(), None, channels)
 
     def rows(self, count: int, tokens: Tensor | None = None) -> Tensor:
-        """The first ``count`` tangents as (count, N, channels), at ``tokens`` only if given."""
+        """Return the first ``count`` tangents as (count, N, channels), for all tokens or only for ``tokens``."""
         values, index = self.values, self.index
         if tokens is not None:
             values = values[tokens]
@@ -72,16 +81,16 @@ class Lanes:
         return rows
 
     def at(self, index: Tensor) -> Lanes:
-        """Those of the channels in ``index``; all channels are there."""
+        """Keep the channels in ``index``; these lanes must have all channels."""
         assert self.index is None
         out = Lanes.empty(self.values, index, self.channels)
         core, place = core_of(index, self.values)
-        lanes, to = self._memory(index.device)[0], out._memory(index.device)[0]
-        core.gather_lanes(lanes, to, memory_of(index, "an index", index.device), place)
+        lanes, gathered = self._memory(index.device)[0], out._memory(index.device)[0]
+        core.gather_lanes(lanes, gathered, memory_of(index, "an index", index.device), place)
         return out
 
     def add(self, part: Lanes) -> None:
-        """In place; all channels are here."""
+        """Add other lanes in place; these lanes must have all channels."""
         assert self.index is None
         if part.index is None and part.channels < self.channels:
             self.values[:, : part.channels] += part.values
@@ -91,11 +100,11 @@ class Lanes:
         core.scatter_lanes(*part._memory(on), self._memory(on)[0], place)
 
     def restricted(self, index: Tensor | None) -> Lanes:
-        """Only the channels in ``index``; these or all are there."""
+        """Keep the channels in ``index`` (None: all); these lanes must have exactly those channels or all of them."""
         return self if index is None or self.index is not None else self.at(index)
 
     def resized(self, channels: int) -> Lanes:
-        """With the last channels cut off, or with more of them, which are zero; all channels are there."""
+        """Cut off the last channels, or append channels that are zero; these lanes must have all channels."""
         if channels == self.channels:
             return self
         if channels < self.channels:
@@ -103,16 +112,16 @@ class Lanes:
         return Lanes(F.pad(self.values, (0, 0, 0, channels - self.channels)), None, channels)
 
     def full(self) -> Lanes:
-        """With all channels."""
+        """Return lanes of all channels, zero where these lanes have no entry."""
         return Lanes(spread(self.values, self.index, self.channels), None, self.channels)
 
     def _memory(self, on: torch.device) -> tuple[Memory, Memory | None]:
-        """Values and index for an op of the device ``on``."""
+        """Describe values and index for an op on a device."""
         return memory_of(self.values, "lanes", on), _maybe(self.index, "an index", on)
 
 
 def spread(values: Tensor, index: Tensor | None, channels: int) -> Tensor:
-    """(N, entries, T) at ``index`` → (N, channels, T), zero elsewhere."""
+    """Spread values (N, entries, T) at ``index`` over all channels: (N, channels, T), zero elsewhere."""
     if index is None:
         return values
     full = values.new_zeros(values.shape[0], channels, values.shape[2])
@@ -124,7 +133,7 @@ def spread(values: Tensor, index: Tensor | None, channels: int) -> Tensor:
 
 @dataclass(frozen=True)
 class SparseWeight:
-    """A matrix (rows, cols) in compressed rows, or some of its rows."""
+    """A matrix (rows, cols), or some of its rows, in compressed sparse row format."""
 
     starts: Tensor  # (rows + 1,) int64
     columns: Tensor  # (non-zeros,) int32
@@ -133,7 +142,7 @@ class SparseWeight:
 
     @classmethod
     def from_dense(cls, weight: Tensor) -> SparseWeight:
-        """Every entry that isn't zero, NaN included."""
+        """Keep every entry that is not zero, including NaN."""
         rows, cols = weight.shape
         where = weight.detach().nonzero()
         counts = torch.bincount(where[:, 0], minlength=rows)
@@ -143,14 +152,16 @@ class SparseWeight:
 
     @property
     def rows(self) -> int:
+        """The number of rows."""
         return self.starts.shape[0] - 1
 
     @property
     def density(self) -> float:
+        """The fraction of entries that are stored."""
         return self.weights.shape[0] / max(1, self.rows * self.cols)
 
     def apply(self, x: Lanes, index: Tensor | None, scale: Tensor | None = None) -> Lanes:
-        """The product, at ``index`` (N, entries) of its rows or at all, times ``scale`` (N, entries)."""
+        """Multiply lanes by the matrix, for all rows or those in ``index``, times ``scale`` (both (N, entries))."""
         out = Lanes.empty(x.values, index, self.rows)
         core, place = core_of(out.values, self.weights, x.values, x.index, scale, index)
         on = out.values.device
@@ -158,12 +169,12 @@ class SparseWeight:
         return out
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x (N, cols) times the transposed matrix, plus bias (rows,): (N, rows), with sixteen tokens in the lanes."""
+        """Multiply x (N, cols) by the transposed matrix and add bias (rows,), sixteen tokens at a time: (N, rows)."""
         x, out = x.contiguous(), empty((x.shape[0], self.rows), x.dtype, x.device)
         core, place = core_of(x, self.weights, bias)
         on = x.device
-        given, added, to = memory_of(x, "x", on), _maybe(bias, "the bias", on), memory_of(out, "the product", on)
-        core.linear_rows(*self._matrix(on), given, added, to, place)
+        rows, added, product = memory_of(x, "x", on), _maybe(bias, "the bias", on), memory_of(out, "the product", on)
+        core.linear_rows(*self._matrix(on), rows, added, product, place)
         return out
 
     def _matrix(self, on: torch.device) -> tuple[Memory, Memory, Memory, int]:
@@ -172,7 +183,7 @@ class SparseWeight:
 
 
 def apply_linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """``layer(x)``; where nothing is differentiated, by the layer's non-zeros if these are few."""
+    """Compute ``layer(x)``, through the layer's non-zeros if they are few and nothing is differentiated."""
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return layer(x)
     plain = type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
@@ -190,10 +201,10 @@ _copies: weakref.WeakKeyDictionary[nn.Module, dict[Any, Any]] = weakref.WeakKeyD
 
 
 class Linear:
-    """A layer's weight, or some rows of it, or the transpose of these, as lanes meet it: sparse or dense.
+    """A linear layer's weight as lanes meet it, sparse or dense: all of it, some rows, or the transpose of these.
 
-    The sparse copy is made once, and again when the weight has changed. A change of a few entries through
-    ``.data``, of which PyTorch keeps no count, is not noticed: write under ``torch.no_grad()`` instead.
+    The sparse copy is made once, and again when the weight has changed. PyTorch does not count changes made through
+    ``.data``, so such a change of only a few entries is not noticed: write under ``torch.no_grad()`` instead.
     """
 
     def __init__(self, layer: nn.Linear, rows: slice | None = None, transposed: bool = False) -> None:
@@ -202,43 +213,46 @@ class Linear:
         self.transposed = transposed
 
     def apply(self, x: Lanes, index: Tensor | None, scale: Tensor | None = None) -> Lanes:
-        """The product with x at ``index`` (N, entries) of its outputs or at all, times ``scale``."""
+        """Multiply lanes by the weight, for all outputs or those at ``index`` (N, entries), times ``scale``."""
         outputs, _ = self.shape
         wanted = 1.0 if index is None else index.shape[1] / outputs
         if self.density() * wanted < (SPARSE_BELOW_CUDA if x.values.is_cuda else SPARSE_BELOW):
             return self.sparse().apply(x, index, scale)
         dense = self.dense() @ x.full().values.permute(1, 0, 2).reshape(x.channels, -1)
         values = dense.view(outputs, -1, LANES).permute(1, 0, 2).contiguous()
-        found = Lanes(values, None, outputs)
-        found = found if index is None else found.at(index)
+        product = Lanes(values, None, outputs)
+        product = product if index is None else product.at(index)
         if scale is not None:
-            found.values *= scale[..., None]
-        return found
+            product.values *= scale[..., None]
+        return product
 
     @property
     def shape(self) -> tuple[int, int]:
+        """The numbers of outputs and inputs."""
         rows, cols = self.dense().shape
         return rows, cols
 
     def dense(self) -> Tensor:
+        """Return the dense matrix, which shares the layer's memory."""
         weight = self.layer.weight.detach()
         weight = weight if self.rows is None else weight[self.rows]
         return weight.T if self.transposed else weight
 
     def density(self) -> float:
+        """Return the fraction of entries that are not zero."""
         return self._kept("density", lambda: float(self.dense().count_nonzero()) / max(1, self.dense().numel()))
 
     def sparse(self) -> SparseWeight:
-        """The sparse copy; made once, and again after the weight changed."""
+        """Return the sparse copy, which is made again after the weight has changed."""
         return self._kept("sparse", lambda: SparseWeight.from_dense(self.dense()))
 
     def _kept(self, what: str, make: Any) -> Any:
         weight = self.layer.weight.detach()
         version = 0 if weight.is_inference() else weight._version
         mark = (version, weight.data_ptr(), weight.device, weight.dtype, tuple(weight.shape))
-        # A change through .data leaves no trace but the numbers themselves; some of them are looked at.
-        # On a GPU that would be waiting for it; there the weight is held, so that its address stays its own, and what
-        # has no count of changes is never kept.
+        # A change through .data leaves no trace but the numbers themselves, so some of them are compared. On a GPU that
+        # would mean waiting for it. There the weight itself is kept, so that its address is not reused, and nothing is
+        # kept for a weight whose changes are not counted.
         sample = weight.flatten()[:: max(1, weight.numel() // 256)][: 0 if weight.is_cuda else None]
         kept = _copies.get(self.layer)
         uncounted = weight.is_cuda and weight.is_inference()
@@ -249,7 +263,7 @@ class Linear:
         key = (what, rows, self.transposed)
         if key not in kept:
             kept[key] = make()
-            if weight.is_cuda:  # made on this stream, to be read on any
+            if weight.is_cuda:  # made on this stream, but any other stream may read it
                 torch.cuda.current_stream(weight.device).synchronize()
         return kept[key]
 
@@ -259,35 +273,40 @@ class Linear:
 
 @dataclass(frozen=True)
 class Norm:
-    """The primal of RMSNorm or LayerNorm at (N, width): see csrc/jvp/jvp.h."""
+    """The primal of RMSNorm or LayerNorm at values of shape (N, width); see csrc/jvp/jvp.h."""
 
     normed: Tensor
     rate: Tensor
     gain: Tensor
-    centred: bool
-    over: int  # channels that the mean is over
+    centered: bool
+    over: int  # how many channels the mean is taken over
 
     @classmethod
     def of(cls, module: nn.Module, x: Tensor) -> Norm:
-        """At x (N, width)."""
+        """Compute the primal of a norm at x (N, width).
+
+        Raises:
+            TypeError: If the module is not a norm that has a rule.
+        """
         if isinstance(module, nn.LayerNorm):
-            centred, eps = True, module.eps
+            centered, eps = True, module.eps
             moved = x - x.mean(-1, keepdim=True)
         elif isinstance(module, nn.RMSNorm):
-            centred, eps = False, torch.finfo(x.dtype).eps if module.eps is None else module.eps
+            centered, eps = False, torch.finfo(x.dtype).eps if module.eps is None else module.eps
             moved = x
         else:
-            raise TypeError(f"{type(module).__name__} is no norm that has a rule; allowed: LayerNorm, RMSNorm")
+            raise TypeError(f"{type(module).__name__} is not a norm that has a rule; allowed: LayerNorm, RMSNorm")
         rate = (moved.square().mean(-1) + eps).rsqrt()
         gain = module.weight.detach() if module.weight is not None else x.new_ones(x.shape[-1])
-        return cls((moved * rate[:, None]).contiguous(), rate.contiguous(), gain.contiguous(), centred, x.shape[-1])
+        return cls((moved * rate[:, None]).contiguous(), rate.contiguous(), gain.contiguous(), centered, x.shape[-1])
 
     def padded(self, width: int) -> Norm:
-        """For values with channels behind those of the norm, which neither enter nor leave it."""
+        """Extend the norm to values with further channels, which it neither reads nor writes."""
         more = (0, width - self.gain.shape[0])
-        return Norm(F.pad(self.normed, more), self.rate, F.pad(self.gain, more), self.centred, self.gain.shape[0])
+        return Norm(F.pad(self.normed, more), self.rate, F.pad(self.gain, more), self.centered, self.gain.shape[0])
 
     def jvp(self, x: Lanes, index: Tensor | None) -> Lanes:
+        """Push tangents through the norm, at all channels or at those in ``index``."""
         out = Lanes.empty(x.values, index, self.gain.shape[0])
         core, place = core_of(out.values, self.normed, x.values, index)
         on = out.values.device
@@ -295,14 +314,14 @@ class Norm:
         return out
 
     def add_vjp(self, u: Lanes, out: Lanes) -> None:
-        """The cotangent of the norm's input, added to ``out``."""
+        """Pull cotangents back through the norm and add the result to ``out``."""
         core, place = core_of(out.values, self.normed, u.values, u.index)
         on = out.values.device
         core.norm_vjp(*self._primal(on), *u._memory(on), out._memory(on)[0], place)
 
     def _primal(self, on: torch.device) -> tuple[Memory, Memory, Memory, bool, int]:
         normed, rate = memory_of(self.normed, "the normed value", on), memory_of(self.rate, "the norm's rate", on)
-        return normed, rate, memory_of(self.gain, "the norm's gain", on), self.centred, self.over
+        return normed, rate, memory_of(self.gain, "the norm's gain", on), self.centered, self.over
 
 
 # ---- attention ---------------------------------------------------------------------------------
@@ -310,7 +329,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Attention:
-    """The primal of causal attention: q, k, v and y (B, L, width), allowed bool (1 or B, L, L)."""
+    """The primal of causal attention: q, k, v and y are (B, L, width), allowed is bool (1 or B, L, L)."""
 
     q: Tensor
     k: Tensor
@@ -323,21 +342,21 @@ class Attention:
     scale: float
 
     def jvp(self, q: Lanes | None, k: Lanes | None, v: Lanes | None) -> Lanes:
-        """Tangents of y at all channels; None is zero."""
+        """Push tangents of q, k and v through attention to all channels of y; None stands for zero."""
         width = self.q.shape[-1]
         out = Lanes.empty(self.q.reshape(-1, width), None, width)
         self._call("attention_jvp", q, k, v, out)
         return out
 
     def vjp(self, u: Lanes, q_index: Tensor | None, k_index: Tensor | None, v_index: Tensor | None) -> list[Lanes]:
-        """Cotangents of q, k and v at their indices; u has all channels."""
+        """Pull cotangents of y back to q, k and v at their indices; ``u`` must have all channels."""
         tokens = self.q.reshape(-1, self.q.shape[-1])
-        found = [
+        cotangents = [
             Lanes.empty(tokens, index, primal.shape[-1])
             for primal, index in ((self.q, q_index), (self.k, k_index), (self.v, v_index))
         ]
-        self._call("attention_vjp", found[0], found[1], found[2], u)
-        return found
+        self._call("attention_vjp", cotangents[0], cotangents[1], cotangents[2], u)
+        return cotangents
 
     def _call(self, op: str, q: Lanes | None, k: Lanes | None, v: Lanes | None, y: Lanes) -> None:
         indices = [part.index for part in (q, k, v) if part is not None]

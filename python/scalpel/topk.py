@@ -1,11 +1,11 @@
 """TopK along the last dimension: masks, kept values, indices, and the layer that uses them.
 
-Order, ties and NaN are those of csrc/topk/topk.h: NaN ranks above every number, -0.0 equals 0.0, and among
-equals the lower index wins, so exactly k entries of every row are kept, with the same bits for every CPU
-target and any number of threads.
+Order, ties and NaN follow csrc/topk/topk.h: NaN ranks above every number, -0.0 equals 0.0, and among equal values
+the lower index wins. Exactly k entries of every row are kept, and the bits are the same on every CPU target and for
+any number of threads.
 
-The mask is a property of the primal: derivatives treat it as a constant. That is the derivative wherever it
-exists, that is where the k-th and the (k+1)-th rank differ.
+The mask is a property of the primal, so derivatives treat it as a constant. That is the true derivative wherever one
+exists, which is wherever the k-th and the (k+1)-th ranked values differ.
 """
 
 from __future__ import annotations
@@ -32,49 +32,101 @@ _FLOATS = "float16, bfloat16, float32, float64"
 
 
 def topk_mask(x: Array, k: int, by: By = "magnitude", out: Array | None = None) -> Array:
-    """Where the k largest entries along the last dimension are.
+    """Mark the k largest entries of each row along the last dimension.
 
-    x: (..., width), float16, bfloat16, float32 or float64, any strides; a tensor of the CPU or of a GPU, a numpy
-        array, or another library's array that speaks DLPack.
-    k: 0 <= k <= width.
-    by: "magnitude" ranks |x|, "value" ranks x.
-    out: a bool tensor (array) of x's shape to write to, any strides.
+    Equals ``torch.zeros_like(x, dtype=torch.bool).scatter(-1, x.abs().topk(k).indices, True)`` except for ties, where
+    the lower index wins here. NaN ranks above every number, and -0.0 equals 0.0. The mask is not differentiable.
 
-    Returns bool like x with exactly k True a row: a tensor for a tensor, else an array of x's library (a
-    tensor where that has no ``__array_namespace__().from_dlpack``). Not differentiable.
-    Equals ``torch.zeros_like(x, dtype=torch.bool).scatter(-1, x.abs().topk(k).indices, True)``, ties aside.
+    Args:
+        x: An array of shape (..., width) in float16, bfloat16, float32 or float64, with any strides: a tensor on the
+            CPU or a GPU, a numpy array, or an array of another library that supports DLPack.
+        k: How many entries of each row to keep, 0 <= k <= width.
+        by: "magnitude" ranks by |x|, "value" ranks by x.
+        out: A bool tensor (or array) of x's shape, with any strides, to write the mask to. None allocates one.
 
-    Raises TypeError (k is not an integer, a dtype is not allowed), ValueError (k out of range; device, shape
-    or memory of out).
+    Returns:
+        A bool tensor of x's shape with exactly k True entries in each row. For an array it is an array of the same
+        library, or a tensor if that library has no ``__array_namespace__().from_dlpack``.
+
+    Raises:
+        TypeError: If k is not an integer, or the dtype of x or out is not allowed.
+        ValueError: If k is out of range, or the device, shape or memory of out does not fit.
+
+    Example:
+        >>> scalpel.topk_mask(torch.tensor([[0.5, -3.0, 2.0, 1.0]]), k=2)
+        tensor([[False,  True,  True, False]])
     """
     return cast(Array, _call("topk_mask", x, k, by, out))
 
 
 def keep_topk(x: Array, k: int, by: By = "magnitude", out: Array | None = None) -> Array:
-    """x where it is among the k largest along the last dimension, 0 elsewhere.
+    """Keep the k largest entries of each row along the last dimension and set the others to 0.
 
-    Arguments and errors as for `topk_mask`; out has x's dtype and may be x itself. Kept entries keep every
-    bit. Differentiable without out: the gradient is mask * g, the tangent mask * t (0 where masked, whatever
-    g or t is). With out and a gradient to compute: RuntimeError, as everywhere in torch.
+    Kept entries keep every bit. Without out the function is differentiable: the gradient is mask * g and the tangent
+    mask * t, which are 0 where masked even if g or t is infinite or NaN there.
+
+    Args:
+        x: An array of shape (..., width), as for `topk_mask`.
+        k: How many entries of each row to keep, 0 <= k <= width.
+        by: "magnitude" ranks by |x|, "value" ranks by x.
+        out: A tensor (or array) of x's shape and dtype to write to; it may be x itself. None allocates one.
+
+    Returns:
+        A tensor (or array) like x.
+
+    Raises:
+        TypeError: If k is not an integer, or the dtype of x or out is not allowed.
+        ValueError: If k is out of range, or the device, shape or memory of out does not fit.
+        RuntimeError: If out is given and a gradient would have to be computed, as for torch's own functions.
+
+    Example:
+        >>> scalpel.keep_topk(torch.tensor([[0.5, -3.0, 2.0, 1.0]]), k=2)
+        tensor([[ 0., -3.,  2.,  0.]])
     """
     return cast(Array, _call("keep_topk", x, k, by, out))
 
 
 def topk_indices(x: Array, k: int, by: By = "magnitude", out: Array | None = None) -> Array:
-    """The indices of the k largest entries along the last dimension, in ascending order.
+    """Find the indices of the k largest entries of each row along the last dimension.
 
-    Arguments and errors as for `topk_mask`; out is int64 of shape (..., k). Returns int64 (..., k).
-    Not differentiable.
+    The result is not differentiable.
+
+    Args:
+        x: An array of shape (..., width), as for `topk_mask`.
+        k: How many indices to return for each row, 0 <= k <= width.
+        by: "magnitude" ranks by |x|, "value" ranks by x.
+        out: An int64 tensor (or array) of shape (..., k) to write to. None allocates one.
+
+    Returns:
+        An int64 tensor (or array) of shape (..., k), in ascending order of index within each row.
+
+    Raises:
+        TypeError: If k is not an integer, or the dtype of x or out is not allowed.
+        ValueError: If k is out of range, or the device, shape or memory of out does not fit.
+
+    Example:
+        >>> scalpel.topk_indices(torch.tensor([[0.5, -3.0, 2.0, 1.0]]), k=2)
+        tensor([[1, 2]])
     """
     return cast(Array, _call("topk_indices", x, k, by, out))
 
 
 class AbsTopK(torch.nn.Module):
-    """Keeps the k entries of largest magnitude along the last dimension: ``keep_topk(x, k)`` as a layer.
+    """Keep the k entries of largest magnitude along the last dimension: ``keep_topk(x, k)`` as a layer.
 
     Gao et al. 2025 (arXiv 2511.13653), section 2, use it at the nodes of weight-sparse transformers.
 
-    k: at least 0; at most the width of what passes through, which is checked there.
+    Args:
+        k: How many entries of each row to keep, at least 0. That it is at most the width is checked in `forward`.
+
+    Raises:
+        TypeError: If k is not an integer.
+        ValueError: If k is negative.
+
+    Example:
+        >>> layer = scalpel.AbsTopK(1)
+        >>> layer(torch.tensor([[0.5, -3.0, 2.0]]))
+        tensor([[ 0., -3.,  0.]])
     """
 
     def __init__(self, k: int) -> None:
@@ -84,10 +136,22 @@ class AbsTopK(torch.nn.Module):
             raise ValueError(f"k is {self.k}; allowed: 0 <= k <= width")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (..., width) → the same shape, exactly k entries a row kept."""
+        """Keep exactly k entries of each row.
+
+        Args:
+            x: A tensor of shape (..., width).
+
+        Returns:
+            A tensor of the same shape and dtype.
+
+        Example:
+            >>> scalpel.AbsTopK(2).forward(torch.tensor([1.0, -3.0, 2.0]))
+            tensor([ 0., -3.,  2.])
+        """
         return keep_topk(x, self.k)
 
     def extra_repr(self) -> str:
+        """Show k in the layer's repr."""
         return f"k={self.k}"
 
 
@@ -104,7 +168,10 @@ def _integer(k: Any) -> int:
 
 
 def _check_range(shape: tuple[int, ...], k: int) -> None:
-    """The core's own check, for what comes before it: the shape of a result, and tensors without memory."""
+    """Check k against the width, for code that runs before the core's own check or without it.
+
+    The shape of a result is needed before the core is called, and tensors without memory never reach the core.
+    """
     if len(shape) == 0:
         raise ValueError("x has no dimension; TopK needs at least one, of which the last is ranked")
     if not 0 <= k <= shape[-1]:
@@ -126,7 +193,9 @@ def _call(op: str, x: Any, k: Any, by: str, out: Any) -> Any:
         return _call_numpy(op, x, k, by, out)
     if hasattr(x, "__dlpack__"):
         return _call_dlpack(op, x, k, by, out)
-    raise TypeError(f"x is a {type(x).__name__}; allowed: a torch tensor, a numpy array, or what speaks DLPack")
+    raise TypeError(
+        f"x is a {type(x).__name__}; allowed: a torch tensor, a numpy array, or an array that supports DLPack"
+    )
 
 
 def _call_tensor(op: str, x: torch.Tensor, k: int, by: str, out: Any) -> torch.Tensor:
@@ -135,19 +204,23 @@ def _call_tensor(op: str, x: torch.Tensor, k: int, by: str, out: Any) -> torch.T
     if out is None:
         return _DISPATCH[op](x, k, by)
     if not isinstance(out, torch.Tensor):
-        raise TypeError(f"out is a {type(out).__name__}, but x is a tensor; give a tensor")
+        raise TypeError(f"out is a {type(out).__name__}, but x is a tensor; give a tensor as out")
     _check_tensor(out, "out")
     _check_out(op, x, k, out)
     if op == "keep_topk" and torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
         raise RuntimeError(
-            "keep_topk with out= can't be differentiated, but x or out requires grad; call it without out="
+            "keep_topk with out= cannot be differentiated, but x or out requires grad; call it without out="
         )
     if _transformed(x) or _transformed(out):
-        raise RuntimeError(f"{op} with out= can't run under a torch.func transform or forward AD; call it without out=")
+        raise RuntimeError(
+            f"{op} with out= cannot run under a torch.func transform or forward AD; call it without out="
+        )
     if x.device != out.device:
         raise ValueError(f"x is on {x.device}, out on {out.device}; they must be on one device")
     if out.is_inference() and not torch.is_inference_mode_enabled():
-        raise RuntimeError("out was made in inference mode, so it can't be written outside; give another tensor")
+        raise RuntimeError(
+            "out was made in inference mode, so it cannot be written to outside of it; give another tensor"
+        )
     if not torch.compiler.is_compiling() and unwatched(x) and unwatched(out):
         _into(op, x.detach(), k, by, out)
         if not out.is_inference():
@@ -158,7 +231,7 @@ def _call_tensor(op: str, x: torch.Tensor, k: int, by: str, out: Any) -> torch.T
 
 
 def _call_dlpack(op: str, x: Any, k: int, by: str, out: Any) -> Any:
-    """Through a tensor that shares x's memory."""
+    """Run an op on an array of another library, through a tensor that shares its memory."""
     result = _call_tensor(op, _from_dlpack(x, "x"), k, by, None if out is None else _writeable(out))
     if out is not None:
         return out
@@ -167,7 +240,7 @@ def _call_dlpack(op: str, x: Any, k: int, by: str, out: Any) -> Any:
 
 
 def _writeable(out: Any) -> torch.Tensor:
-    """A tensor on out's own memory."""
+    """Return a tensor that shares out's memory."""
     if isinstance(out, torch.Tensor):
         return out
     if isinstance(out, np.ndarray):
@@ -177,18 +250,18 @@ def _writeable(out: Any) -> torch.Tensor:
     shared = _from_dlpack(out, "out")
     if shared.data_ptr() != _from_dlpack(out, "out").data_ptr():
         raise TypeError(
-            f"out (a {type(out).__name__}) gives a copy of itself through DLPack, which can't be written to"
+            f"out (a {type(out).__name__}) exports only a copy of itself through DLPack, so it cannot be written to"
         )
     return shared
 
 
 def _from_dlpack(x: Any, name: str) -> torch.Tensor:
     if not hasattr(x, "__dlpack__"):
-        raise TypeError(f"{name} is a {type(x).__name__}, which does not speak DLPack")
+        raise TypeError(f"{name} is a {type(x).__name__}, which does not support DLPack")
     try:
         return torch.from_dlpack(x)
-    except Exception as error:  # whatever the other library raises
-        raise TypeError(f"{name} (a {type(x).__name__}) can't be read through DLPack: {error}") from error
+    except Exception as error:  # other libraries raise errors of any kind
+        raise TypeError(f"{name} (a {type(x).__name__}) cannot be read through DLPack: {error}") from error
 
 
 def _check_out(op: str, x: torch.Tensor, k: int, out: torch.Tensor) -> None:
@@ -217,26 +290,26 @@ def _check_tensor(x: torch.Tensor, name: str, floating: bool = False) -> None:
 
 
 def _into(op: str, x: torch.Tensor, k: int, by: str, out: torch.Tensor) -> None:
-    """Runs the core, which wants x and out contiguous along the last dimension."""
+    """Run the core, which needs x and out to be contiguous along the last dimension."""
     if x.is_neg():
         x = x.resolve_neg()
     if x.dim() > 0 and x.stride(-1) != 1 and x.size(-1) > 1:
         x = x.contiguous()
-    to = out
+    target = out
     if out.is_neg() or (out.dim() > 0 and out.stride(-1) != 1 and out.size(-1) > 1):
-        to = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        target = torch.empty(out.shape, dtype=out.dtype, device=out.device)
     core, place = core_of(x)
     on = None if x.is_cpu else x.device
-    getattr(core, op)(memory_of(x, "x", on), k, by == "value", memory_of(to, "out", on), place)
-    if to is not out:
-        out.copy_(to)
+    getattr(core, op)(memory_of(x, "x", on), k, by == "value", memory_of(target, "out", on), place)
+    if target is not out:
+        out.copy_(target)
 
 
 def _call_numpy(op: str, x: np.ndarray, k: int, by: str, out: Any) -> np.ndarray:
     if x.dtype.type not in (np.float16, np.float32, np.float64):
         raise TypeError(f"x is {x.dtype}; allowed: float16, float32, float64 (bfloat16 as a tensor)")
     if isinstance(x, np.ma.MaskedArray):
-        raise TypeError("x is a masked array, whose mask TopK would not see; fill it first (x.filled(...))")
+        raise TypeError("x is a masked array, whose mask TopK would ignore; fill it first (x.filled(...))")
     _check_range(x.shape, k)
     if not x.flags.aligned or not x.dtype.isnative or x.strides[-1:] != (x.itemsize,):
         x = np.array(x, dtype=x.dtype.newbyteorder("="), order="C")
@@ -245,26 +318,26 @@ def _call_numpy(op: str, x: np.ndarray, k: int, by: str, out: Any) -> np.ndarray
         dtype = {"topk_mask": np.bool_, "keep_topk": x.dtype, "topk_indices": np.int64}[op]
         out = np.empty(shape, dtype=dtype)
     elif not isinstance(out, np.ndarray):
-        raise TypeError(f"out is a {type(out).__name__}, but x is a numpy array; give a numpy array")
+        raise TypeError(f"out is a {type(out).__name__}, but x is a numpy array; give a numpy array as out")
     elif not out.flags.writeable or not out.flags.aligned or not out.dtype.isnative:
         raise ValueError("out must be writeable, aligned and of native byte order")
-    to = (
+    target = (
         out if out.ndim == 0 or out.strides[-1] == out.itemsize or out.shape[-1] <= 1 else np.empty_like(out, order="C")
     )
     threads = torch.get_num_threads()
-    getattr(cpu_core, op)(memory_of_array(x, "x"), k, _by_value(by), memory_of_array(to, "out"), threads)
-    if to is not out:
-        out[...] = to
+    getattr(cpu_core, op)(memory_of_array(x, "x"), k, _by_value(by), memory_of_array(target, "out"), threads)
+    if target is not out:
+        out[...] = target
     return cast(np.ndarray, out)
 
 
 # ---- torch -------------------------------------------------------------------------------------
-# The mask and the indices are custom ops: that is what torch.compile and the dispatcher's modes see. They take
-# a detached x, for a custom op whose input is differentiated loses the derivative under func.jvp without a
-# word; a mask has none. keep_topk is no op: it is torch.where of the mask, so its derivatives, of any order and
-# under any transform, are torch.where's. Around each one function that dynamo puts into its graph as it is. A
-# call that nobody traces or transforms goes straight to the core: the custom op alone costs more than the whole
-# PyTorch expression on a small tensor.
+# The mask and the indices are custom ops, which is what torch.compile and dispatch modes see. They take a detached x,
+# because a custom op whose input is differentiated silently loses its derivative under func.jvp; a mask has no
+# derivative. keep_topk is not an op of its own: it is torch.where of the mask, so its derivatives of any order and
+# under any transform are those of torch.where. One function around each of them goes into dynamo's graph as it is.
+# A call that nothing traces or transforms goes straight to the core, because on a small tensor the custom op alone
+# costs more than the whole PyTorch expression.
 
 
 def _result_dtype(op: str, x: torch.Tensor) -> torch.dtype:
@@ -302,8 +375,7 @@ def _define(op: str) -> Callable[[torch.Tensor, int, str], torch.Tensor]:
 
 
 def _define_out(op: str) -> Callable[[torch.Tensor, int, str, torch.Tensor], None]:
-    """The op that writes to out, declared as such: autograd learns that out's old value is gone."""
-
+    """Define the op that writes to out, declared as a mutation so that autograd knows that out's old value is gone."""
     schema = "(Tensor x, SymInt k, str by, Tensor(a!) out) -> ()"
 
     @torch.library.custom_op(f"scalpel::{op}_out", mutates_args=("out",), schema=schema)
@@ -323,35 +395,37 @@ _indices_op = _define("topk_indices")
 
 
 def _transformed(x: torch.Tensor) -> bool:
-    """True under a transform of torch.func, and when x has a tangent of forward AD."""
-    # Asked of x: a compiled graph enters forward AD's level without torch.autograd.forward_ad knowing of it.
+    """Whether x is inside a transform of torch.func or carries a tangent of forward AD."""
+    # Ask x itself: a compiled graph enters the level of forward AD without telling torch.autograd.forward_ad.
     return torch._C._are_functorch_transforms_active() or torch._unpack_dual(x, level=0).tangent is not None
 
 
 def unwatched(x: torch.Tensor) -> bool:
-    """True when a plain tensor is computed on eagerly: no transform, mode, trace or profile is to see the op.
+    """Whether x is a plain tensor in eager mode, so that no transform, mode, trace or profiler has to see the op.
 
-    What torch does not let one ask about (an ExecutionTraceObserver) does not see the plain call.
+    Torch does not say whether an ExecutionTraceObserver is active, so such an observer does not see the plain call.
     """
     return untraced(x) and not torch.autograd._profiler_enabled()
 
 
 def untraced(x: torch.Tensor) -> bool:
-    """The same, but a profile may watch."""
+    """Whether nothing but a profiler could observe an op on x."""
     return (
         type(x) in (torch.Tensor, torch.nn.Parameter)
         and (x.is_cpu or x.is_cuda)
         and not _transformed(x)
         and torch._C._len_torch_dispatch_stack() == 0
         and _len_torch_dispatch_stack_pre_dispatch() == 0
-        and not (torch._C._is_torch_function_mode_enabled() and _a_mode_watches())
+        and not (torch._C._is_torch_function_mode_enabled() and _mode_watches())
         and torch._C._get_tracing_state() is None
     )
 
 
-def _a_mode_watches() -> bool:
-    """True when a torch function mode is there to see the op. A default device is such a mode, too, and it sees to
-    nothing but where new tensors go."""
+def _mode_watches() -> bool:
+    """Whether a torch function mode would see the op.
+
+    A default device is such a mode, too, but it only decides where new tensors go.
+    """
     return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 

@@ -12,10 +12,10 @@ from scalpel import CircuitGPT, experiments
 from scalpel.experiments.alignment import experiment as alignment
 from scalpel.experiments.alignment.measure import Components, Direction, gradients, own_directions
 from scalpel.experiments.brackets.constructed import threshold_circuit
+from scalpel.experiments.mapping.claims import CLAIMS, Setup
 from scalpel.experiments.mapping.measure import Prompts
-from scalpel.experiments.mapping.scan import CLAIMS, Setup
-from scalpel.tasks.brackets import closers
 from scalpel.models.untrained import untrained
+from scalpel.tasks.brackets import closers
 
 AMOUNTS = (1, 2, 3, 4)
 FAST = {"amounts": AMOUNTS, "prompts": 6, "length": 80, "resamples": 40}
@@ -58,10 +58,10 @@ def test_equal_eigenvalues_have_no_component():
 def test_centering_takes_the_mean_away():
     moved = gradient([2.0]) + 30 * orthogonal()[5]
     plain = Components.of(moved, center=False, resamples=20, rng=np.random.default_rng(0))
-    centred = Components.of(moved, center=True, resamples=20, rng=np.random.default_rng(0))
-    assert abs(plain.vectors[0] @ orthogonal()[5]) > 0.99 and abs(centred.vectors[0] @ orthogonal()[0]) > 0.99
+    centered = Components.of(moved, center=True, resamples=20, rng=np.random.default_rng(0))
+    assert abs(plain.vectors[0] @ orthogonal()[5]) > 0.99 and abs(centered.vectors[0] @ orthogonal()[0]) > 0.99
     assert np.abs(plain.drawn[:, 0] @ orthogonal()[5]).min() > 0.99
-    assert np.abs(centred.drawn[:, 0] @ orthogonal()[0]).min() > 0.99
+    assert np.abs(centered.drawn[:, 0] @ orthogonal()[0]).min() > 0.99
 
 
 def test_a_gradient_of_zero_is_refused():

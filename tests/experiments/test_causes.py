@@ -9,9 +9,9 @@ from scalpel import experiments
 from scalpel.experiments.brackets import calibration, head_measures, laws
 from scalpel.experiments.brackets import head as h
 from scalpel.experiments.brackets.constructed import threshold_circuit
+from scalpel.models.untrained import untrained
 from scalpel.tasks.brackets import long_lists
 from scalpel.tasks.evidence import PLACES, evidence_lists
-from scalpel.models.untrained import untrained
 
 THETA = 0.05
 
@@ -202,5 +202,5 @@ def test_amounts_that_repeat_are_refused():
 
 
 def test_an_unknown_null_is_refused():
-    with pytest.raises(ValueError, match="there is no null 'permuted'"):
+    with pytest.raises(ValueError, match="unknown null 'permuted'"):
         experiments.run("causes", circuit(), nulls=("permuted",))

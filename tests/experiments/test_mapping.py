@@ -81,7 +81,7 @@ def test_partial_r2_is_that_of_two_regressions():
             errors.append(np.square(y[rows.score] - design[rows.score] @ fitted).sum())
         assert found.r2[0, channel] == pytest.approx(1 - errors[1] / errors[0], abs=1e-6)
     assert np.isnan(found.r2[0, 2]) and not found.live[2]
-    once = found.bootstrap(np.ones((1, found.prompts)), 0)
+    once = found.reweighted(np.ones((1, found.prompts)), 0)
     assert once[0, :2] == pytest.approx(found.r2[0, :2])
     assert found.r2[0, 0] > 0.3 > 0.05 > found.r2[0, 1]
 

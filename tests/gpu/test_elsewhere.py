@@ -13,7 +13,7 @@ import torch
 
 import lanes_cases as lanes
 import scalpel
-import scalpel.jacobians.entry as entry
+import scalpel.jacobians.derivative as derivative
 from analysis_cases import SIZES
 from circuitgpt_cases import build, tokens
 from cuda_stand_in import NO_GPU
@@ -104,7 +104,7 @@ def test_the_jacobian_of_a_circuitgpt(case: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_jacobian_of_a_decoder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(entry, "_announced", False)
+    monkeypatch.setattr(derivative, "_announced", False)
     with exact_norms(), warnings.catch_warnings():
         warnings.filterwarnings("error", message="scalpel.jacobian differentiates")  # the warning for torch.func
         ids = ids_of()
@@ -153,7 +153,7 @@ def test_covariances(dtype: torch.dtype, center: bool, tmp_path: Path) -> None:
     assert exact or 0 < float((apart / spread[:, None] / spread).max()) < 2**-8
     with pytest.raises(ValueError, match="precision is 'rough'; allowed: 'accurate', 'fast'"):
         scalpel.StreamingCovariance(40, precision="rough")
-    with pytest.raises(ValueError, match="a sketch is on the CPU only"):
+    with pytest.raises(ValueError, match="a sketch can only be on the CPU"):
         scalpel.StreamingCovariance(40, rank=3).to(DEVICE)
 
 

@@ -48,8 +48,8 @@ def test_a_heads_part_is_what_its_output_adds_to_the_frozen_readout():
     for head in range(3):
         at = slice(4 * head, 4 * head + 4)
         write = acts["1.attn.y"][:, -1, at] @ model.transformer.h[1].attn.c_proj.weight[:, at].T
-        centred = write - write.mean(-1, keepdim=True)
-        expected = (centred * scale[:, None] * norm.weight) @ model.lm_head.weight[5]
+        centered = write - write.mean(-1, keepdim=True)
+        expected = (centered * scale[:, None] * norm.weight) @ model.lm_head.weight[5]
         torch.testing.assert_close(result.heads[:, 1, head], expected, atol=1e-12, rtol=0)
 
 

@@ -6,6 +6,8 @@ import torch
 import circuitgpt_oracle as oracle
 from circuitgpt_cases import CASES, build, one_thread, tokens  # noqa: F401
 from scalpel.lanes import SparseWeight
+from scalpel.models.circuitgpt.attention import allowed_keys
+from scalpel.models.circuitgpt.layers import LayerInputs
 from scalpel.models.fresh import sinusoids
 
 
@@ -177,3 +179,35 @@ def test_bad_masks_and_positions_are_refused():
         model(ids, position_ids=torch.arange(7) - 1)
     shifted = model(ids, position_ids=torch.arange(7) + 2)
     assert not torch.equal(shifted, model(ids))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "no_layer"])
+def test_a_layer_gives_some_rows_and_may_overwrite_what_it_made(name: str) -> None:
+    """Only the wanted rows, in memory that is used again, are what the whole pass has there; so is each later stage."""
+    model = build(name)
+    ids = tokens(model, 2, 6)
+    rows = torch.tensor([5, 1, 3])
+    concatenated = model.config.d_pos_emb is not None
+    with torch.no_grad():
+        logits, values = model.run_with_cache(ids)
+        layer = LayerInputs(
+            "0",
+            tap=lambda hook, value: value,
+            allowed=allowed_keys(ids, None)[rows],
+            positions=model.transformer.wpe.weight[:6] if concatenated else None,
+            rows=rows,
+            overwrite=True,
+        )
+        block, at = model.transformer.h[0], {hook: value.clone() for hook, value in values.items()}
+        after = values[model.hook_names[11]][:, rows]
+        before, middle = at["0.resid_in"][:, rows], at["0.resid_mid"][:, rows]
+        close = {"rtol": 1e-12, "atol": 1e-12}
+        torch.testing.assert_close(block(at["0.resid_in"], layer), after, **close)
+        attention = block.attn.from_product(block.attn.c_proj(at["0.attn.y"][:, rows]), layer)
+        torch.testing.assert_close(block.from_attention(before, attention, layer), after, **close)
+        torch.testing.assert_close(block.from_middle(middle.clone(), layer), after, **close)
+        written = block.mlp.from_product(block.mlp.c_proj(at["0.mlp.post_act"][:, rows]), layer)
+        torch.testing.assert_close(block.from_mlp(middle, written, layer), after, **close)
+        assert all(torch.equal(at[hook], values[hook]) for hook in values)  # what was given is as it was
+        some = model.unembed(values["final_resid"], ids, (7, 2))
+        torch.testing.assert_close(some, logits[..., [7, 2]], **close)

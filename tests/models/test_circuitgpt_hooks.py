@@ -8,7 +8,7 @@ import torch
 
 import scalpel
 from circuitgpt_cases import build, one_thread, tokens  # noqa: F401
-from scalpel.hooks.masks import watch_masks
+from scalpel.hooks.masks import watch_activations, watch_masks
 from scalpel.models.circuitgpt.ablation import hook_means
 from scalpel.models.circuitgpt.attention import _fused_training, fused_training
 
@@ -322,3 +322,18 @@ def test_masks_are_watched() -> None:
         if not relu and name in recorded:
             assert torch.equal(scalpel.keep_topk(x, k), recorded[name])
     assert torch.equal(seen["0.resid_post_mlp", False][0], seen["0.resid_post_mlp", True][0].relu())
+
+
+@pytest.mark.parametrize("name", ["plain", "relu", "topk_mlp_neuron"])
+def test_activations_are_watched(name: str) -> None:
+    """Of nested watches the inner one is called with what goes into each MLP's GELU or ReLU."""
+    model = build(name)
+    ids, seen, outer = tokens(model, 2, 5), {}, []
+    with watch_activations(lambda name, x: outer.append(name)), watch_activations(seen.__setitem__):
+        _, recorded = model.run_with_cache(ids)
+    model(ids)
+    assert list(seen) == ["0.mlp.post_act", "1.mlp.post_act"] and not outer
+    for hook, x in seen.items():
+        after = model.transformer.h[0].mlp.activation(x)
+        k = model.config.k_at("mlp_neuron", x.shape[-1])
+        assert torch.equal(after if k is None else scalpel.keep_topk(after, k), recorded[hook])

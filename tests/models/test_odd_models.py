@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import scalpel
 from decoder_cases import MODELS, VOCAB, _llama_like, exact_norms, ids_of, model_of
 from scalpel.hooks.inputs import limits_of
-from scalpel.jacobians.passes import ModulePass
+from scalpel.jacobians.module_pass import ModulePass
 from scalpel.models.decoders.decoder import Decoder
 from scalpel.models.decoders.families import decoder_or_reason
 
@@ -307,5 +307,5 @@ def test_blocks_that_are_loaded_whole_and_states_of_another_model(tmp_path: Path
     V = torch.randn(1, *expected.source_shape, dtype=torch.float64)
     torch.testing.assert_close(J.jvp(V), expected.jvp(V), rtol=1e-7, atol=1e-9)
     covariance(model, ids, "1.resid_in", folder=tmp_path)
-    with pytest.raises(ValueError, match=r"another collection \(model differ"):
+    with pytest.raises(ValueError, match=r"another collection .*model"):
         covariance(other, ids, "1.resid_in", folder=tmp_path)

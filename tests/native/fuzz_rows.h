@@ -95,7 +95,7 @@ inline std::uint64_t encode(Rng& rng, const Format& f, double value) {
   return sign | std::min(bits, f.infinity());
 }
 
-// The kinds up to kEverything are those of hard_rows in tests/support/cases.py.
+// The kinds up to kEverything are those of hard_rows in tests/support/tables/cases.py.
 enum class Kind : std::uint8_t {
   kNormal,
   kAllEqual,

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+sys.path.append(str(Path(__file__).with_name("tables")))
+
 import scalpel
 from circuitgpt_cases import build, tokens
 from covariance_states import correlated

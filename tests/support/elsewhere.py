@@ -146,7 +146,7 @@ def _read(given: Any) -> Any:
 def device_with(core: Any, monkeypatch: Any) -> Iterator[None]:
     """Make DEVICE available, with `core` as its ops."""
     kernels = Kernels(core)
-    monkeypatch.setattr("scalpel._native._found", lambda name: kernels)
+    monkeypatch.setattr("scalpel._native._imported", lambda name: kernels)
     stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
     monkeypatch.setattr(torch, "_has_compatible_shallow_copy_type", _may_change_in_place)

@@ -4,3 +4,4 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SUPPORT = Path(__file__).parent
+TABLES = SUPPORT / "tables"

@@ -31,15 +31,14 @@ from scalpel.circuits.task import answer_logits
 from scalpel.cli import bench
 from scalpel.covariance import DebiasedCKA, leave_one_out
 from scalpel.jacobians.stream import stream_layers
-from scalpel.models import untrained
 from scalpel.models.circuitgpt.ablation import hook_means
 from scalpel.models.circuitgpt.config import CircuitGPTConfig
+from scalpel.models.untrained import untrained
 from scalpel.semigroup.anchor import block_map, find_anchors, norm_growth, spectral_radius
 from scalpel.semigroup.greedy import greedy_orbits
 from scalpel.tasks.bracket_words import BRACKET_WORDS
 from scalpel.training.loop import train
 from scalpel.training.machines import MACHINES, MachineCourse, machine_recipe
-from scalpel.training.untrained import untrained
 
 
 def generate(g: Given, **options: Any) -> Tensor:
@@ -338,6 +337,7 @@ OPERATIONS: dict[str, Callable[[Given], Any]] = {
     "CircuitGPT, float64": lambda g: built(g, "plain", dtype=torch.float64),
     "CircuitGPT.forward": lambda g: g.model(g.ids, g.mask),
     "CircuitGPT.forward, non-zeros": no_gradient(lambda g: g.brackets(g.prompt)),
+    "CircuitGPT.unembed": lambda g: g.model.unembed(g.model.run_with_cache(g.ids)[1]["final_resid"], g.ids, (1, 2)),
     "CircuitGPT.from_pretrained": lambda g: loaded(g, "bracket-mini", g.prompt),
     "CircuitGPT.from_pretrained, folder": lambda g: loaded(g, g.checkpoint, g.ids, dtype=torch.float64),
     "CircuitGPT.save_pretrained": saved_model,

@@ -1,4 +1,4 @@
-"""The chunks of an analysis, one after the other: measured, kept, and shortened where memory runs out."""
+"""The chunks of an analysis in order: each is measured and kept, and they get shorter where memory runs out."""
 
 from __future__ import annotations
 
@@ -25,28 +25,31 @@ Record = dict[str, Any]
 
 
 def measure_chunks(
-    task: Task, store: Store, given: Text, length: int, count: int, job: Job, report: Progress
+    task: Task, store: Store, text: Text, length: int, count: int, job: Job, report: Progress
 ) -> tuple[list[Record], list[dict[str, int]]]:
-    """The records of this process's chunks, as they are on disk, so that a resumed analysis is the same to the bit; and
-    where earlier runs were cut off."""
+    """Measure this process's chunks.
+
+    Gives their records as they are on disk, so that a resumed analysis is the same to the bit, and the chunks at which
+    earlier runs were cut off.
+    """
     records, cut_off = [], []
     for i in filter(job.mine, range(count)):
         record = store.load(i)
         while record is None:
-            if times := store.cut_off(i):
+            if times := store.times_cut_off(i):
                 cut_off.append({"chunk": i, "tokens": store.length, "times": times})
                 if times >= _CUT_OFF:
                     store.shrink(i, _smaller(store.length, task.source))
-            ids = given.chunk(i, length, store.length).to(task.source.device)
+            ids = text.chunk(i, length, store.length).to(task.source.device)
             step = _Step(report, f"chunk {i + 1} of {count}, {ids.shape[1]} tokens", i, count)
-            store.begin(i)
+            store.begin_chunk(i)
             try:
                 figures = _within_memory(task, ids, step)
             except BaseException:
-                store.give_up()
+                store.end()
                 raise
             if figures is None:
-                store.give_up()
+                store.end()
                 store.shrink(i, _smaller(store.length, task.source))
                 continue
             record = plain({"chunk": i, "start": i * length, "tokens": ids.shape[1], **figures})
@@ -56,7 +59,7 @@ def measure_chunks(
 
 
 class Task:
-    """What is measured of each chunk; the untrained model is made when it is first needed."""
+    """The measurement of one chunk. The untrained model is made when it is first needed."""
 
     def __init__(self, source: Source, T: int, seed: int, beside: bool, products: bool) -> None:
         self.source = source
@@ -73,11 +76,11 @@ class Task:
             narrow = "bfloat16" in str(source.facts["dtype"])
             return {"trained": measure_streamed(source.folder, ids, self.T, self.seed, narrow, step)}
         step("trained", 0.0)
-        found = {"trained": measure(source.trained, ids, self.T, self.seed, self.products)}
+        sides = {"trained": measure(source.trained, ids, self.T, self.seed, self.products)}
         if self.beside and source.untrained is not None:
             step("untrained", 0.5)
-            found["untrained"] = measure(self.untrained(), ids, self.T, self.seed, self.products)
-        return found
+            sides["untrained"] = measure(self.untrained(), ids, self.T, self.seed, self.products)
+        return sides
 
     def untrained(self) -> nn.Module:
         assert self.source.untrained is not None
@@ -99,7 +102,7 @@ class Task:
 
 @dataclass(frozen=True)
 class _Step:
-    """Progress within a chunk, as progress of everything."""
+    """Progress within a chunk, reported as progress of the whole analysis."""
 
     report: Progress
     chunk: str
@@ -111,7 +114,7 @@ class _Step:
 
 
 def _within_memory(task: Task, ids: Tensor, step: _Step) -> dict[str, Figures] | None:
-    """What ``task`` gives; None where memory ran out."""
+    """The figures that ``task`` gives; None where memory ran out."""
     try:
         return task(ids, step)
     except (MemoryError, RuntimeError, OSError) as error:

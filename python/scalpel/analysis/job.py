@@ -25,26 +25,28 @@ class Job:
         return self.world == 1
 
     def folder(self, folder: Path) -> Path:
-        """Where this process keeps what only it writes."""
+        """The folder of what only this process writes."""
         return folder if self.alone else folder / f"rank-{self.rank}-of-{self.world}"
 
     def mine(self, number: int) -> bool:
         """Whether task ``number`` falls to this process."""
         return number % self.world == self.rank
 
-    def gathered(self, found: list[Any]) -> list[Any]:
-        """What all processes found, those of the first rank first; the same in each. RuntimeError that names the ranks
-        that are gone."""
+    def gathered(self, results: list[Any]) -> list[Any]:
+        """The results of all processes, those of the first rank first; every process gets the same list.
+
+        RuntimeError names the ranks that are gone.
+        """
         if self.alone:
-            return found
+            return results
         import torch.distributed as dist
 
         from ..covariance.distributed import arrive
 
         arrive()
         everyone: list[Any] = [None] * self.world
-        dist.all_gather_object(everyone, found)
-        return [each for part in everyone for each in part]
+        dist.all_gather_object(everyone, results)
+        return [result for part in everyone for result in part]
 
 
 @contextmanager

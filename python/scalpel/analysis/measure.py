@@ -1,7 +1,7 @@
 """The figures of one chunk of text: of a model in memory, as plain data.
 
 Logarithms are natural; a list by layer has D entries, by hook D + 1; −inf (a singular value that is zero to rounding)
-is None. See :class:`scalpel.jacobians.depth.lyapunov.Lyapunov` for each figure.
+is None. See :class:`scalpel.jacobians.depth.result.Lyapunov` for each figure.
 """
 
 from __future__ import annotations
@@ -13,56 +13,59 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..hooks.masks import watch_masks
-from ..jacobians.depth.lyapunov import lyapunov
+from ..jacobians.depth.layers import layer_hooks
+from ..jacobians.depth.lyapunov import lyapunov_of
 from ..jacobians.depth.spectra import Spectra
-from ..jacobians.rows.primal import DensePrimal, places_of, through_layer
-from ..models.circuitgpt.model import CircuitGPT
-from ..models.decoders.families import decoder_of
+from ..jacobians.entry import jacobians_between
 
 Figures = dict[str, Any]
 
 
 def measure(model: nn.Module, ids: Tensor, T: int, seed: int, products: bool) -> Figures:
-    """Of ``model`` at ``ids`` (1, L), all tokens to all tokens, with T directions; ``products``: at each depth, too."""
-    with warnings.catch_warnings(record=True) as said:
+    """Measure ``model`` at ``ids`` (1, L), from all tokens to all tokens, with T directions.
+
+    The model runs once: one trace gives the layers' Jacobians, the active fractions and the margins.
+    ``products``: whether the spectra of the first l layers' product are wanted for each depth l.
+    """
+    names, values = layer_hooks(model, None), _Values()
+    layers = jacobians_between(model, ids, names, see=values.see, see_mask=values.see_mask)
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
-        found = lyapunov(model, ids, T, seed=seed, cumulative=products)
+        depth = lyapunov_of(model, names, layers, T, seed=seed, cumulative=products)
     # "converged" and "residual" hold what lyapunov says of its sweeps; of the layers' own values only a warning tells.
-    stopped = [str(each.message) for each in said if "stopped after" in str(each.message)]
-    for each in said:
-        if "stopped after" not in str(each.message):
-            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
-    active, margins = _circuitgpt(model, ids) if isinstance(model, CircuitGPT) else _decoder(model, ids)
+    stopped = [str(warning.message) for warning in caught if "stopped after" in str(warning.message)]
+    for warning in caught:
+        if "stopped after" not in str(warning.message):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     return {
-        "hooks": list(found.hooks),
-        "exponents": plain(found.exponents),
-        "exponents_less_growth": plain(found.exponents_less_growth),
-        "exponents_less_growth_without_first": plain(found.exponents_less_growth_without_first),
-        "log_norms": plain(found.log_norms),
-        "log_norms_without_first": plain(found.log_norms_without_first),
-        "frame_growth": plain(found.frame_growth),
-        "mean_frame_growth": plain(found.mean_frame_growth),
-        "layers": spectra(found.layers),
-        **({} if found.cumulative is None else {"products": spectra(found.cumulative)}),
+        "hooks": list(depth.hooks),
+        "exponents": plain(depth.exponents),
+        "exponents_less_growth": plain(depth.exponents_less_growth),
+        "exponents_less_growth_without_first": plain(depth.exponents_less_growth_without_first),
+        "log_norms": plain(depth.log_norms),
+        "log_norms_without_first": plain(depth.log_norms_without_first),
+        "frame_growth": plain(depth.frame_growth),
+        "mean_frame_growth": plain(depth.mean_frame_growth),
+        "layers": spectra(depth.layers),
+        **({} if depth.cumulative is None else {"products": spectra(depth.cumulative)}),
         "alignment": {
-            "overlap": plain(found.alignment.overlap),
-            "expected_at_random": plain(found.alignment.expected),
-            "exponents": plain(found.alignment.exponents),
-            "null_exponents": plain(found.alignment.null_exponents.mean(dim=0)),
+            "overlap": plain(depth.alignment.overlap),
+            "expected_at_random": plain(depth.alignment.expected),
+            "exponents": plain(depth.alignment.exponents),
+            "null_exponents": plain(depth.alignment.null_exponents.mean(dim=0)),
         },
-        "rank_bounds": list(found.rank_bounds),
-        "lost": list(found.lost),
-        "active": active,
-        "margins": margins,
-        "converged": found.converged and not stopped,
-        "residual": float(found.residual.max()),
-        "sweeps": found.sweeps,
+        "rank_bounds": list(depth.rank_bounds),
+        "lost": list(depth.lost),
+        "active": values.active,
+        "margins": values.margins,
+        "converged": depth.converged and not stopped,
+        "residual": float(depth.residual.max()),
+        "sweeps": depth.sweeps,
     }
 
 
 def spectra(of: Spectra) -> Figures:
-    """Singular values and ranks of D maps."""
+    """The singular values and ranks of D maps."""
     return {
         "log_singular_values": plain(of.log_values),
         "zeros": plain(of.zeros),
@@ -75,34 +78,37 @@ def spectra(of: Spectra) -> Figures:
 
 
 def plain(values: Tensor | None) -> Any:
-    """As nested lists, what is not finite as None."""
+    """Tensors as nested lists, with None for what is not finite."""
     return None if values is None else _finite(values.tolist())
 
 
 def _finite(value: Any) -> Any:
     if isinstance(value, list):
-        return [_finite(each) for each in value]
+        return [_finite(entry) for entry in value]
     return value if not isinstance(value, float) or math.isfinite(value) else None
 
 
 def share(value: Tensor) -> float:
-    """Of entries that are not zero."""
+    """The share of entries that are not zero."""
     return int(value.count_nonzero()) / max(1, value.numel())
 
 
 # ---- active fractions and margins ----------------------------------------------------------------
 
 
-def _circuitgpt(model: CircuitGPT, ids: Tensor) -> tuple[dict[str, float], dict[str, Figures]]:
-    margins = {}
+class _Values:
+    """What is kept of the values that pass the hooks of a trace: numbers alone, whatever their size."""
 
-    def watch(name: str, x: Tensor, k: int | None) -> None:
+    def __init__(self) -> None:
+        self.active: dict[str, float] = {}
+        self.margins: dict[str, Figures] = {}
+
+    def see(self, name: str, value: Tensor) -> None:
+        self.active[name] = share(value)
+
+    def see_mask(self, name: str, x: Tensor, k: int | None) -> None:
         if k is not None and k < x.shape[-1]:
-            margins[name] = _margins(x.detach(), k)
-
-    with watch_masks(watch), torch.no_grad():
-        _, acts = model.run_with_cache(ids)
-    return {name: share(value) for name, value in acts.items()}, margins
+            self.margins[name] = _margins(x.detach(), k)
 
 
 def _margins(x: Tensor, k: int) -> Figures:
@@ -124,22 +130,3 @@ def _margins(x: Tensor, k: int) -> Figures:
         "relative_median": relative_median,
         "relative_quantile_5": relative_low,
     }
-
-
-def _decoder(model: nn.Module, ids: Tensor) -> tuple[dict[str, float], dict[str, Figures]]:
-    decoder = decoder_of(model)
-    assert decoder is not None
-    found: dict[str, float] = {}
-
-    def tap(name: str, value: Tensor) -> Tensor:
-        found[name] = share(value)
-        return value
-
-    positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    with torch.no_grad():
-        x = decoder.embed(ids, positions)
-        places = places_of(decoder, positions, None, x.dtype)
-        for i in range(decoder.config.layers):
-            x = through_layer(decoder, i, decoder.layer(i), x, places, tap, DensePrimal())
-        tap("final_resid", x)
-    return found, {}

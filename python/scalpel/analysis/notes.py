@@ -1,4 +1,4 @@
-"""What a reader of an analysis must know, in sentences."""
+"""Sentences about what a reader of an analysis must know."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def notes_of(
             f"Memory ran out, or the system ended the program, and chunks were shortened: {steps}. "
             + (f"Means mix chunks of {' and '.join(map(str, lengths))} tokens." if len(lengths) > 1 else "")
         )
-    for each in cut_off:
-        times = "an earlier run was" if each["times"] == 1 else f"{each['times']} earlier runs were"
+    for cut in cut_off:
+        times = "an earlier run was" if cut["times"] == 1 else f"{cut['times']} earlier runs were"
         notes.append(
-            f"In the middle of chunk {each['chunk'] + 1} of {each['tokens']} tokens {times} cut off from outside. "
+            f"In the middle of chunk {cut['chunk'] + 1} of {cut['tokens']} tokens {times} cut off from outside. "
             "Systems that are short of memory do that: --length and --tangents make a chunk smaller."
         )
     if source.kind == "stream":
@@ -56,13 +56,13 @@ def notes_of(
                 f"residual {worst:.1e}); they may be too small."
             )
     if spectra is not None:
-        still = [name for name, each in spectra["trained"].items() if each["variance"] == 0]
+        still = [name for name, figures in spectra["trained"].items() if figures["variance"] == 0]
         if still:
             notes.append(
                 f"Nothing varies at {', '.join(still)}. Gradients of the next-token loss need stretches of two tokens "
                 "or more."
             )
-        few = [name for name, each in spectra["trained"].items() if each["count"] < each["dim"]]
+        few = [name for name, figures in spectra["trained"].items() if figures["count"] < figures["dim"]]
         if few:
             rows, dim = spectra["trained"][few[0]]["count"], spectra["trained"][few[0]]["dim"]
             notes.append(

@@ -1,4 +1,4 @@
-"""An analysis: a text in chunks through a model and an untrained one, each chunk kept as soon as it is measured."""
+"""An analysis: a text goes in chunks through a model and an untrained one; each chunk is kept once it is measured."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _FORMAT = 2  # of the chunks' files: part of the key
 
 @dataclass(frozen=True)
 class Analysis:
-    """All that was found, as plain data.
+    """The results of an analysis, as plain data.
 
     ``trained``, ``untrained``: the figures of :func:`.measure.measure` as :func:`.summary.summarise` gives them;
     ``untrained`` is None where there is no such model. ``spectra``: of activations and gradients, by model and stream;
@@ -74,28 +74,42 @@ def analyze(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Analysis:
-    """Analyse ``model`` (a shipped name, a folder, a GGUF file, a hub id) on the file ``text``, each chunk kept in
-    ``out``.
+    """Measure what a text does to a model's layers, chunk by chunk, each chunk kept in ``out``.
 
-    ``tokenizer``: a tokenizer.json, or encoder.json with vocab.bpe; by default the model's own. The text's first
-    ``chunks`` stretches of ``length`` tokens (by default 64, or the model's context) are measured one by one, with
-    ``tangents`` directions (by default 16, or as many as a chunk has). ``stream``: the model stays in its
-    folder, a layer at a time. ``device``: where the models compute, the CPU or a GPU, such as "cuda"; of torchrun's
-    processes "cuda" is a GPU each. ``untrained``: also a model of the same config, fresh from ``seed``, on the same
-    chunks; not with ``stream``. ``products``: also the spectra of the first l layers' product for each depth l, which
-    cost half the depth times the rest; not with ``stream``.
-    ``stretches``: how many stretches of ``length`` tokens, as far as the text goes, the spectra of activations and
-    gradients at ``hooks`` (a pattern, as :func:`scalpel.collect` takes it) are over, with states of ``memory`` at a
-    time; 0 leaves them out; not with ``stream``.
+    The text's first ``chunks`` stretches of ``length`` tokens are measured one by one. A second call with the same
+    model, text and options goes on where the first ended; a folder with anything else is refused, unless ``fresh``.
+    When memory runs out, the chunks from there on have half as many tokens; so they do when two runs were cut off from
+    outside at the same chunk, as the system does when memory is short. Started by torchrun, processes share chunks and
+    stretches, and each returns all results.
 
-    Started by torchrun, processes share chunks and stretches; each gives all that was found.
+    Args:
+        model: A shipped name, a folder, a GGUF file or a hub id.
+        text: A UTF-8 file.
+        out: The folder of the finished chunks.
+        tokenizer: A tokenizer.json, or encoder.json with vocab.bpe; by default the model's own.
+        length: Tokens of a chunk, by default 64 or the model's context.
+        chunks: How many chunks, as far as the text goes.
+        tangents: How many directions, by default 16 or as many as a chunk has.
+        stream: Whether the model stays in its folder, one layer in memory at a time.
+        device: Where the models compute: "cpu", or a GPU such as "cuda". For torchrun's processes "cuda" is a GPU each.
+        untrained: Whether a model of the same config, fresh from ``seed``, is measured on the same chunks; not with
+            ``stream``.
+        products: Whether the spectra of the first l layers' product are measured for each depth l, which costs half the
+            depth times the rest; not with ``stream``.
+        stretches: How many stretches of ``length`` tokens, as far as the text goes, the spectra of activations and
+            gradients are over; 0 leaves them out; not with ``stream``.
+        hooks: Where these are taken, a pattern as :func:`scalpel.collect` takes it.
+        memory: How much memory their states may take at a time.
+        fresh: Whether everything in ``out`` that an analysis left there is measured anew.
+        seed: Seed of the starting frames, the probes, the nulls and the untrained model.
+        progress: Called as ``progress(what, done)`` before each step, with ``done`` from 0 to 1.
 
-    A second call with the same model, text and options goes on where the first ended; a folder with anything else is
-    refused, unless ``fresh``. When memory runs out, the chunks from there on have half as many tokens; so they do when
-    two runs were cut off from outside (as the system does when memory is short) at the same chunk.
-    ``progress(what, done)``: before each step, ``done`` from 0 to 1.
+    Returns:
+        The figures of both models, means over chunks with intervals.
 
-    ValueError for input that doesn't fit, OSError for what can't be read or written.
+    Raises:
+        ValueError: For input that doesn't fit.
+        OSError: For what can't be read or written.
     """
     report = progress or (lambda what, done: None)
     for name, value, least in (("chunks", chunks, 1), ("tangents", tangents, 1), ("stretches", stretches, 0)):
@@ -114,15 +128,15 @@ def analyze(
     if tangents > most:
         raise ValueError(f"tangents is {tangents}; {length} tokens of width {source.facts['width']} have {most}")
     report("reading the text", 0.0)
-    given = read_text(text, source, tokenizer, length)
-    count = min(chunks, len(given.ids) // length)
+    tokens = read_text(text, source, tokenizer, length)
+    count = min(chunks, len(tokens.ids) // length)
     beside = untrained and source.untrained is not None
     key = {
         "format": _FORMAT,
         "model": source.facts.get("weights_sha256") or source.facts["weights_sampled_sha256"],
         "config": _config_mark(source),
-        "text": given.facts["sha256"],
-        "tokens": given.facts["tokens_sha256"],
+        "text": tokens.facts["sha256"],
+        "tokens": tokens.facts["tokens_sha256"],
         "length": length,
         "tangents": tangents,
         "seed": seed,
@@ -134,26 +148,26 @@ def analyze(
         **({} if source.device.type == "cpu" else {"device": source.facts["device"]}),  # others round otherwise
     }
     if stretches and source.trained is not None:
-        Capture(source.trained, hooks, None)  # a hook that isn't there is said before anything is measured
+        Capture(source.trained, hooks, None)  # raises for a hook that isn't there before anything is measured
     with job_of_environment() as job:
         if job.rank == 0 and not job.alone:
             Store(Path(out), key, length, fresh)  # refuses a folder of another analysis, for all
         job.gathered([])
         store = Store(job.folder(Path(out)), key, length, fresh)
         task = Task(source, tangents, seed, beside, products)
-        mine, cut = measure_chunks(task, store, given, length, count, job, report if job.rank == 0 else _silent)
+        mine, cut = measure_chunks(task, store, tokens, length, count, job, report if job.rank == 0 else _silent)
         records = sorted(job.gathered(mine), key=lambda record: int(record["chunk"]))
         cut_off, shrunk = job.gathered(cut), job.gathered(store.shrunk)
         spectra = None
         if stretches and source.trained is not None:
-            part = Spectra(Path(out), given, length, stretches, hooks, memory, job, fresh, source.device)
+            part = Spectra(Path(out), tokens, length, stretches, hooks, memory, job, fresh, source.device)
             spectra = _spectra(part, task, f"{key['model']} {key['config']}", report if job.rank == 0 else _silent)
     report("done", 1.0)
-    shrunk = [each for each in shrunk if each["chunk"] < count]  # an analysis of more chunks may have gone on
+    shrunk = [step for step in shrunk if step["chunk"] < count]  # an analysis of more chunks may have gone on
     sides = {side: [record[side] for record in records] for side in ("trained", "untrained") if side in records[0]}
     return Analysis(
         model=source.facts,
-        text=given.facts,
+        text=tokens.facts,
         options={"length": length, "chunks": chunks, "tangents": tangents, "seed": seed, "stream": stream},
         chunks=[{"start": record["start"], "tokens": record["tokens"]} for record in records],
         shrunk=shrunk,
@@ -168,11 +182,11 @@ def analyze(
 def _spectra(part: Spectra, task: Task, mark: str, report: Progress) -> dict[str, Any]:
     trained = task.source.trained
     assert trained is not None
-    found: dict[str, Any] = {"stretches": part.stretches, "tokens": part.length, "hooks": part.hooks}
+    spectra: dict[str, Any] = {"stretches": part.stretches, "tokens": part.length, "hooks": part.hooks}
     try:
-        found["trained"] = part.measure("trained", lambda: trained, mark, report)
+        spectra["trained"] = part.measure("trained", lambda: trained, mark, report)
         beside = task.beside
-        found["untrained"] = (
+        spectra["untrained"] = (
             part.measure("untrained", task.untrained, f"{mark} {task.seed}", report) if beside else None
         )
     except (MemoryError, RuntimeError, OSError) as error:
@@ -181,7 +195,7 @@ def _spectra(part: Spectra, task: Task, mark: str, report: Progress) -> dict[str
         raise ValueError(
             "memory ran out over the spectra of hooks: give a smaller --memory, fewer --hooks, or --spectra 0"
         ) from error
-    return found
+    return spectra
 
 
 def _silent(what: str, done: float) -> None:
@@ -193,5 +207,5 @@ def _config_mark(source: Source) -> str | None:
     config: Any = getattr(source.trained, "config", None)  # a streamed model's is in the sample of its folder
     if config is None:
         return None
-    said = asdict(config) if is_dataclass(config) and not isinstance(config, type) else config.to_dict()
-    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+    settings = asdict(config) if is_dataclass(config) and not isinstance(config, type) else config.to_dict()
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()

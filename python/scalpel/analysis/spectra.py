@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import shutil
 import warnings
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from .._files import replace_text
 from .._info import __version__
+from .._resume import Pieces
 from ..covariance import StreamingCovariance, leave_one_out
 from ..covariance.measures import effective_rank, participation_ratio
 from ..streams import collect
@@ -55,15 +55,16 @@ class Spectra:
         self.text, self.length, self.hooks, self.memory, self.job, self.fresh = text, length, hooks, memory, job, fresh
         self.stretches = min(stretches, len(text.ids) // length)
         self.out = out
+        self.pieces = Pieces(out)
 
     def measure(self, side: str, model: Callable[[], nn.Module], mark: str, step: Step) -> dict[str, Any]:
         """{stream: figures} of one model; ``mark`` tells it from others. Read from disk where it was measured."""
         key = f"{mark} {self.length} {self.stretches} {self.hooks} {self.text.facts['tokens_sha256']} {self.job.world}"
         key += f" {__version__} {torch.__version__}"
         name = f"{side}-{_short(key)}"
-        kept, whole = self.out / f"spectra-{name}.json", self.out / "states" / side
-        if not self.fresh and (found := _read(kept)) is not None and _text(whole / _OF) == name:
-            return found
+        kept, whole = f"spectra-{name}.json", self.out / "states" / side
+        if not self.fresh and (figures := self._finished(kept)) is not None and _text(whole / _OF) == name:
+            return figures
         folder = self.out / f"blocks-{name}-{_short(self.memory)}"  # memory decides how streams are grouped there
         parts = self._blocks()
         states = []
@@ -90,13 +91,20 @@ class Spectra:
             step(f"{side}, spectrum at {stream}", 1.0)
             found[stream] = self._figures([block[stream] for block in states], whole / f"{stream}.safetensors")
         if self.job.rank == 0:
-            replace_text(kept, json.dumps(found, allow_nan=False) + "\n")
+            self.pieces.write(kept, found)
             replace_text(whole / _OF, name + "\n")
         self.job.gathered([])  # every process has read its blocks
         if self.job.rank == 0:
             for left in self.out.glob(f"blocks-{name}-*"):
                 shutil.rmtree(left, ignore_errors=True)
         return found
+
+    def _finished(self, name: str) -> dict[str, Any] | None:
+        """None where nothing was measured, or the file is damaged: then it is measured again."""
+        try:
+            return self.pieces.read(name)
+        except ValueError:
+            return None
 
     def _blocks(self) -> list[list[Tensor]]:
         """The stretches as blocks of batches: neighbours in one block, since they are alike."""
@@ -163,12 +171,3 @@ def _short(key: str) -> str:
 
 def _text(path: Path) -> str:
     return path.read_text().strip() if path.is_file() else ""
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """None where there is nothing, or nothing sound: then it is measured again."""
-    try:
-        found = json.loads(_text(path) or "null")
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None

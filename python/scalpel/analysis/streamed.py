@@ -1,7 +1,7 @@
-"""The figures of one chunk of text: of a model that stays a folder, one layer in memory at a time.
+"""The figures of one chunk of text for a model that stays in its folder, one layer in memory at a time.
 
-One pass over the file. Each layer gives its own spectrum while it is there; a frame of directions goes through all of
-them. The exponents of the product need the layers in reverse, too, so there are none.
+The file is read once. Each layer gives its own spectrum while it is in memory, and a frame of directions goes through
+all of them. The exponents of the product need the layers in reverse order, too, so there are none.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from torch import Tensor
 
 from ..jacobians.depth.spectra import Spectra
 from ..jacobians.depth.sweeps import ROUNDING, tail_energy
-from ..jacobians.operator import End, Jacobian
-from ..jacobians.rows.primal import DensePrimal, through_layer
+from ..jacobians.ends import End
+from ..jacobians.operator import Jacobian
 from ..jacobians.stream import StreamedLayer, stream_layers
-from ..models.decoders.decoder import Decoder
 from ..models.decoders.folder import decoder_in
 from .measure import Figures, plain, share, spectra
 
@@ -30,21 +29,26 @@ Step = Callable[[str, float], None]
 
 
 def measure_streamed(folder: Path, ids: Tensor, T: int, seed: int, narrow: bool, step: Step) -> Figures:
-    """Of the model in ``folder`` at ``ids`` (1, L). ``narrow``: its matrix products are bfloat16, which rounds
-    singular values to about 1 % and lets no residual fall further. ``step(what, done)`` before each layer.
+    """Measure the model in ``folder`` at ``ids`` (1, L), with T directions.
 
-    ``residual``, of each layer the largest ‖Jᵀu − σv‖ / σ or ‖Jv − σu‖ / σ: so far, relatively, a value can
-    be from a singular value.
+    ``narrow``: whether its matrix products are bfloat16, which rounds singular values to about 1 % and lets no residual
+    fall further. ``step(what, done)`` is called before each layer.
+
+    ``residual`` holds the largest ‖Jᵀu − σv‖ / σ or ‖Jv − σu‖ / σ of each layer, a bound on the relative distance from
+    a value to a singular value.
     """
     goal = 2e-2 if narrow else 3e-3
     generator = torch.Generator().manual_seed(seed)
     logs, tails, residuals, growth, norms, rest = [], [], [], [], [], []
     active: dict[str, float] = {}
     sizes: list[int] = []
-    decoder = decoder_in(folder)  # its config; weights come with each layer
+    depth = decoder_in(folder).config.layers
     frame: Tensor | None = None
-    for layer in stream_layers(folder, ids):
-        depth = decoder.config.layers
+
+    def see(name: str, value: Tensor) -> None:
+        active[name] = share(value)
+
+    for layer in stream_layers(folder, ids, see=see):
         step(f"layer {layer.number + 1} of {depth}", layer.number / depth)
         J = _operator(layer)
         if min(J.shape) < T:
@@ -54,8 +58,8 @@ def measure_streamed(folder: Path, ids: Tensor, T: int, seed: int, narrow: bool,
             frame = torch.linalg.qr(drawn)[0].to(ids.device)
             norms.append(_log_norm(layer.before))
             rest.append(_log_norm(layer.before[:, 1:]))
-        found, Vh, residual = _spectrum(J, T, seed, goal)
-        logs.append(found.cpu())
+        values, Vh, residual = _spectrum(J, T, seed, goal)
+        logs.append(values.cpu())
         residuals.append(residual)
         tails.append(tail_energy([J], Vh, _PROBES, generator))
         sizes.append(min(J.shape))
@@ -63,7 +67,6 @@ def measure_streamed(folder: Path, ids: Tensor, T: int, seed: int, narrow: bool,
         growth.append(stretched.cpu())
         norms.append(_log_norm(layer.after))
         rest.append(_log_norm(layer.after[:, 1:]))
-        active |= _active(decoder, layer)
     frames = torch.stack(growth)
     alone = ids.shape[1] < 2
     return {
@@ -83,11 +86,11 @@ def measure_streamed(folder: Path, ids: Tensor, T: int, seed: int, narrow: bool,
 
 
 def _operator(layer: StreamedLayer) -> Jacobian:
-    """The resident layer as an operator, for what takes one; it is composed with nothing, so it needs no pass."""
+    """The layer in memory as an operator. It is composed with nothing, so its ends need no pass."""
     nothing = cast(Any, None)
     before = End(nothing, f"{layer.number}.resid_in", None, None, layer.before)
     after = End(nothing, f"the end of layer {layer.number}", None, None, layer.after)
-    # the layer's rules need rows that lie one after the other
+    # the layer's rules need contiguous rows
     return Jacobian(lambda V: layer.jvp(V.contiguous()), lambda U: layer.vjp(U.contiguous()), before, after)
 
 
@@ -106,23 +109,11 @@ def _spectrum(J: Jacobian, T: int, seed: int, goal: float) -> tuple[Tensor, Tens
     return torch.where(nonzero, S, 0.0).log(), Vh, residual
 
 
-def _active(decoder: Decoder, layer: StreamedLayer) -> dict[str, float]:
-    """The layer once more, for what its hooks hold."""
-    rules = layer._rules
-    assert rules is not None
-    found: dict[str, float] = {}
-
-    def tap(name: str, value: Tensor) -> Tensor:
-        found[name] = share(value)
-        return value
-
-    with torch.no_grad():
-        through_layer(decoder, layer.number, rules.layer, layer.before, rules.places, tap, DensePrimal())
-    return found
-
-
 def _through(J: Jacobian, frame: Tensor) -> tuple[Tensor, Tensor]:
-    """The frame after a layer, orthonormal again, and log |R_ii|: one step of ``sweeps.frame_growth``."""
+    """Take the frame through a layer: it is orthonormal again, and log |R_ii| is its growth.
+
+    This is one step of ``sweeps.frame_growth``.
+    """
     W = J.jvp(frame.T.reshape(-1, *J.source_shape).to(J.dtype)).double().reshape(frame.shape[1], -1).T
     Q, R = torch.linalg.qr(W)
     floor = ROUNDING * float(torch.finfo(J.dtype).eps) * float(torch.linalg.matrix_norm(R, 2))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
+
+from ..experiments.statistics import mean_interval
 
 INTERVAL = "mean ± Student's t (0.975, chunks − 1) × standard deviation / √chunks"
 
@@ -18,7 +18,7 @@ def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
     95 % interval by Student's t (None of a single chunk). It is right where chunks differ as draws from a normal
     distribution do, and independently; chunks that lie one after the other in a text may be more alike than that.
     Where a chunk has no finite value, there is no mean: None, and ``undefined_in`` counts these chunks. A truth
-    becomes ``{"true", "of"}``; a text, or an entry that no chunk has, stays as it is.
+    becomes ``{"true", "of"}``; a string, or an entry that no chunk has, stays as it is.
     """
     return {name: _entry([record.get(name) for record in records]) for name in records[0]}
 
@@ -32,14 +32,10 @@ def _entry(values: list[Any]) -> Any:
     if all(value is None for value in values) or _is_text(first):
         return first
     array = np.array(values, dtype=np.float64)  # None is nan
-    count = len(values)
-    mean = array.mean(axis=0)
-    half = np.full_like(mean, np.nan)
-    if count > 1:
-        half = stdtrit(count - 1, 0.975) * array.std(axis=0, ddof=1) / math.sqrt(count)
-    found = {"mean": _listed(mean), "low": _listed(mean - half), "high": _listed(mean + half)}
+    mean, low, high = mean_interval(array)
+    interval = {"mean": _listed(mean), "low": _listed(low), "high": _listed(high)}
     missing = (~np.isfinite(array)).sum(axis=0)
-    return found | ({"undefined_in": missing.tolist()} if missing.any() else {})
+    return interval | ({"undefined_in": missing.tolist()} if missing.any() else {})
 
 
 def _is_text(value: Any) -> bool:
@@ -52,5 +48,5 @@ def _listed(values: np.ndarray) -> Any:
 
 def _none(value: Any) -> Any:
     if isinstance(value, list):
-        return [_none(each) for each in value]
+        return [_none(entry) for entry in value]
     return value if np.isfinite(value) else None

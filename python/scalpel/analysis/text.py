@@ -20,7 +20,7 @@ _PAIRS = {"encoder.json": "vocab.bpe", "vocab.json": "merges.txt"}
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids of a text, and what the report says of it."""
+    """Token ids of a text, and the facts about it that the report shows."""
 
     ids: tuple[int, ...]
     facts: dict[str, Any]
@@ -32,7 +32,7 @@ class Text:
 
 
 def read_text(path: str | Path, source: Source, tokenizer: str | Path | None, length: int) -> Text:
-    """The file at ``path`` in tokens of ``tokenizer``, or of the model's own.
+    """Read the file at ``path`` and cut it into tokens with ``tokenizer``, or with the model's own.
 
     ValueError for a text that is empty, not UTF-8, shorter than ``length`` tokens, or has a token that the model
     lacks; OSError where it can't be read.
@@ -46,16 +46,16 @@ def read_text(path: str | Path, source: Source, tokenizer: str | Path | None, le
     if not text.strip():
         raise ValueError(f"{path} is empty; give a text of {length} tokens or more")
     if tokenizer is not None:
-        found, of = read_tokenizer(Path(tokenizer), source.pair), str(tokenizer)
+        chosen, of = read_tokenizer(Path(tokenizer), source.pair), str(tokenizer)
     elif source.tokenizer is not None:
-        found, of = source.tokenizer, "the model's own"
+        chosen, of = source.tokenizer, "the model's own"
     else:
         why = source.no_tokenizer or f"{source.facts['name']} comes without a tokenizer.json"
         raise ValueError(f"{why}; give --tokenizer: a tokenizer.json, or an encoder.json with its vocab.bpe beside it")
     try:
-        found.inner.no_truncation()  # what a tokenizer.json may ask for is meant for a model's batches
-        found.inner.no_padding()
-        ids = found.encode(text)
+        chosen.inner.no_truncation()  # what a tokenizer.json may ask for is meant for a model's batches
+        chosen.inner.no_padding()
+        ids = chosen.encode(text)
     except ValueError:
         raise ValueError(f"the tokenizer ({of}) has no token for the text in {path}; was it made for it?") from None
     if len(ids) < length:
@@ -65,7 +65,7 @@ def read_text(path: str | Path, source: Source, tokenizer: str | Path | None, le
     worst = max(range(len(ids)), key=ids.__getitem__)
     if ids[worst] >= source.vocab_size:
         raise ValueError(
-            f"token {ids[worst]} ({found.id_to_token(ids[worst])!r}) of {path} is beyond the model's vocabulary of "
+            f"token {ids[worst]} ({chosen.id_to_token(ids[worst])!r}) of {path} is beyond the model's vocabulary of "
             f"{source.vocab_size}: give --tokenizer the one that the model was trained with"
         )
     facts = {

@@ -1,4 +1,4 @@
-"""Circuits: which nodes a task needs, what joins them, and whether they are more than an artefact."""
+"""Circuits: which nodes a task needs, what connects them, and whether they are more than an artefact."""
 
 from .ablations import node_hooks
 from .effects import Effects, ablation_effects

@@ -1,4 +1,4 @@
-"""What stands in for a deleted node: its mean, zero, or a value that it has elsewhere."""
+"""What replaces a deleted node: its mean, zero, or a value that it has elsewhere."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from ..models.circuitgpt.ablation import KINDS, _activations, _stored_means, hook_means
-from ..models.circuitgpt.core import Tap
+from ..models.circuitgpt.layers import Tap
 from ..models.circuitgpt.model import CircuitGPT
 from ..models.circuitgpt.recording import hook_width
 from ..tasks.corpus import interpreter_sources, reference_prompts
 
 __all__ = ["NODE_HOOKS", "Substitute", "digest", "masked", "node_hooks", "nodes_at", "substitute", "training_text"]
 
-# Where a circuit's nodes are (Gao et al. 2025, appendix A.5): what norms give out, channels of q, k and v, neurons, and
+# Where a circuit's nodes are (Gao et al. 2025, appendix A.5): outputs of norms, channels of q, k and v, neurons, and
 # what attention and MLP add to the residual.
 NODE_HOOKS = (
     "attn.act_in",
@@ -30,43 +30,55 @@ NODE_HOOKS = (
 
 
 def node_hooks(model: CircuitGPT) -> list[str]:
-    """The hooks whose channels are nodes, in the order of the forward pass."""
+    """List the hooks whose channels are the nodes of circuits.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The names of the hooks, in the order of the forward pass.
+
+    Example:
+        >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+        >>> scalpel.circuits.node_hooks(model)[:3]
+        ['0.attn.act_in', '0.attn.k', '0.attn.q']
+    """
     return [name for name in model.hook_names if name.partition(".")[2] in NODE_HOOKS]
 
 
 def nodes_at(model: CircuitGPT) -> dict[str, int]:
-    """Hook → number of its nodes."""
+    """Count the nodes at each hook."""
     return {name: hook_width(model, name) for name in node_hooks(model)}
 
 
 @dataclass(frozen=True)
 class Substitute:
-    """Values to put in place of deleted nodes, by hook: (width,) for all tokens, or (samples, width) to draw from."""
+    """Values that replace deleted nodes, by hook: (width,) for all tokens, or (samples, width) to draw from."""
 
     kind: str
     values: dict[str, Tensor]
     generator: torch.Generator | None = None
 
     def again(self, seed: int) -> "Substitute":
-        """The same, its draws beginning anew: what is found must not depend on what was drawn before."""
+        """Restart the draws, because a result must not depend on what was drawn before."""
         return replace(self, generator=torch.Generator().manual_seed(seed))
 
     def at(self, name: str, value: Tensor) -> Tensor:
-        """What replaces ``value`` (batch, length, width) at a hook, of its shape or broadcast to it.
+        """Return what replaces ``value`` (batch, length, width) at a hook, of its shape or broadcast to it.
 
-        Where samples are drawn, all nodes of a token at a hook get theirs from one token of the reference.
+        Where samples are drawn, all nodes of a token at a hook get their values from one token of the reference.
         """
-        given = self.values[name]
+        values = self.values[name]
         if self.kind != "resample":
-            return given.to(value.device)
-        draw = torch.randint(len(given), value.shape[:-1], generator=self.generator, device="cpu")
-        return given[draw].to(value.device)
+            return values.to(value.device)
+        draw = torch.randint(len(values), value.shape[:-1], generator=self.generator, device="cpu")
+        return values[draw].to(value.device)
 
 
 def substitute(model: CircuitGPT, kind: str, reference: Any, hooks: list[str], seed: int = 0) -> Substitute:
-    """The substitute of a kind, "mean", "zero" or "resample", over ``reference`` (prompts, as in ``model.ablate``).
+    """Make the substitute of a kind, "mean", "zero" or "resample", over ``reference``, prompts as in ``model.ablate``.
 
-    Without a reference "mean" takes the means that came with the model.
+    Without a reference, "mean" uses the means that came with the model.
     """
     if kind not in KINDS:
         raise ValueError(f"ablation kind is {kind!r}; allowed: {', '.join(KINDS)}")
@@ -86,20 +98,20 @@ def substitute(model: CircuitGPT, kind: str, reference: Any, hooks: list[str], s
 
 
 def digest(*stand_ins: Substitute) -> str:
-    """SHA-256 of all values."""
-    found = hashlib.sha256()
-    for one in stand_ins:
-        found.update(one.kind.encode())
-        for name, values in one.values.items():
-            found.update(name.encode())
-            found.update(values.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+    """Compute the SHA-256 of all values."""
+    total = hashlib.sha256()
+    for stand_in in stand_ins:
+        total.update(stand_in.kind.encode())
+        for name, values in stand_in.values.items():
+            total.update(name.encode())
+            total.update(values.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def training_text(model: CircuitGPT) -> list[list[int]] | None:
-    """Prompts from the text that a model was trained on, where this library can make it again; else None.
+    """Return prompts from the text that a model was trained on, if this library can make that text again; else None.
 
-    For bracket-mini about 15 seconds of reading the interpreter's library.
+    For bracket-mini this reads the interpreter's library, which takes about 15 seconds.
     """
     if "text" not in model.card or model.tokenizer is None:
         return None
@@ -107,7 +119,7 @@ def training_text(model: CircuitGPT) -> list[list[int]] | None:
 
 
 def masked(masks: dict[str, Tensor], stand_in: Substitute) -> Tap:
-    """A tap that keeps nodes where their mask is 1 and puts the substitute where it is 0; between, a mixture."""
+    """Return a tap that keeps nodes where their mask is 1, substitutes them where it is 0, and mixes in between."""
 
     def tap(name: str, value: Tensor) -> Tensor:
         if name not in masks:

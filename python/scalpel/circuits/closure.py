@@ -1,8 +1,8 @@
-"""The subsemigroup that a circuit closes over: the letters whose action survives when all else is deleted.
+"""The subsemigroup that a circuit closes over: the letters whose action survives when everything else is deleted.
 
-A_C = {a : δ_a with everything else ablated equals δ_a, conflict ≤ ε}; the subsemigroup is ⟨A_C⟩. The machine is learned
-from the whole model at short words, among the task's answers; the circuit's answers are read with the shifts that were
-refitted for it.
+A_C = {a : δ_a with everything else ablated equals δ_a, conflict ≤ ε}, and the subsemigroup is ⟨A_C⟩. The machine is
+learned from the whole model on short words, among the task's answers. The circuit's answers are read with the shifts
+that were refitted for it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,16 +37,17 @@ def closes_over(
     most_conflict: float = 0.05,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The letters A_C of the circuit ``nodes``, and the sizes of ⟨A_C⟩ and of the whole machine's semigroup.
+    """Find the letters A_C of the circuit ``nodes``, and the sizes of ⟨A_C⟩ and of the whole machine's semigroup.
 
-    For prefixes u of up to ``horizon`` letters with ρ(u) = q in the whole model, 2 · ``pairs`` of them a state, the
-    circuit's ρ(ua) is compared with δ(q, a), wherever a may follow. A letter is in A_C where the bound of the mismatch
-    is at most ``most_conflict`` in every such state, and where that isn't so with no node kept at all: a constant
-    answer keeps the letters that lead to one answer, and closes over nothing.
+    For prefixes u of up to ``horizon`` letters with ρ(u) = q in the whole model, 2 · ``pairs`` of them for each state,
+    the circuit's ρ(ua) is compared with δ(q, a), wherever a may follow. A letter is in A_C if the bound of the mismatch
+    is at most ``most_conflict`` in every such state, and if that is not so with no node kept at all: a constant answer
+    preserves the letters that lead to this answer, and closes over nothing.
 
-    Plain data: ``letters``; ``rates`` by letter and state, and ``rates_of_nothing`` with no node kept; ``states_kept``
-    and ``states_kept_by_nothing``, the share of prefixes whose state is known; ``machine``; ``size`` and ``whole_size``
-    (None without libsemigroups).
+    Returns:
+        Plain data: ``letters``; ``rates`` by letter and state, and ``rates_of_nothing`` with no node kept;
+        ``states_kept`` and ``states_kept_by_nothing``, the share of prefixes whose state is known; ``machine``;
+        ``size`` and ``whole_size`` (None without libsemigroups).
     """
     rng = np.random.default_rng([seed, 77])
     whole = _questions(model, words, task)
@@ -80,8 +81,10 @@ def _rates(
     candidate: Candidate,
     own: Mapping[int, Sequence[Word]],
 ) -> tuple[dict[str, Rate], float | None]:
-    """Letter → how often the model with only ``nodes`` left leads elsewhere than the candidate does, by state; and the
-    share of prefixes whose state it knows.
+    """Measure how often the model with only ``nodes`` left leads elsewhere than the candidate, by letter and state.
+
+    Returns:
+        The rates by letter, and the share of prefixes whose state the model still knows.
     """
     alone = _questions(model, words, task)
     fitted = fit_of(model, nodes, stand_in, task)
@@ -95,8 +98,8 @@ def _rates(
                 target = candidate.machine.transitions[state][a]
                 if candidate.machine.outputs[target] is NOT_VALID:
                     continue
-                got = rows_of(alone, [(*word, a) for word in group], candidate.continuations)
-                cells[str(state)] = (sum(row != row_of[target] for row in got), len(group))
+                after = rows_of(alone, [(*word, a) for word in group], candidate.continuations)
+                cells[str(state)] = (sum(row != row_of[target] for row in after), len(group))
             rates[letter] = Rate(cells)
         known = [
             row == row_of[state]
@@ -107,7 +110,7 @@ def _rates(
 
 
 def _questions(model: CircuitGPT, words: Alphabet, task: Task) -> ModelQuestions:
-    """The words' questions among the task's own answers."""
+    """Make questions about the words among the task's own answers."""
     assert model.tokenizer is not None
     answers = {name: text for name, text in words.answers.items() if model.tokenizer.single(text) in task.answers}
     return ModelQuestions(model, words.alphabet, answers, prefix=words.prefix, suffix=words.suffix, valid=words.valid)

@@ -1,4 +1,7 @@
-"""The loss of a circuit, its logits' scale and shifts refitted: deletion changes both, and neither is the task."""
+"""The loss of a circuit with the scale and shifts of its logits refitted.
+
+Deletion changes scale and shifts, and neither is the task.
+"""
 
 from dataclasses import dataclass
 
@@ -20,21 +23,21 @@ class Fit:
 
 
 def refit(logits: Tensor, labels: Tensor) -> Fit:
-    """The scale from 0 to 10 and the shifts that make the cross-entropy of ``logits`` (prompts, answers) least.
+    """Find the scale from 0 to 10 and the shifts that minimize the cross-entropy of ``logits`` (prompts, answers).
 
-    The scale is bounded so that a circuit can't be sharpened without end.
+    The scale is bounded so that a circuit cannot be sharpened without limit.
     """
-    given = logits.detach().double()
-    raw = torch.zeros((), dtype=torch.float64, requires_grad=True, device=given.device)
-    shift = torch.zeros(given.shape[1], dtype=torch.float64, requires_grad=True, device=given.device)
+    fixed = logits.detach().double()
+    raw = torch.zeros((), dtype=torch.float64, requires_grad=True, device=fixed.device)
+    shift = torch.zeros(fixed.shape[1], dtype=torch.float64, requires_grad=True, device=fixed.device)
     optimizer = torch.optim.LBFGS([raw, shift], max_iter=100, line_search_fn="strong_wolfe")
 
     def fitted() -> Tensor:
-        return given * (10 * torch.sigmoid(raw)) + shift
+        return fixed * (10 * torch.sigmoid(raw)) + shift
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        # the least of penalties: where the answers are told apart perfectly, the shifts would run away
+        # A minimal penalty: where the answers are separated perfectly, the shifts would grow without limit.
         loss = F.cross_entropy(fitted(), labels) + 1e-6 * shift.square().sum()
         loss.backward()
         return loss

@@ -1,9 +1,9 @@
-"""A circuit as a graph: kept nodes, and what of the model joins them.
+"""A circuit as a graph: the nodes that are kept, and what connects them in the model.
 
-Edges of kind "weight" are non-zero weights between kept nodes: they are what the circuit's size counts. A channel of
-``attn.y`` carries what its ``attn.v`` channel gave, so the output matrix is drawn from ``attn.v``. Links of the other
-kinds have no weight: "residual", a channel written by a block's output and read by a later block at the same number;
-"score", a q and a k channel that are multiplied; "mix", a head's q and k channels to its v channels.
+Edges of kind "weight" are non-zero weights between kept nodes, and the circuit's size is their number. A channel of
+``attn.y`` carries what its ``attn.v`` channel contributed, so the output matrix is drawn from ``attn.v``. Edges of the
+other kinds have no weight: "residual", a channel that a block's output writes and a later block reads at the same
+number; "score", a q and a k channel that are multiplied; "mix", from a head's q channels to its v channels.
 """
 
 from collections.abc import Iterable
@@ -19,24 +19,52 @@ __all__ = ["CircuitGraph", "circuit_graph"]
 
 @dataclass(frozen=True)
 class CircuitGraph:
-    """``nodes`` in the order of the forward pass; ``edges``: (source, target, kind, weight or None)."""
+    """The nodes of a circuit and the edges between them.
+
+    Attributes:
+        nodes: The names of the nodes, in the order of the forward pass.
+        edges: The edges as (source, target, kind, weight or None).
+
+    Example:
+        >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+        >>> graph = scalpel.circuits.circuit_graph(model, ["0.attn.v:5"])
+        >>> graph.weights, graph.to_dict()
+        (0, {'nodes': ['0.attn.v:5'], 'edges': []})
+    """
 
     nodes: tuple[str, ...]
     edges: tuple[tuple[str, str, str, float | None], ...]
 
     @property
     def weights(self) -> int:
-        """The number of edges that are weights: the size of the circuit."""
+        """The number of edges that are weights, which is the size of the circuit."""
         return sum(kind == "weight" for _, _, kind, _ in self.edges)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: nodes, and edges with src, dst, kind, weight."""
+        """Return the graph as plain data.
+
+        Returns:
+            The nodes, and the edges as dicts with src, dst, kind and weight.
+        """
         keys = ("src", "dst", "kind", "weight")
         return {"nodes": list(self.nodes), "edges": [dict(zip(keys, edge, strict=True)) for edge in self.edges]}
 
 
 def circuit_graph(model: CircuitGPT, nodes: Iterable[str]) -> CircuitGraph:
-    """The graph of some nodes of ``model``, named as ``1.attn.q:5``."""
+    """Connect some nodes of a model by what joins them there.
+
+    Args:
+        model: The model.
+        nodes: The names of the nodes, such as ``1.attn.q:5``.
+
+    Returns:
+        The graph.
+
+    Example:
+        >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+        >>> scalpel.circuits.circuit_graph(model, ["1.attn.v:5", "1.attn.q:3"]).nodes
+        ('1.attn.q:3', '1.attn.v:5')
+    """
     order = {name: i for i, name in enumerate(model.hook_names)}
     kept = sorted(set(nodes), key=lambda node: (order[_hook(node)], _channel(node)))
     edges = [*_weights(model, set(kept)), *_residual(kept, order), *_attention(model, kept)]
@@ -54,34 +82,34 @@ def _weights(model: CircuitGPT, kept: set[str]) -> list[tuple[str, str, str, flo
 
 
 def _residual(kept: list[str], order: dict[str, int]) -> list[tuple[str, str, str, float | None]]:
-    """From each write into the residual to the first reads of that channel, up to the next write into it."""
-    found: list[tuple[str, str, str, float | None]] = []
+    """Connect each write into the residual to all later reads of the same channel."""
+    edges: list[tuple[str, str, str, float | None]] = []
     writes = [node for node in kept if _hook(node).endswith("resid_delta")]
     reads = [node for node in kept if _hook(node).endswith("act_in")]
     for write in writes:
-        found += [
+        edges += [
             (write, read, "residual", None)
             for read in reads
             if _channel(read) == _channel(write) and order[_hook(read)] > order[_hook(write)]
         ]
-    return found
+    return edges
 
 
 def _attention(model: CircuitGPT, kept: list[str]) -> list[tuple[str, str, str, float | None]]:
     width = model.config.d_attn // model.config.n_head
-    found: list[tuple[str, str, str, float | None]] = []
+    edges: list[tuple[str, str, str, float | None]] = []
     by_hook: dict[str, list[str]] = {}
     for node in kept:
         by_hook.setdefault(_hook(node), []).append(node)
     for layer in range(model.config.n_layer):
         q, k, v = (by_hook.get(f"{layer}.attn.{part}", []) for part in "qkv")
         met = {_channel(node) for node in q} & {_channel(node) for node in k}
-        found += [(a, b, "score", None) for a in k for b in q if _channel(a) == _channel(b)]
-        for one in q:
-            if _channel(one) in met:
-                heads = [node for node in v if _channel(node) // width == _channel(one) // width]
-                found += [(one, node, "mix", None) for node in heads]
-    return found
+        edges += [(a, b, "score", None) for a in k for b in q if _channel(a) == _channel(b)]
+        for query in q:
+            if _channel(query) in met:
+                heads = [node for node in v if _channel(node) // width == _channel(query) // width]
+                edges += [(query, node, "mix", None) for node in heads]
+    return edges
 
 
 def _hook(node: str) -> str:

@@ -1,4 +1,4 @@
-"""Masks of nodes, learned: which can be deleted while the task's loss stays low (Gao et al. 2025, appendix A.5)."""
+"""Learned masks of nodes: which can be deleted while the task's loss stays low (Gao et al. 2025, appendix A.5)."""
 
 import math
 from collections.abc import Callable
@@ -18,10 +18,14 @@ __all__ = ["Schedule", "learn_masks"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How masks are learned: ``steps`` of Adam over batches of ``batch`` prompts.
+    """How masks are learned.
 
-    ``cost``: what a node costs in nats, reached linearly over the first half of the steps. ``temperature``: of the
-    sigmoid whose derivative stands in for the step's.
+    Attributes:
+        steps: The number of steps of Adam.
+        batch: The number of prompts in a batch.
+        lr: The learning rate.
+        cost: The cost of a node in nats, which is reached linearly over the first half of the steps.
+        temperature: The temperature of the sigmoid whose derivative replaces that of the step function.
     """
 
     steps: int = 200
@@ -32,7 +36,7 @@ class Schedule:
 
 
 class _Step(torch.autograd.Function):
-    """Forward 1[τ > 0], backward the derivative of sigmoid(τ / temperature)."""
+    """Compute 1[τ > 0] forward, and use the derivative of sigmoid(τ / temperature) backward."""
 
     @staticmethod
     def forward(ctx: Any, tau: Tensor, temperature: float) -> Tensor:
@@ -55,10 +59,10 @@ def learn_masks(
     seed: int,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, Tensor]:
-    """τ in [-1, 1] of every node, by hook (width,): the larger, the more the task needs it.
+    """Learn τ in [-1, 1] for every node, by hook (width,): the larger it is, the more the task needs the node.
 
-    The loss is the cross-entropy of the answers, whose scale and shifts are learned beside the masks, plus
-    ``schedule.cost`` a kept node. The masks are shared over tokens and prompts. The model's weights aren't touched.
+    The loss is the cross-entropy of the answers, whose scale and shifts are learned together with the masks, plus
+    ``schedule.cost`` for each kept node. Tokens and prompts share the masks. The model's weights are not changed.
     """
     generator = torch.Generator().manual_seed(seed)
     taus = {

@@ -1,4 +1,4 @@
-"""How well a model does a task with only some nodes left, or without them."""
+"""How well a model does a task with only some of its nodes, or without them."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -27,17 +27,17 @@ def measure(
     removed: bool = False,
     seed: int = 0,
 ) -> Measured:
-    """Refitted loss and accuracy with only ``nodes`` kept, or with only them deleted.
+    """Measure refitted loss and accuracy with only ``nodes`` kept, or with only them deleted.
 
-    ``seed``: where values are drawn, the same draws for every circuit.
+    ``seed`` makes values that are drawn the same for every circuit.
     """
-    found = fit_of(model, nodes, stand_in.again(seed), task, removed=removed)
-    return Measured(found.loss, found.accuracy)
+    fit = fit_of(model, nodes, stand_in.again(seed), task, removed=removed)
+    return Measured(fit.loss, fit.accuracy)
 
 
 @torch.no_grad()
 def fit_of(model: CircuitGPT, nodes: Sequence[str], stand_in: Substitute, task: Task, *, removed: bool = False) -> Fit:
-    """The same, with the scale and shifts that were fitted."""
+    """Measure as `measure` does, and return the scale and shifts as well."""
     with only(model, nodes, stand_in, removed=removed):
         return refit(answer_logits(model, task), task.labels)
 
@@ -45,7 +45,7 @@ def fit_of(model: CircuitGPT, nodes: Sequence[str], stand_in: Substitute, task: 
 def only(
     model: CircuitGPT, nodes: Iterable[str], stand_in: Substitute, *, removed: bool = False
 ) -> AbstractContextManager[CircuitGPT]:
-    """A context in which only ``nodes`` are left of the model, or in which only they are deleted."""
+    """Return a context in which only ``nodes`` of the model are kept, or in which only they are deleted."""
     named = _parse(model, nodes)
     masks: dict[str, Tensor] = {}
     for name, width in nodes_at(model).items():
@@ -55,7 +55,7 @@ def only(
 
 
 def random_nodes_like(model: CircuitGPT, nodes: Iterable[str], rng: Generator) -> list[str]:
-    """As many nodes at every hook as there are among ``nodes``, at random."""
+    """Draw as many nodes at every hook as there are among ``nodes``."""
     counts = Counter(node.rpartition(":")[0] for node in nodes)
     return [
         f"{name}:{channel}"

@@ -1,7 +1,7 @@
-"""Prompts as a tree: a prefix that several share stands there once.
+"""Prompts as a tree, in which a shared prefix appears only once.
 
-A causal model gives equal prefixes equal values, so what is done to each token needs to be done once for all prompts
-that begin alike; attention then reads a token's ancestors.
+A causal model gives equal prefixes equal values. So what is computed for each token needs to be computed only once for
+all prompts with the same beginning; attention then reads a token's ancestors.
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ __all__ = ["Packed", "pack"]
 
 @dataclass(frozen=True)
 class Packed:
-    """Some prompts of a task, their distinct prefixes numbered so that ancestors come first.
+    """Some prompts of a task, with their different prefixes numbered so that ancestors come first.
 
-    ``rows`` (prompts,): their numbers in the task; ``ids`` (prompts, length): padded on the right; ``first``
-    (prefixes,): where each prefix's last token first stands, in the flattened ids; ``ancestors`` bool (prefixes,
-    prefixes): which tokens a token reads, itself included; ``asked`` (prompts,): each question's prefix.
+    Attributes:
+        rows: The numbers of the prompts in the task, (prompts,).
+        ids: Token ids, (prompts, length), padded on the right.
+        first: Where the last token of each prefix first occurs in the flattened ids, (prefixes,).
+        ancestors: Which tokens each token reads, including itself, bool (prefixes, prefixes).
+        depth: The position of each prefix's last token, (prefixes,).
+        asked: The prefix of each question, (prompts,).
     """
 
     rows: Tensor
@@ -33,13 +37,13 @@ class Packed:
     asked: Tensor
 
     def on(self, device: torch.device) -> Packed:
-        """The same where the model is; ``rows`` stay on the CPU, where the task is."""
+        """Move the tensors to the model's device, except ``rows``, which stay on the CPU with the task."""
         moved = {name: getattr(self, name).to(device) for name in ("ids", "first", "ancestors", "depth", "asked")}
         return replace(self, **moved)
 
 
 def pack(task: Task, most: int) -> list[Packed]:
-    """The prompts in groups of about ``most`` distinct prefixes; those that begin alike stay together."""
+    """Group the prompts into packs of about ``most`` different prefixes, keeping common beginnings together."""
     prompts = [tuple(task.ids[i, : int(task.asked[i]) + 1].tolist()) for i in range(len(task))]
     order = sorted(range(len(prompts)), key=lambda i: prompts[i])
     groups: list[list[int]] = []

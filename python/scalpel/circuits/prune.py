@@ -1,6 +1,5 @@
-"""Find the nodes that a task needs, by learned masks and bisection, over many seeds and beside controls."""
+"""Find the nodes that a task needs, by learned masks and bisection, from many seeds and beside controls."""
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._files import replace_text
+from .._resume import WayOut, Work
 from ..models.circuitgpt.ablation import KINDS
 from ..models.circuitgpt.model import CircuitGPT
 from ..models.fingerprint import identity
@@ -22,7 +21,6 @@ from .ablations import digest, node_hooks, nodes_at, substitute, training_text
 from .closure import closes_over
 from .fit import refit
 from .graph import circuit_graph
-from .kept import keyed_folder
 from .masks import Schedule, learn_masks
 from .measure import measure, random_nodes_like
 from .result import Measured, Pruning, SeedCircuit
@@ -45,17 +43,49 @@ def prune(
     seed: int = 0,
     progress: Callable[[str, float], None] | None = None,
 ) -> Pruning:
-    """The circuit of ``model`` for a task, from ``seeds`` searches that begin differently.
+    """Find the circuit of a model for a task, from several searches with different seeds.
 
-    ``task``: a name in ``circuits.TASKS``, or a function (model, prompts, seed) → Task. ``ablation``: what deleted
-    nodes become while masks are learned, "mean", "zero" or "resample"; every circuit is judged under all three.
-    ``reference``: prompts for means and samples, as in ``model.ablate``; by default text that the model was trained
-    on, where it can be made again, else the task's own prompts, which is noted. ``target``: the task loss in nats that
-    the smallest number of nodes is bisected to, with scale and shifts refitted (0.15 in Gao et al. 2025, A.5).
-    ``prompts``: so many to learn on, as many others to judge on. ``folder``: where finished seeds are kept, so that a
-    call that was stopped goes on; ValueError if it holds another search's.
+    Args:
+        model: The model.
+        task: A name in ``circuits.TASKS``, or a function (model, prompts, seed) → Task.
+        ablation: What replaces deleted nodes while masks are learned, "mean", "zero" or "resample". Every circuit is
+            judged under all three.
+        reference: The prompts for means and samples, as in ``model.ablate``. None uses text that the model was trained
+            on if that can be made again, else the task's own prompts, which is noted in the result.
+        seeds: The number of searches.
+        target: The task's loss in nats, with scale and shifts refitted, for which the smallest number of nodes is found
+            by bisection (0.15 in Gao et al. 2025, A.5).
+        prompts: The number of prompts to learn on; as many others are made to judge on.
+        schedule: How masks are learned; None takes the defaults.
+        folder: A folder that keeps finished searches, so that a call that was stopped continues from there.
+        seed: The seed of all random choices.
+        progress: A function that is called with a description and the fraction done.
 
-    Raises CannotDoTask where the model answers too few prompts right.
+    Returns:
+        The circuits with their controls.
+
+    Raises:
+        CannotDoTask: If the model answers too few prompts correctly.
+        Refused: If the model has no layers, or lacks what the task needs.
+        ValueError: If an option is out of range, or the folder belongs to another search.
+
+    Example:
+        >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+        >>> def closing(model, prompts, seed):
+        ...     task = scalpel.circuits.bracket_counting(model, prompts, seed)
+        ...     return task.relabelled(task.labels, "closing a list")
+        >>> reference = closing(model, 32, seed=0)
+        >>> pruning = scalpel.circuits.prune(
+        ...     model,
+        ...     closing,
+        ...     reference=(reference.ids, reference.mask),
+        ...     seeds=1,
+        ...     target=0.5,
+        ...     prompts=32,
+        ...     schedule=scalpel.circuits.Schedule(steps=2, batch=4),  # the default is 200 steps
+        ... )
+        >>> len(pruning.circuits), pruning.best.reached, len(pruning.best.nodes) < pruning.total
+        (1, True, True)
     """
     begun = time.monotonic()
     if ablation not in KINDS:
@@ -69,7 +99,7 @@ def prune(
     report = progress or (lambda what, done: None)
     schedule = schedule or Schedule()
     if not nodes_at(model):
-        raise Refused("the model has no layer, and so no node to prune")
+        raise Refused("the model has no layers, so it has no nodes to prune")
     found_on = make(model, prompts, 2 * seed)
     judged_on = make(model, prompts, 2 * seed + 1).unseen(found_on)
     accuracy = check_able(model, judged_on)
@@ -79,7 +109,7 @@ def prune(
         reference = training_text(model)
     if reference is None:
         reference = (found_on.ids, found_on.mask)
-        notes.append("The model's training text can't be made again: means and samples are over the task's prompts.")
+        notes.append("The model's training text can't be made again, so means and samples are over the task's prompts.")
     options = {
         "seeds": seeds,
         "prompts": prompts,
@@ -107,7 +137,7 @@ def prune(
     if search.model_loss > target:
         notes.append(
             f"The whole model's own loss, {search.model_loss:.3f} nats, is above the target: a circuit that reaches it "
-            "does the task better than the model, by leaving out what disturbs."
+            "does the task better than the model, by leaving out what interferes."
         )
     closure: dict[str, Any] = {}
     if best is not None and found_on.name in TASK_WORDS:
@@ -140,7 +170,7 @@ def _share(report: Callable[[str, float], None], seed: int, seeds: int, done: fl
 
 
 class _Search:
-    """One search: everything that its seeds share."""
+    """What the searches with different seeds share."""
 
     def __init__(
         self,
@@ -163,7 +193,7 @@ class _Search:
             self.model_loss = refit(answer_logits(model, judged_on), judged_on.labels).loss
 
     def digest(self) -> str:
-        """SHA-256 of what stands in for deleted nodes."""
+        """Compute the SHA-256 of what replaces deleted nodes."""
         return digest(*self.stand_ins.values())
 
     def run(self, number: int, progress: Callable[[float], None]) -> SeedCircuit:
@@ -199,10 +229,10 @@ class _Search:
         )
 
     def _bisect(self, order: Tensor, task: Task) -> tuple[int, float]:
-        """The fewest of the nodes in ``order`` whose loss is at most the target, as far as the loss falls with them."""
+        """Find the fewest nodes in ``order`` whose loss is at most the target, if the loss falls with their number."""
         low, high = 0, len(order)
         best = (high, self._measure(order, self.ablation, task).loss)
-        # the first power of two that reaches the target: beyond it the loss may rise again
+        # Find the first power of two that reaches the target, because beyond it the loss may rise again.
         count = 1
         while count < len(order):
             loss = self._measure(order[:count], self.ablation, task).loss
@@ -223,29 +253,33 @@ class _Search:
 
     @torch.no_grad()
     def _measure(self, nodes: Tensor, kind: str, task: Task, removed: bool = False) -> Measured:
-        """Only ``nodes`` kept, or only they deleted."""
+        """Measure the model with only ``nodes`` kept, or with only them deleted."""
         names = [self.names[i] for i in nodes.tolist()]
         return measure(self.model, names, self.stand_ins[kind], task, removed=removed, seed=self.seed)
 
     def _measure_named(self, names: list[str], removed: bool = False) -> Measured:
-        """The same for nodes by name, judged as the search is."""
+        """Measure nodes by name, under the ablation of the search."""
         stand_in = self.stand_ins[self.ablation]
         return measure(self.model, names, stand_in, self.judged_on, removed=removed, seed=self.seed)
 
 
 class _Kept:
-    """Finished seeds in a folder, each written in one move."""
+    """Finished seeds in a folder, or nothing kept where no folder is given."""
 
     def __init__(self, folder: str | Path | None, key: dict[str, Any]) -> None:
-        what = "the seeds of another search (another model, task or other options)"
-        self.folder = keyed_folder(folder, "search.json", key, what)
+        way_out = WayOut("search", "give another folder", "remove that one to begin anew")
+        self.work = (
+            None if folder is None else Work(folder, "search.json", key, way_out, pieces=[_name("*")], bare=True)
+        )
 
     def load(self, number: int) -> SeedCircuit | None:
-        path = None if self.folder is None else self.folder / f"seed-{number}.json"
-        if path is None or not path.exists():
-            return None
-        return SeedCircuit.from_dict(json.loads(path.read_text()))
+        record = None if self.work is None else self.work.read(_name(number))
+        return None if record is None else SeedCircuit.from_dict(record)
 
     def store(self, circuit: SeedCircuit) -> None:
-        if self.folder is not None:
-            replace_text(self.folder / f"seed-{circuit.seed}.json", json.dumps(asdict(circuit), indent=1))
+        if self.work is not None:
+            self.work.write(_name(circuit.seed), asdict(circuit), allow_nan=True)
+
+
+def _name(number: int | str) -> str:
+    return f"seed-{number}.json"

@@ -1,4 +1,4 @@
-"""What every command shares: the application, common options, and errors as one message and an exit code."""
+"""What all commands share: the application, the common options, and how an error becomes a message and an exit code."""
 
 import dis
 import functools
@@ -28,17 +28,20 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
-Debug = Annotated[bool, typer.Option("--debug", help="On an error, show where it happened.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of every random choice.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="On an error, show the traceback.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of all random choices.")]
 
 
 def guarded(interrupted: str = "interrupted") -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Turns errors that the user can mend into one message and exit code 2.
+    """A decorator of commands that turns errors which the user can mend into one message and exit code 2.
 
-    Those are the errors of files and folders, and each ValueError that the library raises itself: a refusal, a
-    checkpoint that can't be read, an option out of range. A ValueError that comes out of NumPy, PyTorch or Python is a
-    mistake of the library's, as other errors are: it is raised, so that its traceback is shown and the exit code is 1.
+    These are the errors of files and folders, and every ValueError that the library raises itself: a refusal, a
+    checkpoint that can't be read, an option out of range. A ValueError from NumPy, PyTorch or Python is a fault of the
+    library, as are all other errors. It is raised, so that its traceback is shown and the exit code is 1.
+
+    Args:
+        interrupted: What is said when the user presses Ctrl-C; the exit code is then 130.
     """
 
     def decorate(command: Callable[P, R]) -> Callable[P, R]:
@@ -50,7 +53,7 @@ def guarded(interrupted: str = "interrupted") -> Callable[[Callable[P, R]], Call
             except KeyboardInterrupt:
                 show.err().print(interrupted)
                 raise typer.Exit(130) from None
-            except BrokenPipeError:  # the reader of our output has gone; nothing is left to say to it
+            except BrokenPipeError:  # whoever read our output has closed it, so there is nobody left to tell
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 raise typer.Exit(1) from None
             except (ValueError, OSError) as error:
@@ -65,7 +68,7 @@ def guarded(interrupted: str = "interrupted") -> Callable[[Callable[P, R]], Call
 
 
 def _meant(error: ValueError) -> bool:
-    """Whether this package raised the error, by its kind or by a ``raise``, rather than something that it called."""
+    """Whether this package raised the error itself, rather than a library that it called."""
     if type(error).__module__.partition(".")[0] == _PACKAGE.name:
         return True
     at = error.__traceback__
@@ -79,7 +82,7 @@ def _meant(error: ValueError) -> bool:
 
 
 def _check_target() -> None:
-    """The one ValueError of the compiled core that the user can mend, as one of this package."""
+    """Raise the compiled core's error for a bad SCALPEL_TARGET as this package's own, since the user can mend it."""
     if not os.environ.get("SCALPEL_TARGET"):
         return
     from .._native import cpu_core
@@ -97,5 +100,6 @@ def _message(error: Exception) -> str:
 
 
 def print_json(text: str) -> None:
+    """Write JSON, or any other text for programs, to stdout."""
     sys.stdout.write(text + "\n")
-    sys.stdout.flush()  # here, where a reader that has gone is noticed
+    sys.stdout.flush()  # here, so that a closed pipe is noticed inside the command

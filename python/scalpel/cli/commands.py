@@ -1,8 +1,8 @@
 """The command line: ``scalpel run``, ``experiment``, ``analyze``, ``train``, ``prune``, ``bench``.
 
-What needs torch is imported inside the commands, so that ``--help`` answers at once. Results go to stdout,
-everything else to stderr; exit codes: 0 done (whatever the verdicts say), 1 something is broken, 2 the input
-is at fault, 130 interrupted.
+Modules that need torch are imported inside the commands, so that ``--help`` answers at once. Results go to stdout, and
+everything else goes to stderr. Exit codes: 0 if the command has done its work (whatever the verdicts are), 1 if
+something is broken, 2 if the input is at fault, 130 if it was interrupted.
 """
 
 import json
@@ -24,7 +24,7 @@ __all__ = ["app", "main"]
 
 
 def main() -> None:
-    """The entry point."""
+    """Run the command line."""
     app(prog_name="scalpel")
 
 
@@ -49,11 +49,12 @@ def run(
     model: Annotated[
         str, typer.Argument(help="A shipped model, a checkpoint's folder, or an id on the hub.")
     ] = "bracket-mini",
-    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("scalpel-report"),
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("scalpel-report"),
     fresh: Annotated[
         bool,
         typer.Option(
-            "--fresh", help="Compute anew what is stored: the card's accuracy, the circuit, the study on collapse."
+            "--fresh",
+            help="Compute again what is stored: the model's accuracy, its circuit, and the study of collapse.",
         ),
     ] = False,
     seed: Seed = 0,
@@ -61,12 +62,12 @@ def run(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Run every experiment on a model; print the table of verdicts and write a report."""
+    """Run every experiment on a model, print the table of verdicts, and write a report."""
     from ..report import write_report
 
-    check_folder(out)  # first: nobody should wait for a report that can't be written
+    check_folder(out)  # first, so that nobody waits for a report that can't be written
     from ..experiments import Refused
-    from ..experiments.suite import refusals, run_suite
+    from ..experiments.suite import left_out, run_suite
     from ..models.circuitgpt.checkpoint import CheckpointError
 
     with show.Steps("loading") as steps:
@@ -74,7 +75,7 @@ def run(
             suite = run_suite(model, fresh=fresh, seed=seed, progress=steps.stage)
         except (Refused, CheckpointError):
             raise
-        except ValueError as error:  # no option of this command reaches an experiment, so none is at fault
+        except ValueError as error:  # no option of the user's reaches an experiment, so the fault is ours
             raise RuntimeError("an experiment ended in an error of the library; please report it") from error
         steps.stage("writing the report", 1.0)
         page = write_report(out, suite)
@@ -83,7 +84,7 @@ def run(
     else:
         show.out().print(show.results(suite.results))
         show.out().print(f"{suite.seconds:.0f} s. Report: {page}", soft_wrap=True)
-    for note in refusals(suite):
+    for note in left_out(suite):
         show.err().print(f"left out: {note}", soft_wrap=True)
     if open_:
         import webbrowser
@@ -100,9 +101,14 @@ def experiment(
     ] = "bracket-mini",
     option: Annotated[
         list[str] | None,
-        typer.Option("-o", "--option", metavar="KEY=VALUE", help="An option of the experiment; repeatable."),
+        typer.Option(
+            "-o",
+            "--option",
+            metavar="KEY=VALUE",
+            help="An option of the experiment, such as -o seed=1; may be given several times.",
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write a report of this experiment to a folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write a report of this experiment, to this folder.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -112,7 +118,7 @@ def experiment(
 
     options = _options(option or [])
     if "model" in options:
-        raise ValueError("the model is no option; give it as --model")
+        raise ValueError("model is not an option of experiments; give it as --model")
     if name not in experiment_names():
         raise ValueError(f"unknown experiment {name!r}; there are {', '.join(experiment_names())}")
     if out is not None:
@@ -125,23 +131,23 @@ def experiment(
         print_json(result.to_json(indent=2))
     else:
         show.out().print(show.results([result]))
-    for note in result.measured.get("left_out", []):
+    from ..experiments.suite import Suite, left_out
+
+    suite = Suite([result], {"name": result.provenance.get("model", model)}, time.monotonic() - begun)
+    for note in left_out(suite):
         show.err().print(f"left out: {note}", soft_wrap=True)
     if out is not None:
-        from ..experiments.suite import Suite
-
-        facts = {"name": result.provenance.get("model", model)}
-        page = write_report(out, Suite([result], facts, time.monotonic() - begun))
+        page = write_report(out, suite)
         show.err().print(f"Report: {page}", soft_wrap=True)
 
 
-def _options(given: list[str]) -> dict[str, Any]:
-    """``key=value`` texts as a dict; a value is read as JSON where it is JSON, else it is text."""
+def _options(pairs: list[str]) -> dict[str, Any]:
+    """A dict from texts of the form ``key=value``. A value that is JSON is read as such; any other is text."""
     options: dict[str, Any] = {}
-    for text in given:
+    for text in pairs:
         key, equals, value = text.partition("=")
         if not equals or not key.isidentifier():
-            raise ValueError(f"option {text!r} is not of the form key=value; give for example -o seed=1")
+            raise ValueError(f"option {text!r} is not of the form key=value; an example is -o seed=1")
         if key in options:
             raise ValueError(f"option {key!r} is given twice; give it once")
         try:
@@ -152,57 +158,76 @@ def _options(given: list[str]) -> dict[str, Any]:
 
 
 @app.command()
-@guarded("interrupted; the same command, without --fresh, goes on from what is finished")
+@guarded("interrupted; the same command without --fresh continues from the last finished chunk")
 def analyze(
     model: Annotated[
         str,
         typer.Argument(
-            help="A shipped model, a CircuitGPT's folder or hub id, a folder of transformers', or a GGUF file."
+            help="A shipped model, the folder or hub id of a CircuitGPT, a folder of transformers, or a GGUF file."
         ),
     ],
-    text: Annotated[Path, typer.Option(help="The text, a UTF-8 file; its first chunks are analysed.")],
+    text: Annotated[Path, typer.Option(help="The text to analyse, a file in UTF-8.")],
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="A tokenizer.json, or encoder.json with vocab.bpe beside it; by default the model's own."),
+        typer.Option(help="A tokenizer.json, or an encoder.json with a vocab.bpe beside it; by default the model's."),
     ] = None,
     length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a chunk; by default 64, or the model's context.")
+        int | None,
+        typer.Option(min=1, help="Tokens in a chunk; by default 64, or the model's context if that is shorter."),
     ] = None,
-    chunks: Annotated[int, typer.Option(min=1, help="How many chunks, as far as the text goes.")] = 8,
+    chunks: Annotated[int, typer.Option(min=1, help="How many chunks to analyse, from the start of the text on.")] = 8,
     tangents: Annotated[
-        int | None, typer.Option(min=1, help="How many directions, and so singular values; by default 16.")
+        int | None, typer.Option(min=1, help="How many singular values to compute; by default 16.")
     ] = None,
     stream: Annotated[
-        bool, typer.Option("--stream", help="Leave the model in its folder, one layer in memory at a time.")
+        bool,
+        typer.Option("--stream", help="Hold one layer of the model in memory at a time, for models that don't fit."),
     ] = False,
-    device: Annotated[str, typer.Option(help="Where the model computes: cpu, cuda, cuda:1.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Device on which the model runs: cpu, cuda, cuda:1.")] = "cpu",
     untrained: Annotated[
-        bool, typer.Option("--untrained/--no-untrained", help="Beside it an untrained model of the same shape.")
+        bool,
+        typer.Option(
+            "--untrained/--no-untrained", help="Also analyse an untrained model of the same shape, for comparison."
+        ),
     ] = True,
     products: Annotated[
-        bool, typer.Option("--products/--no-products", help="Spectra by depth: half the depth times the rest.")
+        bool,
+        typer.Option(
+            "--products/--no-products",
+            help="Also compute spectra of products of layers, at about half the depth times the other cost.",
+        ),
     ] = True,
     spectra: Annotated[
         int,
-        typer.Option(min=0, help="Stretches of the text that spectra of activations and gradients are over; 0: none."),
+        typer.Option(
+            min=0,
+            help="How many chunks the spectra of activations and gradients are computed over; 0 for no such spectra.",
+        ),
     ] = 256,
     hooks: Annotated[
         str,
-        typer.Option(help="Where they are taken, a pattern; NAME.grad for gradients. By default the residual stream."),
+        typer.Option(
+            help="Regular expression of their hooks, NAME.grad for gradients; by default the residual stream."
+        ),
     ] = r"(\d+\.resid_in|final_resid)(\.grad)?",
     memory: Annotated[
-        str, typer.Option(help="For their states; where they don't fit, the text is read again.")
+        str,
+        typer.Option(
+            help="Memory for these spectra's states. If it is too small for all, the text is read several times."
+        ),
     ] = "4GiB",
-    out: Annotated[Path, typer.Option(help="Folder of the report and of finished chunks.")] = Path("scalpel-analysis"),
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure anew what the folder holds.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the report and for finished chunks.")] = Path(
+        "scalpel-analysis"
+    ),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard what the folder holds, and begin again.")] = False,
     seed: Seed = 0,
     open_: Annotated[bool, typer.Option("--open/--no-open", help="Open the report in a browser.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure what a text does to a model's layers: spectra, ranks, active fractions, margins; write a report.
+    """Measure how a model's layers act on a text: spectra, ranks, active fractions and margins, with a report.
 
-    Stopped, the same command goes on where it was.
+    If it is stopped, the same command continues where it was.
     """
     check_folder(out)
     from ..analysis import analyze as measure
@@ -228,7 +253,7 @@ def analyze(
             seed=seed,
             progress=steps.stage,
         )
-        if os.environ.get("RANK", "0") != "0":  # of torchrun's processes, the first writes for all
+        if os.environ.get("RANK", "0") != "0":  # under torchrun, the first process writes for all
             return
         steps.stage("writing the report", 1.0)
         page = write_analysis(out, analysis)
@@ -248,13 +273,15 @@ def analyze(
 @app.command()
 @guarded()
 def bench(
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes and few rounds: a smoke test.")] = False,
-    device: Annotated[str, typer.Option(help="Where to time: cpu, cuda, cuda:1.")] = "cpu",
-    out: Annotated[Path | None, typer.Option(help="Write the JSON to a file, too.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Use small sizes and few rounds, only to see that it runs.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="Device to time on: cpu, cuda, cuda:1.")] = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Time the library against pure PyTorch, after checking that both give the same answer."""
+    """Time the library against PyTorch, after checking that both give the same answers."""
     if out is not None:
         check_folder(out.parent)
     from . import bench as benchmark

@@ -1,4 +1,4 @@
-"""Commands that make something to look at: ``scalpel train`` and ``scalpel prune``."""
+"""The commands that produce a model or a circuit: ``scalpel train`` and ``scalpel prune``."""
 
 import json
 from enum import StrEnum
@@ -15,7 +15,7 @@ __all__ = ["prune", "train"]
 
 
 class Control(StrEnum):
-    """What a trained control leaves out."""
+    """Which part of the recipe a control is trained without."""
 
     none = "none"
     no_positions = "no-positions"
@@ -23,29 +23,32 @@ class Control(StrEnum):
 
 
 @app.command()
-@guarded("interrupted; the same command goes on from the last saved step")
+@guarded("interrupted; the same command continues from the last saved step")
 def train(
     name: Annotated[
-        str, typer.Argument(help="What to train: bracket-mini, python-small, mod3-mini, flip-flop-mini or parity-mini.")
+        str,
+        typer.Argument(help="Model to train: bracket-mini, python-small, mod3-mini, flip-flop-mini or parity-mini."),
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of the model; by default scalpel-runs/NAME[-CONTROL][-seedN]."),
+        typer.Option(help="Folder for the model; by default scalpel-runs/NAME[-CONTROL][-seedN]."),
     ] = None,
-    control: Annotated[Control, typer.Option(help="Leave something out of the recipe.")] = Control.none,
+    control: Annotated[
+        Control, typer.Option(help="Train a control, which lacks this part of the recipe.")
+    ] = Control.none,
     seed: Seed = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Stop at another number of steps than the recipe's.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Number of training steps; by default the recipe's.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train a model to cut open. Stopped, the same command goes on where it was."""
+    """Train a small model to cut open. If it is stopped, the same command continues where it was."""
     machines = ("mod3-mini", "flip-flop-mini", "parity-mini")
     if name not in ("bracket-mini", "python-small", *machines):
         raise ValueError(
             f"there is no recipe named {name!r}; there are bracket-mini, python-small, {', '.join(machines)}"
         )
     if name in machines and control is not Control.none:
-        raise ValueError(f"--control {control.value} is of bracket-mini's recipe; {name} has none")
+        raise ValueError(f"--control {control.value} is for the recipe of bracket-mini; {name} has none")
     folder = out or Path("scalpel-runs") / _run_name(name, control, seed)
     check_folder(folder)
     with show.Steps(folder.name) as progress:
@@ -83,7 +86,7 @@ def _run_name(name: str, control: Control, seed: int) -> str:
 
 
 class Ablation(StrEnum):
-    """What a deleted node becomes."""
+    """What replaces the activation of a deleted node."""
 
     mean = "mean"
     zero = "zero"
@@ -91,27 +94,31 @@ class Ablation(StrEnum):
 
 
 @app.command()
-@guarded("interrupted; the same command goes on from the last finished seed")
+@guarded("interrupted; the same command continues from the last finished seed")
 def prune(
     model: Annotated[str, typer.Argument(help="A shipped model, a checkpoint's folder, or an id on the hub.")],
-    task: Annotated[str, typer.Option(help="What the circuit is for.")] = "bracket_counting",
-    ablation: Annotated[Ablation, typer.Option(help="What deleted nodes become.")] = Ablation.mean,
-    seeds: Annotated[int, typer.Option(min=1, help="How many searches, each from a start of its own.")] = 10,
-    target: Annotated[float, typer.Option(help="Task loss in nats that the fewest nodes are sought for.")] = 0.15,
-    prompts: Annotated[int, typer.Option(min=8, help="To search on, and as many others to judge on.")] = 512,
+    task: Annotated[str, typer.Option(help="Task for which to find the circuit.")] = "bracket_counting",
+    ablation: Annotated[Ablation, typer.Option(help="What replaces the activation of a deleted node.")] = Ablation.mean,
+    seeds: Annotated[int, typer.Option(min=1, help="How many searches to run, each with its own random start.")] = 10,
+    target: Annotated[
+        float, typer.Option(help="Task loss, in nats, that the circuit must reach with as few nodes as possible.")
+    ] = 0.15,
+    prompts: Annotated[
+        int, typer.Option(min=8, help="How many prompts to search on; as many others are used to judge the circuit.")
+    ] = 512,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the result; by default scalpel-runs/prune-MODEL-TASK-ABLATION.")
+        Path | None, typer.Option(help="Folder for the result; by default scalpel-runs/prune-MODEL-TASK-ABLATION.")
     ] = None,
     keep: Annotated[
-        bool, typer.Option("--keep", help="Also put the result beside the model, where `scalpel run` finds it.")
+        bool, typer.Option("--keep", help="Also store the circuit in the model's folder, where `scalpel run` finds it.")
     ] = False,
     seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Find the nodes that a task needs, and whether they are more than an artefact.
+    """Find the nodes that a task needs, and test against controls whether they are more than an artefact.
 
-    Stopped, the same command goes on where it was.
+    If it is stopped, the same command continues where it was.
     """
     name = f"prune-{Path(model).name}-{task}-{ablation.value}" + (f"-seed{seed}" if seed else "")
     folder = out or Path("scalpel-runs") / name
@@ -128,7 +135,7 @@ def prune(
         loaded = CircuitGPT.from_pretrained(model)
         if keep and loaded.folder is None:
             raise ValueError("the model has no folder of its own to keep the result in")
-        found = search(
+        pruning = search(
             loaded,
             task,
             ablation=ablation.value,
@@ -139,17 +146,17 @@ def prune(
             seed=seed,
             progress=steps.stage,
         )
-        text = found.to_json(indent=1)
+        text = pruning.to_json(indent=1)
         replace_text(folder / FILE, text + "\n")
         if keep and loaded.folder is not None:
             replace_text(loaded.folder / FILE, text + "\n")
         steps.stage("judging it on new prompts", 1.0)
-        result = examine(loaded, found, seed=seed)
-        page = write_report(folder, Suite([result], loaded.card, found.seconds))
+        result = examine(loaded, pruning, seed=seed)
+        page = write_report(folder, Suite([result], loaded.card, pruning.seconds))
     if as_json:
         print_json(text)
     else:
         show.out().print(show.results([result]))
-        show.out().print(f"{found.seconds:.0f} s. Report: {page}", soft_wrap=True)
-    for note in found.notes:
+        show.out().print(f"{pruning.seconds:.0f} s. Report: {page}", soft_wrap=True)
+    for note in pruning.notes:
         show.err().print(f"note: {note}", soft_wrap=True)

@@ -1,6 +1,6 @@
-"""How the command line shows things: tables on stdout, progress and errors on stderr.
+"""What the command line prints: tables on stdout, progress and errors on stderr.
 
-Only text objects are printed, never markup: brackets are what this library is about.
+Only text objects are printed, never rich's markup, since texts about this library are full of brackets.
 """
 
 import sys
@@ -15,45 +15,46 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from ..experiments.verdicts import MARKS, Verdict
+
 if TYPE_CHECKING:
     from ..experiments.result import Result
 
 COLUMNS = ("question", "seed's figure", "predicted", "measured", "null", "verdict")
-WIDE = 118  # columns of a terminal from which on six of them side by side can be read
+WIDE = 118  # width of a terminal, in characters, from which on six columns side by side can be read
 
-_VERDICT = {
-    "reproduced": ("✓", "bold green"),
-    "not reproduced": ("✗", "bold red"),
-    "indistinguishable": ("≈", "bold yellow"),
-    "not testable here": ("–", "dim"),
+_STYLES: dict[Verdict, str] = {
+    "reproduced": "bold green",
+    "not reproduced": "bold red",
+    "indistinguishable": "bold yellow",
+    "not testable here": "dim",
 }
 
 
 def out() -> Console:
-    """The console of results; made at each use, so that a redirected stdout counts."""
+    """The console for results. It is made at each use, so that a redirected stdout is respected."""
     return Console(markup=False, emoji=False, highlight=False)
 
 
 def err() -> Console:
-    """The console of everything that isn't a result."""
+    """The console for everything that isn't a result."""
     return Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 
 def fail(message: str) -> None:
-    """One clear message, on stderr."""
+    """Print an error's message on stderr."""
     err().print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
 
 
-def verdict(name: str) -> Text:
-    """A verdict with its mark, so that the colour isn't needed to read it."""
-    mark, style = _VERDICT.get(name, ("?", "bold"))
-    return Text(f"{mark} {name}", style=style)
+def verdict(name: Verdict) -> Text:
+    """A verdict with its mark, so that no colour is needed to read it."""
+    return Text(f"{MARKS[name]} {name}", style=_STYLES[name])
 
 
-def results(found: Sequence["Result"], width: int | None = None) -> Table:
-    """The table of verdicts: six columns on a wide terminal, one block an experiment on a narrow one."""
+def results(rows: Sequence["Result"], width: int | None = None) -> Table:
+    """The table of verdicts: six columns on a wide terminal, and on a narrow one a block for each experiment."""
     wide = (out().width if width is None else width) >= WIDE
-    return _columns(found) if wide else _blocks(found)
+    return _columns(rows) if wide else _blocks(rows)
 
 
 def _cells(result: "Result") -> tuple[Text, ...]:
@@ -71,20 +72,20 @@ def _cells(result: "Result") -> tuple[Text, ...]:
     )
 
 
-def _columns(found: Sequence["Result"]) -> Table:
+def _columns(rows: Sequence["Result"]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_lines=False, expand=True, padding=(0, 1, 1, 0))
     for name, ratio in zip(COLUMNS, (5, 4, 5, 5, 4, 3), strict=True):
         table.add_column(name, ratio=ratio, overflow="fold")
-    for result in found:
+    for result in rows:
         table.add_row(*_cells(result))
     return table
 
 
-def _blocks(found: Sequence["Result"]) -> Table:
+def _blocks(rows: Sequence["Result"]) -> Table:
     table = Table(box=box.SIMPLE, show_header=False, expand=True, padding=(0, 1, 0, 0))
     table.add_column(no_wrap=True, style="dim")
     table.add_column(ratio=1, overflow="fold")
-    for result in found:
+    for result in rows:
         cells = _cells(result)
         cells[0].stylize("bold")
         for name, cell in zip(COLUMNS, cells, strict=True):
@@ -94,7 +95,7 @@ def _blocks(found: Sequence["Result"]) -> Table:
 
 
 def facts(title: str, values: Mapping[str, Any]) -> Table:
-    """Two columns of names and values; what is nested is left to --json."""
+    """A table of names and values. Nested values are left to --json."""
     table = Table(box=box.SIMPLE, title=title, title_justify="left", title_style="bold", show_header=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")
@@ -108,7 +109,7 @@ def facts(title: str, values: Mapping[str, Any]) -> Table:
 
 
 def timings(report: Mapping[str, Any]) -> Table:
-    """What `scalpel bench` found: medians in milliseconds and their ratios."""
+    """The table of `scalpel bench`: medians in milliseconds, and their ratios."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
     table.add_column("operation", no_wrap=True)
     for name in ("ours, ms", "peer", "floor", "peer/ours", "ours/floor"):
@@ -140,10 +141,9 @@ def _summary(part: Mapping[str, Any]) -> str:
 
 
 class Steps:
-    """Progress on stderr: a bar on a terminal, elsewhere a line a stage and then one in ten seconds.
+    """Progress on stderr: a bar on a terminal; elsewhere a line for each stage, and then one every ten seconds.
 
-    Use as a context manager; ``stage(name, fraction)`` and ``step(done, total, loss)`` are the callbacks of
-    the library.
+    It is a context manager. ``stage`` and ``step`` are callbacks for the library's functions.
     """
 
     EVERY_SECONDS = 10.0
@@ -173,12 +173,12 @@ class Steps:
         self._bar.stop()
 
     def stage(self, name: str, fraction: float) -> None:
-        """The suite's callback: what is being done, and how much of everything is done (0 to 1)."""
+        """A callback for a suite or an analysis: what is being done, and the share of all work done, from 0 to 1."""
         self._bar.update(self._task, description=name, completed=fraction)
         self._line(name, f"{fraction:4.0%} {name}")
 
     def step(self, done: int, total: int, loss: float) -> None:
-        """The training's callback: steps done, of how many, and the smoothed loss in nats."""
+        """A callback for training: the steps done, the number of all steps, and the smoothed loss in nats."""
         self._bar.update(self._task, description=f"step {done}/{total}  loss {loss:.3f}", completed=done / total)
         self._line("train", f"step {done}/{total} loss {loss:.3f}")
 

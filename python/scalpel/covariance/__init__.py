@@ -1,4 +1,4 @@
-"""Streaming covariance: exact states and sketches, their spectra, and what is computed from several of them."""
+"""Streaming covariance: exact states and sketches, their spectra, and measures computed from several of them."""
 
 from .intervals import Interval, leave_one_out
 from .similarity import DebiasedCKA

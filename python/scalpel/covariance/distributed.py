@@ -1,4 +1,4 @@
-"""States of several processes, merged through torch.distributed in the order of their ranks."""
+"""Merging the states of several processes through torch.distributed, in the order of their ranks."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from .state import State
 
 
 def all_reduce(state: State, group: Any = None) -> State:
-    """The merged state, in every process; ``state`` stays. See :meth:`StreamingCovariance.all_reduce`.
+    """Return the merged state in every process; see :meth:`StreamingCovariance.all_reduce`.
 
-    The first rank takes the others' states one by one, merges, and sends the result to all: one state more in memory
-    there, and bits that depend on the order of ranks alone.
+    The first rank receives the other states one at a time, merges them, and sends the result to all. That takes memory
+    for one more state there, and makes the bits depend on the order of the ranks only. ``state`` is not changed.
     """
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
-            "torch.distributed isn't set up: call torch.distributed.init_process_group first, or start the program "
-            "with torchrun"
+            "torch.distributed is not initialized: call torch.distributed.init_process_group first, or start the "
+            "program with torchrun"
         )
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
         raise RuntimeError("this process is not in the group; only its members call all_reduce")
     arrive(group)
     mine = state.tensors()
-    told = (state.kind(), {name: (tuple(t.shape), t.dtype) for name, t in mine.items()})
+    description = (state.kind(), {name: (tuple(t.shape), t.dtype) for name, t in mine.items()})
     everyone: list[Any] = [None] * world
-    dist.all_gather_object(everyone, told, group)
+    dist.all_gather_object(everyone, description, group)
     kinds = [kind for kind, _ in everyone]
     if any(kind != kinds[0] for kind in kinds):
-        told_of = "; ".join(f"rank {r}: method, dim, center, rank = {kind}" for r, kind in enumerate(kinds))
-        raise ValueError(f"states of different kinds can't be merged: {told_of}")
+        by_rank = "; ".join(f"rank {r}: method, dim, center, rank = {kind}" for r, kind in enumerate(kinds))
+        raise ValueError(f"states of different kinds cannot be merged: {by_rank}")
     nccl = dist.get_backend(group) == "nccl"
     where = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
     ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
@@ -49,29 +49,33 @@ def all_reduce(state: State, group: Any = None) -> State:
             for name in sorted(mine):
                 dist.send(_moved(mine[name], where), dst=ranks[0], group=group)
     else:
-        total = copy.deepcopy(state)  # a connection that breaks halfway leaves this state as it was
+        total = copy.deepcopy(state)  # so that a connection that breaks halfway leaves this state unchanged
         for other, (_, shapes) in enumerate(everyone[1:], start=1):
             with _names_the_rank(ranks[other]):
-                found = {}
+                received = {}
                 for name, (shape, dtype) in sorted(shapes.items()):
-                    found[name] = torch.empty(shape, dtype=dtype, device=where)
-                    dist.recv(found[name], src=ranks[other], group=group)
-            taken = state.empty()
-            taken.restore({name: tensor.cpu() for name, tensor in found.items()})
-            total.merge(taken)
+                    received[name] = torch.empty(shape, dtype=dtype, device=where)
+                    dist.recv(received[name], src=ranks[other], group=group)
+            theirs = state.empty()
+            theirs.restore({name: tensor.cpu() for name, tensor in received.items()})
+            total.merge(theirs)
         mine = total.tensors()
     return _shared(state, mine, rank, ranks[0], group, where)
 
 
-_arrivals: Counter[tuple[int, ...]] = Counter()  # by group: each of its processes calls as often as the others
+_arrivals: Counter[tuple[int, ...]] = Counter()  # calls so far of each group, equally many in each of its processes
 
 
 def arrive(group: Any = None) -> None:
-    """Waits for every process of the group. RuntimeError that names the ranks that are gone."""
+    """Wait for every process of the group.
+
+    Raises:
+        RuntimeError: If some do not arrive; the message names their ranks.
+    """
     import torch.distributed as dist
 
     if dist.get_backend(group) != "gloo":
-        dist.barrier(group)  # NCCL's own watchdog says who is missing
+        dist.barrier(group)  # NCCL's own watchdog reports missing ranks
         return
     ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
     _arrivals[tuple(ranks)] += 1
@@ -82,21 +86,24 @@ def arrive(group: Any = None) -> None:
         dist.monitored_barrier(group, wait_all_ranks=True)
     except RuntimeError as error:
         raise RuntimeError(
-            f"{_absent(error, store, mark, ranks)} is gone: its rows are lacking, so nothing is merged. Start all "
-            "processes again; what was saved is used"
+            f"{_absent(error, store, mark, ranks)} is gone and its rows are missing, so nothing was merged. Start all "
+            "processes again; they continue from what was saved"
         ) from error
 
 
 def _absent(error: RuntimeError, store: Any, mark: str, ranks: list[int]) -> str:
-    """Who did not arrive. The barrier's own error names them, unless the connection broke before it began."""
+    """Name the ranks that did not arrive.
+
+    The barrier's own error names them, unless the connection broke before the barrier began.
+    """
     named = re.search(r"Ranks? ([\d, ]+) failed", str(error))
     if named is not None:
         return f"rank {named.group(1).strip(' ,')}"
     try:
-        time.sleep(1.0)  # those who are on their way
+        time.sleep(1.0)  # wait for those that are merely late
         missing = [str(rank) for rank in ranks if not store.check([f"{mark}/{rank}"])]
     except RuntimeError:
-        missing = [f"{ranks[0]} (it holds the store)"]
+        missing = [f"{ranks[0]} (which holds the store)"]
     return f"rank {', '.join(missing)}" if missing else "a rank"
 
 
@@ -108,19 +115,19 @@ def _shared(
     group: Any,
     where: torch.device,
 ) -> State:
-    """The first rank's merged state, in all."""
+    """Send the first rank's merged state to all processes."""
     import torch.distributed as dist
 
-    told: list[Any] = [{name: (tuple(t.shape), t.dtype) for name, t in merged.items()}]
-    found = {}
+    shapes: list[Any] = [{name: (tuple(t.shape), t.dtype) for name, t in merged.items()}]
+    received = {}
     with _names_the_rank(first):
-        dist.broadcast_object_list(told, src=first, group=group)
-        for name, (shape, dtype) in sorted(told[0].items()):
+        dist.broadcast_object_list(shapes, src=first, group=group)
+        for name, (shape, dtype) in sorted(shapes[0].items()):
             tensor = torch.empty(shape, dtype=dtype, device=where) if rank else _moved(merged[name], where)
             dist.broadcast(tensor, src=first, group=group)
-            found[name] = tensor
+            received[name] = tensor
     fresh = state.empty()
-    fresh.restore({name: tensor.cpu() for name, tensor in found.items()})
+    fresh.restore({name: tensor.cpu() for name, tensor in received.items()})
     return fresh
 
 

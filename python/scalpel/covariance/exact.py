@@ -1,4 +1,4 @@
-"""The exact state: every direction, in the core."""
+"""The exact state on the CPU, which keeps every direction."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ from .state import State, Total
 
 BLOCK_ROWS: int = cpu_core.block_rows()
 _ROWS = 256
-FLOAT32_VARIANCES = 1e-20, 1e30  # whose products float32 holds
+FLOAT32_VARIANCES = 1e-20, 1e30  # the range of variances whose products float32 can hold
 
 
 class Exact(State):
-    """Mean (dim,) and scatter (dim, dim) in float64, its lower triangle; csrc/covariance/covariance.h says how.
+    """Mean (dim,) and the lower triangle of the scatter (dim, dim), in float64; see csrc/covariance/covariance.h.
 
-    Rows wait here, as they came, until a block of them joins.
+    Rows wait here, in the dtype in which they came, until there is a block of them.
     """
 
     method = None
 
     def __init__(self, dim: int, center: bool) -> None:
         super().__init__(dim, center)
-        self._counts = torch.zeros(2, dtype=torch.int64, device="cpu")  # joined and waiting, the core's to write
+        self._counts = torch.zeros(
+            2, dtype=torch.int64, device="cpu"
+        )  # of joined and of waiting rows; the core writes them
         self._mean = torch.zeros(dim, dtype=torch.float64, device="cpu")
         self._scatter = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
         self._waiting = torch.empty(0, dim, dtype=torch.float32, device="cpu")
         self._leading = Leading()
-        self._answer: Spectrum | None = None  # to the last question, while no row has come since
+        self._answer: Spectrum | None = None  # the last spectrum, until another row arrives
 
     def empty(self) -> Exact:
         return Exact(self.dim, self.center)
@@ -50,7 +52,7 @@ class Exact(State):
         if waiting and self._waiting.dtype != rows.dtype:
             bad: int = cpu_core.first_bad_row(memory_of(rows, "x"), torch.get_num_threads())
             if bad >= 0:
-                return bad  # before anything is changed
+                return bad  # refuse before anything has changed
             self.fold()
             joined, waiting = self._counts.tolist()
         limit = BLOCK_ROWS if joined else max(BLOCK_ROWS, self.dim)
@@ -60,11 +62,11 @@ class Exact(State):
         self._answer = None
         bad = cpu_core.update_moments(*self._memory(), self.center, memory_of(rows, "x"), torch.get_num_threads())
         if self.dim > BLOCK_ROWS and not joined and int(self._counts[0]):
-            self._waiting = self._waiting[:BLOCK_ROWS].clone()  # more never wait from here on
+            self._waiting = self._waiting[:BLOCK_ROWS].clone()  # from now on no more than a block will wait
         return bad
 
     def fold(self) -> None:
-        """The rows that wait join."""
+        """Make waiting rows join."""
         if int(self._counts[1]):
             self._need_scatter()
             cpu_core.fold_moments(*self._memory(), self.center, torch.get_num_threads())
@@ -72,7 +74,7 @@ class Exact(State):
     def merge(self, other: State) -> None:
         assert isinstance(other, Exact)
         if not int(other._counts[0]) and other._waiting.dtype == self._waiting.dtype and other is not self:
-            self.update(other._rows())  # what waits there is few rows, and may go on waiting here
+            self.update(other._rows())  # the other state's few waiting rows may go on waiting here
             return
         self._combine(other, cpu_core.merge_moments)
 
@@ -103,10 +105,10 @@ class Exact(State):
         return self._full(torch.float64)
 
     def total(self) -> Total:
-        """Σ λ and Σ λ², without eigenvalues."""
+        """Compute Σ λ and Σ λ² without eigenvalues."""
         if self._few_rows():
-            rows = self._centred()
-            lower = rows @ rows.T  # its eigenvalues are the scatter's
+            rows = self._centered()
+            lower = rows @ rows.T  # has the eigenvalues of the scatter
         else:
             self.fold()
             lower = self._scatter
@@ -116,42 +118,42 @@ class Exact(State):
 
     def spectrum(self, k: int | None) -> Spectrum:
         if self._few_rows():
-            return by_rows(self._centred(), self.count, k)
+            return by_rows(self._centered(), self.count, k)
         self.fold()
         if self._answer is not None and k is not None and k <= len(self._answer.values):
             return Spectrum(self._answer.values[:k].clone(), self._answer.vectors[:k].clone())
-        found = self._spectrum(k)
-        self._answer = found
-        return Spectrum(found.values.clone(), found.vectors.clone())
+        spectrum = self._spectrum(k)
+        self._answer = spectrum
+        return Spectrum(spectrum.values.clone(), spectrum.vectors.clone())
 
     def _spectrum(self, k: int | None) -> Spectrum:
         largest = float(self._scatter.diagonal().max()) / self.count  # no entry is larger
         if k is not None and worth_iterating(self.dim, k) and FLOAT32_VARIANCES[0] < largest < FLOAT32_VARIANCES[1]:
-            found = self._leading.find(self._full(torch.float32), self._product, k)
-            if found is not None:
-                return found
-        found = by_lapack(self.covariance())
-        self._leading.start_from(found.vectors)
-        return found if k is None else Spectrum(found.values[:k], found.vectors[:k])
+            leading = self._leading.find(self._full(torch.float32), self._product, k)
+            if leading is not None:
+                return leading
+        spectrum = by_lapack(self.covariance())
+        self._leading.start_from(spectrum.vectors)
+        return spectrum if k is None else Spectrum(spectrum.values[:k], spectrum.vectors[:k])
 
     def _product(self, R: Tensor) -> Tensor:
-        """Rows R (k, dim) times the covariance; above its diagonal the scatter holds zeros."""
+        """Multiply rows R (k, dim) by the covariance; the scatter is zero above its diagonal."""
         lower = self._scatter
         return (R @ lower + R @ lower.T - R * lower.diagonal()) / self.count
 
     def eigenvalues(self) -> Tensor:
         if self._few_rows():
-            values = torch.linalg.svdvals(self._centred()).square() / self.count
+            values = torch.linalg.svdvals(self._centered()).square() / self.count
             values = torch.cat([values, values.new_zeros(self.dim - len(values))])
         else:
             values = torch.linalg.eigvalsh(self.covariance()).flip(0)
         return above_noise(values)
 
     def _few_rows(self) -> bool:
-        """All rows are still here, and fewer than there are columns: their Gram matrix is the smaller one."""
+        """Whether all rows still wait and are fewer than the columns, so that their Gram matrix is the smaller one."""
         return not int(self._counts[0]) and self.count < self.dim
 
-    def _centred(self) -> Tensor:
+    def _centered(self) -> Tensor:
         rows = self._rows().double()
         return rows - self.mean if self.center else rows
 
@@ -202,19 +204,19 @@ class Exact(State):
 
 
 def triangle(scatter: Tensor, packed: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each row of the scatter, up to the diagonal, and its place in ``packed``, which is empty without rows."""
+    """Yield each row of the scatter up to the diagonal with its part of ``packed``, which is empty without rows."""
     for i in range(len(scatter) if len(packed) else 0):
         begin = i * (i + 1) // 2
         yield scatter[i, : i + 1], packed[begin : begin + i + 1]
 
 
 def total_of(lower: Tensor, count: int) -> Total:
-    """Of a scatter's lower triangle."""
+    """Compute sums over the spectrum from the lower triangle of a scatter."""
     diagonal = lower.diagonal()
     total = float(diagonal.sum())
     if total <= 0:
         return Total(0.0, 0.0)
-    # of shares of the total, a few rows at a time: no copy of the matrix, and nothing beyond float64's range
+    # Square shares of the total, a few rows at a time: the matrix is not copied, and nothing leaves float64's range.
     squares = -float((diagonal / total).square().sum())
     for i in range(0, len(lower), _ROWS):
         squares += 2 * float((lower[i : i + _ROWS].tril(i) / total).square().sum())
@@ -222,6 +224,6 @@ def total_of(lower: Tensor, count: int) -> Total:
 
 
 def above_noise(values: Tensor) -> Tensor:
-    """Eigenvalues, descending; those that are rounding become 0."""
+    """Set those of the descending eigenvalues to 0 that are only rounding errors."""
     noise = len(values) * torch.finfo(torch.float64).eps * float(values[0])
     return torch.where(values > noise, values, 0.0)

@@ -1,4 +1,4 @@
-"""Frequent Directions: a sketch with a proven bound."""
+"""Frequent Directions: a sketch with a proven error bound."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from .sketch import Sketch, by_gram
 
 
 class FrequentDirections(Sketch):
-    """Ghashami, Liberty, Phillips & Woodruff 2016 (arXiv 1501.01711), with the robust estimate of Huang, Sun & Wang
-    2017 (arXiv 1705.05067, "Robust Frequent Directions").
+    """Frequent Directions with the robust estimate.
 
-    Whenever more than m = 2·rank rows are there, all squared lengths are shrunk by that of the (m + 1)-th, δ. With
+    The algorithm is that of Ghashami, Liberty, Phillips & Woodruff 2016 (arXiv 1501.01711), the estimate that of Huang,
+    Sun & Wang 2017 (arXiv 1705.05067, "Robust Frequent Directions").
+
+    Whenever there are more than m = 2·rank rows, all squared lengths are reduced by that of the (m + 1)-th row, δ. With
     S = Σ (x − mean)(x − mean)ᵀ, B the directions and Δ = Σ δ:
 
-        0 ⪯ S − BᵀB ⪯ Δ·I,   Δ ≤ (Σ_{i>k} λ_i(S)) / (m + 1 − k)  for every k ≤ m,
+        0 ⪯ S − BᵀB ⪯ Δ·I,   Δ ≤ (Σ_{i>k} λ_i(S)) / (m + 1 − k)  for every k ≤ m.
 
-    and BᵀB + Δ/2·I, which is what eigenvalues and ``covariance()`` are of, is within Δ/2 in the spectral norm.
-    All in float64.
+    Eigenvalues and ``covariance()`` are those of BᵀB + Δ/2·I, which is within Δ/2 of S in the spectral norm. All
+    computation is in float64.
     """
 
     method: ClassVar[str | None] = "frequent_directions"

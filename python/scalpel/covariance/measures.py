@@ -1,4 +1,7 @@
-"""Numbers that sum a spectrum up. λ: eigenvalues of a covariance, descending, at least 0; all of them unless said."""
+"""Numbers that summarize a spectrum.
+
+λ are the eigenvalues of a covariance, in descending order and at least 0; all of them unless stated otherwise.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,18 @@ Of = Literal["eigen", "singular"]
 
 
 def explained(values: Tensor, total: float) -> Tensor:
-    """λ_i / Σ_j λ_j; zeros if nothing varies. The sum of the first k is what the best projection on k directions
-    keeps (Eckart & Young 1936)."""
+    """Compute λ_i / Σ_j λ_j, or zeros if nothing varies.
+
+    The sum of the first k is what the best projection on k directions keeps (Eckart & Young 1936).
+    """
     return (values / total).clamp_max(1.0) if total > 0 else torch.zeros_like(values)
 
 
 def effective_rank(values: Tensor, of: Of = "eigen") -> float:
-    """exp(−Σ p_i ln p_i), in [1, dim]; 0 if nothing varies.
+    """Compute exp(−Σ p_i ln p_i), in [1, dim]; 0 if nothing varies.
 
-    of="eigen": p_i = λ_i / Σ_j λ_j. of="singular": p_i = √λ_i / Σ_j √λ_j, the singular values of the data matrix, as
-    Roy & Vetterli 2007 ("The effective rank: a measure of effective dimensionality", eq. 4) define it.
+    of="eigen" takes p_i = λ_i / Σ_j λ_j. of="singular" takes p_i = √λ_i / Σ_j √λ_j, from the singular values of the
+    data matrix, as Roy & Vetterli 2007 ("The effective rank: a measure of effective dimensionality", eq. 4) define it.
     """
     weights = values.sqrt() if of == "singular" else values
     total = weights.sum()
@@ -31,10 +36,10 @@ def effective_rank(values: Tensor, of: Of = "eigen") -> float:
 
 
 def effective_rank_bounds(values: Tensor, total: float, dim: int) -> tuple[float, float]:
-    """The least and the most that ``effective_rank(of="eigen")`` can be where only the leading values are known.
+    """Bound ``effective_rank(of="eigen")`` where only the leading values and the total are known.
 
-    What is left of ``total`` is spread over dim − k values, none above the last known one: entropy is least with as
-    many of that size as it takes, and most with all of them equal.
+    The rest of ``total`` is spread over dim − k values, none of them above the last known one. The entropy is smallest
+    if as many of them as possible have that size, and largest if all of them are equal.
     """
     if total <= 0:
         return 0.0, 0.0
@@ -49,22 +54,29 @@ def effective_rank_bounds(values: Tensor, total: float, dim: int) -> tuple[float
 
 
 def participation_ratio(squares: float) -> float:
-    """(Σ λ_i)² / Σ λ_i² from Σ (λ_i / Σλ)², in [1, dim]; 0 if nothing varies (Gao et al. 2017, "A theory of
-    multineuronal dimensionality, dynamics and measurement", eq. 5)."""
+    """Compute (Σ λ_i)² / Σ λ_i² from Σ (λ_i / Σλ)², in [1, dim]; 0 if nothing varies.
+
+    Gao et al. 2017, "A theory of multineuronal dimensionality, dynamics and measurement", eq. 5.
+    """
     return 1 / squares if squares > 0 else 0.0
 
 
 def stable_rank(largest: float, total: float) -> float:
-    """Σ λ_i / λ_1, in [1, dim]; 0 if nothing varies. It is ‖X‖_F² / ‖X‖₂² of the data matrix (Rudelson & Vershynin
-    2007, "Sampling from large matrices", section 1)."""
+    """Compute Σ λ_i / λ_1, in [1, dim]; 0 if nothing varies.
+
+    It equals ‖X‖_F² / ‖X‖₂² of the data matrix (Rudelson & Vershynin 2007, "Sampling from large matrices", section 1).
+    """
     return total / largest if largest > 0 else 0.0
 
 
 def principal_angles(A: Tensor, B: Tensor) -> Tensor:
-    """Between the spans of the orthonormal rows A (k, dim) and B (l, dim): min(k, l) angles in radians, ascending.
+    """Compute the angles between the spans of the orthonormal rows A (k, dim) and B (l, dim).
 
-    Cosines where an angle is large, sines where it is small, so that each is accurate (Björck & Golub 1973, "Numerical
-    methods for computing angles between linear subspaces").
+    Cosines are used where an angle is large and sines where it is small, so that each is accurate (Björck & Golub 1973,
+    "Numerical methods for computing angles between linear subspaces").
+
+    Returns:
+        min(k, l) angles in radians, in ascending order.
     """
     if len(A) < len(B):
         A, B = B, A
@@ -74,17 +86,18 @@ def principal_angles(A: Tensor, B: Tensor) -> Tensor:
 
 
 def contrast(A: Tensor, B: Tensor, k: int, ridge: float) -> tuple[Tensor, Tensor]:
-    """The k largest λ and their v (k, dim), of length 1, of A v = λ (B + ridge·tr(B)/dim·I) v; float64.
+    """Solve A v = λ (B + ridge·tr(B)/dim·I) v for the k largest λ and their v (k, dim) of length 1, in float64.
 
-    ValueError where B is zero, or the ridge too small for it.
+    Raises:
+        ValueError: If B is zero, or the ridge is too small for it.
     """
     level = float(B.trace()) / len(B)
     if level <= 0:
-        raise ValueError("nothing varies in other, so nothing can be weighed against it")
+        raise ValueError("nothing varies in other, so this state cannot be compared with it")
     kept_finite = ridge * level * torch.eye(len(B), dtype=B.dtype, device=B.device)
     lower, failed = torch.linalg.cholesky_ex(B + kept_finite)  # B = L Lᵀ
     if int(failed) or not math.isfinite(ridge):
-        raise ValueError(f"ridge is {ridge}, with which other's covariance can't be divided by; give 1e-12 to 1")
+        raise ValueError(f"ridge is {ridge}, with which other's covariance cannot be divided by; use 1e-12 to 1")
     half = torch.linalg.solve_triangular(lower, A, upper=False)
     whitened = torch.linalg.solve_triangular(lower, half.T, upper=False)  # L⁻¹ A L⁻ᵀ has the same λ
     values, columns = torch.linalg.eigh((whitened + whitened.T) / 2)

@@ -1,4 +1,4 @@
-"""What a user gives, as rows that the core takes."""
+"""What a user passes as rows, as the core takes it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,16 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def rows_of(x: Any, dim: int, cuda: bool = False) -> torch.Tensor:
-    """x (..., dim), a tensor or an array, as (rows, dim) with last stride 1; copied only where it must be.
+    """Return x (..., dim) as a tensor (rows, dim) whose last stride is 1, copied only if necessary.
 
-    cuda: whether it may be on a CUDA device. TypeError for another kind, layout or dtype, ValueError for another width
-    or device.
+    Args:
+        x: The rows, a tensor or a numpy array.
+        dim: The width that they must have.
+        cuda: Whether they may be on a CUDA device.
+
+    Raises:
+        TypeError: If x is of another kind, layout or dtype.
+        ValueError: If the width or the device is not allowed.
     """
     if isinstance(x, np.ndarray):
         if x.dtype.type not in (np.float16, np.float32, np.float64):
@@ -31,7 +37,7 @@ def rows_of(x: Any, dim: int, cuda: bool = False) -> torch.Tensor:
         raise TypeError(f"x is {str(x.dtype).removeprefix('torch.')}; allowed: float16, bfloat16, float32, float64")
     if x.device.type != "cpu" and not (cuda and x.device.type == "cuda"):
         raise ValueError(
-            f"x is on {x.device}, but rows are read on the CPU only, those of exact covariances on CUDA devices too; "
+            f"x is on {x.device}, but rows are read on the CPU only (for exact covariances also on CUDA devices); "
             "move it with x.cpu()"
         )
     check_device(x, "x")
@@ -42,12 +48,20 @@ def rows_of(x: Any, dim: int, cuda: bool = False) -> torch.Tensor:
 
 
 def integer(value: Any) -> int:
-    """value, if it is an integer of any kind; TypeError otherwise."""
+    """Return value if it is an integer of any kind.
+
+    Raises:
+        TypeError: If it is not.
+    """
     return _integer(value)
 
 
 def integer_named(name: str, value: Any) -> int:
-    """The same; the error names it."""
+    """Return value if it is an integer of any kind; the error message names the argument.
+
+    Raises:
+        TypeError: If it is not an integer.
+    """
     try:
         return _integer(value)
     except TypeError:
@@ -55,5 +69,5 @@ def integer_named(name: str, value: Any) -> int:
 
 
 def _copy_needed(x: np.ndarray) -> bool | None:
-    """True for arrays that torch can't or won't share; None: only if numpy must."""
+    """True for arrays that torch cannot or will not share; None leaves the decision to numpy."""
     return True if not x.flags.writeable or any(s < 0 or s % x.itemsize for s in x.strides) else None

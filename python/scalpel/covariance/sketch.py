@@ -1,4 +1,4 @@
-"""What the two sketches share: rows that are centred and joined, the directions kept, and what leaves them."""
+"""What the two sketches share: centering and joining rows, and the directions that are kept."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from .._native import cpu_core, empty, memory_of
 from .eigen import Spectrum, complete, fix_signs
 from .state import State, Total
 
-_KEPT = 2  # directions kept, and rows that may wait, for each one asked for
-_BLOCK = 1024  # rows taken at a time
-_TINY, _HUGE = 1e-25, 1e25  # mean squares of rows that are multiplied in float32
+_KEPT = 2  # directions kept, and rows that may wait, for each direction requested
+_BLOCK = 1024  # rows that join at a time
+_TINY, _HUGE = 1e-25, 1e25  # the range of mean squares of rows that are multiplied in float32
 
 
 class Kept(NamedTuple):
-    """All that a sketch knows of the rows that joined. Replaced as a whole, so an interrupt leaves the old or the new.
+    """All that a sketch knows of the rows that joined, replaced as a whole so that an interrupt leaves old or new ones.
 
-    ``rows``: how many. ``directions`` B (m, dim), orthogonal rows, longest first: BᵀB ≈ Σ (x − mean)(x − mean)ᵀ.
-    ``energy``: Σ ‖x − mean‖², exactly. ``shrunk``: Σ δ of Frequent Directions; 0 of the tracker.
+    Attributes:
+        rows: The number of rows.
+        mean: Their mean (dim,).
+        directions: B (m, dim), orthogonal rows, longest first, with BᵀB ≈ Σ (x − mean)(x − mean)ᵀ.
+        energy: Σ ‖x − mean‖², exact.
+        shrunk: Σ δ of Frequent Directions; 0 for the tracker.
     """
 
     rows: int
@@ -32,9 +36,9 @@ class Kept(NamedTuple):
 
 
 class Sketch(State):
-    """At most 2·rank directions, and fewer than 2·rank rows that wait: memory of 4·rank·dim numbers."""
+    """At most 2·rank directions and fewer than 2·rank waiting rows, which takes memory for 4·rank·dim numbers."""
 
-    always_wide: ClassVar[bool] = False  # whether rows of float32 and less are made float64 first
+    always_wide: ClassVar[bool] = False  # whether rows of float32 and narrower are converted to float64 first
 
     def __init__(self, dim: int, center: bool, rank: int) -> None:
         super().__init__(dim, center)
@@ -51,7 +55,7 @@ class Sketch(State):
 
     @property
     def most(self) -> int:
-        """Directions kept."""
+        """The largest number of directions that are kept."""
         return min(self.dim, _KEPT * self.rank)
 
     # ---- rows ----------------------------------------------------------------------------------
@@ -72,7 +76,7 @@ class Sketch(State):
         return -1
 
     def fold(self) -> None:
-        """The rows that wait join."""
+        """Make waiting rows join."""
         if self._waiting:
             self._kept, self._waiting = self._joined(self._waiting), ()
 
@@ -84,13 +88,13 @@ class Sketch(State):
 
     def subtract(self, other: State) -> None:
         raise ValueError(
-            f"a sketch ({self.method}) can't give rows back: what it dropped is not known; use rank=None, or keep a "
-            "state for each block and merge those that should stay"
+            f"a sketch ({self.method}) cannot subtract rows, because what it dropped is not known; use rank=None, "
+            "or keep a state for each block and merge those that should stay"
         )
 
     def _joined(self, waiting: tuple[Tensor, ...]) -> Kept:
         kept = self._kept
-        rows = waiting[0] if len(waiting) == 1 else torch.cat([each.double() for each in waiting])
+        rows = waiting[0] if len(waiting) == 1 else torch.cat([batch.double() for batch in waiting])
         for block in rows.split(self._block_rows()):
             kept = self._with_block(kept, block)
         return kept
@@ -99,23 +103,23 @@ class Sketch(State):
         return _BLOCK
 
     def _with_block(self, kept: Kept, rows: Tensor) -> Kept:
-        """A block centred by its own mean; that it has another than the state is one more row (Chan et al. 1979)."""
+        """Join a block centered by its own mean; the distance between the means is one more row (Chan et al. 1979)."""
         mean = torch.empty(self.dim, dtype=torch.float64, device="cpu")
         dtype = torch.float64 if rows.dtype == torch.float64 or self.always_wide else torch.float32
         rows = rows.double() if dtype == torch.float64 else rows
-        first = len(kept.directions)  # room before the block and after it, so that nothing is copied to join them
+        first = len(kept.directions)  # leave room before and after the block, so that joining copies nothing
         stack = empty((first + len(rows) + 1, self.dim), dtype)
-        centred = stack[first:-1]
-        to = memory_of(mean, "the block's mean"), memory_of(centred, "the centred block")
-        energy: float = cpu_core.center_rows(memory_of(rows, "x"), self.center, *to, torch.get_num_threads())
+        centered = stack[first:-1]
+        outputs = memory_of(mean, "the block's mean"), memory_of(centered, "the centered block")
+        energy: float = cpu_core.center_rows(memory_of(rows, "x"), self.center, *outputs, torch.get_num_threads())
         stack[:first] = kept.directions
-        square = max(energy / rows.numel(), kept.energy / max(1, kept.rows * self.dim))  # of an entry, on average
+        square = max(energy / rows.numel(), kept.energy / max(1, kept.rows * self.dim))  # the mean square of an entry
         if dtype == torch.float32 and square > 0 and not _TINY < square < _HUGE:
-            return self._with_block(kept, rows.double())  # products would leave float32's range
-        return self._together(kept, Kept(len(rows), mean, centred, energy, 0.0), stack)
+            return self._with_block(kept, rows.double())  # float32 products would overflow or underflow
+        return self._together(kept, Kept(len(rows), mean, centered, energy, 0.0), stack)
 
     def _together(self, a: Kept, b: Kept, stack: Tensor | None = None) -> Kept:
-        """``stack``: the directions of both, one after the other, and room for one more row."""
+        """Combine two sets of directions; ``stack`` holds both, one after the other, and room for one more row."""
         if not b.rows:
             return a
         if stack is None:
@@ -136,7 +140,11 @@ class Sketch(State):
 
     @abstractmethod
     def _compressed(self, rows: Tensor, known: int, seed: int) -> tuple[Tensor, float]:
-        """At most ``most`` directions in place of the rows, float64, and δ. The first ``known`` were directions."""
+        """Replace the rows by at most ``most`` directions in float64; the first ``known`` rows were directions already.
+
+        Returns:
+            The directions, and δ.
+        """
 
     # ---- moments -------------------------------------------------------------------------------
 
@@ -147,15 +155,15 @@ class Sketch(State):
 
     @property
     def added(self) -> float:
-        """What is added to every direction's Σ (x·v)²."""
+        """What is added to Σ (x·v)² in every direction v."""
         return 0.0
 
     def covariance(self) -> Tensor:
         self.fold()
         B = self._kept.directions
-        found = B.T @ B
-        found.diagonal().add_(self.added)
-        return found / self.count
+        scatter = B.T @ B
+        scatter.diagonal().add_(self.added)
+        return scatter / self.count
 
     def total(self) -> Total:
         self.fold()
@@ -170,7 +178,9 @@ class Sketch(State):
         vectors = torch.linalg.qr((B[known] / sizes[known, None]).T).Q.T if bool(known.any()) else B[:0]
         values = sizes.square()
         values = torch.cat([values, values.new_zeros(k - len(values))]) + self.added
-        values, order = values.sort(descending=True, stable=True)  # lengths that are equal to rounding
+        values, order = values.sort(
+            descending=True, stable=True
+        )  # lengths that differ by rounding only may be out of order
         return Spectrum(values / self.count, fix_signs(complete(vectors, k)[order]))
 
     # ---- files and copies ----------------------------------------------------------------------
@@ -191,8 +201,11 @@ class Sketch(State):
 
 
 def by_gram(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ² of the rows (n, dim), descending, and the rotation (n, n) whose rows make them orthogonal: both of the Gram
-    matrix, in float64."""
+    """Compute, from the Gram matrix of the rows (n, dim) in float64, what makes the rows orthogonal.
+
+    Returns:
+        Σ² of the rows in descending order, and the rotation (n, n) that makes them orthogonal.
+    """
     wide = rows.double()
     values, turn = torch.linalg.eigh(wide @ wide.T)
     return values.flip(0).clamp_min(0), turn.T.flip(0)

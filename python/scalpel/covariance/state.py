@@ -1,4 +1,4 @@
-"""What an exact state and a sketch have in common: what StreamingCovariance asks of either."""
+"""The interface that StreamingCovariance needs of an exact state and of a sketch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ from .eigen import Spectrum
 
 
 class Total(NamedTuple):
-    """Σ λ_i over the whole spectrum, and Σ (λ_i / Σλ)²; None where that isn't known."""
+    """Sums over the whole spectrum.
+
+    Attributes:
+        values: Σ λ_i.
+        squares: Σ (λ_i / Σλ)²; None where it is not known.
+    """
 
     values: float
     squares: float | None
 
 
 class State(ABC):
-    """Rows so far. Arguments are checked before they come here; every result is float64."""
+    """A state of the rows seen so far. Arguments are checked before they arrive here; every result is float64."""
 
     method: ClassVar[str | None]
 
@@ -29,54 +34,63 @@ class State(ABC):
 
     @abstractmethod
     def empty(self) -> Self:
-        """A new state of this one's kind."""
+        """Make a new state of the same kind."""
 
     def kind(self) -> tuple[Any, ...]:
-        """What two states must share to be merged."""
+        """Return what two states must share to be merged."""
         return self.method, self.dim, self.center
 
     @property
     def device(self) -> torch.device:
-        """Where the rows are read, and where results are."""
+        """The device on which rows are read and results are."""
         return torch.device("cpu")
 
     @property
     @abstractmethod
-    def count(self) -> int: ...
+    def count(self) -> int:
+        """The number of rows seen so far."""
 
     @abstractmethod
     def update(self, rows: Tensor) -> int:
-        """Adds rows (n, dim), last stride 1. -1, or the index of the first row that isn't finite."""
+        """Add rows (n, dim) whose last stride is 1, unless one of them is not finite.
+
+        Returns:
+            -1, or the index of the first row that is not finite; then no row was added.
+        """
 
     @abstractmethod
     def fold(self) -> None:
-        """Rows that wait join."""
+        """Make waiting rows join."""
 
     @abstractmethod
-    def merge(self, other: State) -> None: ...
+    def merge(self, other: State) -> None:
+        """Add the rows of another state of the same kind."""
 
     @abstractmethod
-    def subtract(self, other: State) -> None: ...
+    def subtract(self, other: State) -> None:
+        """Remove the rows of another state of the same kind."""
 
     @property
     @abstractmethod
     def mean(self) -> Tensor:
-        """(dim,), not shared."""
+        """The mean (dim,), in memory of its own."""
 
     @abstractmethod
-    def covariance(self) -> Tensor: ...
+    def covariance(self) -> Tensor:
+        """Compute the covariance (dim, dim)."""
 
     @abstractmethod
-    def total(self) -> Total: ...
+    def total(self) -> Total:
+        """Compute sums over the spectrum without computing the spectrum."""
 
     @abstractmethod
     def spectrum(self, k: int | None) -> Spectrum:
-        """The k leading eigenvalues and eigenvectors; all that are known for None."""
+        """Compute the k leading eigenvalues and eigenvectors, or all that are known if k is None."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """What a file needs, no row of the input among it."""
+        """Return what a file needs; no row of the input is in it."""
 
     @abstractmethod
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """From ``tensors`` of an equal state; into a new one."""
+        """Fill a new state with the ``tensors`` of a state of the same kind."""

@@ -1,4 +1,4 @@
-"""Streaming covariance: a state that is updated, merged, taken apart, saved, resumed, asked at any time."""
+"""Streaming covariance: a state that can be updated, merged, subtracted, saved, resumed and read at any time."""
 
 from __future__ import annotations
 
@@ -31,42 +31,65 @@ _SKETCHES = {"tracker": Tracker, "frequent_directions": FrequentDirections}
 
 
 class Eigen(NamedTuple):
-    """Eigenvalues (k,), descending, and their eigenvectors (k, dim), one a row."""
+    """Eigenvalues of a covariance and their eigenvectors.
+
+    Attributes:
+        values: The eigenvalues (k,), in descending order.
+        vectors: The eigenvectors (k, dim), one per row.
+    """
 
     values: torch.Tensor
     vectors: torch.Tensor
 
 
 class StreamingCovariance(Summaries, ScikitNames):
-    """Mean and covariance of rows that come in batches.
+    """Accumulate the mean and covariance of rows that arrive in batches.
 
-    dim: the width of a row.
-    rank: None, every direction, exactly, in dim² float64. An int: a sketch of so many directions in 4·rank·dim
-    numbers; the mean, the total variance and the count stay exact.
-    method: of a sketch. "tracker" follows the leading directions by block power iteration: the smaller error in
-    practice, take it for activations and gradients. "frequent_directions" has a bound that holds for any rows in any
-    order: take it where rows may be chosen against it, or where the error itself is a result; it needs about twice
-    the rank for the variance that the tracker captures. See their classes for algorithm, source and bound.
-    center: True for the covariance E[(x - E x)(x - E x)ᵀ], False for the second moment E[x xᵀ].
-    dtype: of what is returned, float64 or float32. The state itself is always float64.
-    precision: of products on a GPU, "accurate" or "fast"; see there. On the CPU all are accurate.
+    **The exact state.** Rows wait until 1024 have arrived (before the first block: as many as there are columns) and
+    then join as a block. Each block is centered by its own mean and joined by the pairwise rule of Chan, Golub &
+    LeVeque 1979 and Pébay 2008 (SAND2008-6212), so means that are large compared with the deviations cost no accuracy.
+    Products of float64 rows are computed in float64. Products of narrower rows are computed in float32 and accumulated
+    in float64 every 128 rows; their error is a few 1e-7 of the largest entry, and falls with the number of rows. The
+    bits depend neither on the number of threads nor on how rows of one dtype were divided into updates. They do depend
+    on the CPU target, and on when the state was read, merged or saved, because that makes waiting rows join; such
+    differences are at the level of rounding (1e-12 relative for float64 rows with means up to a thousand deviations).
+    Merging is associative to the same precision. The bits of a sketch do depend on how rows were divided into updates.
 
-    The exact state. Rows wait until 1024 are there (at first, until there are as many as columns), and join as blocks,
-    each centred by its own mean, by the pairwise rule of Chan, Golub & LeVeque 1979 and Pébay 2008 (SAND2008-6212), so
-    that means that are large against the deviations cost no accuracy. Products are of float64 rows float64, of narrower
-    rows float32, gathered in float64 every 128 rows: an error of a few 1e-7 of the largest entry, less the more rows
-    there are. The bits depend neither on the number of threads nor on how rows of one dtype were cut into updates;
-    they depend on the CPU target, and on when the state was read, merged or saved, which makes the waiting rows join:
-    to rounding (1e-12 relative for float64 rows with means up to a thousand deviations). Merging is associative to
-    rounding, too. A sketch's bits depend on how rows were cut into updates.
+    **On a GPU.** An exact state lives where its first rows are. If they are on a CUDA device, the state and its results
+    stay there; a numpy array is on the CPU. No rows wait there, each update is a block, and the bits depend on how rows
+    were divided into updates. Products of narrower rows are computed on tensor cores from three bfloat16 parts,
+    accumulated in float32, with no larger error than above. With precision="fast" only one part is used, which takes a
+    sixth of the products: each deviation is rounded to 8 bits, which changes an entry Σᵢⱼ by at most 2⁻⁸ √(Σᵢᵢ Σⱼⱼ),
+    and by far less over many different rows.
 
-    On a GPU. An exact state is where its first rows are: of rows on a CUDA device it stays there, and so does what it
-    returns; a numpy array is on the CPU. Nothing waits there, each update is a block, so bits depend on how rows were
-    cut into updates. Products of narrower rows are then of three bfloat16 parts, in float32, on tensor cores, with no
-    larger an error than above; with precision="fast" of one, a sixth of the products: each deviation is rounded to 8
-    bits, which moves an entry Σᵢⱼ by at most 2⁻⁸ √(Σᵢᵢ Σⱼⱼ), and by far less over many different rows.
+    Calls from several threads are safe; they run one after the other.
 
-    Calls from several threads at once are safe, one after the other.
+    Args:
+        dim: The width of a row.
+        rank: None keeps every direction exactly, in dim² float64 numbers. An integer makes a sketch of that many
+            directions in 4·rank·dim numbers; the mean, the total variance and the count stay exact.
+        method: How a sketch is computed. "tracker" follows the leading directions by block power iteration and has the
+            smaller error in practice: use it for activations and gradients. "frequent_directions" has an error bound
+            that holds for any rows in any order: use it where rows may be adversarial or the error itself is a result.
+            It needs about twice the rank to capture the same variance. The classes Tracker and FrequentDirections give
+            algorithm, source and bound.
+        center: True for the covariance E[(x - E x)(x - E x)ᵀ], False for the second moment E[x xᵀ].
+        dtype: The dtype of results, float64 or float32. The state itself is always float64.
+        precision: The precision of products on a GPU, "accurate" or "fast". On the CPU all products are accurate.
+
+    Raises:
+        ValueError: If dim, rank, method or precision is out of range.
+        TypeError: If dim or rank is not an integer, or dtype is neither float32 nor float64.
+
+    Example:
+        >>> state = scalpel.StreamingCovariance(dim=2)
+        >>> for batch in torch.tensor([[[1.0, 0.0], [3.0, 0.0]], [[1.0, 2.0], [3.0, 2.0]]]):
+        ...     state = state.update(batch)
+        >>> state
+        StreamingCovariance(dim=2, count=4, center=True)
+        >>> state.covariance()
+        tensor([[1., 0.],
+                [0., 1.]], dtype=torch.float64)
     """
 
     def __init__(
@@ -101,13 +124,27 @@ class StreamingCovariance(Summaries, ScikitNames):
     # ---- rows in and out -----------------------------------------------------------------------
 
     def update(self, x: torch.Tensor | np.ndarray) -> StreamingCovariance:
-        """Adds rows. x: (..., dim), float16, bfloat16, float32 or float64; a tensor or a numpy array. Rows are on the
-        CPU; those of an exact state may be on one CUDA device instead.
+        """Add rows to the state.
 
-        Returns self. An interrupt (Ctrl-C) leaves a state with all of the rows or none; count says which. Raises
-        ValueError for another width, for rows on another device than those before, and for a row with a NaN, an
-        infinity or a value beyond 1e150 (its index among the flattened rows is named); TypeError for another dtype.
-        The state is unchanged then.
+        An interrupt (Ctrl-C) leaves the state with either all of the rows or none; `count` says which.
+
+        Args:
+            x: Rows of shape (..., dim) in float16, bfloat16, float32 or float64, as a tensor or a numpy array on the
+                CPU. Rows of an exact state may be on one CUDA device instead.
+
+        Returns:
+            This state.
+
+        Raises:
+            ValueError: If the width differs from dim, the rows are on another device than earlier rows, or a row holds
+                a NaN, an infinity or a value beyond 1e150; the message gives its index among the flattened rows. The
+                state is then unchanged.
+            TypeError: If the dtype is not allowed. The state is then unchanged.
+
+        Example:
+            >>> state = scalpel.StreamingCovariance(dim=2).update(np.array([[1.0, 0.0], [3.0, 4.0]]))
+            >>> state.count, state.mean
+            (2, tensor([2., 2.], dtype=torch.float64))
         """
         rows = rows_of(x, self.dim, cuda=self.rank is None)
         with self._lock:
@@ -117,15 +154,30 @@ class StreamingCovariance(Summaries, ScikitNames):
                 column = int((~(rows[bad].double().abs() <= 1e150)).nonzero()[0])
                 raise ValueError(
                     f"row {bad} of x has {rows[bad, column].item()} in column {column}; rows must be finite "
-                    "and at most 1e150 in size. The state is unchanged: drop such rows and update again"
+                    "and at most 1e150 in size. The state is unchanged: remove such rows and update again"
                 )
         return self
 
     def merge(self, other: StreamingCovariance) -> StreamingCovariance:
-        """Adds the rows behind `other`, in place; returns self. States may be on two devices: this one stays where it
-        is, unless it has no rows.
+        """Add the rows that another state has seen, in place.
 
-        Raises ValueError for another dim, centering or kind of state.
+        The two states may be on different devices. This one stays where it is, unless it has no rows.
+
+        Args:
+            other: A state of the same dim, center, rank and method.
+
+        Returns:
+            This state.
+
+        Raises:
+            ValueError: If dim, center, rank or method differ.
+            TypeError: If other is not a StreamingCovariance.
+
+        Example:
+            >>> first = scalpel.StreamingCovariance(dim=1).update(torch.tensor([[0.0]]))
+            >>> second = scalpel.StreamingCovariance(dim=1).update(torch.tensor([[2.0]]))
+            >>> first.merge(second).covariance()
+            tensor([[1.]], dtype=torch.float64)
         """
         with self._both(other, "merge"):
             if other.count and not self.count:
@@ -134,18 +186,32 @@ class StreamingCovariance(Summaries, ScikitNames):
         return self
 
     def subtract(self, other: StreamingCovariance) -> StreamingCovariance:
-        """Takes the rows behind `other` out again, in place; returns self.
+        """Remove the rows that another state has seen, in place.
 
-        They must be among the rows of this state; only their number can be checked. Rounding is relative to
-        the larger state, so what is left of almost all rows has fewer digits.
+        These rows must be among the rows of this state, but only their number can be checked. Rounding errors are
+        relative to the larger state, so little precision is left after almost all rows have been removed.
 
-        Raises ValueError for another dim or centering, when other has more rows, and for a sketch.
+        Args:
+            other: A state of the same dim and center, whose rows this state has seen.
+
+        Returns:
+            This state.
+
+        Raises:
+            ValueError: If dim or center differ, if other has more rows than this state, or if the state is a sketch.
+            TypeError: If other is not a StreamingCovariance.
+
+        Example:
+            >>> first = scalpel.StreamingCovariance(dim=1).update(torch.tensor([[0.0], [2.0]]))
+            >>> both = scalpel.StreamingCovariance(dim=1).update(torch.tensor([[9.0]])).merge(first)
+            >>> both.subtract(first).mean
+            tensor([9.], dtype=torch.float64)
         """
         with self._both(other, "subtract"):
             if other.count > self.count:
                 raise ValueError(
                     f"other holds {other.count} rows, this state only {self.count}; only rows that were added can be "
-                    "taken out"
+                    "subtracted"
                 )
             self._state.subtract(moved(other._state, self._state.device))
         return self
@@ -159,42 +225,53 @@ class StreamingCovariance(Summaries, ScikitNames):
 
     @property
     def rank(self) -> int | None:
-        """How many directions a sketch gives; None of an exact state."""
+        """The number of directions that a sketch gives; None for an exact state."""
         return self._state.rank if isinstance(self._state, Sketch) else None
 
     @property
     def method(self) -> str | None:
-        """The sketch's; None of an exact state."""
+        """How the sketch is computed; None for an exact state."""
         return self._state.method
 
     @property
     def center(self) -> bool:
-        """Whether the mean is taken off."""
+        """Whether the mean is subtracted."""
         return self._state.center
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of what is returned."""
+        """The dtype of results."""
         return self._dtype
 
     @property
     def count(self) -> int:
-        """The number of rows so far."""
+        """The number of rows seen so far."""
         return self._state.count
 
     @property
     def mean(self) -> torch.Tensor:
-        """The mean of the rows, (dim,); known for uncentered states too.
+        """The mean of the rows, (dim,), which uncentered states know too.
 
-        Raises ValueError when there are none.
+        Raises:
+            ValueError: If the state has no rows.
         """
         with self._reading() as state:
             return state.mean.to(self._dtype)
 
     def covariance(self) -> torch.Tensor:
-        """(dim, dim), divided by the count: the covariance, or E[x xᵀ] if not center. Of a sketch: its estimate.
+        """Compute the covariance matrix, or the second moment E[x xᵀ] if the state is not centered.
 
-        ValueError without rows.
+        Returns:
+            A tensor of shape (dim, dim): the sums divided by the count. A sketch gives its estimate.
+
+        Raises:
+            ValueError: If the state has no rows.
+
+        Example:
+            >>> rows = torch.tensor([[1.0, 0.0], [3.0, 4.0]])
+            >>> scalpel.StreamingCovariance(dim=2).update(rows).covariance()
+            tensor([[1., 2.],
+                    [2., 4.]], dtype=torch.float64)
         """
         with self._reading() as state:
             return state.covariance().to(self._dtype)
@@ -202,19 +279,35 @@ class StreamingCovariance(Summaries, ScikitNames):
     # ---- spectrum ------------------------------------------------------------------------------
 
     def eigh(self, k: int | None = None) -> Eigen:
-        """The k largest eigenvalues of `covariance()` and their eigenvectors; None: all of them, of a sketch `rank`.
+        """Compute the k largest eigenvalues of the covariance and their eigenvectors.
 
-        Returns (values (k,) descending, vectors (k, dim), orthonormal rows). Values are at least 0: rounding
-        below it is cut off. Of the two signs of a vector, the one is taken that makes its entry of largest
-        magnitude positive (the lowest index among equals).
+        All eigenvalues together come from LAPACK in float64. A few of many come from block iteration, which starts from
+        the previous answer: each pair satisfies ‖Cv - λv‖ <= 1e-5·λ₁ and <= 1e-2·λ, computed in float64 from what is
+        returned. LAPACK takes over where that is not reached, for example for values that are zero up to rounding. The
+        error of a value is about the square of its residual divided by the distance to the next value; vectors depend,
+        within that residual, on what was computed before. While there are fewer rows than dimensions (and at most
+        max(1024, dim) rows), the eigenvectors are computed from the rows themselves.
 
-        All of them go through LAPACK in float64. Few of many come from block iteration that begins with the answer
-        before: each has ‖Cv - λv‖ <= 1e-5·λ₁ and <= 1e-2·λ, computed in float64 from what is returned, and LAPACK
-        takes over where that isn't met (values that are zero to rounding among them). The error of a value is about
-        the square of its residual over its distance to the next; vectors depend, within that residual, on what was
-        asked before. While there are fewer rows than dimensions (and at most max(1024, dim) of them), from the rows.
+        Args:
+            k: How many pairs to return. None returns all dim of them, or `rank` of a sketch.
 
-        Raises ValueError unless 1 <= k <= dim (k <= rank), and without rows.
+        Returns:
+            The values (k,) in descending order and the vectors (k, dim), which are orthonormal rows. Values are at
+            least 0: negative ones, which only rounding causes, are set to 0. The sign of a vector is chosen so that its
+            entry of largest magnitude (the first among equals) is positive.
+
+        Raises:
+            ValueError: If k is not in 1 <= k <= dim (k <= rank for a sketch), or the state has no rows.
+            TypeError: If k is not an integer.
+
+        Example:
+            >>> rows = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+            >>> values, vectors = scalpel.StreamingCovariance(dim=2).update(rows).eigh()
+            >>> values
+            tensor([4.5000, 0.5000], dtype=torch.float64)
+            >>> vectors.abs()
+            tensor([[1., 0.],
+                    [0., 1.]], dtype=torch.float64)
         """
         k = None if k is None else self._directions(k)
         with self._reading() as state:
@@ -224,26 +317,58 @@ class StreamingCovariance(Summaries, ScikitNames):
     # ---- two states ----------------------------------------------------------------------------
 
     def principal_angles(self, other: StreamingCovariance, k: int) -> torch.Tensor:
-        """(k,) angles in radians, ascending, between the spans of the k leading eigenvectors of either state (Björck &
-        Golub 1973). Two spans of k directions drawn at random in dim >> k have angles near π/2.
+        """Measure the angles between the leading eigenspaces of two states.
 
-        Raises as `eigh`, and ValueError for another dim.
+        Two random spaces of k directions in dim >> k dimensions have angles near π/2.
+
+        Args:
+            other: A state of the same dim.
+            k: How many leading eigenvectors of each state span its space.
+
+        Returns:
+            The k principal angles (k,) in radians, in ascending order (Björck & Golub 1973).
+
+        Raises:
+            ValueError: If dim differs, k is out of range, or either state has no rows.
+
+        Example:
+            >>> first = scalpel.StreamingCovariance(dim=2).update(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
+            >>> second = scalpel.StreamingCovariance(dim=2).update(torch.tensor([[1.0, 1.0], [-1.0, -1.0]]))
+            >>> torch.rad2deg(first.principal_angles(second, k=1))
+            tensor([45.0000], dtype=torch.float64)
         """
         self._check_other(other, "compare with", same_kind=False)
         k = self._directions(k)
         with self._reading() as mine, other._reading() as theirs:
-            found = theirs.spectrum(k).vectors.to(mine.device)
-            return measures.principal_angles(mine.spectrum(k).vectors, found).to(self._dtype)
+            others = theirs.spectrum(k).vectors.to(mine.device)
+            return measures.principal_angles(mine.spectrum(k).vectors, others).to(self._dtype)
 
     def contrast(self, other: StreamingCovariance, k: int, ridge: float = 1e-6) -> Eigen:
-        """The k directions in which this state varies most against `other`: A v = λ (B + ε·I) v, with A and B the two
-        covariances and ε = ridge · tr(B) / dim, which keeps directions that `other` lacks finite.
+        """Find the k directions in which this state varies most compared with another.
 
-        values (k,): descending, how many times as much variance this state has there. vectors (k, dim): v, of length 1,
-        signs as `eigh`'s; they are not orthogonal. (Fukunaga 1990, "Introduction to statistical pattern recognition",
-        section 2.3; with centered states the contrastive relative of PCA.)
+        The directions solve A v = λ (B + ε·I) v, where A and B are the two covariances and ε = ridge · tr(B) / dim
+        keeps the values finite for directions that `other` lacks. (Fukunaga 1990, "Introduction to statistical pattern
+        recognition", section 2.3; for centered states a relative of contrastive PCA.) Needs memory for matrices of
+        dim².
 
-        ValueError for another dim or centering, a ridge that isn't positive, or without rows; memory of dim².
+        Args:
+            other: A state of the same dim and center.
+            k: How many directions to return.
+            ridge: What is added to B, relative to its average eigenvalue.
+
+        Returns:
+            The values (k,) in descending order, which say how many times as much variance this state has in a
+            direction, and the directions (k, dim) of length 1, signed as those of `eigh`; they are not orthogonal.
+
+        Raises:
+            ValueError: If dim or center differ, k is out of range, ridge is not positive, or either state has no rows.
+
+        Example:
+            >>> wide = scalpel.StreamingCovariance(dim=2).update(torch.tensor([[1.0, 4.0], [-1.0, 4.0], [0.0, -8.0]]))
+            >>> round_ = scalpel.StreamingCovariance(dim=2).update(torch.tensor([[1.0, 1.0], [-1.0, 1.0], [0.0, -2.0]]))
+            >>> values, directions = wide.contrast(round_, k=1)
+            >>> round(float(values[0]), 3), directions[0].round(decimals=3).tolist()
+            (16.0, [0.0, 1.0])
         """
         self._check_other(other, "contrast with", same_kind=False)
         if self.center != other.center:
@@ -259,12 +384,23 @@ class StreamingCovariance(Summaries, ScikitNames):
     # ---- files and other processes -------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the state to a file, whole or not at all: what was there stays until the new one is on the
-        disk.
+        """Write the state to a file, in one step that leaves either the old file or the new one.
 
-        The format is safetensors with a versioned JSON header. No row is in it, only sums over rows, so it can be
-        shared without the text that they came from. Of very few rows (`count` says how many) the sums tell the rows.
-        Saving lets waiting rows join.
+        The format is safetensors with a versioned JSON header. The file holds sums over rows and no rows, so it can be
+        shared without the text they came from; but the sums of very few rows (see `count`) reveal the rows. Saving
+        makes waiting rows join.
+
+        Args:
+            path: The file to write.
+
+        Raises:
+            OSError: If the file cannot be written.
+
+        Example:
+            >>> state = scalpel.StreamingCovariance(dim=2).update(torch.eye(2))
+            >>> state.save("state.safetensors")
+            >>> scalpel.StreamingCovariance.load("state.safetensors").count
+            2
         """
         with self._lock:
             header = {
@@ -279,9 +415,24 @@ class StreamingCovariance(Summaries, ScikitNames):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StreamingCovariance:
-        """Reads what `save` wrote, to the bit. The state is on the CPU, wherever it was before; `to` moves it.
+        """Read a state that `save` wrote, bit for bit.
 
-        Raises ValueError when the file is truncated, damaged or foreign.
+        The state is on the CPU, wherever it was before; `to` moves it.
+
+        Args:
+            path: The file to read.
+
+        Returns:
+            The state.
+
+        Raises:
+            ValueError: If the file is truncated, damaged or not a covariance state.
+            FileNotFoundError: If the file does not exist.
+
+        Example:
+            >>> scalpel.StreamingCovariance(dim=2).update(torch.eye(2)).save("state.safetensors")
+            >>> scalpel.StreamingCovariance.load("state.safetensors")
+            StreamingCovariance(dim=2, count=2, center=True)
         """
         header, tensors = file.read(path)
         try:
@@ -296,38 +447,67 @@ class StreamingCovariance(Summaries, ScikitNames):
             file.check_tensors(tensors, state._state.tensors(), integer_named("count", header["count"]), state.dim)
             state._state.restore(tensors)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{os.fspath(path)} is no sound covariance state: {error}") from error
+            raise ValueError(f"{os.fspath(path)} is not a valid covariance state: {error}") from error
         return state
 
     def all_reduce(self, group: Any = None) -> StreamingCovariance:
-        """Merges the states of all processes of a torch.distributed group, in the order of their ranks, in place;
-        every process ends with the same bits. Returns self.
+        """Merge the states of all processes of a torch.distributed group, in the order of their ranks.
 
-        group: None for the default one. Every process has to call it, with a state of equal dim, centering and kind.
-        The same bits every time for one number of processes; within 1e-10 of one process that saw all rows (exact
-        states, float64 rows). RuntimeError where torch.distributed isn't set up, ValueError where the states differ.
+        Every process has to call it, and every process ends with the same bits. The bits depend on the number of
+        processes; they are within 1e-10 of those of one process that saw all rows (exact states, float64 rows).
+
+        Args:
+            group: The process group; None means the default one.
+
+        Returns:
+            This state, which now holds the rows of all processes.
+
+        Raises:
+            RuntimeError: If torch.distributed is not initialized.
+            ValueError: If the processes' states differ in dim, center, rank or method.
+
+        Example:
+            >>> import os, tempfile, torch.distributed as dist
+            >>> store = dist.FileStore(os.path.join(tempfile.mkdtemp(), "store"), 1)
+            >>> dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+            >>> scalpel.StreamingCovariance(dim=2).update(torch.eye(2)).all_reduce().count
+            2
+            >>> dist.destroy_process_group()
         """
         with self._lock:
             self._state = all_reduce(self._state, group)
         return self
 
     def to(self, device: torch.device | str) -> StreamingCovariance:
-        """A copy of an exact state on another device, to go on with rows of that; the state itself where it is there.
+        """Copy an exact state to another device, where further rows will be.
 
-        The same bits; waiting rows join. Raises ValueError for a sketch, and for a device that isn't there or that no
-        op runs on.
+        The values are copied bit for bit. Waiting rows join first.
+
+        Args:
+            device: The device, as a torch.device or a name such as "cuda".
+
+        Returns:
+            The copy, or this state if it is on that device already.
+
+        Raises:
+            ValueError: If the state is a sketch, or the device does not exist or has no ops.
+
+        Example:
+            >>> state = scalpel.StreamingCovariance(dim=2)
+            >>> state.to("cpu") is state
+            True
         """
         place = device_named(device)
         with self._lock:
             if place == self._state.device:
                 return self
             if self.rank is not None:
-                raise ValueError(f"a sketch is on the CPU only; only exact states (rank=None) can be on {device}")
+                raise ValueError(f"a sketch can only be on the CPU; an exact state (rank=None) can be on {device}")
             copy = self._of(*self._like())
             copy._state = moved(self._state, place, self._precision)
         return copy
 
-    # ---- inside --------------------------------------------------------------------------------
+    # ---- internals -----------------------------------------------------------------------------
 
     def __repr__(self) -> str:
         kind = "" if self.rank is None else f", rank={self.rank}, method={self.method!r}"
@@ -352,19 +532,19 @@ class StreamingCovariance(Summaries, ScikitNames):
         return StreamingCovariance(*like)
 
     def _be_on(self, device: torch.device) -> None:
-        """Where a state without rows goes, and others have to be."""
+        """Put a state without rows on a device, and refuse rows for a state that is elsewhere."""
         if self._state.device == device:
             return
         if self._state.count:
             raise ValueError(
-                f"x is on {device}, and the rows so far were on {self._state.device}: one state takes rows of one "
+                f"x is on {device}, and the rows so far were on {self._state.device}: one state takes rows from one "
                 "device; move x there, or keep a state for each device and merge them"
             )
         self._state = exact_on(device, self.dim, self.center, self._precision)
 
     def _check_other(self, other: StreamingCovariance, verb: str, same_kind: bool = True) -> None:
         if not isinstance(other, StreamingCovariance):
-            raise TypeError(f"can't {verb} a {type(other).__name__}; give a StreamingCovariance")
+            raise TypeError(f"cannot {verb} a {type(other).__name__}; pass a StreamingCovariance")
         if other.dim != self.dim:
             raise ValueError(f"other has dim {other.dim}, this state has dim {self.dim}; they must be equal")
         if not same_kind:
@@ -372,15 +552,15 @@ class StreamingCovariance(Summaries, ScikitNames):
         if other.center != self.center:
             raise ValueError(
                 f"other has center={other.center}, this state has center={self.center}; centered and "
-                "uncentered moments can't be mixed"
+                "uncentered moments cannot be mixed"
             )
         if (other.rank, other.method) != (self.rank, self.method):
-            raise ValueError(f"can't {verb} {other!r} and {self!r}: rank and method must be equal")
+            raise ValueError(f"cannot {verb} {other!r} and {self!r}: rank and method must be equal")
 
     @contextmanager
     def _both(self, other: StreamingCovariance, verb: str) -> Iterator[None]:
         self._check_other(other, verb)
-        # In one order for all, so that a.merge(b) and b.merge(a) at once don't wait for each other for ever.
+        # Locks are taken in one order, so that a.merge(b) and b.merge(a) at the same time do not deadlock.
         first, second = sorted((self, other), key=id)
         with first._lock, second._lock:
             yield

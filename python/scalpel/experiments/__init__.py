@@ -1,7 +1,7 @@
-"""Experiments: one file a question, each able to come out either way.
+"""Experiments. Each asks one question, and each can come out either way.
 
-``run(name, model, **options)`` gives a :class:`Result`, or raises :class:`Refused` where the model can't be put to the
-experiment; ``names()`` lists what can be run.
+``run(name, model, **options)`` gives a :class:`~scalpel.experiments.result.Result`, or raises :class:`Refused` if the
+experiment can't be run on the model. ``names()`` lists the experiments.
 """
 
 from importlib import import_module
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Refused", "names", "run"]
 
-# The registry: an experiment's name and its file, in the order of the report.
+# The registry: each experiment's name and its file, in the order of the report.
 _FILES = {
     "minimal_simulator": "brackets.minimal_simulator",
     "dilution": "brackets.dilution",
@@ -36,7 +36,16 @@ _FILES = {
 
 
 def names() -> list[str]:
-    """The experiments that this version has, in the order of the report."""
+    """The names of all experiments.
+
+    Returns:
+        They are in the order of the report.
+
+    Example:
+        >>> import scalpel
+        >>> scalpel.experiments.names()[:3]
+        ['minimal_simulator', 'dilution', 'distractors']
+    """
     return list(_FILES)
 
 
@@ -48,13 +57,29 @@ def module_of(name: str) -> ModuleType:
 
 
 def run(name: str, model: "CircuitGPT | str | None" = "bracket-mini", **options: Any) -> "Result":
-    """Run one experiment on a model (a CircuitGPT, or what from_pretrained takes) and return its Result.
+    """Run one experiment on a model.
 
-    ``options`` are the keyword arguments of that experiment's ``run``. Refused, which says why, for a model that this
-    can't be asked of; ValueError for an unknown name or option, and for a model that isn't on the CPU.
+    Args:
+        name: One of :func:`names`.
+        model: A CircuitGPT on the CPU, or what ``CircuitGPT.from_pretrained`` takes.
+        options: Keyword arguments of that experiment's ``run``.
+
+    Returns:
+        The prediction, the measurement, its null and the verdict.
+
+    Raises:
+        Refused: The experiment can't be run on this model; the message says why.
+        ValueError: There is no such experiment or option, an option is not of its default's kind, or the model isn't
+            on the CPU.
+
+    Example:
+        >>> import scalpel
+        >>> result = scalpel.experiments.run("minimal_simulator", k_max=3, n_max=30, samples=3)
+        >>> result.verdict
+        'reproduced'
     """
-    file = module_of(name)
-    parameters = dict(signature(file.run).parameters)
+    module = module_of(name)
+    parameters = dict(signature(module.run).parameters)
     needs_model = parameters.pop("model").default is Parameter.empty
     for option, value in options.items():
         if option not in parameters:
@@ -68,12 +93,12 @@ def run(name: str, model: "CircuitGPT | str | None" = "bracket-mini", **options:
         from .askable import check_askable
 
         check_askable(model)
-    result: Result = file.run(model, **options)
+    result: Result = module.run(model, **options)
     return result
 
 
 def _check(name: str, option: str, value: Any, default: Any) -> None:
-    """ValueError where an option isn't of its default's kind: options come from the command line too."""
+    """ValueError if an option isn't of its default's kind, since options also come from the command line."""
     if isinstance(default, bool):
         right, kind = isinstance(value, bool), "true or false"
     elif isinstance(default, tuple) and default and isinstance(default[0], str):

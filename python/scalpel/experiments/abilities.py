@@ -1,4 +1,4 @@
-"""What a model can do: its accuracy at each task, on files that it wasn't trained on."""
+"""What a model can do: its accuracy at each task, on files that it was not trained on."""
 
 from typing import Any
 
@@ -18,12 +18,18 @@ __all__ = ["accuracies"]
 
 
 def accuracies(model: CircuitGPT, prompts: int = 512, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """How well ``model`` does each task on held-out files: what a card or a report says of it.
+    """Measure how well a model does each task on held-out files, for its card or a report.
 
-    By task: ``accuracy``, the mean over answers; ``by_answer`` and ``prompts`` by the answer's text; ``interval``,
-    95 % bootstrap by file; ``files``, ``real`` (the share of prompts into which nothing was put) and ``held_out``, the
-    packages' versions. A task that can't be asked has ``reason`` instead: no tokenizer, a split answer, too few
-    prompts. Chance is one half everywhere.
+    Args:
+        model: The model; it needs a tokenizer.
+        prompts: How many prompts are asked in each task.
+        seed: Decides which prompts.
+
+    Returns:
+        For each task: ``accuracy``, the mean over answers; ``by_answer`` and ``prompts``, by the answer's text;
+        ``interval``, the 95 % bootstrap interval over files; ``files``, their number; ``real``, the share of prompts
+        into which nothing was put; and ``held_out``, the versions of the packages. A task that can't be asked has
+        ``reason`` instead: no tokenizer, a split answer, or too few prompts. Chance is one half everywhere.
     """
     makers = {
         "bracket_counting": closing_questions,
@@ -31,16 +37,16 @@ def accuracies(model: CircuitGPT, prompts: int = 512, seed: int = 0) -> dict[str
         "set_or_string": set_or_string_questions,
     }
     balanced(prompts, seed=seed)
-    found: dict[str, dict[str, Any]] = {}
+    by_task: dict[str, dict[str, Any]] = {}
     for name, make in makers.items():
         if model.tokenizer is None:
-            found[name] = {"reason": "the model has no tokenizer, and the prompts are text"}
+            by_task[name] = {"reason": "the model has no tokenizer, and the prompts are text"}
             continue
         try:
-            found[name] = _accuracy(model, model.tokenizer, name, make(model.tokenizer, prompts, seed))
+            by_task[name] = _accuracy(model, model.tokenizer, name, make(model.tokenizer, prompts, seed))
         except Refused as error:
-            found[name] = {"reason": str(error)}
-    return found
+            by_task[name] = {"reason": str(error)}
+    return by_task
 
 
 def _accuracy(model: CircuitGPT, tokenizer: Tokenizer, name: str, questions: Questions) -> dict[str, Any]:
@@ -63,7 +69,7 @@ def _accuracy(model: CircuitGPT, tokenizer: Tokenizer, name: str, questions: Que
 
 
 def by_file(right: np.ndarray, labels: np.ndarray, files: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the accuracy averaged over answers, whole files drawn with replacement."""
+    """Return the 95 % bootstrap interval of the accuracy averaged over answers, drawing whole files."""
     answers = range(int(labels.max()) + 1)
     sizes = np.array([np.bincount(files[labels == a], minlength=files.max() + 1) for a in answers])
     hits = np.array([np.bincount(files[(labels == a) & right], minlength=files.max() + 1) for a in answers])

@@ -1,23 +1,23 @@
-"""The models to compare with, and whether a model can do the task at all."""
+"""Control models for comparison, and the accuracy from which on a model counts as able to do the task."""
 
 from dataclasses import dataclass
 
 from ..models.circuitgpt.model import CircuitGPT
 from ..models.untrained import untrained
 
-LEAST_ACCURACY = 0.95  # below it a model is said not to do the task, and nothing measured on it means anything
+LEAST_ACCURACY = 0.95  # below this a model can't do the task, and what is measured on it means nothing
 
 
 @dataclass(frozen=True)
 class Controls:
-    """Control models by name: "untrained" always; a shipped model's twins where there are any."""
+    """Control models by name: "untrained", and for a shipped model its trained twins."""
 
     models: dict[str, CircuitGPT]
 
     @classmethod
     def of(cls, model: CircuitGPT) -> "Controls":
-        """The untrained model, with the same shape and density, and the controls that the model's card names."""
-        found = {"untrained": untrained(model)}
+        """An untrained model of the same shape and density, and the controls that the model's card names."""
+        models = {"untrained": untrained(model)}
         for name, shipped in model.card.get("controls", {}).items():
-            found[name] = CircuitGPT.from_pretrained(shipped)
-        return cls(found)
+            models[name] = CircuitGPT.from_pretrained(shipped)
+        return cls(models)

@@ -1,4 +1,4 @@
-"""What a figure was computed from."""
+"""What a result was computed from, and checks of options that several experiments share."""
 
 from numbers import Integral
 from typing import Any
@@ -9,7 +9,16 @@ from ..tasks.refused import Refused
 
 
 def model_provenance(model: CircuitGPT, **options: Any) -> dict[str, Any]:
-    """Name, fingerprint of the weights, dtype, training seed and commit of a model, and the run's options."""
+    """What a result needs to say of its model, and the options of the run.
+
+    Args:
+        model: The model that is measured.
+        options: The options of the experiment.
+
+    Returns:
+        The model's name, the SHA-256 of its weights, its dtype, and the seed and commit of its training, as far as its
+        card holds them, and the options.
+    """
     return {
         "model": model.card.get("name", "unnamed"),
         "weights_sha256": fingerprint(model),
@@ -21,7 +30,7 @@ def model_provenance(model: CircuitGPT, **options: Any) -> dict[str, Any]:
 
 
 def at_least(least: int, **options: Any) -> None:
-    """ValueError for an option below ``least`` or that is no whole number, naming it."""
+    """ValueError, which names the option, if one is not a whole number or is below ``least``."""
     for name, value in options.items():
         if not isinstance(value, Integral):
             raise ValueError(f"option {name!r} is {value!r}; it must be a whole number, {least} or more")
@@ -30,20 +39,29 @@ def at_least(least: int, **options: Any) -> None:
 
 
 def check_share(**options: float) -> None:
-    """ValueError for an option that isn't a share from 0 to 1, naming it."""
+    """ValueError, which names the option, if one is not between 0 and 1."""
     for name, value in options.items():
         if not 0 <= value <= 1:
             raise ValueError(f"option {name!r} is {value}; it is a share from 0 to 1")
 
 
 def longest_asked(model: CircuitGPT, offsets: int, least_accuracy: float) -> int:
-    """Tokens of the longest lists asked: what ``offsets`` leaves of the context.
+    """The length in tokens of the longest lists that a model is asked about.
 
-    Refused for a model without a tokenizer, since lists are text, and where the context is too short; ValueError for
-    what could be asked of no model.
+    Args:
+        model: The model that is asked.
+        offsets: How many positions of the context stay free, so that a list may begin at any of them.
+        least_accuracy: An option of the experiment, which is checked here.
+
+    Returns:
+        The length of the context less ``offsets``.
+
+    Raises:
+        Refused: The model has no tokenizer, or its context is too short.
+        ValueError: ``offsets`` is negative, or ``least_accuracy`` not between 0 and 1.
     """
     if model.tokenizer is None:
-        raise Refused("the model has no tokenizer; lists of brackets are text. Set model.tokenizer")
+        raise Refused("the model has no tokenizer, and lists of brackets are text: set model.tokenizer")
     at_least(0, offsets=offsets)
     check_share(least_accuracy=least_accuracy)
     most = model.config.block_size - 64
@@ -57,11 +75,11 @@ def longest_asked(model: CircuitGPT, offsets: int, least_accuracy: float) -> int
 
 
 def caution(model: CircuitGPT) -> str:
-    """What the card says of the lengths trained on, as a caution; empty where it says nothing."""
+    """A caution about lengths beyond those of the training text; empty if the model's card doesn't name these."""
     longest = model.card.get("longest_list_trained_on_elements")
     if longest is None:
         return ""
     return (
         f"The longest list in the training text had {longest} elements, about {2 * longest} tokens here. Beyond that, "
-        "dilution and the mere novelty of the length are not told apart by this measurement."
+        "this measurement can't tell dilution from the mere novelty of the length."
     )

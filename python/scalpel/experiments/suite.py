@@ -1,8 +1,8 @@
-"""All experiments on one model, in the order of the report."""
+"""All experiments on one model."""
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,19 @@ _SHARES = {
     "depth": 0.06,
     "orbits": 0.06,
 }
-# Of a model that was trained on a machine, only these ask something that it could answer.
+# A model that was trained on a machine can be asked only by these.
 _OF_A_MACHINE = ("minimal_simulator", "machine")
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Every result, what is known of the model (its card), and the seconds it took.
+    """The results of all experiments on one model.
 
-    ``refused``: experiments that the model can't be put to, by name, with the reason.
+    Attributes:
+        results: One for each experiment, in the order of the report.
+        model: The model's card.
+        seconds: How long all took.
+        refused: The experiments that can't be run on this model, by name, with the reason.
     """
 
     results: list[Result]
@@ -46,7 +50,19 @@ class Suite:
     refused: dict[str, str] = field(default_factory=dict)
 
     def to_json(self, indent: int | None = None) -> str:
-        """The suite as JSON."""
+        """The suite as JSON.
+
+        Args:
+            indent: As for ``json.dumps``.
+
+        Returns:
+            A JSON object with the fields of the suite. Infinities and NaN are written as null, since JSON has neither.
+
+        Example:
+            >>> from scalpel.report import Suite
+            >>> Suite([], {"name": "bracket-mini"}, 0.5).to_json()
+            '{"model": {"name": "bracket-mini"}, "seconds": 0.5, "refused": {}, "results": []}'
+        """
         content = {
             "model": self.model,
             "seconds": self.seconds,
@@ -63,13 +79,24 @@ def run_suite(
     seed: int = 0,
     progress: Callable[[str, float], None] | None = None,
 ) -> Suite:
-    """Run every experiment on ``model``; of a model that was trained on a machine, those that it could answer.
+    """Run every experiment on a model.
 
-    What a model can't be put to (no tokenizer, answers that it splits, a context too short) is refused with the
-    reason and the rest goes on; any error but :class:`scalpel.experiments.Refused` is raised. ``fresh``: measure the
-    accuracy on real library sources, search for the circuit and train the small models of the study on collapse anew,
-    instead of reading what is stored.
-    ``progress(what, done)`` is called before each part, ``done`` from 0 to 1, and once at the end.
+    A model that was trained on a machine is put to those experiments that it can answer. An experiment that a model
+    can't be put to, because it has no tokenizer, splits the answers into several tokens or has too short a context, is
+    refused with the reason, and the others are run.
+
+    Args:
+        model: A model, or what ``CircuitGPT.from_pretrained`` takes.
+        fresh: Measure the accuracy on real library sources, search for the circuit and train the small models of the
+            study of collapse again, instead of reading what is stored.
+        seed: The seed of all random choices.
+        progress: Called with (what, done) before each part and at the end; ``done`` rises from 0 to 1.
+
+    Returns:
+        The results, and the reasons of what was refused.
+
+    Raises:
+        Exception: Any error of an experiment but :class:`scalpel.experiments.Refused`, with a note of its name.
     """
     begun = time.monotonic()
     report = progress or (lambda what, done: None)
@@ -107,7 +134,7 @@ def run_suite(
 
 
 def _accuracy(model: CircuitGPT) -> dict[str, Any]:
-    """Accuracy on held-out prompts, or why none can be asked."""
+    """The accuracy on held-out prompts, or why none can be asked."""
     from ..training.bracket_mini import accuracy_card
 
     try:
@@ -116,14 +143,11 @@ def _accuracy(model: CircuitGPT) -> dict[str, Any]:
         return {"not_asked": str(error)}
 
 
-def refusals(suite: Suite) -> list[str]:
-    """What the model couldn't be put to, and what experiments left out, each said once."""
-    return [*(f"{name}: {why}" for name, why in suite.refused.items()), *left_out(suite.results)]
-
-
-def left_out(results: Sequence[Result]) -> list[str]:
-    """What experiments had to leave out, and why, each said once."""
-    return list(dict.fromkeys(note for result in results for note in result.measured.get("left_out", [])))
+def left_out(suite: Suite) -> list[str]:
+    """The experiments that the model was refused, and what the others had to leave out, each with its reason, once."""
+    refused = [f"{name.replace('_', ' ')}: {reason}" for name, reason in suite.refused.items()]
+    notes = [note for result in suite.results for note in result.measured.get("left_out", [])]
+    return list(dict.fromkeys(refused + notes))
 
 
 def _fresh_circuit(model: CircuitGPT, seed: int, report: Callable[[str, float], None], done: float) -> Result:

@@ -1,4 +1,4 @@
-"""A safeguard beside a model: how far a prompt is from where a law says that the answer fails."""
+"""A safeguard beside a model: how far a prompt is from where a law predicts that the answer fails."""
 
 from .hole_guard import Distance, FailureLaw, HoleGuard, HoleReached, open_lists
 

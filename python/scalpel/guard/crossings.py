@@ -1,8 +1,8 @@
-"""Which crossings are new: each is told once, however often and in whichever order a sequence is asked about.
+"""Which crossings are new, so that each is reported once, however often and in whichever order it is asked about.
 
-Ordinary decoding asks a logits processor about each prefix of a sequence once, and beams that change rows keep what
-they begin with. Assisted and prompt-lookup decoding ask in rounds, about one row: something proposes candidate tokens
-and asks after each of them; then the model checks them all, asking again, and goes on from those that it keeps.
+Ordinary decoding asks a logits processor about each prefix of a sequence once, and beams that change rows keep their
+beginnings. Assisted and prompt-lookup decoding ask about one row, in rounds: candidate tokens are proposed, with a
+question after each of them; then the model checks all of them, which asks again, and continues from those it keeps.
 """
 
 from collections.abc import Sequence
@@ -17,20 +17,22 @@ __all__ = ["Crossings"]
 
 Asker = Literal["model", "lookup"]
 
-_KEPT = 1 << 12  # prefixes that are remembered at least, and 64 for each row
+_KEPT = 1 << 12  # at least so many prefixes are remembered, or 64 for each row
 
 
 @dataclass
 class _Generation:
-    """What grows out of one prompt.
+    """All sequences that grow from one prompt.
 
-    ``prompt``: its key. ``told``: the greatest length at which a crossing was told of, 0 before the first.
-    ``proposes``: who proposes candidates, a model or a lookup; None until the first ones are checked. ``round``: the
-    most candidates that were checked in one round.
+    Attributes:
+        prompt: The key of the prompt.
+        reported: The greatest length at which a crossing was reported, 0 before the first.
+        proposes: Who proposes candidates, a model or a lookup; None until the first ones are checked.
+        round: The largest number of candidates that were checked in one round.
     """
 
     prompt: bytes
-    told: int = 0
+    reported: int = 0
     proposes: Asker | None = None
     round: int = 0
 
@@ -39,47 +41,59 @@ class _Generation:
 class _Prefix:
     """A sequence that was asked about.
 
-    ``since``: the length at which it came within the margin, 0 where it is outside; ``told``: nothing remains to be
-    told of that. ``asker``: who asked; None once it was checked as a candidate.
+    Attributes:
+        generation: The generation to which it belongs.
+        since: The length at which it came within the margin, 0 if it is outside.
+        reported: Whether nothing remains to be reported of it.
+        asker: Who asked; None once it was checked as a candidate.
     """
 
     generation: _Generation
     since: int
-    told: bool
+    reported: bool
     asker: Asker | None
 
 
 class Crossings:
-    """What a guard has been asked about, and what it has told.
+    """What a guard has been asked about, and what it has reported.
 
-    ``guessing``: whether the last call asked about a candidate that is rejected, as far as can be seen, or is still to
-    be checked. It is asked about again if it is kept.
+    Attributes:
+        guessing: Whether the last call asked about a candidate that is still to be checked or, as far as can be seen,
+            is rejected. If it is kept, it will be asked about again.
     """
 
     def __init__(self) -> None:
         self.guessing = False
         self._seen: dict[bytes, _Prefix] = {}
         self._last: bytes | None = None  # the last call's sequence, unless it was the last of a round
-        self._run = 0  # calls before it that each went on from the one before
+        self._run = 0  # how many calls before it continued the call before them
         self._checking = self._rejected = False
 
     def new(
         self, rows: Sequence[Sequence[int]], inside: Sequence[bool], input_ids: Tensor, scores: Tensor
     ) -> list[bool]:
-        """Which of ``rows``, token ids without padding, are to be told of.
+        """Decide which rows have a crossing to report.
 
-        ``inside``: whether each row is within the margin; ``input_ids`` and ``scores`` as the guard gets them. A
-        sequence crosses where it is within the margin and was not without its last token, and where it is a prompt.
-        A crossing is told of when it is no guess, unless an equal row of this call is told of, or an earlier call told
-        of one in the same generation that was as long or longer: of a candidate, in whose place this row has come.
+        A sequence crosses where it is within the margin and was not without its last token, and where it is a prompt. A
+        crossing is reported if it is not a guess, no equal row of this call is reported, and no earlier call reported
+        one of the same length or longer in the same generation, which would be a candidate that this row has replaced.
+
+        Args:
+            rows: Token ids without padding.
+            inside: Whether each row is within the margin.
+            input_ids: The ids as the guard receives them.
+            scores: The scores as the guard receives them.
+
+        Returns:
+            Whether to report each row.
         """
         candidate = _following(input_ids)
         asker = None if candidate is not None else _asker(scores)
-        found: dict[bytes, _Prefix] = {}
+        prefixes: dict[bytes, _Prefix] = {}
         fresh = []
         for row, within in zip(rows, inside, strict=True):
             key, stem = _key(row), _key(row[:-1])
-            if not row or key in found:
+            if not row or key in prefixes:
                 fresh.append(False)
                 continue
             own, before = self._seen.get(key), self._seen.get(stem)
@@ -89,23 +103,24 @@ class Crossings:
             self.guessing = len(rows) == 1 and self._guesses(key, stem, own, generation, asker, candidate, scores)
             known = before or own
             since = (known.since if known is not None and known.since else len(row)) if within else 0
-            told = within and known is not None and known.told
-            fresh.append(within and not told and not self.guessing and since > generation.told)
-            found[key] = _Prefix(generation, since, told or (within and not self.guessing), asker)
-        # Only now: the rows of one call don't stand in each other's place.
-        for key, prefix in found.items():
-            if prefix.told:
-                prefix.generation.told = max(prefix.generation.told, prefix.since)
-            self._seen.pop(key, None)  # so that it counts as the youngest
+            reported = within and known is not None and known.reported
+            fresh.append(within and not reported and not self.guessing and since > generation.reported)
+            prefixes[key] = _Prefix(generation, since, reported or (within and not self.guessing), asker)
+        # Only now, because rows of one call do not replace each other.
+        for key, prefix in prefixes.items():
+            if prefix.reported:
+                prefix.generation.reported = max(prefix.generation.reported, prefix.since)
+            self._seen.pop(key, None)  # so that it becomes the youngest
             self._seen[key] = prefix
         while len(self._seen) > max(_KEPT, 64 * len(rows)):
             del self._seen[next(iter(self._seen))]
         return fresh
 
     def _of_prompt(self, key: bytes, own: _Prefix | None, candidate: int | None) -> _Generation:
-        """The generation of a row that goes on from no other.
+        """Find the generation of a row that does not continue another.
 
-        A prompt that was asked about before begins a new one, unless what was proposed after it is checked now.
+        A prompt that was asked about before begins a new generation, unless tokens proposed after it are being checked
+        now.
         """
         if own is not None and own.generation.prompt == key and own.asker is not None and candidate is not None:
             return own.generation
@@ -127,14 +142,14 @@ class Crossings:
         if goes_on and self._checking:
             guess = self._rejected
             generation.round = max(generation.round, self._run)
-            if candidate is None:  # all are checked: what comes next begins a round
+            if candidate is None:  # all are checked, so the next call begins a round
                 self._checking, self._last = False, None
         elif candidate is not None and own is not None and own.asker is not None:
             self._checking, self._rejected, guess = True, False, False
             generation.proposes = own.asker
         else:
             self._checking = False
-            # A round may propose two candidates more than the last; a longer run is no proposal.
+            # A round may propose two candidates more than the last; a longer run is not a proposal.
             proposed = asker is not None and asker == generation.proposes and self._run <= generation.round + 2
             guess = goes_on and proposed
         if self._checking and candidate != int(scores.argmax()):
@@ -143,9 +158,10 @@ class Crossings:
 
 
 def _following(input_ids: Tensor) -> int | None:
-    """The candidate that follows the only row; None where none does.
+    """Return the candidate that follows the only row, or None.
 
-    Candidates are checked by handing over the front of a row that holds them all, so the next one is there.
+    Candidates are checked by passing the front part of a row that holds all of them, so the next candidate is in
+    memory.
     """
     length, (across, along) = input_ids.shape[1], input_ids.stride()
     place = input_ids.storage_offset() + length
@@ -157,7 +173,7 @@ def _following(input_ids: Tensor) -> int | None:
 
 
 def _asker(scores: Tensor) -> Asker:
-    """Prompt lookup asks with scores of its own, all the same but for what other processors have made of some."""
+    """Tell who asks: the scores of prompt lookup are all equal, except where other processors have changed them."""
     some = scores[0, :: max(1, scores.shape[1] // 64)]
     return "lookup" if some.unique().numel() <= 16 else "model"
 

@@ -1,7 +1,8 @@
-"""What a user gives a model, read in one place: token ids, masks, positions, and padding on either side.
+"""Reading what a user gives a model: token ids, masks, positions, and padding on either side.
 
-Every function that runs a model on a user's text reads it here, so padding means the same everywhere: a padded row has
-the values that its text has alone. Positions start at the first real token, and rows at padding are counted nowhere.
+Every function that runs a model on a user's text reads the text here, so padding means the same everywhere: a padded
+row has the values that its text has without padding. Positions start at the first real token, and no statistic counts
+rows at padding.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ __all__ = [
 ]
 
 _BY_PRODUCTS = ("labels", "special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping")
-# From here down an additive mask forbids a key: models add -10000, -inf or the least number of the dtype.
+# An additive mask forbids a key from this value down: models add -10000, -inf or the least number of the dtype.
 _BLOCKED = -9999.0
 _POSITION_TABLES = ("wpe", "positions_embed", "position_embeddings", "embed_positions", "position_embedding")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Which token ids a model takes, as far as it says.
+    """Which token ids a model takes, as far as the model says.
 
     Args:
         vocab_size: Ids run from 0 to ``vocab_size - 1``; None where the model does not take token ids, or does not say.
@@ -56,14 +57,14 @@ class Limits:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """A batch as every function uses it; all tensors are on the model's device.
+    """A batch in the form that every function uses; all tensors are on the model's device.
 
     Args:
-        ids: Token ids (B, L), int64. For a model that takes no token ids: its input, of any shape.
-        mask: (B, L) with 1 at real tokens; or which keys each query may read, for a model of transformers as what is
-            added to the scores (B or 1, heads or 1, L, L), for a CircuitGPT as (B, L, L); None where none was given.
-        positions: (B, L) or (1, L), int64: those given, or those that follow from padding; None where the model's own
-            default, 0, 1, 2 and so on, is right.
+        ids: Token ids (B, L), int64. For a model that takes no token ids, its input, of any shape.
+        mask: (B, L) with 1 at real tokens, or which keys each query may read: for a model of transformers what is added
+            to the scores (B or 1, heads or 1, L, L), for a CircuitGPT (B, L, L). None if there is none.
+        positions: (B, L) or (1, L), int64: those that the user gave, or those that follow from padding. None if the
+            model's own default (0, 1, 2 and so on) is right.
         others: What else the batch holds for the model, by keyword.
     """
 
@@ -74,7 +75,7 @@ class Inputs:
 
     @cached_property
     def real(self) -> Tensor | None:
-        """(B, L) bool: True at real tokens, False at padding; None where all are real."""
+        """(B, L) bool: True at real tokens, False at padding; None if all tokens are real."""
         if self.mask is None:
             return None
         real = real_tokens(self.ids, self.mask)
@@ -82,62 +83,62 @@ class Inputs:
 
     @cached_property
     def real_of_decoder(self) -> Tensor | None:
-        """The same of a second text, ``decoder_input_ids``, that an encoder's decoder reads."""
+        """The same for ``decoder_input_ids``, the text that the decoder of an encoder-decoder model reads."""
         ids, mask = self.others.get("decoder_input_ids"), self.others.get("decoder_attention_mask")
         if ids is None:
             return self.real
         return None if mask is None else real_tokens(ids, mask)
 
     def keywords(self) -> dict[str, Any]:
-        """The inputs as a model's keyword arguments."""
+        """Return the inputs as keyword arguments of the model."""
         named = {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": self.positions}
         return {name: value for name, value in named.items() if value is not None} | self.others
 
 
-def read_inputs(given: Any, limits: Limits, *, attention_mask: Any = None, position_ids: Any = None) -> Inputs:
-    """Reads and checks what a user gives as a model's input.
+def read_inputs(batch: Any, limits: Limits, *, attention_mask: Any = None, position_ids: Any = None) -> Inputs:
+    """Read and check what a user gives as a model's input.
 
     Args:
-        given: Token ids (B, L) as an integer tensor, or a batch as transformers' tokenizers give it: a mapping with
+        batch: Token ids (B, L) as an integer tensor, or a batch as transformers' tokenizers make it: a mapping with
             ``input_ids`` and, optionally, ``attention_mask``, ``position_ids`` and what else the model takes.
         limits: What the model takes, from :func:`limits_of`.
-        attention_mask: The mask, where it is not in the batch.
-        position_ids: The positions, where they are not in the batch.
+        attention_mask: The mask, if it is not in the batch.
+        position_ids: The positions, if they are not in the batch.
 
     Returns:
-        The inputs, on the model's device and outside of inference mode.
+        The inputs, on the model's device and usable outside inference mode.
 
     Raises:
         TypeError: For ids, a mask or positions that are not tensors, or ids that are not integers.
-        ValueError: For another shape, an id outside the vocabulary, a text longer than the model's context, a mask
-            that is not made of zeros and ones, or something that is given twice.
+        ValueError: For a wrong shape, an id outside the vocabulary, a text longer than the model's context, a mask
+            that is not made of zeros and ones, or anything that is given twice.
     """
-    if isinstance(given, Mapping):
-        batch = {str(name): value for name, value in given.items() if value is not None and name not in _BY_PRODUCTS}
-        if "input_ids" not in batch:
-            raise ValueError(f"the batch has the keys {sorted(map(str, given))}; it must have input_ids, a tensor")
-    elif isinstance(given, Tensor) or limits.vocab_size is not None:
-        batch = {"input_ids": given}
+    if isinstance(batch, Mapping):
+        values = {str(name): value for name, value in batch.items() if value is not None and name not in _BY_PRODUCTS}
+        if "input_ids" not in values:
+            raise ValueError(f"the batch has the keys {sorted(map(str, batch))}; it must have input_ids, a tensor")
+    elif isinstance(batch, Tensor) or limits.vocab_size is not None:
+        values = {"input_ids": batch}
     else:
         raise TypeError(
-            f"a batch is {type(given).__name__}; give token ids (B, L) as a tensor, or a batch from a tokenizer, which "
+            f"a batch is {type(batch).__name__}; give token ids (B, L) as a tensor, or a batch from a tokenizer, which "
             "is a mapping with input_ids"
         )
     for name, value in (("attention_mask", attention_mask), ("position_ids", position_ids)):
         if value is not None:
-            if name in batch:
+            if name in values:
                 raise ValueError(f"{name} is given twice, in the batch and beside it: give it once")
-            batch[name] = value
-    ids = checked_ids(batch.pop("input_ids"), limits.vocab_size, limits.context)
+            values[name] = value
+    ids = checked_ids(values.pop("input_ids"), limits.vocab_size, limits.context)
     device = limits.device or ids.device
-    batch = {name: _usable(value, device) for name, value in batch.items()}
+    values = {name: _usable(value, device) for name, value in values.items()}
     ids = _usable(ids, device)
-    mask, positions = batch.pop("attention_mask", None), batch.pop("position_ids", None)
-    if not limits.others and batch:
-        batch = {name: value for name, value in batch.items() if name != "token_type_ids"}
-        if batch:
+    mask, positions = values.pop("attention_mask", None), values.pop("position_ids", None)
+    if not limits.others and values:
+        values = {name: value for name, value in values.items() if name != "token_type_ids"}
+        if values:
             raise ValueError(
-                f"the batch has {min(batch)!r} too; this model takes input_ids and, optionally, attention_mask and "
+                f"the batch has {min(values)!r} too; this model takes input_ids and, optionally, attention_mask and "
                 "position_ids"
             )
     if mask is not None and limits.vocab_size is not None:
@@ -147,24 +148,27 @@ def read_inputs(given: Any, limits: Limits, *, attention_mask: Any = None, posit
         positions = positions_after_padding(real_tokens(ids, mask))
     elif positions is not None and limits.vocab_size is not None:
         positions = _checked_positions(positions, ids, limits.context)
-    return Inputs(ids, mask, positions, batch)
+    return Inputs(ids, mask, positions, values)
 
 
-def holds_ids(given: Any) -> bool:
-    """Whether ``given`` is meant as token ids, and not as a model's own arguments: a tuple of arguments, or keywords
-    without ``input_ids`` (embeddings, say)."""
-    if isinstance(given, Mapping):
-        return given.get("input_ids") is not None
-    return not isinstance(given, tuple)
+def holds_ids(inputs: Any) -> bool:
+    """Tell whether ``inputs`` are token ids, and not a model's own arguments.
+
+    A model's own arguments are a tuple, or keywords without ``input_ids`` (embeddings, for example).
+    """
+    if isinstance(inputs, Mapping):
+        return inputs.get("input_ids") is not None
+    return not isinstance(inputs, tuple)
 
 
 def checked_ids(ids: Any, vocab_size: int | None, context: int | None) -> Tensor:
-    """Token ids (B, L) as int64, checked against a vocabulary and a context. A model that takes no token ids
-    (``vocab_size`` None) is given any tensor of at least two dimensions.
+    """Check token ids against a vocabulary and a context, and return them as int64 (B, L).
+
+    For a model that takes no token ids (``vocab_size`` is None) any tensor of at least two dimensions is allowed.
 
     Raises:
         TypeError: For anything but an integer tensor.
-        ValueError: For another shape, no token, too many tokens, or an id outside the vocabulary.
+        ValueError: For a wrong shape, no token, too many tokens, or an id outside the vocabulary.
     """
     if vocab_size is None:
         if not isinstance(ids, Tensor):
@@ -179,8 +183,8 @@ def checked_ids(ids: Any, vocab_size: int | None, context: int | None) -> Tensor
         how = ": torch.tensor(ids)[None] is one text" if isinstance(ids, (list, tuple)) else ""
         raise TypeError(f"input_ids is {kind}; it must be an int64 tensor (batch, length){how}")
     if ids.dim() != 2:
-        one = ": one text is input_ids[None]" if ids.dim() == 1 else ""
-        raise ValueError(f"input_ids has shape {tuple(ids.shape)}; it must be (batch, length){one}")
+        hint = ": one text is input_ids[None]" if ids.dim() == 1 else ""
+        raise ValueError(f"input_ids has shape {tuple(ids.shape)}; it must be (batch, length){hint}")
     if ids.numel() == 0:
         raise ValueError(f"input_ids is empty, shape {tuple(ids.shape)}: give at least one token")
     if context is not None and ids.shape[1] > context:
@@ -197,16 +201,16 @@ def checked_ids(ids: Any, vocab_size: int | None, context: int | None) -> Tensor
 
 
 def real_tokens(ids: Tensor, mask: Any) -> Tensor:
-    """Which tokens are text and not padding: (B, L) bool.
+    """Tell which tokens are text and not padding, as (B, L) bool.
 
-    A mask (B, L) says so itself. Of a mask with an axis for the queries, (B, L, L) or (B or 1, heads or 1, L, L), a
-    token is padding if no query reads it. Some libraries let the query of a padding token read every key, later ones
-    and other padding included, to keep its softmax finite; such a query says nothing about what is real.
+    A mask (B, L) says so directly. In a mask with an axis for the queries, (B, L, L) or (B or 1, heads or 1, L, L), a
+    token is padding if no query reads it. Some libraries let the query of a padding token read every key, including
+    later keys and other padding, to keep its softmax finite; such a query says nothing about what is real.
     """
     batch, length = ids.shape[:2]
     if isinstance(mask, Mapping):  # transformers' models of mixed layers take a mask for each kind of layer
-        found = torch.stack([real_tokens(ids, each) for each in mask.values() if each is not None])
-        return found.any(dim=0)
+        by_kind = torch.stack([real_tokens(ids, of_kind) for of_kind in mask.values() if of_kind is not None])
+        return by_kind.any(dim=0)
     if mask.dim() == 2:
         return mask.bool().expand(batch, -1) if mask.shape[1] == length else torch.ones_like(ids, dtype=torch.bool)
     allowed = mask > _BLOCKED if mask.dtype.is_floating_point else mask.bool()
@@ -216,21 +220,22 @@ def real_tokens(ids: Tensor, mask: Any) -> Tensor:
     if mask.dim() == 3:  # a CircuitGPT's, in which causality always holds
         return allowed.tril().any(dim=1)
     open_to_all = allowed.all(dim=-1)
-    open_to_all[:, -1] = False  # the last token of a causal model reads every key with good reason
+    open_to_all[:, -1] = False  # the last token of a causal model may read every key anyway
     reads = allowed & ~open_to_all[:, :, None]
     read = reads.any(dim=1)
-    of_padding = (~read | ~open_to_all).all(dim=-1, keepdim=True)  # no query that is open to all is a real token's
+    of_padding = (~read | ~open_to_all).all(dim=-1, keepdim=True)  # no query of a real token is open to all
     real = torch.where(of_padding & read.any(dim=-1, keepdim=True), read, allowed.any(dim=1))
-    # A row of nothing but padding is open to all in each of its queries, in a batch that is causal otherwise.
+    # In a batch that is otherwise causal, a row of nothing but padding has only queries that are open to all.
     whole = allowed.all(dim=2).all(dim=1, keepdim=True)
     causal = not bool((reads & ~whole[:, :, None]).triu(1).any()) and not bool(whole.all())
     return real & ~whole if causal and length > 1 else real
 
 
 def positions_after_padding(real: Tensor) -> Tensor | None:
-    """Positions (B, L), int64, that start at the first real token of each row; None where every row starts with one.
+    """Return positions (B, L), int64, that start at the first real token of each row.
 
-    Padding in front gets position 0. Tokens that are masked further on keep their place, as in the row alone.
+    Padding in front gets position 0. Masked tokens further on keep their place, as in the row without padding. Returns
+    None if every row starts with a real token.
     """
     before = real.long().cummax(dim=1).values.eq(0).sum(dim=1, keepdim=True)
     if not bool(before.any()):
@@ -239,16 +244,19 @@ def positions_after_padding(real: Tensor) -> Tensor | None:
 
 
 def limits_of(model: nn.Module) -> Limits:
-    """What token ids ``model`` takes: a CircuitGPT says so itself (``token_limits``), a language model of transformers
-    through its embeddings; another module says nothing, and takes what it takes."""
+    """Find out which token ids a model takes.
+
+    A CircuitGPT says so itself (``token_limits``), and a language model of transformers through its embeddings. Nothing
+    is known of other modules, and nothing is checked for them.
+    """
     own = getattr(model, "token_limits", None)
     if isinstance(own, Limits):
         return own
-    device = next((each.device for each in model.parameters()), None)
+    device = next((parameter.device for parameter in model.parameters()), None)
     table = _token_table(model)
     if table is not None:
         device = table.weight.device
-    if device is not None and device.type == "meta":  # weights that come when they are needed; their hooks move inputs
+    if device is not None and device.type == "meta":  # offloaded weights, whose hooks also move the inputs
         device = None
     tables = _position_tables(model, table)
     takes_positions = _takes(model, "position_ids") and not _counts_positions_itself(model, tables)
@@ -258,29 +266,29 @@ def limits_of(model: nn.Module) -> Limits:
 
 
 def _token_table(model: nn.Module) -> nn.Embedding | None:
-    """The embeddings of the tokens that the model's ``input_ids`` are; None of what is no language model."""
+    """Return the embeddings of the model's ``input_ids``; None if it is no language model."""
     ask = getattr(model, "get_input_embeddings", None)
     if not callable(ask) or not _takes(model, "input_ids"):
         return None
     try:
-        found = ask()
+        table = ask()
     except (AttributeError, NotImplementedError):
         return None
-    found = getattr(found, "base_layer", found)  # PEFT's adapters stand around it
-    return found if isinstance(found, nn.Embedding) else None
+    table = getattr(table, "base_layer", table)  # PEFT's adapters wrap it
+    return table if isinstance(table, nn.Embedding) else None
 
 
 def _takes(model: nn.Module, name: str) -> bool:
-    """Whether the model, or what a wrapper hands its keywords to, has that argument."""
-    known = inspect.signature(model.forward).parameters
-    if name in known:
+    """Tell whether the model, or a module that it hands its keywords on to, has that argument."""
+    parameters = inspect.signature(model.forward).parameters
+    if name in parameters:
         return True
-    hands_on = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in known.values())
+    hands_on = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     return hands_on and any(_takes(child, name) for child in model.children())
 
 
 def _position_tables(model: nn.Module, tokens: nn.Embedding | None) -> list[nn.Embedding]:
-    """Tables of positions, those beside the table of tokens: an image's patches are counted by others."""
+    """List the tables of token positions: those beside the table of tokens. Others count the patches of images."""
     beside = ""
     for name, module in model.named_modules():
         if module is tokens:
@@ -295,26 +303,25 @@ def _position_tables(model: nn.Module, tokens: nn.Embedding | None) -> list[nn.E
 
 
 def _counts_positions_itself(model: nn.Module, tables: list[nn.Embedding]) -> bool:
-    """Whether the model's positions are of a kind that it makes itself of ids and mask: those of RoBERTa start behind a
-    padding index, those of some models of images and text have three axes."""
+    """Tell whether the model makes its own positions: after a padding index as RoBERTa, or with three axes."""
     if any(table.padding_idx is not None for table in tables):
         return True
     return any(hasattr(module, "get_rope_index") for module in model.modules())
 
 
 def _context(tables: list[nn.Embedding]) -> int | None:
-    """How many positions a learned table has for tokens; None where positions are computed."""
-    found = []
+    """Return how many positions a learned table has for tokens; None if positions are computed."""
+    sizes = []
     for table in tables:
         shift = 0 if table.padding_idx is None else table.padding_idx + 1
-        found.append(table.num_embeddings - getattr(table, "offset", shift))
-    return min(found, default=None)
+        sizes.append(table.num_embeddings - getattr(table, "offset", shift))
+    return min(sizes, default=None)
 
 
 def _usable(value: Any, device: torch.device) -> Any:
-    """On the device, and a tensor that autograd can keep."""
+    """Move tensors to the device, and copy those made in inference mode, which autograd can't keep."""
     if isinstance(value, Mapping):
-        return {name: _usable(each, device) for name, each in value.items()}
+        return {name: _usable(entry, device) for name, entry in value.items()}
     if not isinstance(value, Tensor):
         return value
     value = value.to(device)
@@ -324,9 +331,9 @@ def _usable(value: Any, device: torch.device) -> Any:
 def _check_mask(mask: Any, ids: Tensor) -> None:
     batch, length = ids.shape
     if isinstance(mask, Mapping):
-        for each in mask.values():
-            if each is not None:
-                _check_mask(each, ids)
+        for of_kind in mask.values():
+            if of_kind is not None:
+                _check_mask(of_kind, ids)
         return
     if not isinstance(mask, Tensor):
         raise TypeError(f"attention_mask is {type(mask).__name__}; it must be a tensor")
@@ -358,10 +365,12 @@ def _check_mask(mask: Any, ids: Tensor) -> None:
 
 
 def _added(mask: Any, dtype: torch.dtype) -> Any:
-    """A mask with an axis for queries as what is added to the scores, (B or 1, heads or 1, L, L): a model's attention
-    may take a bool mask for numbers."""
+    """Turn a mask with an axis for queries into what is added to the scores, (B or 1, heads or 1, L, L).
+
+    A model's attention may otherwise add the zeros and ones of a bool mask to its scores.
+    """
     if isinstance(mask, Mapping):
-        return {name: None if each is None else _added(each, dtype) for name, each in mask.items()}
+        return {kind: None if of_kind is None else _added(of_kind, dtype) for kind, of_kind in mask.items()}
     if mask.dim() == 2:
         return mask
     mask = mask[:, None] if mask.dim() == 3 else mask
@@ -376,7 +385,7 @@ def _checked_positions(positions: Any, ids: Tensor, context: int | None) -> Tens
         kind = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
         raise TypeError(f"position_ids is {kind}; it must be an int64 tensor")
     length = ids.shape[1]
-    if positions.dim() > 2:  # an axis for height, width and time, say: the model's own business
+    if positions.dim() > 2:  # with axes for height, width and time, for example, which the model itself checks
         return positions
     if tuple(positions.shape) not in ((length,), (1, length), tuple(ids.shape)):
         raise ValueError(

@@ -1,12 +1,11 @@
-"""The values at a module's input and output: where they are, how they are read and replaced, and whose hooks are there.
+"""Reading and replacing the values at a module's input and output, and telling whose hooks are on it.
 
-A hook of ours acts in the thread that registered it alone, so two threads may look into one model at once.
+A hook of this library acts only in the thread that registered it, so two threads may look into one model at once.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,8 +21,8 @@ __all__ = [
     "first_tensor",
     "hooked",
     "hooks_on",
-    "known_hook",
     "leaves",
+    "module_hooks",
     "module_names",
     "plain_name",
     "rebuilt",
@@ -34,32 +33,32 @@ __all__ = [
 
 Meet = Callable[[Any, str], Any]
 
-# transformers and PEFT register a hook with one of these names where a model is trained with gradient checkpointing,
-# and leave it there afterwards. It asks for gradients of the embedding's output and changes no value.
+# transformers and PEFT register a hook with one of these names to train with gradient checkpointing, and leave it there
+# afterwards. It asks for gradients of the embedding's output and changes no value.
 _ASKS_FOR_GRADIENTS = ("make_inputs_require_grads", "make_inputs_require_grad")
 
-# transformers leaves a hook of this name on every layer once output_hidden_states or output_attentions has been asked
-# for. It keeps what passes while they are asked for, and changes no value.
+# transformers leaves a hook of this name on every layer after output_hidden_states or output_attentions has been used.
+# It records values and changes none.
 _KEEPS_OUTPUTS = "output_capturing_hook"
 
 
 class _OwnHook:
-    """A module hook of this library; it does nothing in another thread than the one that it was made in."""
+    """A module hook of this library, which acts only in the thread that it was made in."""
 
     def __init__(self, act: Callable[..., Any]) -> None:
         self._act = act
         self._thread = threading.get_ident()
 
-    def __call__(self, *given: Any) -> Any:
-        return self._act(*given) if threading.get_ident() == self._thread else None
+    def __call__(self, *arguments: Any) -> Any:
+        return self._act(*arguments) if threading.get_ident() == self._thread else None
 
 
 @contextmanager
 def hooked(model: nn.Module, hook: str, meet: Meet) -> Iterator[None]:
-    """Inside, ``meet(value, hook)`` is given the value named ``hook`` and returns the one to go on with.
+    """Call ``meet(value, hook)`` with the value at a hook, inside the context; what it returns takes the value's place.
 
-    ``hook`` is a module path: ``"name"`` its output, ``"name:in"`` its input. ``meet`` comes after the user's own hooks
-    there.
+    ``hook`` is a module path: ``"name"`` means the module's output, ``"name:in"`` its input. ``meet`` runs after the
+    user's own hooks there.
     """
     module = model.get_submodule(hook.removesuffix(":in"))
     if hook.endswith(":in"):
@@ -71,7 +70,7 @@ def hooked(model: nn.Module, hook: str, meet: Meet) -> Iterator[None]:
 
         handle = module.register_forward_pre_hook(_OwnHook(before), with_kwargs=True)
     else:
-        handle = module.register_forward_hook(_OwnHook(lambda _, given, output: meet(output, hook)))
+        handle = module.register_forward_hook(_OwnHook(lambda module, arguments, output: meet(output, hook)))
     try:
         yield
     finally:
@@ -80,9 +79,9 @@ def hooked(model: nn.Module, hook: str, meet: Meet) -> Iterator[None]:
 
 @contextmanager
 def watching_outputs(model: nn.Module, see: Callable[[Any], None]) -> Iterator[None]:
-    """Inside, ``see`` is given the output of every module that runs."""
+    """Call ``see`` with the output of every module that runs inside the context."""
 
-    def act(module: nn.Module, given: Any, output: Any) -> None:
+    def act(module: nn.Module, arguments: Any, output: Any) -> None:
         see(output)
 
     handles = [module.register_forward_hook(_OwnHook(act)) for module in model.modules()]
@@ -97,25 +96,25 @@ def watching_outputs(model: nn.Module, see: Callable[[Any], None]) -> Iterator[N
 
 
 def user_hooks(model: nn.Module) -> list[tuple[str, Any]]:
-    """(where, hook): what others have put around the forward passes of the model's modules, in their order.
+    """List what others have put around the forward passes of the model's modules, as (where, hook), in order.
 
-    That is hooks, and forward methods of a module's own; hooks of this library, and those that change no value, are
-    left out. Two lists are equal if they hold the same objects.
+    These are hooks, and forward methods set on a single module. Hooks of this library, and hooks that change no value,
+    are left out. Two lists are equal if they hold the same objects.
     """
-    found: list[tuple[str, Any]] = [
+    foreign: list[tuple[str, Any]] = [
         ("all modules", hook)
         for hook in (*list(_global_forward_pre_hooks.values()), *list(_global_forward_hooks.values()))
     ]
     for name, module in model.named_modules():
         hooks = (*list(module._forward_pre_hooks.values()), *list(module._forward_hooks.values()))
-        found += [(f"the module {name!r}", hook) for hook in hooks if not _changes_nothing(hook)]
+        foreign += [(f"the module {name!r}", hook) for hook in hooks if not _changes_nothing(hook)]
         if "forward" in vars(module) and not _is_compiled_wrapper(module):
-            found.append((f"the forward method of the module {name!r}", vars(module)["forward"]))
-    return found
+            foreign.append((f"the forward method of the module {name!r}", vars(module)["forward"]))
+    return foreign
 
 
 def asks_for_gradients(model: nn.Module) -> bool:
-    """Whether a hook asks for gradients of a value in the forward pass, which no transform of torch.func allows."""
+    """Tell whether a hook asks for gradients of a value in the forward pass, which torch.func doesn't allow."""
     return any(
         getattr(hook, "__name__", "") in _ASKS_FOR_GRADIENTS
         for module in model.modules()
@@ -124,7 +123,7 @@ def asks_for_gradients(model: nn.Module) -> bool:
 
 
 def hooks_on(module: nn.Module) -> bool:
-    """Whether others have hooked that module."""
+    """Tell whether somebody else has put a hook on the module."""
     return any(
         not _changes_nothing(hook)
         for hook in (*list(module._forward_pre_hooks.values()), *list(module._forward_hooks.values()))
@@ -139,7 +138,11 @@ def _changes_nothing(hook: Any) -> bool:
 
 
 def as_written(model: nn.Module) -> nn.Module:
-    """The module that was given to ``torch.compile``; any other as it is. TypeError for one that runs no hooks."""
+    """Return the module that was given to ``torch.compile``, or the model itself if it isn't compiled.
+
+    Raises:
+        TypeError: If it is a ScriptModule, which runs no hooks.
+    """
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model is a {type(model).__name__}, which runs no hooks: give the module that it was made of")
     while _is_compiled_wrapper(model):
@@ -152,29 +155,25 @@ def _is_compiled_wrapper(module: Any) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """A module's or parameter's name without the steps that ``torch.compile`` puts into it."""
+    """Return the name of a module or parameter without the steps that ``torch.compile`` puts into it."""
     return ".".join(step for step in name.split(".") if step != "_orig_mod")
 
 
 def module_names(model: nn.Module) -> list[str]:
-    """The names of all modules, compiled ones by their plain names; the model's own, ``""``, first."""
+    """List the names of all modules, without the steps of ``torch.compile``. The model itself, ``""``, comes first."""
     return list(dict.fromkeys(plain_name(name) for name, _ in model.named_modules()))
+
+
+def module_hooks(model: nn.Module) -> list[str]:
+    """List the module paths that are hooks: each module's name for its output, and with ``":in"`` for its input."""
+    return [name + end for name in module_names(model) for end in ("", ":in")]
 
 
 # ---- values --------------------------------------------------------------------------------------
 
 
-def known_hook(name: Any, known: list[str], role: str, model: str) -> None:
-    """ValueError that lists close matches, if ``name`` is none of ``known``."""
-    if not isinstance(name, str):
-        raise TypeError(f"{role} is {name!r}; it must be a hook's name")
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3) or [each for each in known if each not in ("", ":in")][:6]
-        raise ValueError(f"unknown {role} {name!r} for {model}; near it: {', '.join(map(repr, near))}")
-
-
 def first_tensor(value: Any, hook: str) -> Tensor:
-    """The first tensor among what a module takes or gives. ValueError where there is none."""
+    """Return the first tensor in what a module takes or gives; ValueError if there is none."""
     for leaf in leaves(value):
         if isinstance(leaf, Tensor):
             return leaf
@@ -182,13 +181,13 @@ def first_tensor(value: Any, hook: str) -> Tensor:
 
 
 def with_first_tensor(value: Any, tensor: Tensor) -> Any:
-    """``value`` with ``tensor`` in the place that :func:`first_tensor` reads."""
+    """Return ``value`` with ``tensor`` in the place that :func:`first_tensor` reads."""
     if isinstance(value, Tensor):
         return tensor
     places: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, Mapping) else enumerate(value)
-    for place, each in places:
-        if any(isinstance(leaf, Tensor) for leaf in leaves(each)):
-            replaced = with_first_tensor(each, tensor)
+    for place, part in places:
+        if any(isinstance(leaf, Tensor) for leaf in leaves(part)):
+            replaced = with_first_tensor(part, tensor)
             if isinstance(value, Mapping):
                 changed: Any = copy.copy(value)
                 changed[place] = replaced
@@ -198,16 +197,16 @@ def with_first_tensor(value: Any, tensor: Tensor) -> Any:
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """What is in nested tuples, lists and mappings, in order."""
+    """Yield what is in nested tuples, lists and mappings, in order."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, (tuple, list)):
-        for each in value:
-            yield from leaves(each)
+        for part in value:
+            yield from leaves(part)
     else:
         yield value
 
 
 def rebuilt(like: Any, items: list[Any]) -> Any:
-    """``items`` as a tuple or list of the kind of ``like``."""
+    """Return ``items`` as a tuple or list of the same class as ``like``."""
     return type(like)(*items) if hasattr(like, "_fields") else type(like)(items)

@@ -1,7 +1,7 @@
-"""How a user's model is run: in evaluation mode, as it was written, and left as it was.
+"""Running a user's model in evaluation mode and uncompiled, and leaving it as it was.
 
-A model belongs to its user, who may be using it in another thread. So what has to be switched for a pass is counted:
-the first pass that needs it switches, the last one switches back.
+A model belongs to its user, who may be using it in another thread. So passes are counted: the first pass that needs a
+switch turns it, and the last one turns it back.
 """
 
 from __future__ import annotations
@@ -21,20 +21,19 @@ from .modules import asks_for_gradients
 
 __all__ = ["ALONE", "eager", "evaluating", "running"]
 
-# Held by what is the whole process's and not a thread's: PyTorch's forward derivatives, of which one level can be open
-# at a time, the choice of the attention backend, and a model's buffers while others stand in for them.
+# Held while something is changed that the whole process shares: PyTorch's forward derivatives, of which only one level
+# can be open at a time, the choice of the attention backend, or a model's buffers while others stand in for them.
 ALONE = threading.RLock()
 _lock = threading.Lock()
-_evaluated: WeakKeyDictionary[nn.Module, int] = (
-    WeakKeyDictionary()
-)  # modules switched to evaluation, by how many passes
+# Modules that are switched to evaluation mode, and by how many passes.
+_evaluated: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 _eager_passes = 0
 _stance: Any = None
 
 
 @contextmanager
 def running(model: nn.Module) -> Iterator[None]:
-    """Around every forward pass of a user's model that is not a plain call of theirs."""
+    """Enter all that a forward pass of a user's model needs, unless the user calls the model directly."""
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(eager())
@@ -45,7 +44,7 @@ def running(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, dropout is off and batch statistics are fixed; afterwards every module's training flag is as before."""
+    """Switch dropout off and fix batch statistics inside the context; afterwards all training flags are as before."""
     held = []
     with _lock:
         for module in model.modules():
@@ -66,8 +65,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def eager() -> Iterator[None]:
-    """Inside, compiled modules run as they were written. A compiled graph runs no hook that it was not compiled with,
-    and its values are not the ones that gradients are asked of."""
+    """Run compiled modules uncompiled inside the context.
+
+    A compiled graph runs no hook that it was not compiled with, and autograd does not see the values inside it.
+    """
     global _eager_passes, _stance
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import would take seconds
         yield
@@ -87,8 +88,10 @@ def eager() -> Iterator[None]:
 
 
 class _NoRequestsForGradients(TorchFunctionMode):
-    """Inside, ``requires_grad_`` leaves a tensor as it is. Gradient checkpointing asks for it at the embeddings, where
-    a tangent or a cotangent that passes needs nothing of the kind."""
+    """A mode in which ``requires_grad_`` leaves a tensor as it is.
+
+    Gradient checkpointing calls it on the embeddings' output; products with tangents and cotangents don't need it.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.requires_grad_:

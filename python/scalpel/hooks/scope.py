@@ -1,4 +1,4 @@
-"""A setting that holds inside ``with``, and can be entered again."""
+"""Settings that hold inside a ``with`` block, which can be entered more than once."""
 
 from contextlib import ContextDecorator
 from contextvars import ContextVar
@@ -8,9 +8,9 @@ T = TypeVar("T")
 
 
 class Scope(ContextDecorator, Generic[T]):
-    """Inside, ``value`` is the last of ``variable``'s tuple; afterwards that is as before.
+    """A context inside which ``value`` is the last entry of ``variable``'s tuple; afterwards the tuple is as before.
 
-    It may be entered again, inside itself and in several threads and tasks at once: each has a tuple of its own.
+    It may be entered again inside itself, and in several threads and tasks at once, since each has its own tuple.
     """
 
     def __init__(self, variable: ContextVar[tuple[T, ...]], value: T) -> None:
@@ -18,8 +18,8 @@ class Scope(ContextDecorator, Generic[T]):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(
-            f"a context of {self._variable.name} can't be copied or pickled: it holds in this process alone. Make it "
-            "where it is entered"
+            f"a context of {self._variable.name} can't be copied or pickled, because it holds only in this process: "
+            "make it where it is entered"
         )
 
     def __enter__(self) -> None:

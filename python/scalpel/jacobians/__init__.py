@@ -1,1 +1,1 @@
-"""Jacobians as operators: the entry, the forward passes behind it, positions, and spectra."""
+"""Jacobians as operators: the entry, the passes and traces behind it, the rules of sublayers, and spectra."""

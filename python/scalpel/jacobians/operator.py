@@ -1,73 +1,44 @@
 """A Jacobian as a linear operator: products with it, its transpose and its compositions, never its matrix."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..hooks.positions import Selected, describe
-from .passes import Pass
+from .ends import End
+from .svd import truncated_svd
+from .validity import ValidityRadius, validity_radius
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
-
-    from .validity import ValidityRadius
 
 Product = Callable[[Tensor], Tensor]
 
 _DENSE_BLOCK = 256  # unit tangents at a time when the matrix is wanted after all
 
 
-@dataclass(frozen=True)
-class End:
-    """One end of an operator: a hook of a model at an input, with the value there."""
-
-    run: Pass
-    hook: str
-    positions: Selected
-    function: Callable[[Tensor], Tensor] | None
-    value: Tensor
-
-    def __str__(self) -> str:
-        name = repr(self.hook) if self.function is None else f"a function of {self.hook!r}"
-        return f"{name} at {describe(self.positions)}"
-
-    def mismatch(self, other: "End") -> str | None:
-        """Why ``other`` isn't the same space; None where it is."""
-        if (self.hook, self.positions) != (
-            other.hook,
-            other.positions,
-        ) or self.function is not other.function:
-            return f"one ends at {self}, the other starts at {other}"
-        return self.run.differs(other.run)
-
-
-def check_floating(value: Tensor, name: str) -> None:
-    """TypeError where ``value``, at the hook ``name``, has no derivative."""
-    if not value.dtype.is_floating_point:
-        raise TypeError(f"the value at {name!r} is {value.dtype}; a Jacobian needs floating point there")
-
-
-def finished(value: Tensor, function: Callable[[Tensor], Tensor] | None, name: str, dtype: torch.dtype) -> Tensor:
-    """What a target is, from what its hook ``name`` recorded: ``function`` of it, where there is one."""
-    if function is not None:
-        value = function(value)
-        if not isinstance(value, Tensor):
-            raise TypeError(f"the target's function gave {type(value).__name__}; it must give a tensor")
-    check_floating(value, name)
-    return value.to(dtype)
-
-
 class Jacobian:
     """The Jacobian of a target value with respect to a source value, as :func:`scalpel.jacobian` gives it.
 
-    n = numel(source), m = numel(target); T counts tangents and comes first. All tensors share ``dtype`` and
-    ``device``. Every product gives detached tensors.
+    n is numel(source) and m is numel(target); T is the number of tangents and comes first. All tensors share ``dtype``
+    and ``device``. Every product gives detached tensors.
 
-    A Jacobian never changes, so a copy of it, a deep one too, is itself. It can't be pickled: it holds the model and
-    its forward pass. Another process gets the model and the inputs, and calls :func:`scalpel.jacobian` there.
+    A Jacobian never changes, so a copy of it, a deep one too, is itself. It can't be pickled, since it holds the model
+    and its forward pass: give another process the model and the inputs, and call :func:`scalpel.jacobian` there.
+
+    Example:
+        >>> import scalpel, torch
+        >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+        >>> ids = torch.tensor([[1, 2, 3, 4]])
+        >>> J = scalpel.jacobian(model, ids, "0.resid_in", "1.resid_in")
+        >>> K = scalpel.jacobian(model, ids, "1.resid_in", "final_resid")
+        >>> v = torch.ones(J.shape[1])
+        >>> torch.allclose((K @ J) @ v, K @ (J @ v))
+        True
+        >>> U, S, Vh = J.svd(3)
+        >>> torch.allclose(J @ Vh[0], S[0] * U[:, 0], atol=1e-4 * float(S[0]))
+        True
     """
 
     def __init__(self, push: Product, pull: Product, source: End, target: End) -> None:
@@ -92,16 +63,17 @@ class Jacobian:
 
     @property
     def primal(self) -> Tensor:
-        """The value at the target, of ``target_shape`` (of a transpose: the value at the original's
-        source)."""
+        """The value at the target, of ``target_shape``; a transpose has the value at the original's source here."""
         return self._target.value
 
     @property
     def source_shape(self) -> torch.Size:
+        """The shape of the value at the source, which one tangent has."""
         return self._source.value.shape
 
     @property
     def target_shape(self) -> torch.Size:
+        """The shape of the value at the target, which the product with one tangent has."""
         return self._target.value.shape
 
     @property
@@ -111,19 +83,37 @@ class Jacobian:
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of values, tangents and products."""
         return self._source.value.dtype
 
     @property
     def device(self) -> torch.device:
+        """The device of values, tangents and products."""
         return self._source.value.device
 
     def __repr__(self) -> str:
         return f"Jacobian({self._source} → {self._target}, shape={self.shape}, dtype={self.dtype})"
 
     def jvp(self, V: Tensor) -> Tensor:
-        """T tangents at the source, V (T, *source_shape), carried to the target: (T, *target_shape).
+        """Carry T tangents at the source to the target.
 
-        T may be 0. TypeError or ValueError for another shape, dtype or device.
+        Args:
+            V: (T, *source_shape); T may be 0.
+
+        Returns:
+            (T, *target_shape).
+
+        Raises:
+            ValueError: For tangents of another shape or on another device.
+            TypeError: For tangents of another dtype, or no tensor.
+            RuntimeError: Where the model has changed since the Jacobian was made.
+
+        Example:
+            >>> import scalpel, torch
+            >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+            >>> J = scalpel.jacobian(model, torch.tensor([[1, 2, 3]]))
+            >>> J.jvp(torch.zeros(2, *J.source_shape)).count_nonzero().item()
+            0
         """
         self._check(V, "V", "jvp", tuple(self.source_shape))
         if V.shape[0] == 0 or V[0].numel() == 0:
@@ -131,8 +121,27 @@ class Jacobian:
         return self._push(V.detach())
 
     def vjp(self, U: Tensor) -> Tensor:
-        """T cotangents at the target, U (T, *target_shape), carried back to the source: (T,
-        *source_shape)."""
+        """Carry T cotangents at the target back to the source.
+
+        Args:
+            U: (T, *target_shape); T may be 0.
+
+        Returns:
+            (T, *source_shape).
+
+        Raises:
+            ValueError: For cotangents of another shape or on another device.
+            TypeError: For cotangents of another dtype, or no tensor.
+            RuntimeError: Where the model has changed since the Jacobian was made.
+
+        Example:
+            >>> import scalpel, torch
+            >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+            >>> J = scalpel.jacobian(model, torch.tensor([[1, 2, 3]]))
+            >>> u, v = torch.ones(1, *J.target_shape), torch.ones(1, *J.source_shape)
+            >>> torch.allclose((u * J.jvp(v)).sum(), (J.vjp(u) * v).sum(), rtol=1e-3)
+            True
+        """
         self._check(U, "U", "vjp", tuple(self.target_shape))
         if U.shape[0] == 0 or U[0].numel() == 0:
             return U.new_zeros(U.shape[0], *self.source_shape)
@@ -153,11 +162,16 @@ class Jacobian:
         return self.T
 
     def __matmul__(self, other: Any) -> Any:
-        """``J @ v``: v (n,) → (m,), or a block (n, T) → (m, T). ``J2 @ J1``: first J1, then J2.
+        """Multiply with a vector or a block, or compose with another Jacobian.
 
-        A composition needs J1's target to be J2's source: the same hook and positions of the same model at
-        the same inputs; otherwise ValueError. It is the chain through that hook alone: the whole Jacobian
-        only where every path passes there, as all do at a residual-stream hook with all positions.
+        ``J @ v`` takes v (n,) to (m,), or a block (n, T) to (m, T). ``J2 @ J1`` is the Jacobian that applies J1 first
+        and J2 after it. It needs J1's target to be J2's source: the same hook and positions of the same model at the
+        same inputs. It is the chain through that hook alone, and the whole Jacobian only where every path passes there,
+        as all do at a hook of the residual stream with all positions.
+
+        Raises:
+            ValueError: For a vector of another length, or where J1 doesn't end where J2 starts.
+            TypeError: Where the right side is neither a tensor nor a Jacobian.
         """
         if isinstance(other, Jacobian):
             return self._after(other)
@@ -185,44 +199,91 @@ class Jacobian:
         return composed
 
     def svd(self, k: int, *, seed: int = 0, tol: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """The k largest singular triples (U (m, k), S (k,) descending, Vh (k, n)), laid out as
-        torch.linalg.svd's.
+        """Find the k largest singular triples, laid out as torch.linalg.svd's.
 
-        0 ≤ k ≤ min(m, n), else ValueError. Small operators are made dense; others go through a block
-        Golub–Kahan bidiagonalisation with full reorthogonalisation and thick restarts (Golub, Luk and Overton
-        1981; Baglama and Reichel 2005), which starts from ``seed`` and stops when every residual ‖Jᵀu − σv‖,
-        a bound on the error of that value, is at most ``tol``·σ (by default 1e-9 in float64, 3e-5 in float32)
-        or at the dtype's rounding. RuntimeWarning with the worst residual if it does not get there. Signs are
-        the solver's.
+        Small operators are made dense. Others go through a block Golub–Kahan bidiagonalisation with full
+        reorthogonalisation and thick restarts (Golub, Luk and Overton 1981; Baglama and Reichel 2005). It stops when
+        every residual ‖Jᵀu − σv‖, a bound on the error of that value, is at most ``tol``·σ or at the dtype's rounding.
+
+        Args:
+            k: How many, 0 ≤ k ≤ min(m, n).
+            seed: Seed of the random starting block.
+            tol: The largest residual relative to its value, by default 1e-9 in float64 and 3e-5 in float32.
+
+        Returns:
+            (U (m, k), S (k,) descending, Vh (k, n)), with the signs that the solver arrives at.
+
+        Raises:
+            ValueError: For another k, and where products hold NaN or infinity.
+            TypeError: Where k is no int.
+
+        Warns:
+            RuntimeWarning: Where a residual isn't met; it names the worst one.
+
+        Example:
+            >>> import scalpel, torch
+            >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+            >>> J = scalpel.jacobian(model, torch.tensor([[1, 2, 3]]), positions=-1)
+            >>> U, S, Vh = J.svd(2)
+            >>> U.shape == (J.shape[0], 2), S.shape == (2,), Vh.shape == (2, J.shape[1])
+            (True, True, True)
         """
-        from .svd import truncated_svd
-
         return truncated_svd(self, k, seed=seed, tol=tol)
 
     def spectrum(self, k: int, *, seed: int = 0, tol: float | None = None) -> Tensor:
-        """The k largest singular values, (k,) descending; see :meth:`svd`."""
+        """Find the k largest singular values, (k,) descending, as :meth:`svd` does.
+
+        Example:
+            >>> import scalpel, torch
+            >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+            >>> J = scalpel.jacobian(model, torch.tensor([[1, 2, 3]]), positions=-1)
+            >>> bool((J.spectrum(4).diff() <= 0).all())
+            True
+        """
         return self.svd(k, seed=seed, tol=tol)[1]
 
-    def validity_radius(self, V: Tensor) -> "ValidityRadius":
-        """For T tangents at the source, V (T, *source_shape), the largest step along each that flips no mask.
+    def validity_radius(self, V: Tensor) -> ValidityRadius:
+        """Find the largest step along each of T tangents that flips no mask.
 
-        ``radius`` (T,): the largest s such that the source value moved by less than s·V[t] leaves every AbsTopK the
-        same kept entries and every ReLU the same signs, to first order: the inputs of masks move along their own
-        tangents. inf where nothing can flip. Masks count that lie after the source hook and that the target reads, at
-        the tokens that it reads; not those in a target's function. The model is then run again beside that radius:
-        see :class:`scalpel.jacobians.validity.ValidityRadius` for ``first``, ``verified`` and ``flips``.
+        Masks count that lie after the source hook and that the target reads, at the tokens that it reads; those in a
+        target's function don't. Each tangent costs one forward pass that carries it and two that don't.
 
-        Of a CircuitGPT; a transformers model with a smooth activation has none, so inf. One pass with a tangent and
-        two without for each tangent. NotImplementedError for other models; ValueError for a transpose, a
-        composition, or a V that is not finite.
+        Args:
+            V: Tangents at the source, (T, *source_shape).
+
+        Returns:
+            ``radius`` (T,) is the largest s such that the source value moved by less than s·V[t] leaves every AbsTopK
+            the same kept entries and every ReLU the same signs, to first order: the inputs of masks move along their
+            own tangents. It is inf where nothing can flip, as in a transformers model with a smooth activation. The
+            model is then run again at steps just inside and just beyond that radius; see
+            :class:`scalpel.jacobians.validity.ValidityRadius` for ``first``, ``verified`` and ``flips``.
+
+        Raises:
+            ValueError: For a transpose, a composition, or a V that is not finite.
+            NotImplementedError: For a model whose masks can't be seen: neither a CircuitGPT, nor a transformers model
+                that goes through rules of its own and has a smooth activation.
+
+        Example:
+            >>> import scalpel, torch
+            >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+            >>> J = scalpel.jacobian(model, torch.tensor([[1, 2, 3]]))
+            >>> valid = J.validity_radius(torch.ones(1, *J.source_shape))
+            >>> float(valid.radius[0]) >= 0
+            True
         """
-        from .validity import validity_radius
-
         self._check(V, "V", "validity_radius", tuple(self.source_shape))
-        return validity_radius(self, V)
+        return validity_radius(self._source, self._target, self._derived, V)
 
     def to_dense(self) -> Tensor:
-        """The matrix (m, n), for small cases: min(m, n) products and m·n numbers of memory."""
+        """Make the matrix (m, n), for small cases: it takes min(m, n) products and m·n numbers of memory.
+
+        Example:
+            >>> import scalpel, torch
+            >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+            >>> J = scalpel.jacobian(model, torch.tensor([[1, 2, 3]]), "final_resid", "final_resid", positions=-1)
+            >>> torch.equal(J.to_dense(), torch.eye(model.config.d_model))
+            True
+        """
         m, n = self.shape
         if m < n:
             return self.T.to_dense().T
@@ -235,30 +296,37 @@ class Jacobian:
         return matrix
 
     def to_scipy(self) -> "LinearOperator":
-        """A ``scipy.sparse.linalg.LinearOperator`` (m, n) over NumPy arrays, of J's precision (at least
-        float32). Complex vectors give complex products: J(x + iy) = Jx + iJy.
+        """Give J to SciPy, as a ``scipy.sparse.linalg.LinearOperator`` (m, n) over NumPy arrays.
 
-        See :class:`scalpel.jacobians.scipy_operator.JacobianLinearOperator` for what it takes and refuses.
+        It has J's precision, at least float32. Complex vectors give complex products: J(x + iy) = Jx + iJy.
+        :class:`scalpel.jacobians.scipy_operator.JacobianLinearOperator` says what it takes and refuses.
+
+        Example:
+            >>> import scalpel, torch
+            >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+            >>> J = scalpel.jacobian(model, torch.tensor([[1, 2, 3]]), positions=-1)
+            >>> J.to_scipy().shape == J.shape
+            True
         """
-        from .scipy_operator import JacobianLinearOperator
+        from .scipy_operator import JacobianLinearOperator  # SciPy takes a while to import
 
         return JacobianLinearOperator(self)
 
-    def _check(self, given: Any, name: str, method: str, shape: tuple[int, ...]) -> None:
-        if not isinstance(given, Tensor):
-            raise TypeError(f"{name} is {type(given).__name__}; J.{method} takes a torch.Tensor")
-        if given.dim() != 1 + len(shape) or tuple(given.shape[1:]) != shape:
+    def _check(self, tangents: Any, name: str, method: str, shape: tuple[int, ...]) -> None:
+        if not isinstance(tangents, Tensor):
+            raise TypeError(f"{name} is {type(tangents).__name__}; J.{method} takes a torch.Tensor")
+        if tangents.dim() != 1 + len(shape) or tuple(tangents.shape[1:]) != shape:
             inside = ", ".join(map(str, ("T", *shape)))
             raise ValueError(
-                f"{name} has shape {tuple(given.shape)}; J.{method} takes ({inside}"
+                f"{name} has shape {tuple(tangents.shape)}; J.{method} takes ({inside}"
                 f"{',' if not shape else ''}), the T tangents first (one alone: {name}[None])"
             )
-        if given.dtype.is_complex:
+        if tangents.dtype.is_complex:
             raise TypeError(
-                f"{name} is {given.dtype}; this Jacobian is real and takes {self.dtype}: give {name}.real and "
+                f"{name} is {tangents.dtype}; this Jacobian is real and takes {self.dtype}: give {name}.real and "
                 f"{name}.imag one after the other, or use J.to_scipy(), which takes complex arrays"
             )
-        if given.dtype != self.dtype:
-            raise TypeError(f"{name} is {given.dtype}; this Jacobian takes {self.dtype}: {name}.to({self.dtype})")
-        if given.device != self.device:
-            raise ValueError(f"{name} is on {given.device}; this Jacobian is on {self.device}: move {name} there")
+        if tangents.dtype != self.dtype:
+            raise TypeError(f"{name} is {tangents.dtype}; this Jacobian takes {self.dtype}: {name}.to({self.dtype})")
+        if tangents.device != self.device:
+            raise ValueError(f"{name} is on {tangents.device}; this Jacobian is on {self.device}: move {name} there")

@@ -5,44 +5,28 @@ was made, and runs in evaluation mode. It stops as soon as the target is recorde
 """
 
 import copy
-import inspect
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..hooks.inputs import holds_ids, limits_of, read_inputs
-from ..hooks.modules import (
-    first_tensor,
-    hooked,
-    known_hook,
-    leaves,
-    module_names,
-    rebuilt,
-    user_hooks,
-    watching_outputs,
-    with_first_tensor,
-)
-from ..hooks.running import ALONE, running
+from ..hooks.inputs import read_inputs
+from ..hooks.modules import rebuilt, user_hooks
+from ..hooks.names import LOGITS, hook_named, known_hook
+from ..hooks.stopping import Stop
 from ..models.circuitgpt.attention import allowed_keys
 from ..models.circuitgpt.core import MODULE_PATHS
 from ..models.circuitgpt.model import CircuitGPT
-from ..models.decoders.families import hook_named
 
-LOGITS = "logits"
-
-
-class _Reached(Exception):
-    """The target has been recorded; nothing after it is needed."""
+__all__ = ["CircuitPass", "Pass", "buffers_mark", "kept"]
 
 
 class Pass:
-    """What both kinds of pass share. ``run(at_source)`` gives the value at the target, where ``at_source``
-    may give another value in place of the one at the source."""
+    """What all kinds of pass share: a model between two hooks, and marks of the state in which it was.
+
+    ``offloaded``: whether weights are elsewhere until their layer runs, on the device "meta" meanwhile.
+    """
 
     def __init__(self, model: nn.Module, source: str, target: str) -> None:
         self.model = model
@@ -50,21 +34,24 @@ class Pass:
         self.target = target
         self.inputs: Any = None
         self.interventions: list[Any] = []
-        self.offloaded = any(each.device.type == "meta" for each in model.parameters())
+        self.offloaded = any(weight.device.type == "meta" for weight in model.parameters())
         self._weights = self._weights_mark()
         self._hooks = user_hooks(model)
         self._modules = list(model.modules())
-        self._buffers = {} if self.offloaded else _buffers_mark(model)
+        self._buffers = {} if self.offloaded else buffers_mark(model)
         self._written: dict[str, Tensor] = {}  # buffers of modules that write to one, as they were at the start
 
     def run(self, at_source: Callable[[Tensor], Tensor]) -> Tensor:
+        """The value at the target, where ``at_source`` may give another value in place of the one at the source."""
         raise NotImplementedError
+
+    def between(self, source: str, target: str) -> "Pass | None":
+        """The pass of the same model at the same inputs between other hooks; None where it must be made anew."""
+        return None
 
     def tangent_size(self, source: Tensor, target: Tensor) -> int:
-        """About how many numbers one tangent needs at its peak: the chunks of tangents are cut by it."""
+        """About how many numbers one tangent needs at its peak, which decides how many go in a chunk."""
         raise NotImplementedError
-
-    # offloaded: weights are elsewhere until their layer runs, on the device "meta" meanwhile, or most of them are.
 
     def check_unchanged(self) -> None:
         """RuntimeError if a weight, a buffer, a module or a hook changed since the pass was made: primal and tangents
@@ -74,7 +61,7 @@ class Pass:
         modules = list(self.model.modules())
         if len(modules) != len(self._modules) or any(a is not b for a, b in zip(modules, self._modules, strict=True)):
             raise RuntimeError("the model's modules changed after this Jacobian was made: call scalpel.jacobian again")
-        now_held = _buffers_mark(self.model) if self._buffers else {}
+        now_held = buffers_mark(self.model) if self._buffers else {}
         changed = [name for name, mark in self._buffers.items() if now_held.get(name) != mark]
         if changed := [name for name in changed if name not in self._written]:
             raise RuntimeError(
@@ -97,11 +84,11 @@ class Pass:
         )
 
     def _weights_mark(self) -> tuple[tuple[int, int], ...]:
-        """Where each weight is and how often it was written to. Weights that are offloaded come and go with every pass
-        and leave no such trace."""
+        """Where each weight is and how often it was written to; nothing for an offloaded model, whose weights come and
+        go with every pass."""
         if self.offloaded:
             return ()
-        return tuple((each.data_ptr(), 0 if each.is_inference() else each._version) for each in self.model.parameters())
+        return tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in self.model.parameters())
 
     def differs(self, other: "Pass") -> str | None:
         """Why the values of ``other`` at a shared hook are not this pass's; None where they are."""
@@ -151,21 +138,17 @@ class CircuitPass(Pass):
         return allowed_keys(self.inputs[0], self.inputs[1])
 
     def run(self, at_source: Callable[[Tensor], Tensor]) -> Tensor:
-        recorded: list[Tensor] = []
-
         def tap(name: str, value: Tensor) -> Tensor:
             if name == self.source:
                 value = at_source(value)
             if name == self.target:
-                recorded.append(value)
-                raise _Reached
+                stop(value)
             return value
 
-        try:
-            logits: Tensor = self._frozen(*self.inputs, tap=tap)
-        except _Reached:
-            return recorded.pop()
-        return logits
+        with Stop() as stop:
+            stop(self._frozen(*self.inputs, tap=tap))  # the logits, where the target is nowhere before them
+        reached: Tensor = stop.value
+        return reached
 
     def tangent_size(self, source: Tensor, target: Tensor) -> int:
         config = self._frozen.config
@@ -175,132 +158,14 @@ class CircuitPass(Pass):
         return batch * length * per_token + source.numel() + 2 * target.numel()
 
 
-class ModulePass(Pass):
-    """Any nn.Module between two module paths: ``name`` is the module's output, ``name:in`` its input.
-
-    Where a module takes or gives several values, the first tensor among them is meant. A module that runs
-    more than once counts at its first run (as a target: its first run after the source). ``logits`` is the
-    model's output, or its ``logits`` field.
-    """
-
-    def __init__(self, model: nn.Module, inputs: Any, keywords: dict[str, Any], source: str, target: str) -> None:
-        super().__init__(model, source, target)
-        names = [name + end for name in module_names(model) for end in ("", ":in")]
-        kind = f"this {type(model).__name__}, whose hooks are module paths (':in' ends an input's)"
-        known_hook(source, names, "source", kind)
-        self._logits = target == LOGITS and LOGITS not in names
-        if not self._logits:
-            known_hook(target, names, "target", kind)
-        arguments, keywords = _arguments(model, inputs, keywords)
-        if "use_cache" in inspect.signature(model.forward).parameters:
-            keywords.setdefault("use_cache", False)  # a cache of keys would outlive the pass
-        self.inputs = kept((arguments, keywords))
-        self.largest = 0
-        self._measured = False
-        self._notes: dict[nn.Module, dict[str, Any]] = {}  # what the modules of buffers held besides, at the start
-        self._written: dict[str, Tensor] = {}  # buffers of modules that write to one, as they were at the start
-
-    def run(self, at_source: Callable[[Tensor], Tensor]) -> Tensor:
-        recorded: list[Tensor] = []
-        entered = False
-
-        def meet(value: Any, hook: str) -> Any:
-            nonlocal entered
-            if hook == self.source and not entered:
-                entered = True
-                value = with_first_tensor(value, at_source(first_tensor(value, hook)))
-            if hook == self.target and entered:
-                recorded.append(first_tensor(value, hook))
-                raise _Reached
-            return value
-
-        with ALONE, running(self.model), sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
-            for hook in dict.fromkeys((self.source, self.target)):
-                if hook != self.target or not self._logits:
-                    stack.enter_context(hooked(self.model, hook, meet))
-            try:
-                output = self._called() if self._measured else self._called_and_measured()
-            except _Reached:
-                return recorded.pop()
-        if not entered:
-            raise ValueError(f"the forward pass never ran {self.source!r}: choose a source that it runs")
-        if self._logits:
-            named = output.get(LOGITS, output) if isinstance(output, Mapping) else output
-            return first_tensor(getattr(named, LOGITS, named), LOGITS)
-        raise ValueError(
-            f"no path from {self.source!r} to {self.target!r}: {self.target!r} does not run after the "
-            "source. Swap them, or choose a later target"
-        )
-
-    def _called(self) -> Any:
-        """The model's output. Buffers that its forward pass writes to are given as copies of what they were at the
-        start, made here, inside whatever transform this runs in: a transform forbids writing to what lies outside."""
-        arguments, keywords = self.inputs
-        if not self._written:
-            return self.model(*arguments, **keywords)
-        copies = {name: value.clone() for name, value in self._written.items()}
-        before = {module: _notes_of(module) for module in self._notes}
-        try:
-            for module, notes in self._notes.items():
-                vars(module).update(notes)
-            return functional_call(self.model, copies, arguments, keywords, tie_weights=False)
-        finally:
-            for module, notes in before.items():
-                vars(module).update(notes)
-
-    def _called_and_measured(self) -> Any:
-        """The same in the first run, which looks for the largest value, and for the buffers that are written to."""
-
-        def measure(output: Any) -> None:
-            for value in leaves(output):
-                if isinstance(value, Tensor):
-                    self.largest = max(self.largest, value.numel())
-
-        held = {} if self.offloaded else dict(self.model.named_buffers())
-        before = {name: each.clone() for name, each in held.items()}
-        marks = _buffers_mark(self.model)
-        notes = {module: _notes_of(module) for module in self.model.modules() if module._buffers}
-        try:
-            with watching_outputs(self.model, measure):
-                return self._called()
-        finally:
-            after = _buffers_mark(self.model)
-            owners = {_owner(name) for name in held if after.get(name) != marks[name]}
-            for name in (name for name in held if _owner(name) in owners):
-                module = self.model.get_submodule(_owner(name))
-                self._written[name] = before[name]
-                module._buffers[name.rpartition(".")[2]] = held[name].copy_(before[name])
-                self._notes[module] = notes[module]
-            for module, noted in self._notes.items():
-                vars(module).update(noted)  # for how long a text the buffer is made, say
-            self._measured = True
-
-    def tangent_size(self, source: Tensor, target: Tensor) -> int:
-        return 8 * max(self.largest, source.numel(), target.numel())
-
-
-def _arguments(model: nn.Module, inputs: Any, keywords: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the model is called with. Token ids of a language model are read and checked as everywhere; another module
-    is given what the user gives, a mapping as keywords and a tuple as arguments."""
-    limits = limits_of(model)
-    if limits.vocab_size is not None and holds_ids(inputs):
-        return (), read_inputs(inputs, limits, **keywords).keywords()
-    if isinstance(inputs, Mapping):
-        repeated = sorted(set(inputs) & set(keywords))
-        if repeated:
-            raise ValueError(f"{repeated[0]} is given twice, in the batch and beside it: give it once")
-        return (), {**inputs, **keywords}
-    return inputs if isinstance(inputs, tuple) else (inputs,), keywords
-
-
 def kept(value: Any) -> Any:
     """A copy that later changes in place cannot reach; also what frees it from inference mode."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, Mapping):
-        return {key: kept(each) for key, each in value.items()}
+        return {key: kept(entry) for key, entry in value.items()}
     if isinstance(value, (tuple, list)):
-        return rebuilt(value, [kept(each) for each in value])
+        return rebuilt(value, [kept(entry) for entry in value])
     return value
 
 
@@ -314,17 +179,6 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or (type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b))
 
 
-def _buffers_mark(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """The same of buffers, by name."""
-    return {name: (id(each), 0 if each.is_inference() else each._version) for name, each in model.named_buffers()}
-
-
-def _owner(name: str) -> str:
-    """The path of the module that a buffer is of."""
-    return name.rpartition(".")[0]
-
-
-def _notes_of(module: nn.Module) -> dict[str, Any]:
-    """The plain values that a module holds: numbers, words, and tensors that are no buffers."""
-    plain = (bool, int, float, str, type(None), Tensor)
-    return {name: value for name, value in vars(module).items() if isinstance(value, plain) and name != "training"}
+def buffers_mark(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Which tensor each buffer is and how often it was written to, by name."""
+    return {name: (id(b), 0 if b.is_inference() else b._version) for name, b in model.named_buffers()}

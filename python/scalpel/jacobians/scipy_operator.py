@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator
 
-from .operator import Jacobian
+from .linear_map import LinearMap
 
 __all__ = ["JacobianLinearOperator"]
 
@@ -21,7 +21,7 @@ class JacobianLinearOperator(LinearOperator):
     lie beyond the range of J's dtype.
     """
 
-    def __init__(self, J: Jacobian) -> None:
+    def __init__(self, J: LinearMap) -> None:
         self.J = J
         self._carried = torch.promote_types(J.dtype, torch.float32)
         super().__init__(np.dtype(np.float64 if self._carried == torch.float64 else np.float32), J.shape)
@@ -38,9 +38,9 @@ class JacobianLinearOperator(LinearOperator):
     def _rmatmat(self, X: Any) -> Any:
         return self._product(self.J.T, X)
 
-    def _product(self, operator: Jacobian, given: Any) -> Any:
-        """``operator @ given`` for an array (n,) or (n, T); with a complex one, both parts go in one block."""
-        array = np.asarray(given)
+    def _product(self, operator: LinearMap, vector: Any) -> Any:
+        """``operator @ vector`` for an array (n,) or (n, T); with a complex one, both parts go in one block."""
+        array = np.asarray(vector)
         if array.dtype.kind not in "biufc":
             raise TypeError(f"the vector is an array of {array.dtype}; a Jacobian multiplies real or complex numbers")
         if array.dtype.kind != "c":
@@ -51,7 +51,7 @@ class JacobianLinearOperator(LinearOperator):
         out.real, out.imag = real, imaginary  # not real + 1j * imaginary, in which an infinity makes a NaN
         return out[:, 0] if array.ndim == 1 else out
 
-    def _real(self, operator: Jacobian, array: Any) -> Any:
+    def _real(self, operator: LinearMap, array: Any) -> Any:
         with np.errstate(over="ignore"):  # what overflows is refused below
             cast = np.array(array, dtype=self.dtype)  # a copy, whose strides are those that torch takes
         block = torch.from_numpy(cast).to(operator.device, operator.dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,13 @@ from torch import Tensor
 from ..hooks.inputs import Inputs, Limits, read_inputs
 from ..models.decoders.decoder import Decoder, check_layer
 from ..models.decoders.folder import decoder_in, streamed_layers
-from .precision import no_autocast
-from .rows.decoder_pass import beyond_rules, places_in_text
+from .precision import without_gradients
+from .rows.decoder_pass import beyond_rules
 from .rows.layer import Buffers, DenseLayer
-from .rows.primal import DensePrimal, places_of, through_layer
+from .rows.primal import Text
+from .rows.trace import DenseTrace
+
+See = Callable[[str, Tensor], None]
 
 _CHUNK_BYTES = 1 << 28  # about what the widest value of a chunk of tangents may take
 _WIDEST = 4  # over the residual stream's own width
@@ -40,24 +42,25 @@ class StreamedLayer:
 
     def jvp(self, V: Tensor) -> Tensor:
         """T tangents of ``before``, (T, B, L, width), to those of ``after``."""
-        return self._product(V, lambda rules, t: rules.push(t, lambda _, each: each, set()))
+        return self._product(V, lambda rules, t: rules.push(t, lambda _, value: value, set()))
 
     def vjp(self, U: Tensor) -> Tensor:
         """T cotangents of ``after`` to those of ``before``."""
-        return self._product(U, lambda rules, u: rules.pull(u, lambda _, each: each))
+        return self._product(U, lambda rules, u: rules.pull(u, lambda _, value: value))
 
     def _product(self, tangents: Tensor, product: Callable[[DenseLayer, Tensor], Tensor | None]) -> Tensor:
-        with self._one_at_a_time, _plain():
-            rules, found = self._checked(tangents), torch.empty_like(tangents, memory_format=torch.contiguous_format)
-            each = tangents[0].numel() * tangents.element_size() * _WIDEST if len(tangents) else 1
+        with self._one_at_a_time, without_gradients():
+            rules = self._checked(tangents)
+            products = torch.empty_like(tangents, memory_format=torch.contiguous_format)
+            bytes_of_one = tangents[0].numel() * tangents.element_size() * _WIDEST if len(tangents) else 1
             done = 0
-            for chunk in tangents.detach().split(max(1, _CHUNK_BYTES // max(1, each))):
+            for chunk in tangents.detach().split(max(1, _CHUNK_BYTES // max(1, bytes_of_one))):
                 if len(chunk):
                     part = product(rules, chunk.contiguous().clone())
                     assert part is not None
-                    found[done : done + len(chunk)] = part
+                    products[done : done + len(chunk)] = part
                     done += len(chunk)
-            return found
+            return products
 
     def _checked(self, tangents: Tensor) -> DenseLayer:
         if not isinstance(tangents, Tensor):
@@ -80,56 +83,65 @@ def stream_layers(
     *,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
+    see: See | None = None,
 ) -> Iterator[StreamedLayer]:
-    """The layers of the model in ``folder`` in order, one in memory and the next being read.
+    """Go through the layers of a model too large for memory, in order: one is in memory and the next is being read.
 
-    ``folder``: as transformers' ``save_pretrained`` writes it (config.json and safetensors, whole or in shards),
-    of a family that has rules (see :func:`scalpel.jacobian`); float64, float32, bfloat16, or float16, which is
-    computed in float32. ``input_ids`` (B, L), ``attention_mask`` and ``position_ids`` as there; the layers compute
-    where ``input_ids`` are. Values and tangents are float32 (float64 of a float64 model); products of a bfloat16
-    model are bfloat16. What comes before a layer's products is the user's: orthonormalise, record, stop early. A
-    layer is valid until the next.
+    The layers compute where ``input_ids`` are. Values and tangents are float32 (float64 of a float64 model); products
+    of a bfloat16 model are bfloat16. A layer gives products until the next one is asked for, and between them the
+    caller may orthonormalise the tangents, record them or stop.
 
-    Forward mode needs no more than this::
+    Args:
+        folder: As transformers' ``save_pretrained`` writes it (config.json and safetensors, whole or in shards), of a
+            family that has rules (see :func:`scalpel.jacobian`); float64, float32, bfloat16, or float16, which is
+            computed in float32.
+        input_ids: (B, L) integers, or a batch, as :func:`scalpel.jacobian` takes them.
+        attention_mask: (B, L), as there.
+        position_ids: (B, L) or (1, L), as there.
+        see: Called at every hook of each layer, with its name and its value for all tokens, before the layer is given.
 
-        for layer in stream_layers(folder, input_ids):
-            V = layer.jvp(V)  # in the end, the tangents of final_resid
+    Returns:
+        An iterator over the layers.
 
-    Raises CheckpointError (a ValueError) for a folder that can't be read or has no rules, ValueError for inputs
-    that the model does not take.
+    Raises:
+        CheckpointError: (a ValueError) For a folder that can't be read or has no rules.
+        ValueError: For inputs that the model does not take.
+
+    Example:
+        Forward mode is a loop; the last tangents are those of ``final_resid``:
+
+        >>> import tempfile, torch, transformers
+        >>> from scalpel.jacobians.stream import stream_layers
+        >>> config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=11, n_positions=16)
+        >>> ids, V = torch.tensor([[1, 2, 3]]), torch.ones(4, 1, 3, 8)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+        ...     for layer in stream_layers(folder, ids):
+        ...         V = layer.jvp(V)
+        >>> layer.number, tuple(V.shape)
+        (1, (4, 1, 3, 8))
     """
-    given = input_ids.get("input_ids") if isinstance(input_ids, Mapping) else input_ids
-    decoder = decoder_in(folder, getattr(given, "device", "cpu"))
+    ids = input_ids.get("input_ids") if isinstance(input_ids, Mapping) else input_ids
+    decoder = decoder_in(folder, getattr(ids, "device", "cpu"))
     config = decoder.config
     limits = Limits(config.vocab_size, None if config.rotary is not None else config.max_length, takes_positions=True)
     inputs = read_inputs(input_ids, limits, attention_mask=attention_mask, position_ids=position_ids)
     reason = beyond_rules(decoder, inputs)
     if reason is not None:
         raise ValueError(f"a streamed model goes through rules of its own, and {reason}")
-    return _layers(decoder, inputs)
+    return _layers(decoder, inputs, see)
 
 
-@contextmanager
-def _plain() -> Iterator[None]:
-    """Nothing is differentiated, cast or made for inference only."""
-    with torch.inference_mode(False), torch.no_grad(), no_autocast():
-        yield
-
-
-def _layers(decoder: Decoder, inputs: Inputs) -> Iterator[StreamedLayer]:
-    ids, positions = inputs.ids, places_in_text(inputs)
-    everything, buffers = slice(0, ids.shape[1]), Buffers()
-    with _plain():
-        x = decoder.embed(ids, positions)
-        x = x if x.dtype == torch.float64 else x.float()
-        places = places_of(decoder, positions, inputs.mask, x.dtype)
+def _layers(decoder: Decoder, inputs: Inputs, see: See | None) -> Iterator[StreamedLayer]:
+    everything, buffers = slice(0, inputs.ids.shape[1]), Buffers()
+    with without_gradients():
+        trace = DenseTrace(decoder, Text.of(inputs), [], see)
     for i, layer in streamed_layers(decoder):
-        with _plain():
+        before = trace.resid
+        with without_gradients():
             check_layer(decoder.config, layer, i)
-            primal = DensePrimal()
-            after = through_layer(decoder, i, layer, x, places, lambda _, value: value, primal)
-            rules = DenseLayer(decoder, i, layer, primal, places, everything, buffers)
-        streamed = StreamedLayer(i, x, after.clone(), rules)  # what the user does to it stays with the user
+            primal = trace.advance(i, layer, keep=False)
+            rules = DenseLayer(decoder, i, layer, primal, trace.places, everything, buffers)
+        streamed = StreamedLayer(i, before, trace.resid.clone(), rules)  # what the user does to it stays with the user
         yield streamed
         streamed._rules = None  # its memory will hold another layer
-        x = after

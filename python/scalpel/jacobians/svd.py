@@ -9,13 +9,12 @@ Comput. 27(1).)
 
 import operator
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .operator import Jacobian
+from .linear_map import LinearMap
 
 # vectors beyond k in a block: they hasten the k-th value, and resolve clusters (Halko et al. 2011, section 4)
 _OVERSAMPLE = 8
@@ -24,7 +23,7 @@ _STEPS = 200  # block products each way before it gives up
 _SMALL = 256  # up to this many rows or columns the dense decomposition is as fast
 
 
-def truncated_svd(J: "Jacobian", k: Any, *, seed: int, tol: float | None) -> tuple[Tensor, Tensor, Tensor]:
+def truncated_svd(J: LinearMap, k: Any, *, seed: int, tol: float | None) -> tuple[Tensor, Tensor, Tensor]:
     """See :meth:`Jacobian.svd`."""
     m, n = J.shape
     k = _checked_k(k, min(m, n))
@@ -65,7 +64,7 @@ def _finite(products: Tensor) -> Tensor:
 
 
 class _Bidiagonalisation:
-    def __init__(self, J: "Jacobian", k: int, width: int, work: torch.dtype, seed: int) -> None:
+    def __init__(self, J: LinearMap, k: int, width: int, work: torch.dtype, seed: int) -> None:
         self.J = J
         self.k = k
         self.width = width
@@ -113,10 +112,10 @@ class _Bidiagonalisation:
         drawn = torch.randn(rows, columns, generator=self.generator, dtype=torch.float64, device="cpu")
         return drawn.to(self.J.device, self.work)
 
-    def _product(self, J: "Jacobian", block: Tensor) -> Tensor:
-        found = _finite((J @ block.to(J.dtype)).to(self.work))
-        self.scale = max(self.scale, float(torch.linalg.vector_norm(found, dim=0).max()))
-        return found
+    def _product(self, J: LinearMap, block: Tensor) -> Tensor:
+        product = _finite((J @ block.to(J.dtype)).to(self.work))
+        self.scale = max(self.scale, float(torch.linalg.vector_norm(product, dim=0).max()))
+        return product
 
     def _extend(self, W: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Q, C, R with W = basis C + Q R, where [basis, Q] is orthonormal even if W adds fewer directions

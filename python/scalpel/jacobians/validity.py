@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..hooks.masks import watch_masks
-from ..hooks.positions import Selected, add_at, parents_of
+from ..hooks.positions import Selected, add_at
 from ..hooks.running import ALONE, eager
+from ..hooks.wiring import hook_of_mask, tokens_read
 from ..topk import topk_mask
-from .entry import explained
-from .operator import Jacobian
+from .ends import End
+from .errors import explained
 from .passes import CircuitPass, Pass, kept
 from .rows.decoder_pass import DecoderPass
 
@@ -49,7 +50,7 @@ class ValidityRadius:
     ``radius``: (T,), float64 on the CPU, in units of the tangent: the step s·V[t] at which the first mask flips, to
     first order; inf where none ever does; 0 where a TopK's last kept entry is tied with one that is not and the
     tangent breaks the tie, as it does at the zeros of sparse weights, and where a ReLU's input is 0 and moves.
-    ``first``: the mask that flips there, by the name that ``models.mask_watch`` gives it; None where the radius is
+    ``first``: the mask that flips there, by the name that ``watch_masks`` gives it; None where the radius is
     inf.
     ``verified``: (T,) bool: the model, run again at 0.99 of the radius, has the masks that it has at the primal; for
     a radius of inf, at a step as long as the source value (of length 1 where that is zero). Nothing to learn where
@@ -69,9 +70,12 @@ class ValidityRadius:
     flips: Tensor
 
 
-def validity_radius(J: Jacobian, V: Tensor) -> ValidityRadius:
-    """See :meth:`Jacobian.validity_radius`; V (T, *source_shape) is checked there."""
-    run, count = _pass_of(J), V.shape[0]
+def validity_radius(source: End, target: End, derived: str | None, V: Tensor) -> ValidityRadius:
+    """The work of :meth:`Jacobian.validity_radius`, which has checked that V is (T, *source_shape).
+
+    ``derived``: "transpose" or "composition" where the operator was made from another one.
+    """
+    run, count = _pass_of(source, derived), V.shape[0]
     if not bool(V.isfinite().all()):
         raise ValueError(f"V holds {int((~V.isfinite()).sum())} values that are not finite: no step along them is")
     if not isinstance(run, CircuitPass):
@@ -87,14 +91,14 @@ def validity_radius(J: Jacobian, V: Tensor) -> ValidityRadius:
     verified: list[bool] = []
     flips: list[bool] = []
     with torch.inference_mode(False), torch.no_grad(), explained(run):
-        masks = _Masks(run, J._source.positions, J._target.positions)
+        masks = _Masks(run, source.positions, target.positions)
         for tangent in kept(V):
             reach, name = masks.first_flip(tangent)
             radius.append(reach)
             first.append(name)
             inside = _INSIDE * reach
             if math.isinf(reach):
-                inside = _length(J._source.value) / _length(tangent)
+                inside = _length(source.value) / _length(tangent)
             verified.append(masks.same(inside * tangent))
             flips.append(0 < reach < math.inf and not masks.same(_BEYOND * reach * tangent))
     return ValidityRadius(
@@ -110,16 +114,16 @@ def _length(value: Tensor) -> float:
     return float(value.double().norm()) or 1.0
 
 
-def _pass_of(J: Jacobian) -> Pass:
+def _pass_of(source: End, derived: str | None) -> Pass:
     """The pass whose masks count; an error where they are not known."""
-    if J._derived is not None:
+    if derived is not None:
         instead = {
             "transpose": "its tangents are cotangents of the model, which move no value; take J itself",
             "composition": "it belongs to more than one pass; take one scalpel.jacobian from the first source to the "
             "last target, or each factor's own with the tangents that reach it",
-        }[J._derived]
-        raise ValueError(f"the validity radius of a {J._derived} is not defined: {instead}")
-    run = J._source.run
+        }[derived]
+        raise ValueError(f"the validity radius of a {derived} is not defined: {instead}")
+    run = source.run
     if isinstance(run, CircuitPass):
         return run
     kind = type(run.model).__name__
@@ -143,7 +147,8 @@ class _Masks:
     def __init__(self, run: CircuitPass, source: Selected, target: Selected) -> None:
         self.run = run
         self.source = source
-        self.read = _read_by(run, target)
+        reads = run.allowed if run.allowed.dim() == 2 else run.allowed[:, 0]
+        self.read = tokens_read(run.hooks, run.target, target, reads)
         self.at_primal: list[Tensor] = []
         self._watch(lambda _, x, k: self.at_primal.append(_mask(x, k)), None)
 
@@ -159,9 +164,9 @@ class _Masks:
             at, along = dual.primal, dual.tangent
             if not bool(along.isfinite().all() & at.isfinite().all()):
                 raise ValueError(f"the values at {name!r}, or their tangents, are not all finite: no step is known")
-            found = relu_flip(at, along, least) if k is None else topk_flip(at, along, k, least)
-            if found < least:
-                least, first = found, name
+            flip = relu_flip(at, along, least) if k is None else topk_flip(at, along, k, least)
+            if flip < least:
+                least, first = flip, name
 
         with ALONE, forward_ad.dual_level():
             self._watch(watch, forward_ad.make_dual(torch.zeros_like(tangent), tangent))
@@ -184,7 +189,7 @@ class _Masks:
         """One pass, with ``watch`` given the rows (tokens, width) that the target reads of every mask's input."""
 
         def rows(name: str, x: Tensor, k: int | None) -> None:
-            read = self.read.get(_hook_after(name, self.run.hooks))
+            read = self.read.get(hook_of_mask(name, self.run.hooks))
             if read is not None and (k is None or 0 < k < x.shape[-1]):
                 watch(name, x[read.expand(x.shape[:-1])], k)
 
@@ -194,33 +199,6 @@ class _Masks:
 
 def _mask(x: Tensor, k: int | None) -> Tensor:
     return x > 0 if k is None else topk_mask(x, k)
-
-
-def _hook_after(name: str, hooks: list[str]) -> str:
-    """The first hook whose value the mask ``name`` makes: itself, or one of the residual stream."""
-    layer, _, place = name.partition(".")
-    if place == "resid_post_attn":
-        return f"{layer}.resid_mid"
-    if place == "resid_post_mlp":
-        return hooks[hooks.index(f"{layer}.mlp.resid_delta") + 1]
-    return name
-
-
-def _read_by(run: CircuitPass, chosen: Selected) -> dict[str, Tensor]:
-    """For each hook that the target reads, by the wiring, its tokens (B or 1, L) that do.
-
-    What cannot change the Jacobian is left out by it: k where the target is q, and tokens after the target's.
-    """
-    reads = run.allowed[None] if run.allowed.dim() == 2 else run.allowed[:, 0]
-    ends = torch.zeros_like(reads[:, 0])
-    ends[:, slice(None) if chosen is None else list(chosen)] = True
-    read = {run.target: ends}
-    for name in reversed(run.hooks[: run.hooks.index(run.target) + 1]):
-        if name in read:
-            for parent, mixes in parents_of(name, run.hooks):
-                tokens = (reads & read[name][:, :, None]).any(1) if mixes else read[name]
-                read[parent] = read[parent] | tokens if parent in read else tokens
-    return read
 
 
 def relu_flip(x: Tensor, t: Tensor, before: float) -> float:

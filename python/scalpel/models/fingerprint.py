@@ -1,4 +1,4 @@
-"""One number for all weights of a model, and one for the model."""
+"""Hashes that tell whether two models have equal weights, or are equal altogether."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ __all__ = ["fingerprint", "identity"]
 
 
 def fingerprint(model: CircuitCore) -> str:
-    """SHA-256 over every tensor's name and bytes: equal fingerprints are equal weights."""
+    """Return the SHA-256 of every tensor's name and bytes; models with equal fingerprints have equal weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -20,6 +20,6 @@ def fingerprint(model: CircuitCore) -> str:
 
 
 def identity(model: CircuitCore) -> str:
-    """SHA-256 over the weights and the configuration: equal identities compute the same."""
+    """Return the SHA-256 of the weights and the configuration; models with equal identities compute the same."""
     config = json.dumps(model.config.to_public_dict(), sort_keys=True, default=str)
     return hashlib.sha256(f"{fingerprint(model)} {config}".encode()).hexdigest()

@@ -1,6 +1,6 @@
-"""What a new CircuitGPT is made of: each part says where it is made, and all are float32.
+"""The parameters of a new CircuitGPT, with their device and dtype stated.
 
-torch's defaults decide nothing here: a seed gives the same weights in every program.
+They don't depend on torch's default device or dtype, so one seed gives the same weights in every program.
 """
 
 import math
@@ -9,32 +9,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["MADE_IN", "embedding", "linear", "sinusoids", "zeros"]
+__all__ = ["PARAMETER_DTYPE", "embedding", "linear", "sinusoids", "zeros"]
 
-MADE_IN = torch.float32
+PARAMETER_DTYPE = torch.float32
 
 
 def linear(inputs: int, outputs: int, bias: bool, device: torch.device) -> nn.Linear:
-    return nn.Linear(inputs, outputs, bias=bias, device=device, dtype=MADE_IN)
+    """Make a linear layer with torch's own initial weights."""
+    return nn.Linear(inputs, outputs, bias=bias, device=device, dtype=PARAMETER_DTYPE)
 
 
 def embedding(rows: int, width: int, device: torch.device) -> nn.Embedding:
-    return nn.Embedding(rows, width, device=device, dtype=MADE_IN)
+    """Make a table of embeddings, (rows, width), with torch's own initial weights."""
+    return nn.Embedding(rows, width, device=device, dtype=PARAMETER_DTYPE)
 
 
 def zeros(*shape: int, device: torch.device) -> Tensor:
-    return torch.zeros(*shape, device=device, dtype=MADE_IN)
+    """Make a tensor of zeros."""
+    return torch.zeros(*shape, device=device, dtype=PARAMETER_DTYPE)
 
 
 def sinusoids(block_size: int, width: int) -> Tensor:
-    """The fixed position table (block_size, width).
+    """Make the fixed table of positions, (block_size, width).
 
-    [sin | cos] of max(1, width // 2) periods, log-spaced from 4 to block_size tokens (4 at least), cut or
-    padded with zeros to the width.
+    The first columns are sines and the next ones cosines, each of max(1, width // 2) periods. The periods are spaced
+    logarithmically from 4 tokens to ``block_size`` tokens (at least 4). The table is cut, or padded with zeros, to
+    the width.
     """
     count = max(1, width // 2)
     longest = math.log10(max(4.0, float(block_size)))
-    periods = torch.logspace(math.log10(4.0), longest, count, dtype=MADE_IN, device="cpu")
-    angles = torch.arange(block_size, dtype=MADE_IN, device="cpu")[:, None] * (2 * math.pi / periods)
+    periods = torch.logspace(math.log10(4.0), longest, count, dtype=PARAMETER_DTYPE, device="cpu")
+    angles = torch.arange(block_size, dtype=PARAMETER_DTYPE, device="cpu")[:, None] * (2 * math.pi / periods)
     table = torch.cat([angles.sin(), angles.cos()], dim=-1)[:, :width]
     return F.pad(table, (0, width - table.shape[1]))

@@ -8,18 +8,22 @@ __all__ = ["prune_"]
 
 @torch.no_grad()
 def prune_(weight: Tensor, fraction: float, min_per_channel: int) -> None:
-    """Zero all but the ``fraction`` of entries that are largest in magnitude, in place.
+    """Set all but the largest entries of a matrix to zero, in place.
 
-    The largest ``min_per_channel`` entries of each row and each column are kept whatever the fraction, so that
-    no neuron loses all of its weights.
+    Args:
+        weight: (out, in).
+        fraction: The share of entries to keep, those of the largest magnitude. At 1 or more nothing changes.
+        min_per_channel: How many entries of each row and of each column to keep in any case, so that no neuron loses
+            all of its weights.
     """
     if fraction >= 1:
         return
-    size = weight.abs()
-    keep = round(fraction * size.numel())
-    threshold = size.flatten().kthvalue(size.numel() - keep + 1).values if keep else size.new_tensor(torch.inf)
-    mask = size >= threshold
+    magnitudes = weight.abs()
+    count = magnitudes.numel()
+    keep = round(fraction * count)
+    threshold = magnitudes.flatten().kthvalue(count - keep + 1).values if keep else magnitudes.new_tensor(torch.inf)
+    mask = magnitudes >= threshold
     for dim in (0, 1):
-        index = size.topk(min(min_per_channel, size.shape[dim]), dim=dim).indices
+        index = magnitudes.topk(min(min_per_channel, magnitudes.shape[dim]), dim=dim).indices
         mask.scatter_(dim, index, True)
     weight.mul_(mask)

@@ -1,7 +1,7 @@
-"""Reading and writing files of weights: names to plain tensors, and nothing else.
+"""Reading and writing files of weights, which hold plain tensors by name and nothing else.
 
-No code that came with a checkpoint ever runs here: pickles go through torch's restricted unpickler, which
-builds tensors and containers only, and everything that isn't a plain tensor is refused.
+No code that comes with a checkpoint ever runs here: pickles go through torch's restricted unpickler, which builds
+only tensors and containers, and everything that isn't a plain tensor is refused.
 """
 
 import io
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# In the order in which they are looked for: the public format first, then what the hub's tools write.
+# In the order in which they are tried: first the format of the published circuit models, then what the hub's tools
+# write.
 WEIGHT_FILES = (
     "final_model.pt",
     "model.safetensors",
@@ -28,16 +29,15 @@ _SAMPLE_BYTES = 1 << 20
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that can't be honoured exactly; the message names the key or file, the cause and what to
-    do.
-    """
+    """A checkpoint can't be read exactly as it is; the message names the key or file, the cause, and what to do."""
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of the first of :data:`WEIGHT_FILES` that ``folder`` holds, on the CPU, as they are stored.
+    """Read all tensors of the first of :data:`WEIGHT_FILES` that ``folder`` holds, on the CPU, as they are stored.
 
-    Raises CheckpointError where there is none, a shard is missing, or a file holds anything but plain
-    tensors.
+    Raises:
+        CheckpointError: If the folder holds none of them, a shard is missing, or a file holds anything but plain
+            tensors.
     """
     for name in WEIGHT_FILES:
         path = folder / name
@@ -49,7 +49,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 class PickledWeights:
-    """The tensors of a folder's pytorch_model.bin, whole or in shards, which stay in the file until they are used."""
+    """The tensors of a folder's pytorch_model.bin, in one file or in shards, which are read when they are used.
+
+    Raises:
+        CheckpointError: If the folder holds no such file, or the file holds anything but plain tensors.
+    """
 
     def __init__(self, folder: Path) -> None:
         whole, index = folder / "pytorch_model.bin", folder / "pytorch_model.bin.index.json"
@@ -69,27 +73,35 @@ class PickledWeights:
     def dtypes(self) -> dict[str, torch.dtype]:
         return {name: tensor.dtype for name, tensor in self.tensors.items()}
 
-    def equal(self, one: str, other: str) -> bool:
-        return numbers_equal(self.tensors[one], self.tensors[other])
+    def equal(self, name: str, other_name: str) -> bool:
+        return numbers_equal(self.tensors[name], self.tensors[other_name])
 
 
-def numbers_equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one shape hold the same numbers, whatever their dtypes."""
-    size = 1 << 24  # no whole copies in float64
-    pairs = zip(one.flatten().split(size), other.flatten().split(size), strict=True)
-    return all(torch.equal(a.double(), b.double()) for a, b in pairs)
+def numbers_equal(left: Tensor, right: Tensor) -> bool:
+    """Tell whether two tensors of the same shape hold the same numbers, whatever their dtypes."""
+    size = 1 << 24  # entries at a time, so that no large tensor is copied whole to float64
+    chunks = zip(left.flatten().split(size), right.flatten().split(size), strict=True)
+    return all(torch.equal(a.double(), b.double()) for a, b in chunks)
 
 
 def check_link(path: Path) -> None:
-    """CheckpointError where ``path`` is a symbolic link that leads to nothing: it is listed, and can't be read."""
+    """Check that ``path`` is not a broken symbolic link, which a folder lists although it can't be read.
+
+    Raises:
+        CheckpointError: If it is one.
+    """
     if path.is_symlink() and not path.exists():
         raise CheckpointError(
-            f"{path} is a link to {path.readlink()}, which is not there: put that file back, or download it again"
+            f"{path} is a link to {path.readlink()}, which doesn't exist: put that file back, or download it again"
         )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; CheckpointError where it is something else."""
+    """Read a JSON file that holds an object.
+
+    Raises:
+        CheckpointError: If the file can't be read, or holds something else.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -99,20 +111,30 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Read from the index of a checkpoint in shards which file holds each tensor.
+
+    Raises:
+        CheckpointError: If the index says nothing of the kind.
+    """
+    shard_of = read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(name, str) for name in shard_of.values()):
+        raise CheckpointError(f"{index} has no 'weight_map' from the names of tensors to the names of files")
+    return shard_of
+
+
 def _read_shards(index: Path, mapped: bool = False) -> dict[str, Tensor]:
-    where = read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
-        raise CheckpointError(f"{index} has no 'weight_map' of key to file name")
+    shard_of = read_weight_map(index)
     weights: dict[str, Tensor] = {}
-    for name in sorted(set(where.values())):
+    for name in sorted(set(shard_of.values())):
         shard = index.parent / name
-        if Path(name).name != name or not shard.is_file():  # a map may not point outside its folder
+        if Path(name).name != name or not shard.is_file():  # an index may not point outside its folder
             raise CheckpointError(f"{index.name} names the shard {name!r}, which is not in {index.parent}")
         for key, tensor in _read_file(shard, mapped).items():
-            if where.get(key) != name:
-                raise CheckpointError(f"{name} holds {key!r}, which {index.name} places in {where.get(key)!r}")
+            if shard_of.get(key) != name:
+                raise CheckpointError(f"{name} holds {key!r}, which {index.name} places in {shard_of.get(key)!r}")
             weights[key] = tensor
-    if absent := sorted(where.keys() - weights.keys()):
+    if absent := sorted(shard_of.keys() - weights.keys()):
         raise CheckpointError(f"{index.name} lists {some(absent)}, which no shard holds")
     return weights
 
@@ -126,14 +148,18 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
-            # cloned: what is handed out maps the file, and would change or crash when the file does
+            # Copied, because these tensors map the file: a later change of the file would change them, or crash.
             return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} can't be read as safetensors: {error}") from error
 
 
 def _check_sums(path: Path) -> None:
-    """CheckpointError for a record with a wrong checksum: torch doesn't look, and a bit flips a weight."""
+    """Check the checksums in torch's file, which torch ignores: one flipped bit would change a weight unnoticed.
+
+    Raises:
+        CheckpointError: If one of them is wrong.
+    """
     if not zipfile.is_zipfile(path):
         return  # torch's format before 1.6 has no checksums
     try:
@@ -143,14 +169,14 @@ def _check_sums(path: Path) -> None:
         raise CheckpointError(f"{path} is damaged: {_first_line(error)}") from error
     if damaged is not None:
         raise CheckpointError(
-            f"{path} is damaged: the checksum of its record {damaged!r} is wrong. Download or save it again "
-            "(with torch's set_crc32_options at its default, if it was switched off)."
+            f"{path} is damaged: the checksum of its record {damaged!r} is wrong. Download it again, or save it "
+            "again (with torch's set_crc32_options at its default, if checksums were switched off)."
         )
 
 
 def _read_pickle(path: Path, mapped: bool = False) -> dict[str, Tensor]:
     _check_sums(path)
-    mapped = mapped and zipfile.is_zipfile(path)  # torch's format before 1.6 can't be
+    mapped = mapped and zipfile.is_zipfile(path)  # torch's format before 1.6 can't be mapped
     try:
         # weights_only is given explicitly, so that no environment variable can switch it off
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -169,47 +195,50 @@ def _read_pickle(path: Path, mapped: bool = False) -> dict[str, Tensor]:
                 f"{path} holds {type(tensor).__name__} under {key!r}; a flat dict of names to tensors was expected"
             )
         if tensor.layout is not torch.strided or tensor.is_quantized:
-            raise CheckpointError(f"{key!r} in {path} is {tensor.layout}; store it dense, zeros included")
+            raise CheckpointError(f"{key!r} in {path} is {tensor.layout}; store it as a dense tensor, zeros included")
     return {key: tensor.detach() for key, tensor in value.items()}
 
 
 def write_weights(weights: dict[str, Tensor], path: Path, *, compress: bool = True) -> None:
-    """Write a dict of tensors that ``torch.load(path, weights_only=True)`` reads back bit for bit.
+    """Write tensors by name, so that ``torch.load(path, weights_only=True)`` reads them back bit for bit.
 
-    ``compress`` rewrites the archive with DEFLATE, which torch reads as it does its own: weight-sparse
-    matrices, stored with explicit zeros, shrink to about their non-zeros. Records that would hardly shrink
-    stay as they are.
+    Args:
+        weights: The tensors. Those of the embedding and the output matrix are stored once where they are tied.
+        path: The file.
+        compress: Whether to rewrite the archive with DEFLATE, which torch reads too. Sparse matrices with explicit
+            zeros then take about as much space as their non-zero entries; records that would hardly shrink stay as
+            they are.
     """
-    plain = {key: _owning(tensor) for key, tensor in weights.items()}
+    plain = {key: _without_spare_storage(tensor) for key, tensor in weights.items()}
     if "lm_head.weight" in weights and _same_memory(weights, "lm_head.weight", "transformer.wte.weight"):
         plain["lm_head.weight"] = plain["transformer.wte.weight"]  # tied: one record in the file
     if not compress:
         torch.save(plain, path)
         return
-    loose = path.with_name(path.name + ".loose")
+    uncompressed = path.with_name(path.name + ".loose")
     try:
-        torch.save(plain, loose)
+        torch.save(plain, uncompressed)
         del plain
-        _deflate(loose, path)
+        _deflate(uncompressed, path)
     finally:
-        loose.unlink(missing_ok=True)
+        uncompressed.unlink(missing_ok=True)
 
 
-def _owning(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU without a larger storage behind it: torch.save writes whole storages."""
+def _without_spare_storage(tensor: Tensor) -> Tensor:
+    """Return the tensor on the CPU, copied if its storage is larger than itself: torch.save writes whole storages."""
     tensor = tensor.detach().cpu().contiguous()
-    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if whole else tensor.clone()
+    fills_storage = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if fills_storage else tensor.clone()
 
 
-def _same_memory(weights: dict[str, Tensor], one: str, other: str) -> bool:
-    return other in weights and weights[one].data_ptr() == weights[other].data_ptr()
+def _same_memory(weights: dict[str, Tensor], name: str, other_name: str) -> bool:
+    return other_name in weights and weights[name].data_ptr() == weights[other_name].data_ptr()
 
 
 def _deflate(source: Path, target: Path) -> None:
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as new:
         for entry in old.infolist():
-            # a fixed date: equal weights give equal bytes
+            # The date is fixed, so that equal weights give equal bytes.
             record = zipfile.ZipInfo(entry.filename, date_time=(1980, 1, 1, 0, 0, 0))
             with old.open(entry) as data:
                 sample = data.read(_SAMPLE_BYTES)
@@ -227,7 +256,7 @@ def _first_line(error: Exception) -> str:
 
 
 def some(names: Iterable[str], limit: int = 5) -> str:
-    """The first few of ``names`` for a message."""
+    """Write the first ``limit`` of ``names`` for a message, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(map(repr, names[:limit])) + more

@@ -1,6 +1,6 @@
-"""The slow twin of :func:`scalpel.jacobian`: its matrix, one row at a time, by plain reverse-mode autograd.
+"""The slow twin of :func:`scalpel.jacobian`: its matrix, row by row, through plain reverse-mode autograd.
 
-No vmap, no forward mode, no operator: what could be wrong there is not shared here.
+It uses no vmap, no forward mode and no operator, so it does not share their faults.
 """
 
 from collections.abc import Callable
@@ -22,11 +22,21 @@ def jacobian_dense(
     function: Callable[[Tensor], Tensor] | None = None,
     **inputs: Any,
 ) -> Tensor:
-    """The Jacobian as a matrix (numel(target), numel(source)), of the model's dtype.
+    """Compute a Jacobian as a matrix, in the dtype of the model.
 
-    ``source``, ``target`` and ``positions`` as in :func:`scalpel.jacobian`; ``function`` is applied to the
-    value at the target's positions; ``inputs`` are further arguments of the forward pass. Raises nothing of
-    its own: ends without a path give zeros.
+    Ends without a path between them give zeros instead of an error.
+
+    Args:
+        model: A CircuitGPT, or an nn.Module whose hooks are module paths.
+        input_ids: The input of the model.
+        source: The hook to differentiate at, as in :func:`scalpel.jacobian`.
+        target: The hook to differentiate, as in :func:`scalpel.jacobian`.
+        positions: The positions of source and target, as in :func:`scalpel.jacobian`.
+        function: A function that is applied to the value at the target's positions.
+        **inputs: Further arguments of the forward pass.
+
+    Returns:
+        The matrix, (numel(target), numel(source)).
     """
     at_source, at_target = positions if isinstance(positions, tuple) else (positions, positions)
     seen: dict[str, Tensor] = {}
@@ -66,8 +76,7 @@ def _run_module(
     target: str,
     record: Callable[[str, Tensor], Tensor],
 ) -> Tensor:
-    """The output of an nn.Module whose hooks are module paths that take and give one tensor, or it first in a
-    tuple."""
+    """Run an nn.Module whose hooks are module paths that take and return a tensor, or a tuple that begins with one."""
     handles = []
     for path in dict.fromkeys((source, target)):
         if path == "logits":
@@ -75,12 +84,12 @@ def _run_module(
         module = model.get_submodule(path.removesuffix(":in"))
         if path.endswith(":in"):
             handles.append(
-                module.register_forward_pre_hook(lambda _, given, path=path: (record(path, given[0]), *given[1:]))
+                module.register_forward_pre_hook(lambda _, args, path=path: (record(path, args[0]), *args[1:]))
             )
         else:
             handles.append(
                 module.register_forward_hook(
-                    lambda _, given, output, path=path: (
+                    lambda _, args, output, path=path: (
                         (record(path, output[0]), *output[1:]) if isinstance(output, tuple) else record(path, output)
                     )
                 )

@@ -1,7 +1,7 @@
-"""Slow, obvious twins of the rules in `scalpel.lanes`: dense arrays, one tangent at a time, by autograd.
+"""Slow, obvious twins of the rules in `scalpel.lanes`: dense arrays, one tangent at a time, through autograd.
 
-A tangent is (N, channels), zero where an index doesn't list a channel; sixteen of them in a list stand for the
-lanes. Everything is computed in the dtype of what is given.
+A tangent is (N, channels), and zero in the channels that an index does not list; a list of sixteen tangents stands for
+the lanes. Everything is computed in the dtype of the arguments.
 """
 
 from __future__ import annotations
@@ -15,38 +15,38 @@ __all__ = ["attend", "jvp", "lanes_of", "linear", "norm", "tangents_of", "vjp"]
 
 
 def tangents_of(values: Tensor, index: Tensor | None, channels: int) -> list[Tensor]:
-    """The tangents (N, channels) in lanes (N, entries, T) at ``index`` (N, entries) or all channels."""
-    found = []
+    """Read tangents (N, channels) from lanes (N, entries, T), at ``index`` (N, entries) or at all channels."""
+    tangents = []
     for t in range(values.shape[2]):
         tangent = values.new_zeros(values.shape[0], channels)
         for n in range(values.shape[0]):
             for e in range(values.shape[1]):
                 tangent[n, e if index is None else int(index[n, e])] = values[n, e, t]
-        found.append(tangent)
-    return found
+        tangents.append(tangent)
+    return tangents
 
 
 def lanes_of(tangents: list[Tensor], index: Tensor | None) -> Tensor:
-    """Tangents (N, channels) as lanes (N, entries, T) at ``index``, or at all channels."""
+    """Arrange tangents (N, channels) as lanes (N, entries, T), at ``index`` or at all channels."""
     together = torch.stack(tangents, dim=-1)
     if index is None:
         return together
-    found = together.new_zeros(*index.shape, len(tangents))
+    lanes = together.new_zeros(*index.shape, len(tangents))
     for n, chosen in enumerate(index):
-        found[n] = together[n, chosen]
-    return found
+        lanes[n] = together[n, chosen]
+    return lanes
 
 
 def linear(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """x (N, cols) → (N, rows), without a bias, which has no tangent."""
+    """Return the map x (N, cols) → (N, rows); a bias has no tangent and is left out."""
     return lambda x: x @ weight.T
 
 
-def norm(gain: Tensor, eps: float, centred: bool) -> Callable[[Tensor], Tensor]:
-    """RMSNorm or (centred) LayerNorm over the last dimension, without a bias."""
+def norm(gain: Tensor, eps: float, centered: bool) -> Callable[[Tensor], Tensor]:
+    """Return RMSNorm, or LayerNorm if centered, over the last dimension, without a bias."""
 
     def apply(x: Tensor) -> Tensor:
-        moved = x - x.mean(-1, keepdim=True) if centred else x
+        moved = x - x.mean(-1, keepdim=True) if centered else x
         return gain * moved / (moved.square().mean(-1, keepdim=True) + eps).sqrt()
 
     return apply
@@ -55,7 +55,7 @@ def norm(gain: Tensor, eps: float, centred: bool) -> Callable[[Tensor], Tensor]:
 def attend(
     heads: int, kv_heads: int, allowed: Tensor, sink: Tensor | None, scale: float
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Attention on q (B, L, heads * d), k and v (B, L, kv_heads * d); allowed (1 or B, L, L)."""
+    """Return attention on q (B, L, heads * d), k and v (B, L, kv_heads * d), with allowed (1 or B, L, L)."""
 
     def apply(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         d = q.shape[-1] // heads
@@ -76,8 +76,10 @@ def attend(
 
 
 def jvp(function: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Tensor:
-    """The derivative of ``function`` at ``primals`` along ``tangents``, as the derivative of a vjp (the double
-    backward trick), which shares nothing with forward-mode rules."""
+    """Differentiate ``function`` at ``primals`` along ``tangents``, as the derivative of a vjp.
+
+    This double backward trick shares nothing with forward-mode rules.
+    """
     inputs = [primal.detach().requires_grad_() for primal in primals]
     output = function(*inputs)
     dummy = torch.zeros_like(output, requires_grad=True)
@@ -88,6 +90,6 @@ def jvp(function: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: 
 
 
 def vjp(function: Callable[..., Tensor], primals: tuple[Tensor, ...], cotangent: Tensor) -> tuple[Tensor, ...]:
-    """The cotangents of ``primals``."""
+    """Compute the cotangents of ``primals``."""
     inputs = [primal.detach().requires_grad_() for primal in primals]
     return torch.autograd.grad(function(*inputs), inputs, cotangent)

@@ -1,4 +1,4 @@
-"""Slow, obvious twins of the semigroup's functions: sets of tuples, and definitions taken at their word."""
+"""Slow, obvious twins of the semigroup functions: sets of tuples, and definitions taken literally."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
@@ -9,37 +9,37 @@ Map = tuple[int, ...]
 
 
 def compose(first: Map, then: Map) -> Map:
-    """First ``first``, then ``then``."""
+    """Apply ``first``, and then ``then``."""
     return tuple(then[state] for state in first)
 
 
 def closure(generators: Mapping[str, Sequence[int]]) -> dict[Map, tuple[str, ...]]:
-    """Every element and its shortest word, the first in the generators' order, in short-lex order of these."""
-    found: dict[Map, tuple[str, ...]] = {}
+    """Enumerate all elements with their shortest words, in the short-lex order of these words."""
+    words: dict[Map, tuple[str, ...]] = {}
     level: list[tuple[Map, tuple[str, ...]]] = [(tuple(images), (name,)) for name, images in generators.items()]
     while level:
         new = []
         for element, word in level:
-            if element not in found:
-                found[element] = word
+            if element not in words:
+                words[element] = word
                 new.append((element, word))
         level = [
             (compose(element, tuple(images)), (*word, name))
             for element, word in new
             for name, images in generators.items()
         ]
-    return found
+    return words
 
 
 def idempotents(elements: Iterable[Map]) -> set[Map]:
-    """Elements equal to their square."""
+    """Find the elements that are equal to their square."""
     return {e for e in elements if compose(e, e) == e}
 
 
 def greens_classes(elements: Iterable[Map], relation: str) -> set[frozenset[Map]]:
-    """Classes of "R", "L", "H", "D" or "J": elements that generate the same right, left, both or two-sided ideals.
+    """Group elements by the right ("R"), left ("L"), both ("H") or two-sided ("J") ideals that they generate.
 
-    D is taken as J, which it equals in a finite semigroup.
+    "D" is computed as "J", which it equals in a finite semigroup.
     """
     elements = list(elements)
 
@@ -66,7 +66,7 @@ def greens_classes(elements: Iterable[Map], relation: str) -> set[frozenset[Map]
 
 
 def minimal_ideal(elements: Iterable[Map]) -> set[Map]:
-    """The intersection of all two-sided ideals S¹xS¹."""
+    """Intersect all two-sided ideals S¹xS¹."""
     elements = list(elements)
     kernel = set(elements)
     for x in elements:
@@ -76,7 +76,7 @@ def minimal_ideal(elements: Iterable[Map]) -> set[Map]:
 
 
 def index_and_period(element: Map) -> tuple[int, int]:
-    """The least m and p, 1 or more, with the power m + p equal to the power m."""
+    """Compute the smallest m and p, both at least 1, for which the powers m + p and m are equal."""
     powers = [element]
     while True:
         after = compose(powers[-1], element)
@@ -87,20 +87,20 @@ def index_and_period(element: Map) -> tuple[int, int]:
 
 
 def distances(images: Sequence[Sequence[int]], starts: Iterable[int]) -> list[int]:
-    """Length of the shortest word from a start to each state, -1 where there is none."""
-    found = dict.fromkeys(starts, 0)
-    queue = list(found)
+    """Compute the length of the shortest word from a start to each state, -1 where there is none."""
+    steps = dict.fromkeys(starts, 0)
+    queue = list(steps)
     for state in queue:
         for generator in images:
-            if generator[state] not in found:
-                found[generator[state]] = found[state] + 1
+            if generator[state] not in steps:
+                steps[generator[state]] = steps[state] + 1
                 queue.append(generator[state])
     states = len(images[0])
-    return [found.get(state, -1) for state in range(states)]
+    return [steps.get(state, -1) for state in range(states)]
 
 
 def orbit_shape(image: Sequence[int], state: int) -> tuple[int, int]:
-    """(index, period): walk until a state comes again."""
+    """Compute (index, period) by walking until a state repeats."""
     walk: list[int] = []
     while state not in walk:
         walk.append(state)

@@ -1,5 +1,6 @@
-"""The report: one folder with a page that opens from disk and the numbers behind it."""
+"""Reports: a folder with a page that a browser opens from disk, and the numbers behind it."""
 
-from .page import Suite, write_report
+from ..experiments.suite import Suite
+from .page import write_report
 
 __all__ = ["Suite", "write_report"]

@@ -1,4 +1,4 @@
-"""The report of an analysis: its pictures, and the page that they stand in."""
+"""The page of an analysis, and its main figures in words."""
 
 import math
 from collections.abc import Sequence
@@ -10,17 +10,16 @@ from markupsafe import Markup
 from .._files import check_folder, replace_text
 from ..experiments.result import plain
 from .card import facts, number
-from .pages import environment_and_style
 from .pictures.analysis_pictures import pictures
-from .pictures.figures import to_svg
-from .pictures.picture import Picture
+from .pictures.figures import Picture, to_svg
+from .templating import environment_and_style
 
 if TYPE_CHECKING:
     from ..analysis import Analysis
 
 __all__ = ["headlines", "render_analysis", "write_analysis"]
 
-# What each part of the page is about, in its order; ``Picture.part`` names one.
+# The parts of the page in their order: a title, and what the part is about. ``Picture.part`` names one.
 _PARTS = {
     "collapse": (
         "What depth does to directions",
@@ -44,7 +43,7 @@ _PARTS = {
     "spectra": (
         "Spectra of activations and gradients",
         "The covariance of a hook’s values over the tokens of the text, and of the gradient of the summed next-token "
-        "cross-entropy there, one row a token, centred. Any data has leading components, so the shares say little by "
+        "cross-entropy there, one row a token, centered. Any data has leading components, so the shares say little by "
         "themselves: what training did is the difference from the untrained model on the same text.",
     ),
     "masks": (
@@ -57,9 +56,19 @@ _PARTS = {
 
 
 def write_analysis(folder: str | Path, analysis: "Analysis") -> Path:
-    """Write ``report.html`` and ``analysis.json`` to ``folder``; gives the page's path.
+    """Write the page ``report.html`` and the numbers ``analysis.json``.
 
-    Either file is replaced in one move, the numbers first. Raises OSError if the folder can't be written.
+    Each file is replaced in one move, the numbers first.
+
+    Args:
+        folder: It is created if need be.
+        analysis: What :func:`scalpel.analysis.analyze` gave.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        OSError: The folder can't be written.
     """
     folder = Path(folder)
     check_folder(folder)
@@ -93,32 +102,32 @@ def render_analysis(analysis: "Analysis") -> str:
 
 
 def headlines(analysis: "Analysis") -> dict[str, str]:
-    """A few figures in words, for a terminal: trained, and untrained where there is such a model."""
-    found = {"chunks": _lead(analysis)}
+    """The main figures in words, for a terminal: of the trained model, and of the untrained one if there is one."""
+    lines = {"chunks": _lead(analysis)}
     named = {
         "largest exponent, nats per layer": ("exponents", 0),
-        "… less the growth of the norm": ("exponents_less_growth", 0),
-        "… less its growth without position 0": ("exponents_less_growth_without_first", 0),
+        "the same, less the growth of the norm": ("exponents_less_growth", 0),
+        "the same, less its growth without position 0": ("exponents_less_growth_without_first", 0),
         "frame growth of the first direction, nats per layer": ("mean_frame_growth", 0),
     }
     for words, (key, i) in named.items():
         if analysis.trained.get(key) is None or (key == "mean_frame_growth" and "exponents" in analysis.trained):
             continue
         sides = [("", analysis.trained), ("; untrained ", analysis.untrained)]
-        found[words] = "".join(before + _figure(side[key], i) for before, side in sides if side is not None)
+        lines[words] = "".join(before + _figure(side[key], i) for before, side in sides if side is not None)
     if analysis.spectra is not None:
         sides = [("", analysis.spectra["trained"]), ("; untrained ", analysis.spectra["untrained"])]
         streams = list(analysis.spectra["trained"])
         for stream in dict.fromkeys((next((s for s in streams if s == "final_resid"), streams[0]), streams[-1])):
             words = f"effective rank at {stream}, of {analysis.spectra['trained'][stream]['dim']}"
-            found[words] = "".join(before + _rank(side[stream]) for before, side in sides if side is not None)
+            lines[words] = "".join(before + _rank(side[stream]) for before, side in sides if side is not None)
     shares = [leaf["mean"] for leaf in analysis.trained["active"].values()]
-    found["active fractions"] = f"{min(shares):.3g} to {max(shares):.3g} at {len(shares)} hooks"
+    lines["active fractions"] = f"{min(shares):.3g} to {max(shares):.3g} at {len(shares)} hooks"
     margins = {name: leaf["relative_median"]["mean"] for name, leaf in analysis.trained["margins"].items()}
     if margins:
         least = min(margins, key=margins.__getitem__)
-        found["smallest median margin"] = f"{margins[least]:.2g} of the smallest magnitude kept, at {least}"
-    return found
+        lines["smallest median margin"] = f"{margins[least]:.2g} of the smallest magnitude kept, at {least}"
+    return lines
 
 
 def _rank(figures: dict[str, Any]) -> str:
@@ -144,13 +153,13 @@ def _lead(analysis: "Analysis") -> str:
 
 
 def _shortened(values: dict[str, Any]) -> dict[str, Any]:
-    """Fingerprints to the digits that tell them apart at a glance; all of them are in the provenance."""
+    """Hashes cut to twelve digits, which tell them apart; the provenance has all digits."""
     return {name: value[:12] if name.endswith(("sha256", "commit")) else value for name, value in values.items()}
 
 
-def _drawn(found: Sequence[Picture]) -> list[dict[str, Any]]:
+def _drawn(placed: Sequence[Picture]) -> list[dict[str, Any]]:
     made = []
-    for picture in found:
+    for picture in placed:
         svg = Markup(to_svg(picture.figure, picture.name))
         made.append(
             {
@@ -165,12 +174,12 @@ def _drawn(found: Sequence[Picture]) -> list[dict[str, Any]]:
 
 
 def _rows(figure: dict[str, Any]) -> list[list[str]]:
-    """The numbers behind a picture: one row an abscissa, one cell a curve."""
+    """The numbers behind a picture as a table: a row for each x, a column for each curve."""
     points: dict[float, list[str]] = {}
     series = figure["series"]
-    for column, each in enumerate(series):
-        low, high = each.get("low") or each["y"], each.get("high") or each["y"]
-        for x, y, a, b in zip(each["x"], each["y"], low, high, strict=True):
+    for column, curve in enumerate(series):
+        low, high = curve.get("low") or curve["y"], curve.get("high") or curve["y"]
+        for x, y, a, b in zip(curve["x"], curve["y"], low, high, strict=True):
             cells = points.setdefault(x, ["–"] * len(series))
             if y is not None:
                 known = a is not None and b is not None and (a, b) != (y, y)

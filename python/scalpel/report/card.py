@@ -1,10 +1,10 @@
-"""What the page says of a model: the few facts of its card that a reader judges the results by."""
+"""What a page says of a model: those facts of its card by which a reader judges the results."""
 
 from typing import Any
 
 __all__ = ["facts", "number"]
 
-# In this order and these words; other plain entries of the card follow under their own names.
+# These entries come first, in this order and these words. Other plain entries follow under their own names.
 _NAMES = {
     "name": "Model",
     "accuracy": "Accuracy on real prompts",
@@ -22,7 +22,14 @@ _THIN = "\N{THIN SPACE}"
 
 
 def facts(card: dict[str, Any]) -> tuple[list[tuple[str, str]], dict[str, Any]]:
-    """The facts as (name, text), and the entries that are no single fact, for a table of their own."""
+    """Sort a card's entries into facts of one line and the rest.
+
+    Args:
+        card: The model's card, plain data.
+
+    Returns:
+        The facts as (name, text), and the entries that don't fit a line, for a table of their own.
+    """
     known = {key: value for key, value in card.items() if key != "hook_means"}  # thousands of numbers
     matrices = card.get("matrices")
     if isinstance(matrices, dict) and all(isinstance(m, dict) and "nonzero" in m for m in matrices.values()):
@@ -35,29 +42,29 @@ def facts(card: dict[str, Any]) -> tuple[list[tuple[str, str]], dict[str, Any]]:
     if isinstance(recipe, dict) and "seeds" not in card and "seed" in recipe:
         known.setdefault("seed", recipe["seed"])
     order = [*(k for k in _NAMES if k in known), *(k for k in known if k not in _NAMES)]
-    found, rest = [], {}
+    lines, rest = [], {}
     for key in order:
         text = _fact(key, known[key])
         if text is not None:
-            found.append((_NAMES.get(key, key.replace("_", " ").capitalize()), text))
+            lines.append((_NAMES.get(key, key.replace("_", " ").capitalize()), text))
         if text is None or isinstance(known[key], dict):
             rest[key] = known[key]
-    return found, {key: value for key, value in rest.items() if value not in ({}, [], None)}
+    return lines, {key: value for key, value in rest.items() if value not in ({}, [], None)}
 
 
 def _fact(key: str, value: Any) -> str | None:
-    """One line of text, or None where the value is more than a fact."""
+    """One line of text, or None if the value doesn't fit one."""
     if isinstance(value, dict):
         if "summary" in value:
             return str(value["summary"])
-        if key == "tasks" and value and all(isinstance(one, dict) for one in value.values()):
-            return "; ".join(_task(name, one) for name, one in value.items())
+        if key == "tasks" and value and all(isinstance(task, dict) for task in value.values()):
+            return "; ".join(_task(name, task) for name, task in value.items())
         return _accuracy(value) if key == "accuracy" and value.get("all") is not None else None
     if isinstance(value, list):
         plain = 0 < len(value) < 9 and not any(isinstance(v, dict | list) for v in value)
         return ", ".join(number(v) for v in value) if plain else None
     if value is None or (isinstance(value, str) and len(value) > 100):
-        return None  # a paragraph is no fact; it stands with the rest of the card
+        return None  # a paragraph stands with the rest of the card
     if key in ("accuracy", "density") and isinstance(value, float):
         return percent(value)
     if key == "commit":
@@ -67,9 +74,9 @@ def _fact(key: str, value: Any) -> str | None:
     return number(value)
 
 
-def _task(name: str, one: dict[str, Any]) -> str:
-    """A task's accuracy, or that it wasn't asked; why is in the table of the rest."""
-    share = one.get("accuracy")
+def _task(name: str, entry: dict[str, Any]) -> str:
+    """The accuracy on a task, or that it wasn't asked; the reason is in the table of the rest."""
+    share = entry.get("accuracy")
     return f"{name.replace('_', ' ')} {'not asked' if share is None else percent(share)}"
 
 
@@ -89,12 +96,12 @@ def _accuracy(value: dict[str, Any]) -> str:
 
 
 def percent(value: float) -> str:
-    """A share of one in per cent."""
+    """A share between 0 and 1, in per cent."""
     return f"{100 * value:.1f}{_THIN}%"
 
 
 def number(value: Any) -> str:
-    """A value as the page shows it: six significant digits, thin spaces at thousands, a dash for none."""
+    """A value as a page shows it: six significant digits, thin spaces between thousands, a dash for None."""
     if value is None:
         return "–"
     if isinstance(value, bool):

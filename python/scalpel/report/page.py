@@ -1,49 +1,52 @@
-"""The report's page: one HTML file with its pictures, its style and its numbers inside."""
+"""The page of a report: one HTML file that holds its pictures, its style and its numbers."""
 
 import inspect
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from markupsafe import Markup
 
 from .. import experiments
 from .._files import check_folder, replace_text
-from ..experiments.result import VERDICTS, plain
+from .._json import plain
+from ..experiments.result import Result
+from ..experiments.suite import Suite, left_out
+from ..experiments.verdicts import MARKS, VERDICTS
 from .card import facts
-from .pages import environment_and_style
 from .pictures.figures import to_svg
+from .templating import environment_and_style
 
-if TYPE_CHECKING:
-    from ..experiments.result import Result
-
-__all__ = ["Suite", "render", "write_report"]
-
-_MARKS = {"reproduced": "✓", "not reproduced": "✗", "indistinguishable": "≈", "not testable here": "–"}
-
-
-class Suite(Protocol):
-    """What a report is written from: results, facts of the model, the seconds that it took."""
-
-    @property
-    def results(self) -> Sequence["Result"]: ...
-    @property
-    def model(self) -> Mapping[str, Any]: ...
-    @property
-    def seconds(self) -> float: ...
-
-    def to_json(self, indent: int | None = None) -> str: ...
+__all__ = ["render", "write_report"]
 
 
 def write_report(folder: str | Path, suite: Suite) -> Path:
-    """Write ``index.html`` and ``results.json`` to ``folder``, created if need be; gives the page's path.
+    """Write the page ``index.html`` and the numbers ``results.json``.
 
-    Either file is replaced in one move, the numbers first. Raises OSError if the folder can't be written,
-    ValueError for a figure of unknown kind or of lengths that don't fit.
+    Each file is replaced in one move, the numbers first.
+
+    Args:
+        folder: It is created if need be.
+        suite: The results, and what they are of.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        OSError: The folder can't be written.
+        ValueError: A figure is of an unknown kind, or its entries' lengths don't fit each other.
+
+    Example:
+        >>> import tempfile
+        >>> from scalpel.report import Suite, write_report
+        >>> result = scalpel.experiments.run("minimal_simulator", k_max=3, n_max=30, samples=3)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     page = write_report(folder, Suite([result], {"name": "none"}, 1.0))
+        ...     page.name, page.stat().st_size > 10_000
+        ('index.html', True)
     """
     folder = Path(folder)
     check_folder(folder)
@@ -67,16 +70,13 @@ def render(suite: Suite) -> str:
         name=str(suite.model.get("name", "") or ""),
         seconds=suite.seconds if math.isfinite(suite.seconds) else None,
         counts=[(v, counts[v]) for v in VERDICTS if counts[v]],
-        left_out=[
-            *(f"{name.replace('_', ' ')}: {why}" for name, why in getattr(suite, "refused", {}).items()),
-            *dict.fromkeys(note for r in suite.results for note in r.measured.get("left_out", [])),
-        ],
-        marks=_MARKS,
+        left_out=left_out(suite),
+        marks=MARKS,
         results=[_section(result) for result in suite.results],
     )
 
 
-def _section(result: "Result") -> dict[str, Any]:
+def _section(result: Result) -> dict[str, Any]:
     data: dict[str, Any] = plain(asdict(result))
     figures = []
     for key, figure in result.figures.items():
@@ -99,22 +99,22 @@ def _section(result: "Result") -> dict[str, Any]:
 
 
 def _rule(result: dict[str, Any]) -> str:
-    """How the verdict follows from the numbers: as stored with the prediction, or as the code states it."""
+    """How the verdict follows from the numbers: the rule stored with the prediction, or else the code's docstring."""
     stored = result["prediction"].get("rule") or result["provenance"].get("verdict_rule")
     if stored:
         return str(stored)
     try:
         function = getattr(experiments.module_of(result["name"]), "verdict", None)
-    except ValueError:  # a result of another version
+    except ValueError:  # the result is of a version with other experiments
         return ""
     return inspect.getdoc(function) or "" if function is not None else ""
 
 
 def brief(text: str, most: int) -> str:
-    """The first clauses of ``text``, ``most`` characters or a word more: for a table whose sections have it whole."""
+    """The first clauses of a text, up to ``most`` characters or a word more, for a table beside the whole text."""
     if len(text) <= most:
         return text
-    depth, strong, weak = 0, 0, 0
+    depth, strong, weak = 0, 0, 0  # of brackets; the last end of a clause; the last comma
     for i, (here, after) in enumerate(pairwise(text)):
         if i > most:
             break
@@ -127,7 +127,7 @@ def brief(text: str, most: int) -> str:
 
 
 def shape(value: Any) -> str:
-    """How the page lays a value out: scalar, empty, table, mapping, bits, list, records, matrix or items."""
+    """The way in which the page shows a value: scalar, empty, table, mapping, bits, list, records, matrix or items."""
     if isinstance(value, dict):
         rows = list(value.values())
         alike = len(rows) > 1 and all(isinstance(r, dict) and r and r.keys() == rows[0].keys() for r in rows)

@@ -1,4 +1,4 @@
-"""The algebra: counters and what they decide, finite semigroups, orbits on grids, and machines out of models."""
+"""The algebra: threshold counters, finite semigroups, orbits on grids of states, and machines extracted from models."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

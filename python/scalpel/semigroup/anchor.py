@@ -1,11 +1,12 @@
 """The anchor of an iterated block: where x ↦ r Π(x)/‖Π(x)‖ comes to rest, and how fast.
 
-A pre-norm block adds to the residual whatever its norm is, so iterated as it is it has no fixed point: its norm grows
-(:func:`norm_growth`). What can come to rest is the direction. The norm in front of each sublayer makes what a block
-adds depend on the direction alone (but for the norm's eps), so a direction is fixed iff what the blocks add to it lies
-along it, whatever the radius r; how fast it is reached does depend on r, since a longer residual turns less in a step.
+A pre-norm block adds to the residual whatever the residual's norm is, so iterating the block itself has no fixed point:
+the norm grows (:func:`norm_growth`). What can come to rest is the direction. Because of the norm in front of each
+sublayer, what a block adds depends only on the direction (except for the norm's eps). A direction is therefore fixed
+iff what the blocks add to it lies along it, whatever the radius r. How fast it is reached does depend on r, because a
+longer residual turns less in a step.
 
-A state is what Π maps: one position's residual (1, width), or a sequence's (L, width), normalised as a whole.
+A state is what Π maps: the residual of one position (1, width) or of a sequence (L, width), normalised as a whole.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,30 +19,34 @@ from torch import Tensor
 from torch.func import jvp
 
 from ..hooks.running import ALONE
+from ..models.circuitgpt.layers import LayerInputs
 from ..models.circuitgpt.model import CircuitGPT
 
 __all__ = ["Anchors", "NoDirection", "block_map", "find_anchors", "norm_growth", "spectral_radius"]
 
 Map = Callable[[Tensor], Tensor]
 
-SAME = 1e-4  # 1 - |cos| up to which two directions are one
-_DENSE = 512  # up to so many dimensions all eigenvalues are as quick as one
+SAME = 1e-4  # the largest 1 - |cos| at which two directions count as one
+_DENSE = 512  # the number of dimensions up to which all eigenvalues are as fast to compute as one
 
 
 class NoDirection(ValueError):
-    """A state is zero or not finite, so there is no direction to follow."""
+    """A state is zero or not finite, so it has no direction."""
 
 
 @dataclass(frozen=True)
 class Anchors:
-    """Where the normalised iteration went from S starts. States have the shape (\\*shape,).
+    """Where the normalised iteration went from S starts, whose states have the shape (shape...,).
 
-    ``directions`` (S, \\*shape): the last point of each, of norm 1. ``period`` int64 (S,): 1 where the direction is
-    fixed, p where it comes back after p steps, 0 where neither was seen. ``sign`` int64 (S,): -1 where it comes back
-    as its opposite, else 1. ``steps`` int64 (S,): steps until the direction was fixed, or all that were made.
-    ``turned`` float64 (steps, S): how far each step turned the direction, ‖x' ∓ x‖/r, NaN after it was fixed.
-    ``axis`` (S, \\*shape): the first principal direction of the last points, sign open; with an anchor, the anchor.
-    ``concentration`` float64 (S,): its share of these points' energy, 1 for an anchor.
+    Attributes:
+        directions: The last point from each start, of norm 1, (S, shape...).
+        period: int64 (S,): 1 if the direction is fixed, p if it returns after p steps, 0 if neither was seen.
+        sign: int64 (S,): -1 if it returns as its opposite, else 1.
+        steps: int64 (S,): the number of steps until the direction was fixed, or all steps made.
+        turned: float64 (steps, S): how far each step turned the direction, ‖x' ∓ x‖/r; NaN after it was fixed.
+        axis: The first principal direction of the last points, with arbitrary sign, (S, shape...). If there is an
+            anchor, it is the anchor.
+        concentration: float64 (S,): the axis's share of the energy of these points, 1 for an anchor.
     """
 
     directions: Tensor
@@ -54,23 +59,23 @@ class Anchors:
 
     @property
     def settled(self) -> np.ndarray:
-        """bool (S,): from which starts a fixed direction was reached."""
-        found: np.ndarray = self.period == 1
-        return found
+        """From which starts a fixed direction was reached, bool (S,)."""
+        settled: np.ndarray = self.period == 1
+        return settled
 
     @property
     def agreement(self) -> float:
-        """The least |cos| of any two starts' axes: 1 where there is one direction up to its sign."""
+        """The smallest |cos| between the axes of two starts: 1 if there is one direction up to its sign."""
         flat = self.axis.flatten(1)
         return float((flat @ flat.T).abs().min())
 
     @property
     def unique(self) -> bool:
-        """Whether every start reached a fixed direction, and all the same one up to sign."""
+        """Whether every start reached a fixed direction, the same one up to its sign."""
         return bool(self.settled.all()) and self.agreement >= 1 - SAME
 
     def part(self, starts: slice) -> "Anchors":
-        """Of some of the starts only."""
+        """Select some of the starts."""
         return Anchors(
             self.directions[starts],
             self.period[starts],
@@ -83,7 +88,7 @@ class Anchors:
 
     @property
     def found(self) -> list[int]:
-        """A start for each different direction that was reached, the first of each."""
+        """The first start of each different direction that was reached."""
         kept: list[int] = []
         flat = self.directions.flatten(1)
         for i in np.flatnonzero(self.settled).tolist():
@@ -93,16 +98,18 @@ class Anchors:
 
 
 def block_map(model: CircuitGPT, layers: Sequence[int] | None = None) -> Map:
-    """Π: (S, L, width) → (S, L, width), the blocks ``layers`` one after the other (None: all).
+    """Build Π: (S, L, width) → (S, L, width), which applies the blocks ``layers`` one after the other (None: all).
 
-    Causal attention among the L positions; ablations and interventions in force at the call count. Learned positions
-    are added at the embedding and so aren't added again; concatenated ones are those of positions 0 to L - 1.
-    ValueError for a layer that there isn't.
+    The L positions attend causally, and ablations and interventions that are active at the call count. Learned
+    positions are added at the embedding, so they are not added again; concatenated positions are those from 0 to L - 1.
+
+    Raises:
+        ValueError: If there is no such layer.
     """
     count = model.config.n_layer
     chosen = list(range(count)) if layers is None else list(layers)
     if not chosen or not all(0 <= i < count for i in chosen):
-        raise ValueError(f"layers are {chosen}; give one or more of 0 to {count - 1}")
+        raise ValueError(f"layers are {chosen}; they must be one or more of 0 to {count - 1}")
 
     def go(x: Tensor) -> Tensor:
         length = x.shape[-2]
@@ -111,7 +118,7 @@ def block_map(model: CircuitGPT, layers: Sequence[int] | None = None) -> Map:
         positions = model.transformer.wpe.weight[:length] if concatenated else None
         tap = model._composed_tap(None)
         for i in chosen:
-            x = model.transformer.h[i](x, positions, allowed, tap, str(i))
+            x = model.transformer.h[i](x, LayerInputs(str(i), tap, allowed, positions))
         return x
 
     return go
@@ -139,12 +146,25 @@ def find_anchors(
     steps: int = 300,
     longest: int = 16,
 ) -> Anchors:
-    """Iterate x ↦ r Π(x)/‖Π(x)‖ from each of ``starts`` (S, \\*shape), of any norm but zero; ``radius``: r, one for all
-    or one a start.
+    """Iterate x ↦ r Π(x)/‖Π(x)‖ from each start.
 
-    A direction counts as fixed when a step turns it by at most ``tol``; a cycle of up to ``longest`` steps as found
-    when it comes back that near. float64 is advised. NoDirection for a start that is zero or not finite, for a Π that
-    gives zero or what isn't finite; ValueError for a radius that isn't above 0.
+    A direction counts as fixed when a step turns it by at most ``tol``, and a cycle of up to ``longest`` steps as found
+    when it returns that closely. float64 is advisable.
+
+    Args:
+        function: Π, which maps states (S, shape...) to states of the same shape.
+        starts: The starts (S, shape...), of any norm except zero.
+        radius: r, one for all starts or one for each.
+        tol: The tolerance, relative to the radius.
+        steps: The largest number of steps.
+        longest: The longest cycle to look for.
+
+    Returns:
+        Where the iteration went.
+
+    Raises:
+        NoDirection: If a start or a value of Π is zero or not finite.
+        ValueError: If a radius is not above 0, or steps or longest is below 1.
     """
     count = len(starts)
     radii = np.broadcast_to(np.asarray(radius, dtype=float), (count,))
@@ -158,7 +178,7 @@ def find_anchors(
     open_, turned = np.ones(count, dtype=bool), np.full((steps, count), np.nan)
     for n in range(steps):
         after = step(x)
-        _check(after, "what the map gave")
+        _check(after, "a value of the map")
         size = _apart(after, x)[0] / radii
         turned[n, open_] = size[open_]
         x = after
@@ -176,7 +196,7 @@ def find_anchors(
         back = (size / radii <= tol) & (open_ | (p == 1))
         period[back & open_] = p
         sign[back] = signs[back]
-    points = torch.stack([each.flatten(1) for each in tail], dim=1)
+    points = torch.stack([point.flatten(1) for point in tail], dim=1)
     _, sizes, axes = torch.linalg.svd(points, full_matrices=False)
     share = (sizes[:, 0] ** 2 / (sizes**2).sum(dim=1)).double().cpu().numpy()
     shape = starts.shape[1:]
@@ -185,12 +205,12 @@ def find_anchors(
 
 
 def spectral_radius(function: Map, direction: Tensor, *, radius: float = 1.0, seed: int = 0) -> float:
-    """The largest |eigenvalue| of the derivative of x ↦ r Π(x)/‖Π(x)‖ at a fixed ``direction`` (\\*shape,), along the
-    sphere: below 1, what is near comes nearer, by that factor a step.
+    """Compute the largest |eigenvalue| of the derivative of x ↦ r Π(x)/‖Π(x)‖ along the sphere, at a fixed direction.
 
-    All eigenvalues in up to 512 dimensions, else the largest by ARPACK (Lehoucq, Sorensen and Yang 1998), from
-    products with tangents alone. A TopK keeps the support that it has there. 0 in one dimension, where nothing turns.
-    NaN where ARPACK finds none.
+    If it is below 1, nearby states come closer by that factor in each step. In up to 512 dimensions all eigenvalues are
+    computed, else the largest by ARPACK (Lehoucq, Sorensen and Yang 1998), from products with tangents. A TopK keeps
+    the support that it has there. In one dimension, where nothing turns, the result is 0. It is NaN if ARPACK does not
+    converge.
     """
     shape, n = direction.shape, direction.numel()
     unit = direction.flatten() / torch.linalg.vector_norm(direction)
@@ -199,7 +219,7 @@ def spectral_radius(function: Map, direction: Tensor, *, radius: float = 1.0, se
         return 0.0
 
     def product(block: Tensor) -> Tensor:
-        """(T, n) → (T, n), both cut to the sphere's tangents."""
+        """Map (T, n) → (T, n), both projected onto the sphere's tangents."""
         tangents = block - (block @ unit)[:, None] * unit
         at = (radius * unit).reshape(1, *shape).repeat(len(block), *[1] * len(shape))
         with torch.no_grad(), ALONE:
@@ -211,9 +231,9 @@ def spectral_radius(function: Map, direction: Tensor, *, radius: float = 1.0, se
         return float(torch.linalg.eigvals(matrix).abs().max())
 
     def apply(v: np.ndarray) -> np.ndarray:
-        given = torch.from_numpy(np.ascontiguousarray(v).reshape(1, -1)).to(unit)
-        found: np.ndarray = product(given)[0].double().cpu().numpy()
-        return found
+        tangent = torch.from_numpy(np.ascontiguousarray(v).reshape(1, -1)).to(unit)
+        moved: np.ndarray = product(tangent)[0].double().cpu().numpy()
+        return moved
 
     start = np.random.default_rng(seed).standard_normal(n)
     try:
@@ -225,17 +245,17 @@ def spectral_radius(function: Map, direction: Tensor, *, radius: float = 1.0, se
 
 @torch.no_grad()
 def norm_growth(function: Map, starts: Tensor, steps: int) -> np.ndarray:
-    """‖Πⁿ(x)‖ for n = 0 … ``steps``, nothing normalised: float64 (steps + 1, S)."""
+    """Compute ‖Πⁿ(x)‖ for n = 0 … ``steps`` without normalising: float64 (steps + 1, S)."""
     rows, x = [_norms(starts).flatten()], starts
     for _ in range(steps):
         x = function(x)
         rows.append(_norms(x).flatten())
-    found: np.ndarray = torch.stack(rows).double().cpu().numpy()
-    return found
+    norms: np.ndarray = torch.stack(rows).double().cpu().numpy()
+    return norms
 
 
 def _apart(after: Tensor, before: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Distance up to sign, and the sign: -1 where ``after`` is nearer to the opposite of ``before``."""
+    """Compute the distance up to sign, and the sign: -1 where ``after`` is closer to the opposite of ``before``."""
     plus, minus = _norms(after - before).flatten(), _norms(after + before).flatten()
     sign = torch.where(minus < plus, -1, 1)
     return torch.minimum(plus, minus).double().cpu().numpy(), sign.cpu().numpy()
@@ -243,4 +263,4 @@ def _apart(after: Tensor, before: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 def _check(x: Tensor, what: str) -> None:
     if not bool(x.isfinite().all()) or bool((_norms(x) == 0).any()):
-        raise NoDirection(f"{what} is zero or not finite, and has no direction; give other starts or another map")
+        raise NoDirection(f"{what} is zero or not finite, so it has no direction; use other starts or another map")

@@ -1,4 +1,4 @@
-"""What is asked of libsemigroups: enumerate, and hand over its tables as arrays."""
+"""What the library needs from libsemigroups: enumeration, and its tables as arrays."""
 
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ def _library() -> Any:
         import libsemigroups_pybind11
     except ImportError as missing:
         raise ImportError(
-            "finite semigroups are enumerated by libsemigroups, which isn't installed: "
+            "finite semigroups are enumerated by libsemigroups, which is not installed: "
             "pip install libsemigroups_pybind11, or pip install 'semigroup-scalpel[algebra]'. "
             "It is an extra because it is under the GPL."
         ) from missing
@@ -20,7 +20,7 @@ def _library() -> Any:
 
 
 class FroidurePin:
-    """libsemigroups' enumeration of the semigroup of some maps, (generators, states)."""
+    """The enumeration, by libsemigroups, of the semigroup that maps (generators, states) generate."""
 
     def __init__(self, maps: np.ndarray) -> None:
         library = _library()
@@ -34,16 +34,16 @@ class FroidurePin:
 
     @property
     def found(self) -> int:
-        """Elements found so far."""
+        """The number of elements found so far."""
         return int(self._semigroup.current_size())
 
     @property
     def longest(self) -> int:
-        """Letters of the longest word so far."""
+        """The length of the longest word so far."""
         return int(self._semigroup.current_max_word_length())
 
     def find(self, at_least: int) -> None:
-        """Enumerate until so many elements are there, or all."""
+        """Enumerate until at least this many elements, or all of them, have been found."""
         self._semigroup.enumerate(at_least)
 
     def graph(self, side: Literal["right", "left"]) -> Any:
@@ -51,29 +51,29 @@ class FroidurePin:
         return semigroup.right_cayley_graph() if side == "right" else semigroup.left_cayley_graph()
 
     def tree(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """(number of the word without its last letter, or -1, and the last letter) of each element, int32."""
-        one = [self._semigroup.position_of_generator(g) for g in range(len(self.maps))]
+        """Return, for each element, the number of its word without the last letter (or -1), and that letter, int32."""
+        generators = [self._semigroup.position_of_generator(g) for g in range(len(self.maps))]
         graph = word_graph(self, size, len(self.maps), side="right")
         prefix = np.full(size, -1, dtype=np.int32)
         letter = np.zeros(size, dtype=np.int32)
-        # Elements are numbered in short-lex order, so where an element first stands in the graph, row by row, is its
-        # shortest word less the last letter.
+        # Elements are numbered in short-lex order, so the first place of an element in the graph, row by row, is that
+        # of its shortest word: the row is the word without its last letter, and the column is that letter.
         targets, first = np.unique(graph, return_index=True)
         prefix[targets], letter[targets] = np.divmod(first, graph.shape[1])
-        for g in reversed(range(len(one))):
-            prefix[one[g]], letter[one[g]] = -1, g
+        for g in reversed(range(len(generators))):
+            prefix[generators[g]], letter[generators[g]] = -1, g
         return prefix, letter
 
 
 def word_graph(enumerator: FroidurePin, size: int, generators: int, side: Literal["right", "left"]) -> np.ndarray:
-    """A Cayley graph as int32 (size, generators)."""
+    """Return a Cayley graph as int32 (size, generators)."""
     target = enumerator.graph(side).target
     flat = (target(node, g) for node in range(size) for g in range(generators))
     return np.fromiter(flat, dtype=np.int32, count=size * generators).reshape(size, generators)
 
 
 def images_of(maps: np.ndarray, prefix: np.ndarray, letter: np.ndarray) -> np.ndarray:
-    """The maps (size, states) of words given by prefix and last letter; a prefix stands before its words."""
+    """Compute the maps (size, states) of words described by prefix and last letter; a prefix precedes its words."""
     width = maps.shape[1]
     dtype = np.uint8 if width <= 1 << 8 else np.uint16 if width <= 1 << 16 else maps.dtype
     images = np.empty((len(prefix), width), dtype=dtype)
@@ -81,7 +81,7 @@ def images_of(maps: np.ndarray, prefix: np.ndarray, letter: np.ndarray) -> np.nd
     ready = np.flatnonzero(prefix < 0)
     images[ready] = maps[letter[ready]]
     length[ready] = 1
-    # All words of one length at once; numbers ascend with the length, so each level is one stretch.
+    # All words of one length at a time. Numbers ascend with the length, so each length is a range of numbers.
     begin = 0
     while begin < len(prefix):
         level = np.arange(begin, len(prefix))

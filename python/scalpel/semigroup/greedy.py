@@ -1,8 +1,8 @@
 """Greedy decoding as a map on finitely many states, and how its orbits end: index and period.
 
-The state is the window of the last W tokens, read with positions counted from 0 at its first token; one step appends
-the likeliest token (ties: the lowest id) and drops what falls out on the left. There are finitely many such windows,
-so every orbit ends in a cycle. With the real context, which grows, no state ever comes back: what repeats there is the
+The state is the window of the last W tokens, read with positions counted from 0 at its first token. One step appends
+the most likely token (of equals, the lowest id) and drops what leaves the window on the left. There are finitely many
+windows, so every orbit ends in a cycle. With the real context, which grows, no state ever returns: what repeats is the
 text, and its period is only *apparent* (:func:`apparent_period`).
 """
 
@@ -19,18 +19,22 @@ __all__ = ["GreedyOrbits", "apparent_period", "brent", "decode", "greedy_orbits"
 
 NOT_CLOSED = -1
 _ROWS = 64  # prompts in one forward pass
-_FIRST_LOOK = 16  # steps before the first look for a cycle; then twice as many each time
-_REPEATS = 3  # a text repeats if its end is so many copies of a piece, and they are half of it
+_FIRST_LOOK = 16  # steps before the first search for a cycle; their number doubles each time
+_REPEATS = 3  # a text repeats if it ends in so many copies of a piece, which are at least half of it
 
 
 @dataclass(frozen=True)
 class GreedyOrbits:
-    """How greedy decoding over a sliding window ends, prompt by prompt.
+    """How greedy decoding over a sliding window ends, for each prompt.
 
-    ``index`` int64 (prompts,): steps before the first window that comes back, -1 where none did within ``steps``;
-    ``period`` int64 (prompts,): steps from one return to the next, 0 where it isn't known. ``cycles``: the tokens that
-    repeat, in their least rotation, so that two prompts end in the same cycle iff these are equal; empty where not
-    closed. ``window``: tokens that the state holds; ``steps``: the most that were decoded.
+    Attributes:
+        index: int64 (prompts,): the number of steps before the first window that returns, -1 if none did within
+            ``steps``.
+        period: int64 (prompts,): the number of steps between returns, 0 if it is not known.
+        cycles: The tokens that repeat, rotated to the smallest sequence, so that two prompts end in the same cycle iff
+            these are equal; empty if the orbit was not seen to return.
+        window: The number of tokens in the state.
+        steps: The largest number of tokens that were decoded.
     """
 
     index: np.ndarray
@@ -41,21 +45,21 @@ class GreedyOrbits:
 
     @property
     def closed(self) -> np.ndarray:
-        """bool (prompts,): whose orbit was seen to return."""
-        found: np.ndarray = self.period > 0
-        return found
+        """Whether each prompt's orbit was seen to return, bool (prompts,)."""
+        closed: np.ndarray = self.period > 0
+        return closed
 
     @property
     def distinct(self) -> int:
-        """How many different cycles the closed orbits end in."""
+        """The number of different cycles in which orbits end."""
         return len({cycle for cycle in self.cycles if cycle})
 
 
 def brent(state: Callable[[int], Hashable], limit: int) -> tuple[int, int] | None:
-    """Index and period (least μ ≥ 0, least λ ≥ 1, with state(μ) = state(μ + λ)) of an orbit given by its states.
+    """Find index and period of an orbit: the smallest μ ≥ 0 and λ ≥ 1 with state(μ) = state(μ + λ).
 
-    Brent 1980, "An improved Monte Carlo factorization algorithm", section 2. ``state(t)`` is asked for t up to
-    ``limit``, beyond which None is the answer; 3 · max(μ, λ) ≤ limit always suffices.
+    Brent 1980, "An improved Monte Carlo factorization algorithm", section 2. ``state(t)`` is called for t up to
+    ``limit``; if that is not enough, the result is None. 3 · max(μ, λ) ≤ limit always suffices.
     """
     power = period = 1
     slow, fast = 0, 1
@@ -77,11 +81,13 @@ def brent(state: Callable[[int], Hashable], limit: int) -> tuple[int, int] | Non
 def greedy_orbits(
     model: CircuitGPT, prompts: Sequence[Sequence[int]], window: int, *, steps: int = 256
 ) -> GreedyOrbits:
-    """Index and period of greedy decoding over a window of ``window`` tokens, from each prompt (token ids).
+    """Find index and period of greedy decoding over a window of ``window`` tokens, from each prompt (token ids).
 
-    A prompt longer than the window starts with its last ``window`` tokens; a shorter one fills it first, and those
-    steps count in the index. All prompts are decoded together, and those whose orbit is known are left out of what
-    follows. ValueError for an empty prompt, an unknown id, and a window that is more than the context holds.
+    A prompt longer than the window starts with its last ``window`` tokens. A shorter one fills the window first, and
+    those steps count in the index. All prompts are decoded together until their orbits are known.
+
+    Raises:
+        ValueError: If a prompt is empty or holds an unknown id, or the window exceeds the model's context.
     """
     rows = _checked(model, prompts, window)
     if steps < 1:
@@ -111,10 +117,10 @@ def greedy_orbits(
 
 @torch.no_grad()
 def decode(model: CircuitGPT, prompts: Sequence[Sequence[int]], window: int, steps: int) -> list[list[int]]:
-    """Each prompt with ``steps`` tokens after it, each the likeliest after the last ``window`` tokens.
+    """Append ``steps`` tokens to each prompt, each of them the most likely after the last ``window`` tokens.
 
-    With ``window`` the model's ``block_size`` and prompts that leave room for ``steps``, this is decoding with the
-    whole context.
+    If ``window`` is the model's ``block_size`` and the prompts leave room for ``steps``, this decodes with the whole
+    context.
     """
     rows = _checked(model, prompts, window)
     for first in range(0, len(rows), _ROWS):
@@ -126,10 +132,10 @@ def decode(model: CircuitGPT, prompts: Sequence[Sequence[int]], window: int, ste
 
 
 def apparent_period(text: Sequence[int]) -> tuple[int, int] | None:
-    """Where a text begins to repeat itself up to its end, and the length of the piece; None where it doesn't.
+    """Find where a text begins to repeat itself up to its end, and the length of the piece; None if it does not.
 
-    The shortest piece whose copies are at least three and at least half of the text. The next token could still end
-    it: of a context that grows, nothing more can be said.
+    The piece is the shortest with at least three copies that make up at least half of the text. The next token could
+    still end the repetition: in a context that grows, nothing more can be known.
     """
     tokens = np.asarray(text)
     for period in range(1, len(tokens) // _REPEATS + 1):
@@ -146,14 +152,14 @@ def _next(model: CircuitGPT, rows: list[list[int]]) -> list[int]:
     ids = torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(row, dtype=torch.int64, device="cpu") for row in rows], batch_first=True
     )
-    # causality hides the padding on the right; without a mask positions count from 0
+    # Causality hides the padding on the right, and without a mask positions count from 0.
     logits: Tensor = model(ids.to(model.device))[torch.arange(len(rows), device="cpu"), lengths - 1]
-    likeliest: list[int] = logits.float().cpu().numpy().argmax(-1).tolist()  # numpy's is the first among equals
+    likeliest: list[int] = logits.float().cpu().numpy().argmax(-1).tolist()  # numpy takes the first of equal values
     return likeliest
 
 
 def _states(text: list[int], start: int, window: int) -> Callable[[int], tuple[int, ...]]:
-    """The window after t steps from a prompt of ``start`` tokens."""
+    """Return a function that gives the window after t steps from a prompt of ``start`` tokens."""
     return lambda t: tuple(text[max(0, start + t - window) : start + t])
 
 

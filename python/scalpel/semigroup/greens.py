@@ -1,7 +1,8 @@
-"""Green's relations of a finite semigroup, from its two Cayley graphs.
+"""Green's relations of a finite semigroup, computed from its two Cayley graphs.
 
-Two elements are R-related if each is the other times something on the right (or equal), L-related on the left;
-H is both, D is their join. In the right Cayley graph the R-classes are the strongly connected components.
+Two elements are R-related if they are equal or each is the other times something on the right, and L-related likewise
+on the left. H is the intersection of R and L, and D is their join. The R-classes are the strongly connected components
+of the right Cayley graph.
 """
 
 from dataclasses import dataclass
@@ -16,11 +17,12 @@ __all__ = ["EggBox", "Greens", "Group"]
 
 @dataclass(frozen=True)
 class EggBox:
-    """One D-class: a row an R-class, a column an L-class, a cell an H-class.
+    """The egg-box picture of a D-class: its rows are R-classes, its columns L-classes, and its cells H-classes.
 
-    ``elements``: numbers (rows, columns, elements of an H-class), ascending in each cell. ``group``: bool
-    (rows, columns), whether the cell is a group, that is, holds an idempotent. ``above``: positions, in the list of
-    D-classes, of those directly above it in the order of ideals.
+    Attributes:
+        elements: The numbers of the elements, (rows, columns, elements of an H-class), ascending in each cell.
+        group: Whether each cell is a group, that is, holds an idempotent: bool (rows, columns).
+        above: The D-classes directly above this one in the order of ideals, as positions in the list of D-classes.
     """
 
     elements: np.ndarray
@@ -29,13 +31,20 @@ class EggBox:
 
     @property
     def regular(self) -> bool:
-        """Whether some cell is a group; then each row and each column has one."""
+        """Whether some cell is a group; then every row and every column has one."""
         return bool(self.group.any())
 
 
 @dataclass(frozen=True)
 class Group:
-    """A maximal subgroup. ``elements``: its numbers, the identity first; ``name``: Z_n, S_n, A_n, or what is known."""
+    """A maximal subgroup of a semigroup.
+
+    Attributes:
+        elements: The numbers of its elements, the identity first.
+        name: Z_n, S_n or A_n, or a description where the group is none of these.
+        cyclic: Whether it is cyclic.
+        commutative: Whether it is commutative.
+    """
 
     elements: np.ndarray
     name: str
@@ -44,14 +53,32 @@ class Group:
 
     @property
     def order(self) -> int:
+        """The number of elements."""
         return len(self.elements)
 
 
 @dataclass(frozen=True)
 class Greens:
-    """Each element's R-, L-, H- and D-class, int32 (size,) each, and what follows from them.
+    """The classes of each element under Green's relations, and what follows from them.
 
-    Classes are numbered by their first element.
+    Classes are numbered in the order of their first elements.
+
+    Attributes:
+        r: The R-class of each element, int32 (size,).
+        l: The L-class of each element, int32 (size,).
+        h: The H-class of each element, int32 (size,).
+        d: The D-class of each element, int32 (size,).
+        right_cayley_graph: The right Cayley graph, (size, generators).
+        left_cayley_graph: The left Cayley graph, (size, generators).
+        idempotents: The numbers of the idempotents.
+
+    Example:
+        >>> S = scalpel.semigroup.TransformationSemigroup({"set": [1, 1], "reset": [0, 0], "hold": [0, 1]})
+        >>> greens = S.greens()
+        >>> greens.largest_h_class(), greens.counts()["D"], greens.minimal_ideal().tolist()
+        (1, 2, [0, 1])
+        >>> [group.name for group in greens.groups(S.images)]
+        ['trivial', 'trivial']
     """
 
     r: np.ndarray
@@ -64,25 +91,48 @@ class Greens:
 
     @classmethod
     def of(cls, right: np.ndarray, left: np.ndarray, idempotents: np.ndarray) -> "Greens":
-        """From the Cayley graphs (size, generators) and the numbers of the idempotents."""
+        """Compute the relations from the Cayley graphs.
+
+        Args:
+            right: The right Cayley graph, (size, generators).
+            left: The left Cayley graph, (size, generators).
+            idempotents: The numbers of the idempotents.
+
+        Returns:
+            The relations.
+
+        Example:
+            >>> from scalpel.semigroup.greens import Greens
+            >>> Greens.of(np.array([[0]]), np.array([[0]]), np.array([0])).counts()
+            {'R': 1, 'L': 1, 'H': 1, 'D': 1}
+        """
         r = _components(right, "strong")
         l = _components(left, "strong")  # noqa: E741
         h = _numbered(r.astype(np.int64) * len(l) + l)
-        # D joins the R- and the L-classes that share an element.
+        # D joins R-classes and L-classes that share an element.
         rows = int(r.max()) + 1
         joint = _bipartite(r, l + rows, rows + int(l.max()) + 1)
         return cls(r, l, h, _numbered(joint[r]), right, left, idempotents)
 
     def largest_h_class(self) -> int:
+        """Count the elements of the largest H-class.
+
+        Returns:
+            Their number.
+        """
         return int(np.bincount(self.h).max())
 
     def counts(self) -> dict[str, int]:
-        """The number of classes of each relation."""
+        """Count the classes of each relation.
+
+        Returns:
+            The numbers of R-, L-, H- and D-classes, by letter.
+        """
         return {name: int(getattr(self, name.lower()).max()) + 1 for name in "RLHD"}
 
     @cached_property
     def egg_boxes(self) -> list[EggBox]:
-        """Every D-class, in the order of its first element."""
+        """The egg-box picture of every D-class, in the order of their first elements."""
         idempotent = np.zeros(len(self.d), dtype=bool)
         idempotent[self.idempotents] = True
         order = np.lexsort((np.arange(len(self.d)), self.l, self.r, self.d))
@@ -98,15 +148,15 @@ class Greens:
 
     @cached_property
     def _edges(self) -> np.ndarray:
-        """Distinct (D-class, other D-class that its multiples fall into), (edges, 2)."""
+        """The distinct pairs of a D-class and another one into which its multiples fall, (edges, 2)."""
         count = int(self.d.max()) + 1
         graphs = (self.right_cayley_graph, self.left_cayley_graph)
         pairs = [(self.d[:, None].astype(np.int64) * count + self.d[g]).ravel() for g in graphs]
-        found = np.stack(np.divmod(np.unique(np.concatenate([np.unique(p) for p in pairs])), count), 1)
-        return found[found[:, 0] != found[:, 1]]
+        edges = np.stack(np.divmod(np.unique(np.concatenate([np.unique(p) for p in pairs])), count), 1)
+        return edges[edges[:, 0] != edges[:, 1]]
 
     def _above(self) -> list[tuple[int, ...]]:
-        """For each D-class those directly above: no other lies between."""
+        """List, for each D-class, those directly above it, with no other in between."""
         count = int(self.d.max()) + 1
         parents: list[set[int]] = [set() for _ in range(count)]
         for upper, lower in self._edges.tolist():
@@ -125,27 +175,38 @@ class Greens:
                 stack.pop()
             return ancestors[at]
 
-        found = []
+        above = []
         for at in range(count):
             climb(at)
             higher = set().union(*(ancestors[p] for p in parents[at])) if parents[at] else set()
-            found.append(tuple(sorted(parents[at] - higher)))
-        return found
+            above.append(tuple(sorted(parents[at] - higher)))
+        return above
 
     def minimal_ideal(self) -> np.ndarray:
-        """The D-class from which no multiple leaves."""
+        """Find the smallest two-sided ideal: the D-class that multiplication never leaves.
+
+        Returns:
+            The numbers of its elements, ascending.
+        """
         leaving = np.unique(self._edges[:, 0])
         kernel = np.setdiff1d(np.arange(int(self.d.max()) + 1), leaving)
         return np.flatnonzero(self.d == kernel[0])
 
     def groups(self, images: np.ndarray) -> list[Group]:
-        """The group at the first idempotent of each regular D-class; images (size, states) of all elements."""
+        """Find the group at the first idempotent of each regular D-class.
+
+        Args:
+            images: The images of all elements, (size, states).
+
+        Returns:
+            The groups, in the order of these idempotents.
+        """
         _, first = np.unique(self.d[self.idempotents], return_index=True)
-        found = []
+        groups = []
         for identity in self.idempotents[np.sort(first)]:
             members = np.flatnonzero(self.h == self.h[identity])
-            found.append(_group(int(identity), members, images))
-        return found
+            groups.append(_group(int(identity), members, images))
+        return groups
 
 
 def _group(identity: int, members: np.ndarray, images: np.ndarray) -> Group:
@@ -184,14 +245,14 @@ def _components(graph: np.ndarray, connection: str) -> np.ndarray:
     return _numbered(connected_components(matrix, directed=True, connection=connection)[1])
 
 
-def _bipartite(one: np.ndarray, other: np.ndarray, size: int) -> np.ndarray:
-    matrix = coo_array((np.ones(len(one), dtype=np.int8), (one, other)), shape=(size, size)).tocsr()
+def _bipartite(left: np.ndarray, right: np.ndarray, size: int) -> np.ndarray:
+    matrix = coo_array((np.ones(len(left), dtype=np.int8), (left, right)), shape=(size, size)).tocsr()
     labels: np.ndarray = connected_components(matrix, directed=False)[1]
     return labels
 
 
 def _numbered(labels: np.ndarray) -> np.ndarray:
-    """The same classes, numbered by their first element, int32."""
+    """Number classes by their first element, int32."""
     _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
     rank = np.empty(len(first), dtype=np.int32)
     rank[np.argsort(first)] = np.arange(len(first), dtype=np.int32)

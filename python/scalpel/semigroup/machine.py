@@ -1,4 +1,4 @@
-"""Moore machines: states, a transition for every letter, an output at every state."""
+"""Moore machines: states, a transition for every letter, and an output for every state."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -13,10 +13,23 @@ __all__ = ["MooreMachine"]
 
 @dataclass(frozen=True)
 class MooreMachine:
-    """(Q, δ, o) with a start state. States are 0 … n - 1.
+    """A Moore machine (Q, δ, o) with a start state, whose states are 0 … n - 1.
 
-    ``letters``: names; ``transitions`` (states, letters): δ; ``outputs`` (states,): o, any hashable values. ValueError
-    where the transitions are no maps on the states or lengths don't fit.
+    Attributes:
+        letters: The names of the letters.
+        transitions: δ, (states, letters): the state to which each letter leads from each state.
+        outputs: o, (states,): any hashable values.
+        start: The start state.
+
+    Raises:
+        ValueError: If the lengths do not fit, or a transition or the start is not one of the states.
+
+    Example:
+        >>> parity = scalpel.semigroup.MooreMachine(("a", "b"), ((1, 0), (0, 1)), ("even", "odd"))
+        >>> parity.states, parity.state([0, 0, 0]), parity.output([0, 1, 0, 0])
+        (2, 1, 'odd')
+        >>> parity.equivalent(parity.minimized())
+        True
     """
 
     letters: tuple[str, ...]
@@ -30,28 +43,59 @@ class MooreMachine:
         if table.shape != (count, len(self.letters)) or count == 0:
             raise ValueError(
                 f"transitions have shape {table.shape} for {count} outputs and {len(self.letters)} letters; "
-                "give a row a state and a column a letter"
+                "there must be a row for each state and a column for each letter"
             )
         if not (table >= 0).all() or not (table < count).all() or not 0 <= self.start < count:
-            raise ValueError(f"a transition or the start leads out of the states, which are 0 to {count - 1}")
+            raise ValueError(f"a transition or the start is not one of the states, which are 0 to {count - 1}")
 
     @property
     def states(self) -> int:
+        """The number of states."""
         return len(self.outputs)
 
     def state(self, word: Sequence[int], start: int | None = None) -> int:
-        """The state that a word, numbers of letters, leads to."""
+        """Find the state to which a word leads.
+
+        Args:
+            word: The numbers of its letters.
+            start: The state to begin from; None means the start state.
+
+        Returns:
+            The state.
+        """
         at = self.start if start is None else start
         for letter in word:
             at = self.transitions[at][letter]
         return at
 
     def output(self, word: Sequence[int]) -> Hashable:
-        """What the machine says after a word, numbers of letters."""
+        """Find the machine's output after a word.
+
+        Args:
+            word: The numbers of its letters.
+
+        Returns:
+            The output of the state to which the word leads.
+        """
         return self.outputs[self.state(word)]
 
     def semigroup(self, letters: Sequence[str] | None = None) -> TransformationSemigroup:
-        """The semigroup of the letters' actions on the states, or of some of the letters'. Needs libsemigroups."""
+        """Build the semigroup of the letters' actions on the states, which needs libsemigroups.
+
+        Args:
+            letters: The names of some letters; None means all.
+
+        Returns:
+            The semigroup that they generate.
+
+        Raises:
+            ValueError: If there is no such letter.
+
+        Example:
+            >>> parity = scalpel.semigroup.MooreMachine(("a", "b"), ((1, 0), (0, 1)), ("even", "odd"))
+            >>> parity.semigroup().groups()[0].name
+            'Z_2'
+        """
         chosen = self.letters if letters is None else tuple(letters)
         unknown = [name for name in chosen if name not in self.letters]
         if unknown:
@@ -61,9 +105,18 @@ class MooreMachine:
         )
 
     def minimized(self) -> "MooreMachine":
-        """The smallest machine with the same outputs after every word, numbered as a breadth-first walk meets states.
+        """Build the smallest machine with the same output after every word.
 
-        Moore's algorithm: begin with classes by output, and split as long as a letter tells two of one class apart.
+        Moore's algorithm: begin with classes of equal output, and split a class as long as a letter distinguishes two
+        of its states.
+
+        Returns:
+            The machine, whose states are numbered in breadth-first order from the start.
+
+        Example:
+            >>> twice = scalpel.semigroup.MooreMachine(("a",), ((1,), (2,), (3,), (0,)), ("even", "odd", "even", "odd"))
+            >>> twice.minimized().states
+            2
         """
         names: dict[Hashable, int] = {}
         classes = [names.setdefault(output, len(names)) for output in self.outputs]
@@ -88,7 +141,14 @@ class MooreMachine:
         )
 
     def equivalent(self, other: "MooreMachine") -> bool:
-        """Whether both say the same after every word; letters and outputs are compared by name."""
+        """Decide whether two machines have the same output after every word.
+
+        Args:
+            other: A machine; its letters and outputs are compared by name.
+
+        Returns:
+            True if they do.
+        """
         if set(self.letters) != set(other.letters):
             return False
         mine = self.minimized()
@@ -98,7 +158,15 @@ class MooreMachine:
         return mine.transitions == theirs.transitions and mine.outputs == theirs.outputs
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: letters, transitions, outputs, start."""
+        """Return letters, transitions, outputs and start as plain data.
+
+        Returns:
+            A dict that JSON can hold; outputs are strings.
+
+        Example:
+            >>> scalpel.semigroup.MooreMachine(("a",), ((0,),), ("yes",)).to_dict()
+            {'letters': ['a'], 'transitions': [[0]], 'outputs': ['yes'], 'start': 0}
+        """
         return {
             "letters": list(self.letters),
             "transitions": [list(row) for row in self.transitions],

@@ -1,15 +1,15 @@
-"""Loops over millions of states, compiled by numba at first use."""
+"""Loops over millions of states, which numba compiles on first use."""
 
 import numba
 import numpy as np
 
-_CHUNK = 4096  # states of the frontier that one task expands; a smaller frontier isn't worth a second thread
+_CHUNK = 4096  # states of the frontier that one task expands; a smaller frontier is not worth a second thread
 
 
-def breadth_first(images: np.ndarray, starts: np.ndarray, found: np.ndarray) -> None:
-    """Fill ``found`` (states,) int32, -1 where not yet reached, with distances from ``starts``.
+def breadth_first(images: np.ndarray, starts: np.ndarray, steps_to: np.ndarray) -> None:
+    """Fill ``steps_to`` (states,) int32, -1 where not reached yet, with distances from ``starts``.
 
-    images (states, generators), a state's images side by side.
+    ``images`` is (states, generators), so that the images of a state are adjacent in memory.
     """
     generators = images.shape[1]
     frontier = starts.astype(images.dtype)
@@ -17,19 +17,19 @@ def breadth_first(images: np.ndarray, starts: np.ndarray, found: np.ndarray) -> 
     while frontier.size and generators:
         steps += 1
         if frontier.size <= _CHUNK:
-            # A run of narrow levels is done in one call: a grid has thousands of them.
-            frontier, steps = _narrow(images, frontier, found, steps, _CHUNK)
+            # One call expands a run of narrow levels, because a grid has thousands of them.
+            frontier, steps = _narrow(images, frontier, steps_to, steps, _CHUNK)
             continue
         chunks = -(-frontier.size // _CHUNK)
         parts = np.empty((chunks, _CHUNK * generators), dtype=images.dtype)
         counts = np.zeros(chunks, dtype=np.int64)
-        _wide(images, frontier, found, steps, parts, counts, _CHUNK)
+        _wide(images, frontier, steps_to, steps, parts, counts, _CHUNK)
         frontier = _joined(parts, counts)
 
 
 @numba.njit(nogil=True)
-def _narrow(images, frontier, found, steps, most):  # type: ignore[no-untyped-def]
-    """Levels one after another until one is wider than ``most`` or none is left; returns it and how many were done."""
+def _narrow(images, frontier, steps_to, steps, most):  # type: ignore[no-untyped-def]
+    """Expand level after level until one is wider than ``most`` or empty; return it and the number of levels done."""
     generators = images.shape[1]
     now = np.empty(most * generators, dtype=images.dtype)
     after = np.empty(most * generators, dtype=images.dtype)
@@ -40,8 +40,8 @@ def _narrow(images, frontier, found, steps, most):  # type: ignore[no-untyped-de
         for i in range(width):
             for g in range(generators):
                 target = images[now[i], g]
-                if found[target] == -1:
-                    found[target] = steps
+                if steps_to[target] == -1:
+                    steps_to[target] = steps
                     after[count] = target
                     count += 1
         now, after, width = after, now, count
@@ -51,9 +51,11 @@ def _narrow(images, frontier, found, steps, most):  # type: ignore[no-untyped-de
 
 
 @numba.njit(parallel=True, nogil=True)
-def _wide(images, frontier, found, steps, parts, counts, chunk):  # type: ignore[no-untyped-def]
-    """One level, in parallel. Two threads may both claim a state: both write the same distance, and the state
-    stands twice in the next frontier, which costs a little time and changes nothing.
+def _wide(images, frontier, steps_to, steps, parts, counts, chunk):  # type: ignore[no-untyped-def]
+    """Expand one level in parallel.
+
+    Two threads may both claim a state. Both then write the same distance, and the state is twice in the next frontier,
+    which costs a little time and changes no result.
     """
     generators = images.shape[1]
     for c in numba.prange(counts.size):
@@ -61,8 +63,8 @@ def _wide(images, frontier, found, steps, parts, counts, chunk):  # type: ignore
         for i in range(c * chunk, min(frontier.size, (c + 1) * chunk)):
             for g in range(generators):
                 target = images[frontier[i], g]
-                if found[target] == -1:
-                    found[target] = steps
+                if steps_to[target] == -1:
+                    steps_to[target] = steps
                     parts[c, count] = target
                     count += 1
         counts[c] = count
@@ -79,9 +81,9 @@ def _joined(parts, counts):  # type: ignore[no-untyped-def]
 
 @numba.njit(nogil=True)
 def orbit_shapes(image):  # type: ignore[no-untyped-def]
-    """(index, period) of every state under one map: each state is walked over once."""
+    """Compute index and period of every state under one map, walking over each state once."""
     states = image.size
-    index = np.full(states, -1, dtype=image.dtype)  # -1 unseen, -2 on the walk now
+    index = np.full(states, -1, dtype=image.dtype)  # -1: not visited, -2: on the current walk
     period = np.zeros(states, dtype=image.dtype)
     walk = np.empty(states, dtype=image.dtype)
     for start in range(states):
@@ -92,7 +94,7 @@ def orbit_shapes(image):  # type: ignore[no-untyped-def]
             walk[length] = state
             length += 1
             state = image[state]
-        if index[state] == -2:  # the walk met itself: from here on it is a cycle
+        if index[state] == -2:  # the walk has met itself, so it ends in a cycle
             size = 0
             while True:
                 length -= 1

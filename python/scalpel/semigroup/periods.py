@@ -1,4 +1,4 @@
-"""Index and period of one map's powers, from how its states' orbits end."""
+"""Index and period of a map's powers, from how the orbits of its states end."""
 
 from math import lcm
 
@@ -8,9 +8,10 @@ __all__ = ["index_and_period"]
 
 
 def index_and_period(images: np.ndarray) -> tuple[int, int]:
-    """The least index m and period p, both 1 or more, with xᵐ⁺ᵖ = xᵐ, of a map x given by images (states,).
+    """Compute the smallest m and p, both at least 1, with xᵐ⁺ᵖ = xᵐ, for a map x with images (states,).
 
-    m is the longest tail before a cycle, p the common period of the cycles.
+    The index m is the longest path before a cycle, and the period p is the least common multiple of the cycles'
+    lengths.
     """
     successor = images.tolist()
     cyclic = _states_on_cycles(images)
@@ -28,7 +29,7 @@ def index_and_period(images: np.ndarray) -> tuple[int, int]:
 
 
 def _states_on_cycles(images: np.ndarray) -> np.ndarray:
-    """bool (states,): what is left after taking away, again and again, the states that nothing leads to."""
+    """Mark the states on cycles, bool (states,), by repeatedly removing states to which nothing leads."""
     left = np.ones(len(images), dtype=bool)
     incoming = np.bincount(images, minlength=len(images))
     leaves = np.flatnonzero(incoming == 0)

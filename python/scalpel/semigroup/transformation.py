@@ -1,7 +1,7 @@
-"""Finite semigroups of maps on states, by the Froidure-Pin algorithm of libsemigroups.
+"""Finite semigroups of maps on states, enumerated by the Froidure-Pin algorithm of libsemigroups.
 
-A word is read from left to right: ``("a", "b")`` is first a, then b, as tokens are. No identity is adjoined unless it
-is asked for. Elements are numbered in short-lex order of their shortest words.
+A word is read from left to right: ``("a", "b")`` is first a, then b, as for tokens. No identity is adjoined unless
+requested. Elements are numbered in the short-lex order of their shortest words.
 
 V. Froidure and J.-E. Pin, *Algorithms for computing finite semigroups*, 1997. libsemigroups is under the GPL, so it
 is an extra: ``pip install 'semigroup-scalpel[algebra]'``.
@@ -22,16 +22,22 @@ __all__ = ["SemigroupTooLarge", "TransformationSemigroup"]
 
 Word = Sequence[str]
 IDENTITY = "1"
-_BATCH = 1 << 20  # elements found between two looks at the limit and at Ctrl-C
+_BATCH = 1 << 20  # elements enumerated between two checks of the limit and of Ctrl-C
 
 
 class SemigroupTooLarge(ValueError):
-    """The semigroup has more than ``limit`` elements. ``found`` and ``longest``: elements and letters so far."""
+    """A semigroup has more elements than the limit allows.
+
+    Args:
+        limit: The limit.
+        found: The number of elements found before the search stopped.
+        longest: The length of the longest word tried.
+    """
 
     def __init__(self, limit: int, found: int, longest: int) -> None:
         super().__init__(
             f"the semigroup has more than {limit} elements: {found} were found, by words of up to {longest} letters. "
-            "Raise limit=, or give fewer generators or states."
+            "Raise limit=, or use fewer generators or states."
         )
         self.limit, self.found, self.longest = limit, found, longest
 
@@ -40,18 +46,34 @@ class SemigroupTooLarge(ValueError):
 
 
 class TransformationSemigroup:
-    """The semigroup that maps on the states 0 … n - 1 generate under composition.
+    """Enumerate the semigroup that maps on the states 0 … n - 1 generate under composition.
 
-    ``generators``: name → the images of the states, n integers each. ``identity``: adjoin the identity map as a
-    generator named "1". ``limit``: the most elements to enumerate; SemigroupTooLarge beyond it, with what was found.
-    ``progress(found)`` is called now and then while elements are being found.
+    Elements are enumerated when they are first needed, for example by :attr:`size`. Methods take an element as its
+    number, its word (a sequence of names) or its images (integers).
 
-    Elements are found when they are first needed, :attr:`size` among others. An element is given to the methods as
-    its number, its word (a sequence of names), or its images (integers). TypeError or ValueError for generators that
-    aren't maps on the same states; ImportError, which says how to get it, where libsemigroups is missing.
+    A copy and a pickle hold the generators and the limit, and enumerate the elements anew when they are needed. A
+    pickle has no ``progress``, which belongs to the process that shows it.
 
-    A copy and a pickle hold the generators and the limit; elements are found anew there when they are needed. A pickle
-    has no ``progress``, which belongs to the process that watches it.
+    Args:
+        generators: For each generator's name, the images of the n states.
+        identity: Whether to adjoin the identity map as a generator named "1".
+        limit: The largest number of elements to enumerate.
+        progress: A function that is called from time to time with the number of elements found so far.
+
+    Raises:
+        TypeError: If generators is not a mapping from names to integers.
+        ValueError: If the generators are not maps on the same states, a generator has the name of the identity, or
+            limit is below 1.
+        ImportError: If libsemigroups is not installed; the message says how to install it.
+
+    Example:
+        >>> S = scalpel.semigroup.TransformationSemigroup({"set": [1, 1], "reset": [0, 0], "hold": [0, 1]})
+        >>> S.size
+        3
+        >>> S.words()
+        [('set',), ('reset',), ('hold',)]
+        >>> S.is_aperiodic()
+        True
     """
 
     def __init__(
@@ -66,7 +88,9 @@ class TransformationSemigroup:
         self.names: tuple[str, ...] = tuple(generators)
         if identity:
             if IDENTITY in self.names:
-                raise ValueError(f"a generator is named {IDENTITY!r}, which is the adjoined identity's name; rename it")
+                raise ValueError(
+                    f"a generator is named {IDENTITY!r}, which is the name of the adjoined identity; rename it"
+                )
             self._maps = np.concatenate([self._maps, np.arange(self.degree, dtype=self._maps.dtype)[None]])
             self.names += (IDENTITY,)
         if limit < 1:
@@ -99,7 +123,7 @@ class TransformationSemigroup:
 
     @property
     def generators(self) -> dict[str, tuple[int, ...]]:
-        """Name → images of each generator."""
+        """The images of each generator, by name."""
         return dict(zip(self.names, map(tuple, self._maps.tolist()), strict=True))
 
     def __repr__(self) -> str:
@@ -109,7 +133,11 @@ class TransformationSemigroup:
 
     @property
     def size(self) -> int:
-        """The number of elements. SemigroupTooLarge where there are more than ``limit``."""
+        """The number of elements, which enumerates them.
+
+        Raises:
+            SemigroupTooLarge: If there are more than ``limit``.
+        """
         enumerator = self._enumerator
         while not enumerator.finished:
             enumerator.find(min(enumerator.found + _BATCH, self.limit + 1))
@@ -122,26 +150,26 @@ class TransformationSemigroup:
     def __len__(self) -> int:
         return self.size
 
-    # The tables, each made once from the enumeration.
+    # Tables, each computed once from the enumeration.
 
     @cached_property
     def right_cayley_graph(self) -> np.ndarray:
-        """int32 (size, generators): the number of x·g for element x and generator g."""
+        """The number of x·g for each element x and generator g, int32 (size, generators)."""
         return word_graph(self._enumerator, self.size, len(self.names), side="right")
 
     @cached_property
     def left_cayley_graph(self) -> np.ndarray:
-        """int32 (size, generators): the number of g·x for element x and generator g."""
+        """The number of g·x for each element x and generator g, int32 (size, generators)."""
         return word_graph(self._enumerator, self.size, len(self.names), side="left")
 
     @cached_property
     def _tree(self) -> tuple[np.ndarray, np.ndarray]:
-        """(prefix, last letter) of every element's word, int32 (size,); prefix -1 where the word is one letter."""
+        """The number of each word without its last letter (-1 for a single letter), and that letter, int32 (size,)."""
         return self._enumerator.tree(self.size)
 
     @cached_property
     def images(self) -> np.ndarray:
-        """The elements as maps: images (size, degree), element i first found by the i-th word in short-lex order."""
+        """The elements as maps, images (size, degree), in the order of their numbers."""
         return images_of(self._maps, *self._tree)
 
     @cached_property
@@ -151,7 +179,22 @@ class TransformationSemigroup:
     # Elements and words.
 
     def number(self, element: int | Word | Sequence[int]) -> int:
-        """The number of an element given as a number, a word or its images. ValueError if it isn't in the semigroup."""
+        """Look up the number of an element.
+
+        Args:
+            element: The element, as its number, its word or its images.
+
+        Returns:
+            Its number, from 0 to size - 1.
+
+        Raises:
+            ValueError: If it is not in the semigroup.
+
+        Example:
+            >>> S = scalpel.semigroup.TransformationSemigroup({"swap": [1, 0]})
+            >>> S.number([0, 1]), S.number(("swap", "swap"))
+            (1, 1)
+        """
         if isinstance(element, int | np.integer):
             if not 0 <= element < self.size:
                 raise ValueError(f"there is no element {element}; they are numbered 0 to {self.size - 1}")
@@ -159,10 +202,10 @@ class TransformationSemigroup:
         images = self.evaluate(element) if _is_word(element) else np.asarray(element)
         if images.shape != (self.degree,):
             raise ValueError(f"images have shape {images.shape}; an element is a map on the {self.degree} states")
-        found = self._numbers.get(images.astype(self.images.dtype).tobytes())
-        if found is None or not np.array_equal(self.images[found], images):
+        number = self._numbers.get(images.astype(self.images.dtype).tobytes())
+        if number is None or not np.array_equal(self.images[number], images):
             raise ValueError(f"{images.tolist()} is not in the semigroup")
-        return found
+        return number
 
     def __contains__(self, element: Any) -> bool:
         try:
@@ -172,14 +215,38 @@ class TransformationSemigroup:
         return True
 
     def evaluate(self, word: Word) -> np.ndarray:
-        """The map of a word, (degree,): the state that each state is led to. The empty word is the identity map."""
+        """Compute the map of a word.
+
+        Args:
+            word: Names of generators, applied from left to right. The empty word is the identity map.
+
+        Returns:
+            The state to which each state is led, (degree,).
+
+        Example:
+            >>> S = scalpel.semigroup.TransformationSemigroup({"next": [1, 2, 0]})
+            >>> S.evaluate(("next", "next"))
+            array([2, 0, 1], dtype=int32)
+        """
         images = np.arange(self.degree, dtype=self._maps.dtype)
         for name in [word] if isinstance(word, str) else word:
             images = self._maps[self._letter(name)][images]
         return images
 
     def word(self, element: int | Word | Sequence[int]) -> tuple[str, ...]:
-        """The shortest word of an element, the first of them in the order of the generators."""
+        """Find the shortest word of an element; among equals, the first in the order of the generators.
+
+        Args:
+            element: The element, as its number, its word or its images.
+
+        Returns:
+            The names of its letters.
+
+        Example:
+            >>> S = scalpel.semigroup.TransformationSemigroup({"next": [1, 2, 0]})
+            >>> S.word([2, 0, 1])
+            ('next', 'next')
+        """
         prefix, letter = self._tree
         at, letters = self.number(element), []
         while at >= 0:
@@ -188,11 +255,19 @@ class TransformationSemigroup:
         return tuple(reversed(letters))
 
     def words(self) -> list[tuple[str, ...]]:
-        """The shortest word of every element, in the order of their numbers."""
-        found: list[tuple[str, ...]] = []
-        for prefix, letter in zip(*(part.tolist() for part in self._tree), strict=True):
-            found.append((*(found[prefix] if prefix >= 0 else ()), self.names[letter]))
-        return found
+        """List the shortest word of every element, in the order of their numbers.
+
+        Returns:
+            A list of tuples of names.
+
+        Example:
+            >>> scalpel.semigroup.TransformationSemigroup({"swap": [1, 0]}).words()
+            [('swap',), ('swap', 'swap')]
+        """
+        words: list[tuple[str, ...]] = []
+        for prefix, letter in zip(*(column.tolist() for column in self._tree), strict=True):
+            words.append((*(words[prefix] if prefix >= 0 else ()), self.names[letter]))
+        return words
 
     def _letter(self, name: str) -> int:
         try:
@@ -207,7 +282,16 @@ class TransformationSemigroup:
         return Greens.of(self.right_cayley_graph, self.left_cayley_graph, self.idempotents())
 
     def greens(self) -> Greens:
-        """Green's relations R, L, H, D and the egg-box picture of each D-class; see :class:`.greens.Greens`."""
+        """Compute Green's relations R, L, H and D, and the egg-box picture of each D-class.
+
+        Returns:
+            The relations; see :class:`.greens.Greens`.
+
+        Example:
+            >>> S = scalpel.semigroup.TransformationSemigroup({"set": [1, 1], "reset": [0, 0], "hold": [0, 1]})
+            >>> S.greens().counts()
+            {'R': 2, 'L': 3, 'H': 3, 'D': 2}
+        """
         return self._greens
 
     @cached_property
@@ -218,25 +302,69 @@ class TransformationSemigroup:
         return np.flatnonzero(np.concatenate(equal))
 
     def idempotents(self) -> np.ndarray:
-        """Numbers of the elements e with e·e = e, ascending."""
+        """Find the elements e with e·e = e.
+
+        Returns:
+            Their numbers, ascending.
+
+        Example:
+            >>> scalpel.semigroup.TransformationSemigroup({"swap": [1, 0]}).idempotents()
+            array([1])
+        """
         return self._idempotents
 
     def minimal_ideal(self) -> np.ndarray:
-        """Numbers of the elements of the least two-sided ideal (the kernel), ascending."""
+        """Find the smallest two-sided ideal, which is called the kernel.
+
+        Returns:
+            The numbers of its elements, ascending.
+
+        Example:
+            >>> S = scalpel.semigroup.TransformationSemigroup({"set": [1, 1], "reset": [0, 0], "hold": [0, 1]})
+            >>> S.minimal_ideal()
+            array([0, 1])
+        """
         return self.greens().minimal_ideal()
 
     def groups(self) -> list[Group]:
-        """The maximal subgroups, one for each regular D-class: those of one D-class are isomorphic."""
+        """Find the maximal subgroups, one for each regular D-class; those of one D-class are isomorphic.
+
+        Returns:
+            The subgroups, in the order of their D-classes.
+
+        Example:
+            >>> scalpel.semigroup.TransformationSemigroup({"next": [1, 2, 0]}).groups()[0].name
+            'Z_3'
+        """
         return self.greens().groups(self.images)
 
     def is_aperiodic(self) -> bool:
-        """Whether no element's powers have a period: all subgroups are trivial (Schützenberger's star-free case)."""
+        """Decide whether all subgroups are trivial, so that no element's powers have a period.
+
+        Schützenberger showed that these are the semigroups of star-free languages.
+
+        Returns:
+            True if they are.
+
+        Example:
+            >>> scalpel.semigroup.TransformationSemigroup({"swap": [1, 0]}).is_aperiodic()
+            False
+        """
         return self.periodic_element() is None
 
     def periodic_element(self) -> int | None:
-        """The first element whose period is above 1, the witness that the semigroup isn't aperiodic; else None.
+        """Find an element that proves that the semigroup is not aperiodic.
 
-        It has the shortest word of all such elements.
+        Returns:
+            The number of the first element whose period is above 1, which has the shortest word of all of them; None if
+            the semigroup is aperiodic.
+
+        Raises:
+            AssertionError: Never, unless the enumeration is wrong.
+
+        Example:
+            >>> scalpel.semigroup.TransformationSemigroup({"swap": [1, 0]}).periodic_element()
+            0
         """
         greens = self.greens()
         if greens.largest_h_class() == 1:
@@ -244,24 +372,63 @@ class TransformationSemigroup:
         for number in range(self.size):
             if index_and_period(self.images[number])[1] > 1:
                 return number
-        raise AssertionError("a finite semigroup whose H-classes aren't all trivial has a group that isn't")
+        raise AssertionError("a finite semigroup whose H-classes are not all trivial has a group that is not trivial")
 
     def index_and_period(self, element: int | Word | Sequence[int]) -> tuple[int, int]:
-        """The least (m, p), both 1 or more, with xᵐ⁺ᵖ = xᵐ."""
+        """Compute index and period of an element's powers.
+
+        Args:
+            element: The element, as its number, its word or its images.
+
+        Returns:
+            The smallest (m, p), both at least 1, with xᵐ⁺ᵖ = xᵐ.
+
+        Example:
+            >>> scalpel.semigroup.TransformationSemigroup({"next": [1, 2, 1]}).index_and_period("next")
+            (1, 2)
+        """
         images = self.images[self.number(element)] if not _is_word(element) else self.evaluate(element)
         return index_and_period(images)
 
     def is_commutative(self) -> bool:
-        """Whether x·y = y·x for all elements; the generators decide."""
+        """Decide whether x·y = y·x for all elements, by comparing the generators.
+
+        Returns:
+            True if they commute.
+
+        Example:
+            >>> scalpel.semigroup.TransformationSemigroup({"set": [1, 1], "reset": [0, 0]}).is_commutative()
+            False
+        """
         maps = self._maps
         return all(np.array_equal(b[a], a[b]) for i, a in enumerate(maps) for b in maps[:i])
 
     def is_group(self) -> bool:
-        """Whether the semigroup is a group: a single H-class."""
+        """Decide whether the semigroup is a group, that is a single H-class.
+
+        Returns:
+            True if it is.
+
+        Example:
+            >>> scalpel.semigroup.TransformationSemigroup({"swap": [1, 0]}).is_group()
+            True
+        """
         return self.greens().largest_h_class() == self.size
 
     def subsemigroup(self, elements: Iterable[int | Word | Sequence[int]]) -> "TransformationSemigroup":
-        """The subsemigroup that some elements generate, each named by its shortest word joined with blanks."""
+        """Build the subsemigroup that some elements generate.
+
+        Args:
+            elements: Its generators, as numbers, words or images.
+
+        Returns:
+            A semigroup whose generators are named by their shortest words, with the letters separated by blanks.
+
+        Example:
+            >>> S = scalpel.semigroup.TransformationSemigroup({"next": [1, 2, 3, 0]})
+            >>> S.subsemigroup([("next", "next")])
+            TransformationSemigroup(next next; 4 states, size not yet counted)
+        """
         numbers = [self.number(element) for element in elements]
         named = {" ".join(self.word(number)): self.images[number].tolist() for number in numbers}
         return TransformationSemigroup(named, limit=self.limit, progress=self._progress)
@@ -269,17 +436,50 @@ class TransformationSemigroup:
     # The action on the states.
 
     def orbit(self, state: int) -> np.ndarray:
-        """The states that words lead to from ``state``, itself included, nearest first, then ascending; int64."""
+        """List the states to which words lead from a state.
+
+        Args:
+            state: The state.
+
+        Returns:
+            The states, itself included, int64: nearest first, and ascending at equal distance.
+
+        Example:
+            >>> scalpel.semigroup.TransformationSemigroup({"next": [1, 2, 2, 0]}).orbit(3)
+            array([3, 0, 1, 2])
+        """
         steps = distances(self._maps, state)
-        found = np.flatnonzero(steps >= 0)
-        return found[np.argsort(steps[found], kind="stable")]
+        states = np.flatnonzero(steps >= 0)
+        return states[np.argsort(steps[states], kind="stable")]
 
     def reachable(self, starts: Any) -> np.ndarray:
-        """Whether some word, the empty one included, leads from a start to each state: bool (degree,)."""
+        """Find the states to which some word, the empty one included, leads from a start.
+
+        Args:
+            starts: One state, several, or a bool for each state.
+
+        Returns:
+            A bool array (degree,).
+
+        Example:
+            >>> scalpel.semigroup.TransformationSemigroup({"next": [1, 2, 2, 0]}).reachable(0)
+            array([ True,  True,  True, False])
+        """
         return distances(self._maps, starts) >= 0
 
     def unreachable(self, starts: Any) -> np.ndarray:
-        """The states that no word reaches from the starts, ascending: the holes."""
+        """Find the holes: the states to which no word leads from the starts.
+
+        Args:
+            starts: One state, several, or a bool for each state.
+
+        Returns:
+            The states, ascending.
+
+        Example:
+            >>> scalpel.semigroup.TransformationSemigroup({"next": [1, 2, 2, 0]}).unreachable(0)
+            array([3])
+        """
         return np.flatnonzero(~self.reachable(starts))
 
 
@@ -290,7 +490,7 @@ def _is_word(element: Any) -> TypeGuard[Word]:
 
 
 def _checked(generators: Mapping[str, Sequence[int]]) -> np.ndarray:
-    """The generators' images as integers (generators, states)."""
+    """Check the generators and return their images as integers (generators, states)."""
     if not isinstance(generators, Mapping):
         raise TypeError(f"generators is {type(generators).__name__}; it must map names to images")
     if not generators:
@@ -298,11 +498,11 @@ def _checked(generators: Mapping[str, Sequence[int]]) -> np.ndarray:
     rows: list[np.ndarray] = []
     for name, images in generators.items():
         if not isinstance(name, str):
-            raise TypeError(f"the generator {name!r} is named by {type(name).__name__}; names are str")
+            raise TypeError(f"the generator {name!r} has a name of type {type(name).__name__}; names are str")
         row = np.asarray(images)
         if row.ndim != 1 or row.size == 0 or row.dtype.kind not in "iu":
-            given = f"{row.dtype} of shape {row.shape}"
-            raise TypeError(f"generator {name!r} is {given}; give the image of every state, a list of integers")
+            kind = f"{row.dtype} of shape {row.shape}"
+            raise TypeError(f"generator {name!r} is {kind}; it must list the image of every state, as integers")
         if rows and row.size != rows[0].size:
             first = next(iter(generators))
             raise ValueError(
@@ -313,7 +513,7 @@ def _checked(generators: Mapping[str, Sequence[int]]) -> np.ndarray:
             state = int(np.flatnonzero((row < 0) | (row >= row.size))[0])
             raise ValueError(
                 f"generator {name!r} sends state {state} to {row[state]}; the states are 0 to {row.size - 1}. "
-                "A partial map needs a state of its own for what is undefined."
+                "Give a partial map an extra state for what is undefined."
             )
         rows.append(row)
     return state_maps(np.stack(rows))

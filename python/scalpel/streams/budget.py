@@ -1,4 +1,4 @@
-"""How many states fit into memory, and so how the streams are grouped."""
+"""How streams are grouped so that the states of each group fit into memory."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ _UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 def bytes_of(memory: str | int) -> int:
-    """ "8GiB", "500 MB" or a number as bytes. ValueError for anything else."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(memory))
-    if isinstance(memory, bool) or found is None or found[2] not in _UNITS or float(found[1]) <= 0:
+    """A number of bytes from a text such as "8GiB" or "500 MB", or from a number. ValueError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(memory))
+    if isinstance(memory, bool) or match is None or match[2] not in _UNITS or float(match[1]) <= 0:
         raise ValueError(f"memory is {memory!r}; give bytes, or a text such as '8GiB'")
-    return int(float(found[1]) * _UNITS[found[2]])
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def state_bytes(dim: int, rank: int | None) -> int:
-    """What a state takes at most, with float32 rows that wait: up to as many as it has columns."""
+    """The most bytes that a state takes, with the float32 rows that wait: at most as many as it has columns."""
     if rank is None:
         return 8 * dim * dim + 4 * dim * max(dim, BLOCK_ROWS)
     return 8 * 4 * min(rank, dim) * dim
 
 
 def groups_of(widths: dict[str, int], memory: str | int, rank: int | None) -> list[list[str]]:
-    """The streams, in their order, in groups whose states fit. ValueError for one that doesn't by itself."""
+    """The streams, in their order, in groups whose states fit. ValueError if a stream alone doesn't fit."""
     budget = bytes_of(memory)
     groups: list[list[str]] = [[]]
     used = 0

@@ -1,4 +1,4 @@
-"""What a model has at its hooks for one batch: activations, and gradients of a loss."""
+"""Activations at a model's hooks, and gradients of a loss there, for one batch."""
 
 from __future__ import annotations
 
@@ -14,22 +14,29 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from ..hooks.inputs import Inputs, Limits, limits_of, read_inputs
-from ..hooks.modules import as_written, first_tensor, hooked, known_hook, module_names, with_first_tensor
+from ..hooks.modules import as_written, first_tensor, hooked, module_hooks, module_names, with_first_tensor
+from ..hooks.names import hook_named, known_hook, module_path
 from ..hooks.running import ALONE, running
 from ..models.circuitgpt.core import MODULE_PATHS
 from ..models.circuitgpt.model import CircuitGPT
-from ..models.decoders.families import family_of_model, hook_named, hooks_of_model, module_path
+from ..models.decoders.families import family_of_model, hooks_of_model
 
-GRADIENT = ".grad"  # what the name of a stream of gradients ends with
+GRADIENT = ".grad"  # the end of the name of a stream of gradients
 
 Names = str | Iterable[str] | Callable[[str], bool]
 Loss = Callable[[Tensor, Any], Tensor]
 
 
 class Capture:
-    """Runs a model and gives the rows at chosen hooks.
+    """Runs a model on batches and gives the rows at chosen hooks.
 
-    ``streams``: the names asked for, in the model's order, those of gradients after all others.
+    Args:
+        model: Any model that :func:`scalpel.collect` takes.
+        hooks: Names, a regular expression of whole names, or a function of a name.
+        loss: A function of (logits, batch); by default the summed cross-entropy of each next token.
+
+    Attributes:
+        streams: The names asked for, in the model's order, those of gradients after all others.
     """
 
     def __init__(self, model: nn.Module, hooks: Names, loss: Loss | None) -> None:
@@ -39,7 +46,7 @@ class Capture:
         own = _no_next_token if getattr(config, "is_encoder_decoder", False) else next_token_loss
         self.loss = loss or own
         self._usable: dict[str, Tensor] | None = None
-        self._places: dict[str, str] = {}  # hook as asked for → where it is
+        self._places: dict[str, str] = {}  # the hook as asked for → its name in this model
         known = self._known()
         chosen = _chosen(hooks, known)
         for name in chosen:
@@ -48,23 +55,22 @@ class Capture:
         self.streams = sorted(chosen, key=lambda name: name.endswith(GRADIENT))
 
     def __call__(self, batch: Any, streams: Iterable[str]) -> dict[str, Tensor]:
-        """{stream: rows (n, width)} of one batch, where the model has them; last stride 1; rows at padding are left
-        out."""
+        """Rows by stream, (n, width) with last stride 1, on the model's device. Rows at padding are left out."""
         streams = list(streams)
         hooks = {name.removesuffix(GRADIENT) for name in streams}
         gradients = [name for name in streams if name.endswith(GRADIENT)]
         with torch.inference_mode(False):
             inputs = read_inputs(batch, self.limits)
             values, output = self._run(inputs, hooks, bool(gradients))
-            found = {name: values[name] for name in streams if not name.endswith(GRADIENT)}
-            found |= self._gradients(gradients, values, output, batch)
-        return {name: _joined(self._rows(name, found[name], inputs)) for name in streams}
+            by_stream = {name: values[name] for name in streams if not name.endswith(GRADIENT)}
+            by_stream |= self._gradients(gradients, values, output, batch)
+        return {name: _joined(self._rows(name, by_stream[name], inputs)) for name in streams}
 
     def _rows(self, name: str, values: list[Tensor], inputs: Inputs) -> list[Tensor]:
         place = self._places[name.removesuffix(GRADIENT)]
         real = inputs.real_of_decoder if "decoder" in place.split(":")[0].split(".") else inputs.real
         try:
-            return [rows_at(each.detach(), real) for each in values]
+            return [rows_at(value.detach(), real) for value in values]
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
 
@@ -82,8 +88,8 @@ class Capture:
             raise ValueError("loss(output, batch) must give one number, as a tensor")
         if not loss.requires_grad:
             raise ValueError(
-                "the loss depends on no value that has a gradient: is the model's output detached, or made without "
-                "gradients (no_grad)? Give a loss= that depends on it"
+                "the loss depends on no value that has a gradient. If the model detaches its output, or computes it "
+                "under no_grad, change that; otherwise give a loss= that depends on the output"
             )
         at = [value for name in names for value in values[name.removesuffix(GRADIENT)]]
         try:
@@ -92,10 +98,10 @@ class Capture:
             if "use_reentrant=True" not in str(error):
                 raise
             raise RuntimeError(
-                f"{names[0]}: the model's forward pass uses activation checkpointing of the reentrant kind, in which "
-                "no gradient at a hook can be asked for: give checkpoint(..., use_reentrant=False), or switch it off"
+                f"{names[0]}: the model's forward pass uses reentrant activation checkpointing, with which a gradient "
+                "at a hook can't be computed: use checkpoint(..., use_reentrant=False), or switch it off"
             ) from error
-        found = {}
+        gradients = {}
         for name in names:
             pairs = [(value, next(slopes)) for value in values[name.removesuffix(GRADIENT)]]
             if all(slope is None for _, slope in pairs):
@@ -104,30 +110,30 @@ class Capture:
                     "model cuts the graph between them (detach, no_grad, reentrant checkpointing): leave this stream "
                     "out, or give a loss that depends on it"
                 )
-            # of a module that ran several times, some runs may not count for the loss
-            found[name] = [torch.zeros_like(value) if slope is None else slope for value, slope in pairs]
-        return found
+            # If a module ran several times, the loss may not depend on some of the runs.
+            gradients[name] = [torch.zeros_like(value) if slope is None else slope for value, slope in pairs]
+        return gradients
 
     # ---- names -----------------------------------------------------------------------------------
 
     def _known(self) -> list[str]:
-        """The hooks that a pattern is matched with."""
+        """The hooks that a pattern is matched against."""
         if isinstance(self.model, CircuitGPT):
             return list(self.model.hook_names)
         family, hooks = family_of_model(self.model), hooks_of_model(self.model)
         if family is None:
             return [name for name in module_names(self.model) if name]
         paths = module_names(self.model)
-        return [hook for hook in hooks if module_path(hook, family, hooks).removesuffix(":in") in paths]
+        return [hook for hook in hooks if module_path(hook, family.PATHS, hooks).removesuffix(":in") in paths]
 
     def _place(self, hook: str, known: list[str]) -> str:
         if isinstance(self.model, CircuitGPT):
-            found = hook_named(hook, MODULE_PATHS, known, True) or hook
-            known_hook(found, known, "hook", "a CircuitGPT")
-            return found
+            name = hook_named(hook, MODULE_PATHS, known, True) or hook
+            known_hook(name, known, "hook", "a CircuitGPT")
+            return name
         family = family_of_model(self.model)
-        path = hook if family is None else module_path(hook, family, hooks_of_model(self.model))
-        paths = [name + end for name in module_names(self.model) for end in ("", ":in")]
+        path = hook if family is None else module_path(hook, family.PATHS, hooks_of_model(self.model))
+        paths = module_hooks(self.model)
         if path not in paths:
             known_hook(hook, [*known, *paths], "hook", f"this {type(self.model).__name__}")
             raise ValueError(f"the hook {hook!r} is the value of no module of this {type(self.model).__name__}")
@@ -136,8 +142,10 @@ class Capture:
     # ---- runs ------------------------------------------------------------------------------------
 
     def _run(self, inputs: Inputs, hooks: set[str], gradients: bool) -> tuple[dict[str, list[Tensor]], Tensor]:
-        """The values at ``hooks``, of every time that they are passed, part of the graph where there are gradients; and
-        the logits."""
+        """The values at ``hooks``, one for each time that they are passed, and the logits.
+
+        With ``gradients`` all are part of autograd's graph.
+        """
         wanted: dict[str, list[str]] = {}
         for hook in hooks:
             wanted.setdefault(self._places[hook], []).append(hook)
@@ -146,7 +154,7 @@ class Capture:
         def meet(value: Tensor, place: str) -> Tensor:
             if gradients and not value.requires_grad and value.dtype.is_floating_point:
                 value = value.detach()
-                value.requires_grad = True  # frozen weights: the graph begins here
+                value.requires_grad = True  # all weights before are frozen, so the graph begins here
             for hook in wanted.get(place, ()):
                 values[hook].append(value)
             return value
@@ -167,7 +175,7 @@ class Capture:
     ) -> Tensor:
         def at(value: Any, place: str) -> Any:
             met = meet(first_tensor(value, place), place)
-            return with_first_tensor(value, met.clone())  # a module may change in place what it is given
+            return with_first_tensor(value, met.clone())  # a module may change its input in place
 
         known = inspect.signature(self.model.forward).parameters
         keywords = inputs.keywords()
@@ -184,22 +192,28 @@ class Capture:
         return first_tensor(output, "logits")
 
     def _called(self, arguments: tuple[Any, ...], keywords: dict[str, Any], gradients: bool) -> Any:
-        """The model's output. Autograd can't keep a weight that was made in inference mode; a copy stands in for it,
-        made once."""
+        """The model's output. Autograd refuses weights that were made in inference mode: copies stand in for them."""
         if gradients and self._usable is None:
             with ALONE:  # another thread's copies may stand in the module
                 named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-                self._usable = {name: each.detach().clone() for name, each in named.items() if each.is_inference()}
+                self._usable = {
+                    name: weight.detach().clone() for name, weight in named.items() if weight.is_inference()
+                }
         if gradients and self._usable:
-            with ALONE:  # the module holds the copies meanwhile
+            with ALONE:  # the module holds the copies during the call
                 return functional_call(self.model, self._usable, arguments, keywords)
         return self.model(*arguments, **keywords)
 
 
 def rows_at(value: Tensor, real: Tensor | None) -> Tensor:
-    """value (B, L, width) or (B·L, width) as rows at the ``real`` tokens (B, L); one of another shape as all its rows.
+    """The rows of a value at the tokens that are no padding.
 
-    ValueError for a value (L, B, width), of which padding can't be told.
+    Args:
+        value: (B, L, width) or (B·L, width). A value of another shape gives all its rows.
+        real: Bool (B, L), true where a token is no padding; None if all are.
+
+    Raises:
+        ValueError: The value is (L, B, width), so that padding can't be told from tokens.
     """
     if real is not None:
         real = real.to(value.device)
@@ -210,61 +224,66 @@ def rows_at(value: Tensor, real: Tensor | None) -> Tensor:
                 f"the value has shape {tuple(value.shape)}, its length before its batch, so rows at padding can't be "
                 "left out: give texts without padding, one length a batch"
             )
-        elif value.dim() == 2 and len(value) == real.numel():  # tokens in a row, as experts are given them
+        elif (
+            value.dim() == 2 and len(value) == real.numel()
+        ):  # all tokens in one dimension, as experts of a mixture receive them
             value = value[real.flatten()]
     return value.reshape(-1, value.shape[-1] if value.dim() else 1)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
     rows = (parts[0] if len(parts) == 1 else torch.cat(parts)).resolve_neg()
-    return rows if rows.stride(-1) == 1 else rows.contiguous()  # of a value that was expanded or turned
+    return rows if rows.stride(-1) == 1 else rows.contiguous()  # of an expanded or transposed value
 
 
 def _no_next_token(logits: Tensor, batch: Any) -> Tensor:
     raise ValueError(
-        "a model of an encoder and a decoder has no next token of its input: give loss=, a function of the output and "
-        "the batch"
+        "an encoder-decoder model doesn't predict the next token of its input: give loss=, a function of the output "
+        "and the batch"
     )
 
 
 def next_token_loss(logits: Tensor, batch: Any) -> Tensor:
-    """Cross-entropy of each next token, in nats, summed over the tokens that are predicted: padding is neither read
-    nor asked for. A sum, so that a row's gradient doesn't depend on how many others are in its batch."""
+    """The cross-entropy of each next token, in nats, summed over the tokens that are predicted.
+
+    Padding is neither read nor predicted. This is a sum and not a mean, so that a row's gradient doesn't depend on how
+    many other rows are in its batch.
+    """
     inputs = read_inputs(batch, Limits(device=logits.device))
     ids, real = inputs.ids, inputs.real
     if logits.dim() != 3 or logits.shape[:2] != ids.shape:
         raise ValueError(
-            f"the model's output has shape {tuple(logits.shape)}, which are no logits of tokens {tuple(ids.shape)}: "
+            f"the model's output has shape {tuple(logits.shape)}, which can't be logits of tokens {tuple(ids.shape)}: "
             "give loss=, a function of the output and the batch"
         )
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    each = F.cross_entropy(wide[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    losses = F.cross_entropy(wide[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     if real is not None:
-        each = each * (real[:, 1:] & real[:, :-1]).flatten()
-    return each.sum()
+        losses = losses * (real[:, 1:] & real[:, :-1]).flatten()
+    return losses.sum()
 
 
 def _chosen(hooks: Names, known: list[str]) -> list[str]:
-    """The streams that are asked for, those of a pattern in the model's order."""
+    """The streams that ``hooks`` selects; if it is a pattern or a set, in the model's order."""
     streams = [*known, *(name + GRADIENT for name in known)]
     if callable(hooks):
-        found = [name for name in streams if hooks(name)]
+        chosen = [name for name in streams if hooks(name)]
     elif isinstance(hooks, str):
         try:
             pattern = re.compile(hooks)
         except re.error as error:
             raise ValueError(f"hooks is {hooks!r}, which is not a regular expression: {error}") from error
-        found = [name for name in streams if pattern.fullmatch(name)]
+        chosen = [name for name in streams if pattern.fullmatch(name)]
     else:
         listed = dict.fromkeys(hooks)
-        found = list(listed)
-        if isinstance(hooks, (set, frozenset)):  # its order is not the same in every process
-            found = [name for name in streams if name in listed] + sorted(set(map(str, listed)) - set(streams))
-        if not all(isinstance(name, str) for name in found):
+        chosen = list(listed)
+        if isinstance(hooks, (set, frozenset)):  # a set's order differs between processes
+            chosen = [name for name in streams if name in listed] + sorted(set(map(str, listed)) - set(streams))
+        if not all(isinstance(name, str) for name in chosen):
             raise TypeError("hooks must be names of hooks, a regular expression, or a function of a name")
-    if not found:
+    if not chosen:
         raise ValueError(f"hooks matches none of {', '.join(known[:12])}{', …' if len(known) > 12 else ''}")
-    return found
+    return chosen
 
 
 __all__ = ["GRADIENT", "Capture", "Loss", "Names", "next_token_loss", "rows_at"]

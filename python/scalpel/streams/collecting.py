@@ -1,4 +1,4 @@
-"""Covariance states of many hooks in as few passes over a corpus as memory allows."""
+"""The covariance at many hooks, in as few passes over a corpus as memory allows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..covariance.streaming import Method
 from .budget import bytes_of, groups_of
 from .capture import Capture, Loss, Names
 from .marks import batch_mark, corpus_mark, function_mark, model_mark
-from .saved import Saved, States, Stored
+from .saved import WAY_OUT, Saved, States, Stored
 
 
 def collect(
@@ -43,28 +43,50 @@ def collect(
     shard: bool = False,
     progress: bool | Callable[[int], None] = True,
 ) -> Mapping[str, StreamingCovariance]:
-    """Covariance states of activations and gradients at a model's hooks, over a corpus: {stream: state}.
+    """Compute the covariance of activations and gradients at a model's hooks over a corpus.
 
-    ``model``: a :class:`scalpel.CircuitGPT`, a transformers model, or any nn.Module that takes token ids.
-    ``batches``: token ids (B, L), int64, or transformers batches; rows at padding (``attention_mask``) are left out.
-    ``hooks``: names, a regular expression (of the whole name), or a function of a name. A hook's own name is the
-    stream of its activations; with ``.grad`` after it, that of ∂loss/∂value, a row a token: ``"0.resid_in.grad"``.
-    Hooks are named by ours, TransformerLens's, or module path (``:in`` for a module's input).
-    ``memory``: for the states that are being filled, bytes or a text such as "8GiB". Where not all fit, hooks are taken
-    in groups, and the corpus is read once a group: ``batches`` must then be something that can be read again, such as a
-    list. What comes back is then a mapping that reads a state from disk when it is asked for.
-    ``rank`` (at most a stream's width), ``method``, ``center``, ``precision``: as StreamingCovariance takes them.
-    Of a model on a GPU, exact states are filled there and stay, and ``memory`` is that of the GPU; sketches are on the
-    CPU, and so is what a mapping reads from disk.
-    ``loss(logits, batch)``: by default the cross-entropy of each next token, in nats, summed over tokens.
-    ``folder``: states are saved there every ``save_every`` batches, and a second call goes on from the last save.
-    Killed at any moment, it ends with the same bits as had it not been. ``fresh``: not what the folder holds.
-    ``shard``: of a torch.distributed job: each process reads the batches of its rank (rank, rank + world, …), and
-    all end with the merged states; see :meth:`StreamingCovariance.all_reduce`.
-    ``progress``: a bar on a terminal, or a function of the number of batches done.
+    Args:
+        model: A :class:`scalpel.CircuitGPT`, a transformers model, or any nn.Module that takes token ids.
+        batches: Token ids (B, L), int64, or transformers batches. Rows at padding (``attention_mask``) are left out.
+        hooks: Names of hooks, a regular expression that matches whole names, or a function of a name. A hook's name
+            stands for the activations there; with ``.grad`` after it, for the gradient of the loss with respect to
+            them, one row a token, as in ``"0.resid_in.grad"``. Names are ours, TransformerLens's, or module paths
+            (``:in`` for a module's input).
+        memory: How much the states that are being filled may take, in bytes or as a text such as "8GiB". If not all
+            states fit, hooks are taken in groups and the corpus is read once for each group, so ``batches`` must be
+            something that can be read again, such as a list. For a model on a GPU this is memory of the GPU.
+        rank: As for :class:`scalpel.StreamingCovariance`, at most a stream's width.
+        method: As for :class:`scalpel.StreamingCovariance`.
+        center: As for :class:`scalpel.StreamingCovariance`.
+        precision: As for :class:`scalpel.StreamingCovariance`.
+        loss: A function of (logits, batch) that gives one number. By default it is the cross-entropy of each next
+            token, in nats, summed over tokens.
+        folder: Where states are saved every ``save_every`` batches. A second call continues from the last save. If
+            the first was killed at any moment, the result has the same bits as if it had not been.
+        save_every: How many batches lie between two saves.
+        fresh: Discard what ``folder`` holds and begin again.
+        shard: Whether this is one process of a torch.distributed job. Each process then reads the batches of its rank
+            (rank, rank + world, …), and all end with the merged states; see
+            :meth:`scalpel.StreamingCovariance.all_reduce`.
+        progress: Whether to show a bar on a terminal, or a function that is called with the number of batches done.
 
-    ValueError for hooks that aren't there, a stream that doesn't fit ``memory`` by itself, batches that can be read
-    only once where it takes more, and a folder of something else; RuntimeError from ``shard`` where a process is gone.
+    Returns:
+        The states by name: of a hook's activations, or with ``.grad`` of its gradients. If hooks were taken in groups,
+        this is a mapping that reads a state from disk when it is asked for. For a model on a GPU exact states stay on
+        the GPU; sketches, and states that are read from disk, are on the CPU.
+
+    Raises:
+        ValueError: A hook isn't there, a state alone doesn't fit ``memory``, several groups are needed but ``batches``
+            can be read only once, or ``folder`` holds something else.
+        RuntimeError: With ``shard``, another process has ended.
+
+    Example:
+        >>> import scalpel, torch
+        >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+        >>> ids = torch.arange(64).reshape(2, 32)
+        >>> states = scalpel.collect(model, [ids], ["final_resid", "final_resid.grad"], progress=False)
+        >>> states["final_resid"].count, list(states)
+        (64, ['final_resid', 'final_resid.grad'])
     """
     if integer_named("save_every", save_every) < 1:
         raise ValueError(f"save_every is {save_every}; it must be 1 or more")
@@ -82,7 +104,7 @@ def collect(
     if len(groups) > 1 and once:
         raise ValueError(
             f"{len(widths)} streams don't fit {memory} together, and batches can be read only once: give a list (or "
-            "anything that begins anew), more memory, fewer hooks, or a rank"
+            "anything that can be read again), more memory, fewer hooks, or a rank"
         )
 
     def new(name: str) -> StreamingCovariance:
@@ -91,8 +113,8 @@ def collect(
 
     if folder is not None and getattr(model, "_interventions", None):
         raise ValueError(
-            "the model has ablations in force, and states on disk can't tell one from another: collect without "
-            "folder=, and save the states by name"
+            "the model has ablations in force, which states on disk would not show: collect without folder=, and "
+            "save the states under names of your own"
         )
     key = {
         "model": None if folder is None else model_mark(capture.model),  # a hash of every weight takes a while
@@ -102,7 +124,7 @@ def collect(
         "method": None if rank is None else method,
         "center": center,
         **({} if precision == "accurate" else {"precision": precision}),
-        **({} if kinds == {"cpu"} else {"places": sorted(kinds)}),  # others round otherwise
+        **({} if kinds == {"cpu"} else {"places": sorted(kinds)}),  # other devices round differently
         "save_every": save_every,
         "share": [share.rank, share.world],
         "groups": groups,
@@ -110,15 +132,12 @@ def collect(
     temporary = tempfile.mkdtemp(prefix="scalpel-") if folder is None and len(groups) > 1 else None
     where = folder if temporary is None else temporary
     saved = None if where is None else Saved(share.folder(Path(where)), key, fresh)
-    found: States = {}
+    filled: States = {}
     corpus = ""
     if saved is not None and saved.corpus:
         corpus = corpus_mark(batches)
         if corpus != saved.corpus:
-            raise ValueError(
-                f"{saved.folder} holds states of another corpus: give another folder, or fresh=True to collect anew "
-                "there"
-            )
+            raise ValueError(f"{saved.folder} holds states of another corpus: {WAY_OUT}")
     with _removed_on_error(temporary), _Bar(progress, len(groups), batches) as bar:
         for number, group in enumerate(groups):
             if saved is not None and saved.finished(group):
@@ -128,20 +147,20 @@ def collect(
             states, read = filling.fill({name: new(name) for name in group}, batches, bar)
             if corpus and read != corpus:
                 raise ValueError(
-                    f"batches were others when they were read again, for group {number + 1} of {len(groups)}: give "
-                    "what has one order, such as a list, or memory for all streams at once"
+                    f"batches differed when they were read again, for group {number + 1} of {len(groups)}: give "
+                    "something with a fixed order, such as a list, or memory for all streams at once"
                 )
             corpus = read
             if saved is not None:
                 saved.finish(states, corpus)
             if len(groups) == 1:
-                found = states
+                filled = states
     if len(groups) > 1:
         assert saved is not None
         return Stored(_merged_on_disk(saved, widths) if shard else saved, list(widths), temporary)
-    if saved is not None and not found:
-        found = {name: saved.load(name).to(places[name]) for name in widths}
-    return {name: found[name].all_reduce() if shard else found[name] for name in widths}
+    if saved is not None and not filled:
+        filled = {name: saved.load(name).to(places[name]) for name in widths}
+    return {name: filled[name].all_reduce() if shard else filled[name] for name in widths}
 
 
 @contextmanager
@@ -162,12 +181,12 @@ class _Filling:
         self.saved, self.group, self.save_every = saved, group, save_every
 
     def fill(self, states: States, batches: Iterable[Any], bar: _Bar) -> tuple[States, str]:
-        """The states, and what tells this corpus from another."""
+        """The filled states, and the digest of the corpus."""
         skip, digest = 0, ""
-        if self.saved is not None and (found := self.saved.last(self.group)) is not None:
-            loaded, position = found
+        if self.saved is not None and (last := self.saved.last(self.group)) is not None:
+            loaded, position = last
             for name, state in loaded.items():
-                state._precision = states[name]._precision  # a file holds sums, not how more of them are made
+                state._precision = states[name]._precision  # a file holds sums, not how precisely more are added
             states = loaded
             skip, digest = position["batches"], position["digest"]
         read, count = hashlib.sha256(), 0
@@ -186,13 +205,13 @@ class _Filling:
                 )
             bar.step()
         if count == 0:
-            raise ValueError("batches gave nothing when they were read again: give a list, or fresh=True")
+            raise ValueError("batches were empty when they were read again: give a list, or fresh=True")
         if count < skip:
             raise ValueError(f"there are {count} batches, and the saved states were made of the first {skip} of more")
         return states, read.hexdigest()
 
     def _add(self, states: States, batch: Any, number: int) -> None:
-        """States of GPUs wait for them once a batch, not once a stream."""
+        """Add a batch. States on a GPU are updated together, so that the GPU is waited for only once."""
         together: dict[torch.device, list[tuple[str, OnDevice, Tensor]]] = {}
         for name, rows in self.capture(batch, states).items():
             if rows.shape[1] != states[name].dim:
@@ -205,7 +224,7 @@ class _Filling:
             if _place(rows, states[name].rank) == "cpu":
                 rows = rows.cpu()
             elif states[name].count:
-                states[name] = states[name].to(rows.device)  # from the disk it came to the CPU
+                states[name] = states[name].to(rows.device)  # it was read from disk to the CPU
             else:
                 states[name]._be_on(rows.device)
             state = states[name]._state
@@ -213,20 +232,20 @@ class _Filling:
                 together.setdefault(rows.device, []).append((name, state, rows))
             elif (bad := state.update(rows)) >= 0:
                 raise _refused(name, number, _not_finite(bad))
-        for there in together.values():
-            bad_rows = update_all([state for _, state, _ in there], [rows for _, _, rows in there])
-            for (name, _, _), bad in zip(there, bad_rows, strict=True):
+        for updates in together.values():
+            bad_rows = update_all([state for _, state, _ in updates], [rows for _, _, rows in updates])
+            for (name, _, _), bad in zip(updates, bad_rows, strict=True):
                 if bad >= 0:
                     raise _refused(name, number, _not_finite(bad))
 
 
 def _place(rows: Tensor, rank: int | None) -> str:
-    """Where a stream's state is."""
+    """The device of a stream's state."""
     return str(rows.device) if rank is None and runs_on(rows.device) else "cpu"
 
 
 def _refused(name: str, batch: int, reason: str) -> ValueError:
-    return ValueError(f"{name}, batch {batch}: {reason}; states that were saved stay")
+    return ValueError(f"{name}, batch {batch}: {reason}; states that were saved are kept")
 
 
 def _not_finite(row: int) -> str:
@@ -234,7 +253,7 @@ def _not_finite(row: int) -> str:
 
 
 def _merged_on_disk(saved: Saved, names: Iterable[str]) -> Saved:
-    """The states of all processes, one at a time in memory. Beside each process's own, which a restart needs."""
+    """Merge the states of all processes on disk, one at a time in memory; each process keeps its own for a restart."""
     merged = Saved(saved.folder / "merged", {"of": "merged"}, fresh=True)
     for name in names:
         merged.finish({name: saved.load(name).all_reduce()}, "merged")
@@ -242,7 +261,7 @@ def _merged_on_disk(saved: Saved, names: Iterable[str]) -> Saved:
 
 
 class _Share:
-    """Which of the batches are this process's."""
+    """Which of the batches this process reads: every ``world``-th, from ``rank`` on."""
 
     def __init__(self, rank: int, world: int) -> None:
         self.rank, self.world = rank, world
@@ -258,14 +277,14 @@ class _Share:
         return cls(dist.get_rank(), dist.get_world_size())
 
     def check_equal(self, streams: list[str]) -> None:
-        """ValueError where the processes were asked for different streams: they would be merged with one another."""
+        """ValueError if the processes were asked for different streams, which would be merged with one another."""
         if self.world == 1:
             return
         import torch.distributed as dist
 
         everyone: list[Any] = [None] * self.world
         dist.all_gather_object(everyone, streams)
-        if any(each != streams for each in everyone):
+        if any(theirs != streams for theirs in everyone):
             raise ValueError(f"the processes were given different hooks: {everyone}")
 
     def folder(self, folder: Path) -> Path:
@@ -273,13 +292,13 @@ class _Share:
 
 
 class _Bar:
-    """Batches done, over all groups."""
+    """The progress bar: batches done, over all groups."""
 
     def __init__(self, progress: bool | Callable[[int], None], groups: int, batches: Any) -> None:
         self._length = len(batches) if hasattr(batches, "__len__") else None
         total = None if self._length is None else self._length * groups
-        self._tell = progress if callable(progress) else None
-        # disable=None: no bar where stderr is no terminal
+        self._report = progress if callable(progress) else None
+        # with disable=None there is no bar if stderr is no terminal
         self._bar: Any = tqdm(total=total, unit="batch", disable=None if progress is True else True)
         self._done = 0
 
@@ -289,8 +308,8 @@ class _Bar:
     def step(self, batches: int = 1) -> None:
         self._done += batches
         self._bar.update(batches)
-        if self._tell is not None:
-            self._tell(self._done)
+        if self._report is not None:
+            self._report(self._done)
 
     def __enter__(self) -> _Bar:
         return self

@@ -1,4 +1,4 @@
-"""What tells one corpus, one loss, one model from another: marks that are the same in every process."""
+"""Digests of a corpus, a loss function and a model, which are the same in every process."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from ..hooks.inputs import Limits, read_inputs
 
 
 def batch_mark(batch: Any) -> bytes:
-    """Of all that a batch has, labels included."""
-    read_inputs(batch, Limits())  # refuses what is no batch
+    """The bytes that tell a batch from another: all that it holds, labels included."""
+    read_inputs(batch, Limits())  # refuses what is not a batch
     values = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     return b"|".join(f"{name} ".encode() + _value_mark(values[name]) for name in sorted(values, key=str))
 
 
 def corpus_mark(batches: Iterable[Any]) -> str:
+    """SHA-256 of all batches, in their order."""
     read = hashlib.sha256()
     for batch in batches:
         read.update(batch_mark(batch))
@@ -31,7 +32,7 @@ def corpus_mark(batches: Iterable[Any]) -> str:
 
 
 def function_mark(function: Any) -> str:
-    """A function's name, code, defaults, and what it closes over."""
+    """A function's name, and a SHA-256 of its code, its defaults and the values that it closes over."""
     name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)}"
     return f"{name} {hashlib.sha256(_value_mark(function)).hexdigest()}"
 
@@ -41,11 +42,11 @@ def model_mark(model: nn.Module) -> str:
     digest = hashlib.sha256(type(model).__qualname__.encode())
     config: Any = getattr(model, "config", None)
     if config is not None:
-        said = asdict(config) if is_dataclass(config) and not isinstance(config, type) else config
-        said = said.to_dict() if hasattr(said, "to_dict") else said
-        if isinstance(said, dict):
-            said = {name: value for name, value in said.items() if name != "_name_or_path"}  # where it happens to lie
-        digest.update(json.dumps(said, sort_keys=True, default=repr).encode())
+        fields = asdict(config) if is_dataclass(config) and not isinstance(config, type) else config
+        fields = fields.to_dict() if hasattr(fields, "to_dict") else fields
+        if isinstance(fields, dict):  # a model is the same wherever its folder is
+            fields = {name: value for name, value in fields.items() if name != "_name_or_path"}
+        digest.update(json.dumps(fields, sort_keys=True, default=repr).encode())
     for name, module in model.named_modules():
         plain = {k: v for k, v in vars(module).items() if k != "training" and isinstance(v, (int, float, str, bool))}
         digest.update(f"{name} {type(module).__qualname__} {sorted(plain.items())}".encode())
@@ -60,8 +61,8 @@ def _offloaded(model: nn.Module, name: str) -> Tensor:
     steps = name.split(".")
     for i in reversed(range(len(steps))):
         hook = getattr(model.get_submodule(".".join(steps[:i])), "_hf_hook", None)
-        for each in getattr(hook, "hooks", (hook,)):
-            weights = getattr(each, "weights_map", None)
+        for part in getattr(hook, "hooks", (hook,)):
+            weights = getattr(part, "weights_map", None)
             local = ".".join(steps[i:])
             if weights is not None and local in weights:
                 held: Tensor = weights[local]
@@ -83,4 +84,4 @@ def _value_mark(value: Any) -> bytes:
         return b"(" + b",".join(map(_value_mark, value)) + b")"
     if isinstance(value, Mapping):
         return _value_mark(sorted(value.items(), key=lambda item: str(item[0])))
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value)).encode()  # an address is another in every process
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value)).encode()  # addresses differ between processes

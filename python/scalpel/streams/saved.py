@@ -1,9 +1,8 @@
-"""States on disk while a corpus is read: finished streams, and the last two generations of those being filled."""
+"""States on disk while a corpus is read: those of finished streams, and the last two saves of those being filled."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 import weakref
@@ -12,11 +11,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from .._files import flush, replace_text
+from .._files import replace_text
+from .._resume import WayOut, Work, another_work
 from ..covariance import StreamingCovariance
 
 _KEEP = 2
 _VERSION = 1
+WAY_OUT = WayOut("collection", "give another folder", "fresh=True to collect anew there")
 
 States = dict[str, StreamingCovariance]
 
@@ -24,55 +25,42 @@ States = dict[str, StreamingCovariance]
 class Saved:
     """The folder of one collection.
 
-    ``done/``: a file a finished stream, and what they were made of. ``at-<group>-<batches>/``: a generation, with a
-    file a stream of the group being filled and ``position.json``; it takes its name when all of it is on the disk.
+    ``done/`` holds a file for each finished stream, and the digest of the corpus that they were made of.
+    ``at-<group>-<batches>/`` is a generation: a file for each stream of the group that is being filled, and
+    ``position.json``. It takes its name when all of it is on the disk.
 
-    ``key``: plain data that says what is collected. ValueError for a folder of another key.
+    Args:
+        folder: It is created if need be.
+        key: Plain data that says what is collected.
+        fresh: Discard what the folder holds.
+
+    Raises:
+        ValueError: The folder holds another collection, or states of an unknown one.
     """
 
     def __init__(self, folder: str | Path, key: dict[str, Any], fresh: bool = False) -> None:
-        self.folder = Path(folder)
+        self._work = Work(
+            folder,
+            "collect.json",
+            key,
+            WAY_OUT,
+            pieces=("at-*", "done/*"),  # in done/ even a file of the user's makes the folder a doubtful one
+            leftovers=("at-*", ".at-*.part", "done/*.safetensors", "done/corpus.txt"),
+            fresh=fresh,
+            own_names=True,
+            notes={"version": _VERSION},
+        )
+        self.folder = self._work.folder
         self.done = self.folder / "done"
-        self.done.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "collect.json"
-        told = {"version": _VERSION, "key": json.loads(json.dumps(key))}
-        before = self._told(path, fresh)
-        if before is None:
-            if not fresh and (self._generations() or any(self.done.iterdir())):
-                raise ValueError(
-                    f"{self.folder} holds states, but no collect.json that says of what: give another folder, or "
-                    "fresh=True to collect anew there"
-                )
-        elif not fresh and before != told:
-            was = before.get("key", {})
-            names = [name for name in told["key"] | was if was.get(name) != told["key"].get(name)]
-            raise ValueError(
-                f"{self.folder} holds another collection ({', '.join(names) or 'version'} differ): give another "
-                "folder, or fresh=True to collect anew there"
-            )
-        if fresh:
-            self._clear()
-        if fresh or before is None:
-            replace_text(path, json.dumps(told, indent=2) + "\n")
-
-    def _told(self, path: Path, fresh: bool) -> dict[str, Any] | None:
-        """What collect.json says; None where there is none. ValueError for another program's, which stays."""
-        if not path.is_file():
-            return None
-        try:
-            before = json.loads(path.read_text())
-        except ValueError as error:
-            if fresh:
-                return None
-            raise ValueError(f"{path} can't be read ({error}): fresh=True collects anew") from error
-        if not isinstance(before, dict) or not isinstance(before.get("key"), dict) or "version" not in before:
-            raise ValueError(f"{path} is not of scalpel.collect: give another folder")
-        return before
+        self.done.mkdir(exist_ok=True)
+        version = self._work.notes.get("version")
+        if version != _VERSION:
+            raise another_work(self.folder, {"version": version}, {"version": _VERSION}, WAY_OUT)
 
     # ---- finished streams ------------------------------------------------------------------------
 
     def finish(self, states: Mapping[str, StreamingCovariance], corpus: str) -> None:
-        """A group is filled; generations of it are of no more use. ``corpus``: what tells this corpus from another."""
+        """Store the states of a filled group and remove its generations. ``corpus`` is the digest of the corpus."""
         for name, state in states.items():
             state.save(self._path(self.done, name))
         replace_text(self.done / "corpus.txt", corpus + "\n")
@@ -81,33 +69,33 @@ class Saved:
 
     @property
     def corpus(self) -> str:
-        """What ``finish`` was told; empty before."""
+        """The digest that ``finish`` stored; empty before."""
         path = self.done / "corpus.txt"
         return path.read_text().strip() if path.is_file() else ""
 
     def finished(self, names: list[str]) -> bool:
-        """Whether all of these are, and sound; RuntimeWarning for one that isn't sound, and is to be made again."""
+        """Whether all of these streams are finished and undamaged. A damaged one gives a RuntimeWarning."""
         if not self.corpus or not all(self._path(self.done, name).is_file() for name in names):
             return False
         for name in names:
             try:
                 self.load(name)
             except (OSError, ValueError) as error:
-                warnings.warn(f"a finished state is not sound and is made again: {error}", RuntimeWarning, stacklevel=4)
+                warnings.warn(f"a finished state is damaged and is made again: {error}", RuntimeWarning, stacklevel=4)
                 return False
         return True
 
     def load(self, name: str) -> StreamingCovariance:
-        """A finished stream; ValueError if its file isn't sound."""
+        """The state of a finished stream; ValueError if its file is damaged."""
         return StreamingCovariance.load(self._path(self.done, name))
 
     # ---- the group being filled ------------------------------------------------------------------
 
     def last(self, group: int) -> tuple[States, dict[str, Any]] | None:
-        """The newest sound generation of a group: its states, and what ``save`` was told. None where there is none.
+        """The newest undamaged generation of a group: its states and its position; None if there is no generation.
 
-        RuntimeWarning for one that is truncated, damaged or foreign; the one before it is used. ValueError where all
-        are.
+        A generation that is truncated, damaged or foreign gives a RuntimeWarning, and the one before it is used. If
+        all are, ValueError.
         """
         generations = self._generations(group)
         for folder in reversed(generations):
@@ -116,24 +104,18 @@ class Saved:
                 names = position["streams"]
                 return {name: StreamingCovariance.load(self._path(folder, name)) for name in names}, position
             except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-                warnings.warn(f"{folder} is not sound and not used: {error}", RuntimeWarning, stacklevel=4)
+                warnings.warn(f"{folder} is damaged and not used: {error}", RuntimeWarning, stacklevel=4)
         if generations:
-            raise ValueError(f"no state in {self.folder} is sound: fresh=True collects anew")
+            raise ValueError(f"all states in {self.folder} are damaged: {WAY_OUT}")
         return None
 
     def save(self, states: States, group: int, batches: int, digest: str) -> None:
-        """A new generation, whole or not at all."""
-        final = self.folder / f"at-{group:04d}-{batches:09d}"
-        draft = self.folder / f".{final.name}.part"
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir()
-        for name, state in states.items():
-            state.save(self._path(draft, name))
-        position = {"batches": batches, "digest": digest, "streams": list(states)}
-        replace_text(draft / "position.json", json.dumps(position) + "\n")
-        shutil.rmtree(final, ignore_errors=True)  # one that was not sound
-        os.rename(draft, final)
-        flush(self.folder)
+        """Write a new generation, whole or not at all."""
+        with self._work.writing_folder(f"at-{group:04d}-{batches:09d}") as draft:
+            for name, state in states.items():
+                state.save(self._path(draft, name))
+            position = {"batches": batches, "digest": digest, "streams": list(states)}
+            replace_text(draft / "position.json", json.dumps(position) + "\n")
         for old in self._generations()[:-_KEEP]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -143,19 +125,24 @@ class Saved:
     def _generations(self, group: int | None = None) -> list[Path]:
         return sorted(self.folder.glob("at-*" if group is None else f"at-{group:04d}-*"))
 
-    def _clear(self) -> None:
-        """Away with what this class writes, and with nothing else."""
-        for path in (*self._generations(), *self.folder.glob(".at-*.part")):
-            shutil.rmtree(path)
-        for path in (*self.done.glob("*.safetensors"), self.done / "corpus.txt"):
-            path.unlink(missing_ok=True)
-
 
 class Stored(Mapping[str, StreamingCovariance]):
-    """States that lie on disk: each is read when it is asked for, so that one at a time is in memory; what is done to
-    it then does not reach the disk.
+    """States on disk, each of which is read when it is asked for, so that only one is in memory.
 
-    ``temporary``: a folder that goes when this does.
+    Changes to a state are not saved.
+
+    Args:
+        saved: Their folder.
+        names: Their streams.
+        temporary: A folder that is removed together with this object.
+
+    Example:
+        >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+        >>> batches = [torch.arange(64).reshape(2, 32)]
+        >>> hooks = ["0.resid_in", "final_resid"]
+        >>> states = scalpel.collect(model, batches, hooks, memory="1MiB", progress=False)
+        >>> type(states).__name__, states["final_resid"].count
+        ('Stored', 64)
     """
 
     def __init__(self, saved: Saved, names: list[str], temporary: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Bracket counting as words: what a list's text is made of, so that the model can be asked as a machine is."""
+"""Bracket prompts as words over an alphabet, so that a model can be questioned as a machine is."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ __all__ = ["BRACKET_WORDS", "TASK_WORDS", "Alphabet", "is_statement"]
 
 @dataclass(frozen=True)
 class Alphabet:
-    """Arguments of ``semigroup.extract``: letters and answers by name, what stands around a word, which are valid."""
+    """Arguments of ``semigroup.extract``: letters and answers by name, the text around a word, and the valid words."""
 
     alphabet: dict[str, str]
     answers: dict[str, str]
@@ -18,7 +18,7 @@ class Alphabet:
 
 
 def is_statement(word: tuple[str, ...]) -> bool:
-    """Whether a list may go on so: rows first, one open at a time, then bare elements, as the training text has it."""
+    """Tell whether the training text has such lists: first rows, one open at a time, then bare elements."""
     depth, bare = 1, False
     for letter in word:
         if letter == "[":
@@ -34,8 +34,8 @@ def is_statement(word: tuple[str, ...]) -> bool:
     return True
 
 
-# x: an element and its comma; [ and ]: a row is opened, and closed behind an element. The question stands after one
-# more element.
+# "x" is an element and its comma; "[" opens a row, and "]" closes it after an element. One more element follows the
+# word, and then the question.
 BRACKET_WORDS = Alphabet(
     alphabet={"x": "1, ", "[": "[", "]": "1], "},
     answers={"]": "]\n", "]]": "]]\n", "]]]": "]]]\n"},
@@ -44,5 +44,5 @@ BRACKET_WORDS = Alphabet(
     valid=is_statement,
 )
 
-# What a task's prompts are as words, where they are.
+# Tasks whose prompts are words over an alphabet.
 TASK_WORDS = {"bracket_counting": BRACKET_WORDS}

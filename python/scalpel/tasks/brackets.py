@@ -1,9 +1,9 @@
 """Bracket counting: after a list's last element, does one bracket close it, or do two?
 
 A question stands right after an element, where the next token should be ``]\\n`` (depth 1) or ``]]\\n`` (depth 2).
-Contexts are measured in n, the keys that the answer may attend to: every token of the prompt, the start token and
-the statement's head included. Because the model is causal, one pass over a long list asks the question after each of
-its elements.
+A context is measured by n, the number of keys that the answer may attend to: every token of the prompt, including the
+start token and the statement's head. Because the model is causal, one pass over a long list asks the question after
+each of its elements.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ HEADS = ("x", "y", "rows", "data", "values", "a", "expected", "names", "self.arg
 
 @dataclass(frozen=True)
 class Closers:
-    """Ids of the two answers, and of the start token where the vocabulary has one."""
+    """Ids of the two answers, and of the start token if the vocabulary has one."""
 
     one: int
     two: int
@@ -34,7 +34,11 @@ class Closers:
 
 
 def closers(tokenizer: Tokenizer) -> Closers:
-    """Refused where the tokenizer splits an answer: then a next-token question can't be asked."""
+    """Look up the tokens that close a list.
+
+    Raises:
+        Refused: If the tokenizer splits an answer, so that no next-token question can be asked.
+    """
     try:
         one, two = tokenizer.single(ONE), tokenizer.single(TWO)
     except ValueError as error:
@@ -45,11 +49,14 @@ def closers(tokenizer: Tokenizer) -> Closers:
 
 @dataclass(frozen=True)
 class LongLists:
-    """Long lists with one amount of evidence, to be asked after each element.
+    """Long lists that all hold the same evidence, with a question after each element.
 
-    ``ids`` (prompts, length); ``asked`` (prompts, questions): the index of each question's last token, so that
-    n = asked + 1; ``positions`` (prompts, length); ``k``: how many "[" stand in front of every question;
-    ``depth``: how many of them are open.
+    Args:
+        k: How many "[" stand in front of every question.
+        depth: How many of them are open.
+        ids: (prompts, length).
+        positions: (prompts, length).
+        asked: (prompts, questions), the index of each question's last token, so that n = asked + 1.
     """
 
     k: int
@@ -60,17 +67,21 @@ class LongLists:
 
     @property
     def n(self) -> Tensor:
-        """Attended keys at each question, (prompts, questions)."""
+        """The number of attended keys at each question, (prompts, questions)."""
         return self.asked + 1
 
 
 def long_lists(
     tokenizer: Tokenizer, k: int, length: int, count: int, *, block_size: int, depth: int = 2, seed: int = 0
 ) -> LongLists:
-    """``count`` lists of ``length`` tokens that vary filler, head and position.
+    """Make ``count`` lists of ``length`` tokens that vary in filler, head and position.
 
     At depth 2, k - 2 closed rows of one element stand before the open row; at depth 1, k is 1. Each element is one
-    token and its comma another. The first position is drawn from what the context leaves free.
+    token and its comma another. The first position is drawn at random from those at which the list fits.
+
+    Raises:
+        Refused: If the context is too short, or the tokenizer merges elements with their commas.
+        ValueError: If ``k`` and ``depth`` don't fit together.
     """
     if depth not in (1, 2) or k < depth or (depth == 1 and k != 1):
         raise ValueError(f"k = {k} at depth {depth}; k is 1 at depth 1, and 2 or more at depth 2")
@@ -81,7 +92,7 @@ def long_lists(
     fillers = [f for f in FILLERS if len(tokenizer.encode(f)) == 1]
     rows, asked = [], []
     for _ in range(count):
-        # Lists of one repeated element, and lists of many: what stands in a list must not matter.
+        # Half of the lists repeat one element, and half mix several: the elements must not matter.
         pool = rng.choice(fillers, size=1 if rng.random() < 0.5 else 8)
         head = f"{HEADS[rng.integers(len(HEADS))]} = " + "[" * (depth - 1)
         head += "".join(f"[{row}], " for row in rng.choice(pool, size=k - depth)) + "["
@@ -89,7 +100,7 @@ def long_lists(
         if len(prefix) >= length:
             raise Refused(
                 f"k = {k}: the rows in front of the question take {len(prefix)} tokens, and lists of "
-                f"{length} are asked; ask fewer, or longer lists"
+                f"{length} were asked for; give a smaller k or a greater length"
             )
         body = tokenizer.encode(", ".join(rng.choice(pool, size=length)))
         row = [*prefix, *body][:length]
@@ -104,27 +115,27 @@ def long_lists(
         depth,
         torch.tensor(rows, dtype=torch.int64, device="cpu"),
         offset + torch.arange(length, device="cpu"),
-        torch.stack([a[:questions] for a in asked]),
+        torch.stack([indices[:questions] for indices in asked]),
     )
 
 
 @torch.no_grad()
 def preference(model: CircuitGPT, lists: LongLists, batch: int = 8) -> Tensor:
-    """logit("]]\\n") - logit("]\\n") at every question, float32 (prompts, questions); positive says depth 2."""
+    """Return logit("]]\\n") - logit("]\\n") at every question, float32 (prompts, questions); positive means depth 2."""
     assert model.tokenizer is not None
     ids = closers(model.tokenizer)
-    out = []
+    differences = []
     for i in range(0, len(lists.ids), batch):
         part = slice(i, i + batch)
         logits = model(lists.ids[part], position_ids=lists.positions[part])
         difference = (logits[..., ids.two] - logits[..., ids.one]).cpu()
-        out.append(difference.gather(1, lists.asked[part]))
-    return torch.cat(out).float()
+        differences.append(difference.gather(1, lists.asked[part]))
+    return torch.cat(differences).float()
 
 
 @dataclass(frozen=True)
 class Answers:
-    """How a model answered single prompts: ``right`` bool (prompts,), ``preference`` its logit difference."""
+    """How a model answered single prompts: ``right`` is bool (prompts,), and ``preference`` the logit difference."""
 
     right: np.ndarray
     preference: np.ndarray
@@ -133,23 +144,27 @@ class Answers:
     skipped_too_long: int
 
     def accuracy(self, depth: int | None = None) -> float:
-        """Share answered right, at one depth or at all; NaN without prompts."""
+        """Return the share of right answers, at one depth or overall; NaN if there are no prompts."""
         chosen = self.right if depth is None else self.right[self.depth == depth]
         return float(chosen.mean()) if chosen.size else float("nan")
 
 
 def answer(model: CircuitGPT, prompts: Sequence[tuple[str, int]], max_tokens: int, batch: int = 32) -> Answers:
-    """Ask single prompts (text, depth of 1 or 2); those of more than ``max_tokens`` tokens are counted and left out.
+    """Ask single prompts, each a text and its depth (1 or 2).
 
-    Refused for a model without a tokenizer that knows the answers, and for a context of fewer tokens.
+    Prompts of more than ``max_tokens`` tokens are counted and left out.
+
+    Raises:
+        Refused: If the model has no tokenizer, its tokenizer splits an answer, or its context is shorter than
+            ``max_tokens``.
     """
     if model.tokenizer is None:
-        raise Refused("the model has no tokenizer; the prompts are text. Set model.tokenizer")
+        raise Refused("the model has no tokenizer, and the prompts are text: set model.tokenizer")
     if max_tokens > model.config.block_size:
-        raise Refused(f"prompts of up to {max_tokens} tokens are asked; the context holds {model.config.block_size}")
+        raise Refused(f"prompts have up to {max_tokens} tokens; the context holds {model.config.block_size}")
     ids = closers(model.tokenizer)
     encoded = [([*ids.start, *model.tokenizer.encode(text)], depth) for text, depth in prompts]
-    kept = sorted((e for e in encoded if len(e[0]) <= max_tokens), key=lambda e: len(e[0]))
+    kept = sorted((pair for pair in encoded if len(pair[0]) <= max_tokens), key=lambda pair: len(pair[0]))
     differences = [_ask(model, [row for row, _ in kept[i : i + batch]], ids) for i in range(0, len(kept), batch)]
     difference = np.concatenate(differences) if differences else np.zeros(0)
     depth = np.array([d for _, d in kept], dtype=int)
@@ -175,5 +190,5 @@ def _ask(model: CircuitGPT, rows: list[list[int]], ids: Closers) -> np.ndarray:
 
 
 def questions_from(literals: Sequence[Literal]) -> list[tuple[str, int]]:
-    """Distinct prompts of depth 1 and 2 from real sources, with the depth as the answer."""
-    return sorted({(one.prompt, one.depth) for one in literals if one.depth in (1, 2)})
+    """List the distinct prompts of depth 1 and 2, each with its depth as the answer."""
+    return sorted({(literal.prompt, literal.depth) for literal in literals if literal.depth in (1, 2)})

@@ -1,8 +1,8 @@
 """The training text of bracket-mini: Python statements that end in a list literal of depth 1 to 3.
 
-Heads and elements come from the running interpreter's own library sources and from a generator. The depth is
-drawn independently of the head, of the elements, of their number and of how they fall into rows, so none of these
-tells the depth: a model that takes length for depth learned that by itself.
+Heads and elements come from the running interpreter's own library sources and from a generator. The depth is drawn
+independently of the head, of the elements, of their number and of how they are divided into rows, so none of these
+tells the depth: a model that mistakes length for depth did not learn that from the text.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,9 +28,9 @@ MAX_LEAF_CHARS = 20
 
 @dataclass(frozen=True)
 class Sources:
-    """Pieces of real text: statement heads, and the leaves of each literal (runs of elements that go together).
+    """Pieces of real text: statement heads, and the leaves of each literal (runs of elements that belong together).
 
-    Both keep their repeats, so that what is common in real sources ("return ") is common here.
+    Repeats are kept, so that what is common in real sources ("return ") is common here too.
     """
 
     heads: tuple[str, ...]
@@ -39,10 +39,10 @@ class Sources:
 
 @lru_cache(maxsize=1)
 def interpreter_sources() -> Sources:
-    """Heads and element runs of the running interpreter's library, about 15 seconds of parsing."""
+    """Read heads and element runs from the running interpreter's library, in about 15 seconds."""
     literals = list(harvest(python_files(Path(get_paths()["stdlib"]))))
-    heads = [one.head for one in literals if "\n" not in one.head and len(one.head) <= MAX_HEAD_CHARS]
-    runs = [one.leaves for one in literals if all(len(leaf) <= MAX_LEAF_CHARS for leaf in one.leaves)]
+    heads = [item.head for item in literals if "\n" not in item.head and len(item.head) <= MAX_HEAD_CHARS]
+    runs = [item.leaves for item in literals if all(len(leaf) <= MAX_LEAF_CHARS for leaf in item.leaves)]
     if not heads or not runs:
         raise RuntimeError("no list literal was found in the interpreter's library: are its .py sources installed?")
     return Sources(tuple(heads), tuple(runs))
@@ -50,7 +50,7 @@ def interpreter_sources() -> Sources:
 
 @dataclass(frozen=True)
 class Document:
-    """One training text and what is known of it."""
+    """A training text with its depth and its number of elements."""
 
     text: str
     depth: int
@@ -58,7 +58,7 @@ class Document:
 
 
 def documents(sources: Sources, rng: np.random.Generator) -> Iterator[Document]:
-    """An endless stream of training texts, the same for the same ``rng`` state."""
+    """Yield training texts without end, the same for the same state of ``rng``."""
     while True:
         depth = 1 + int(rng.choice(MAX_DEPTH, p=DEPTH_PROBABILITIES))
         elements = min(int(rng.geometric(1 / MEAN_ELEMENTS)), MAX_ELEMENTS)
@@ -68,7 +68,13 @@ def documents(sources: Sources, rng: np.random.Generator) -> Iterator[Document]:
 
 
 def reference_prompts(model: CircuitGPT, sources: Sources, count: int = 256) -> list[list[int]]:
-    """A sample of the training text as ids, itself not trained on: what means and samples of activations are over."""
+    """Draw token ids of new text made like the training text, over which activations are averaged or sampled.
+
+    Args:
+        model: Its tokenizer encodes the text, and its context limits the length.
+        sources: What the text is made of.
+        count: How many prompts.
+    """
     assert model.tokenizer is not None
     rng = np.random.default_rng(30_000)
     start = closers(model.tokenizer).start
@@ -83,7 +89,7 @@ def _head(sources: Sources, rng: np.random.Generator) -> str:
 
 
 def _name(rng: np.random.Generator) -> str:
-    """A made-up identifier: one to three letters, sometimes two such words or a digit behind."""
+    """Make up an identifier: one to three letters, sometimes followed by a second such word or a digit."""
     name = "".join(chr(ord("a") + i) for i in rng.integers(26, size=int(rng.integers(1, 4))))
     if iskeyword(name):
         return _name(rng)
@@ -92,14 +98,14 @@ def _name(rng: np.random.Generator) -> str:
 
 
 def _leaves(sources: Sources, count: int, rng: np.random.Generator) -> list[str]:
-    """``count`` elements of one kind, as real lists have them."""
+    """Draw ``count`` elements of one kind, as real lists have them."""
     kind = rng.choice(6, p=(0.3, 0.1, 0.2, 0.15, 0.15, 0.1))
-    if kind == 0:  # runs of real elements, as many as are needed
+    if kind == 0:  # as many runs of real elements as are needed
         leaves: list[str] = []
         while len(leaves) < count:
             leaves += sources.runs[rng.integers(len(sources.runs))]
         return leaves[:count]
-    if kind == 1:  # one element again and again
+    if kind == 1:  # the same element each time
         run = sources.runs[rng.integers(len(sources.runs))]
         return [run[0] if rng.random() < 0.5 else _name(rng)] * count
     if kind == 2:
@@ -116,17 +122,18 @@ def _leaves(sources: Sources, count: int, rng: np.random.Generator) -> list[str]
 
 
 def layout(leaves: Sequence[str], depth: int, indent: int, rng: np.random.Generator) -> str:
-    """The literal's text: closed rows, then the last row with ``depth`` brackets open around it.
+    """Write a literal: closed rows, then the last row with ``depth`` brackets open around it.
 
-    The rows are cut before anyone looks at the depth: how many elements there are, how many rows, and how many elements
-    follow the last bracket all tell nothing of the depth. At depth 1 the last row's elements stand bare beside the
-    closed ones ("[[1, 2], 3"), so a bracket in front tells nothing either: open ones must be told from closed ones.
+    The rows are divided before the depth is used, so the number of elements, the number of rows, and the number of
+    elements after the last bracket say nothing about the depth. At depth 1 the last row's elements stand bare beside
+    the closed rows ("[[1, 2], 3"), so the mere presence of a bracket says nothing either: a model has to tell open
+    brackets from closed ones.
     """
     comma = ", " if rng.random() < 0.8 else ","
     between = ",\n" + " " * (indent + 1) if rng.random() < 0.5 else comma
     *closed, last = ([comma.join(row)] for row in split_rows(leaves, rng))
     rows = [f"[{row[0]}]" for row in closed]
-    if depth == 3 and rows:  # the closed rows, or some of them, in a closed list of their own
+    if depth == 3 and rows:  # put some of the closed rows into a closed list of their own
         cut = int(rng.integers(len(rows) + 1))
         rows = ([f"[{comma.join(rows[:cut])}]"] if cut else []) + [
             "[" + comma.join([*rows[cut:], f"[{last[0]}]"]) + "]"
@@ -136,7 +143,7 @@ def layout(leaves: Sequence[str], depth: int, indent: int, rng: np.random.Genera
 
 
 def split_rows(items: Sequence[str], rng: np.random.Generator) -> list[Sequence[str]]:
-    """Rows of a list: a single one, rows of equal length, or rows of any length."""
+    """Divide a list into rows: a single row, rows of equal length, or rows of any length."""
     count, style = len(items), rng.random()
     if style < 0.5 or count == 1:
         return [items]

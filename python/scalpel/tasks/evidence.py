@@ -1,4 +1,4 @@
-"""Lists in which evidence and length vary one at a time: brackets that are open, brackets in all, place, tokens."""
+"""Bracket prompts in which one thing varies at a time: open brackets, brackets in total, their place, or length."""
 
 from dataclasses import dataclass
 
@@ -17,10 +17,15 @@ PLACES = ("early", "late")
 
 @dataclass(frozen=True)
 class Evidence:
-    """Prompts of one cell, all of the same length; each ends behind an element, where the question stands.
+    """Prompts of the same kind and length, each ending after an element, where the question is asked.
 
-    ``ids``, ``positions`` (prompts, n); ``filler`` bool (prompts, n): elements and commas, which tell nothing of the
-    depth; ``open`` and ``closed``: brackets of either kind; ``place``: where the last bracket stands.
+    Args:
+        ids: (prompts, n).
+        positions: (prompts, n).
+        filler: (prompts, n) bool, True at elements and commas, which say nothing about the depth.
+        open: How many brackets are open.
+        closed: How many are closed.
+        place: "early" or "late", where the last bracket is.
     """
 
     ids: Tensor
@@ -32,7 +37,7 @@ class Evidence:
 
     @property
     def n(self) -> int:
-        """Attended keys at the question."""
+        """The number of attended keys at the question."""
         return self.ids.shape[1]
 
     @property
@@ -43,12 +48,16 @@ class Evidence:
 def evidence_lists(
     tokenizer: Tokenizer, n: int, count: int, *, opened: int, closed: int, place: str, block_size: int, seed: int = 0
 ) -> Evidence:
-    """``count`` lists of exactly ``n`` tokens with ``opened`` (1 or 2) brackets open and ``closed`` rows closed.
+    """Make ``count`` lists of exactly ``n`` tokens with ``opened`` (1 or 2) brackets open and ``closed`` rows closed.
 
-    At depth 2 the open row comes last; at depth 1 elements stand bare behind the closed rows, as in the training text.
-    ``place``: "early" puts one element into each closed row and the rest behind the last bracket, "late" puts all but
-    three of the elements into the closed rows, so that the same tokens stand in another order. Without a closed row
-    the two are the same. Refused where n leaves no room.
+    At depth 2 the open row comes last; at depth 1 bare elements follow the closed rows, as in the training text.
+    ``place="early"`` puts one element into each closed row and the rest after the last bracket; ``"late"`` puts all
+    but three elements into the closed rows, so that the same tokens come in another order. Without a closed row the two
+    are the same.
+
+    Raises:
+        Refused: If ``n`` leaves no room, is longer than the context, or the tokenizer merges elements with commas.
+        ValueError: If an option is not one of those above.
     """
     if opened not in (1, 2) or closed < 0 or place not in PLACES:
         raise ValueError(f"opened is {opened}, closed {closed}, place {place!r}; 1 or 2, 0 or more, early or late")
@@ -57,18 +66,18 @@ def evidence_lists(
     rng = np.random.default_rng([seed, n, opened, closed, PLACES.index(place)])
     start = list(closers(tokenizer).start)
     bracket, end, comma = (tokenizer.encode(text) for text in ("[", "], ", ", "))
-    fillers = [tokenizer.encode(one)[0] for one in FILLERS if len(tokenizer.encode(one)) == 1]
+    fillers = [tokenizer.encode(text)[0] for text in FILLERS if len(tokenizer.encode(text)) == 1]
     if not fillers or len(comma) != 1:
         raise Refused("this tokenizer doesn't give an element and its comma a token each")
     rows, masks = [], []
     for _ in range(count):
         pool = rng.choice(fillers, size=1 if rng.random() < 0.5 else 8)
         head = tokenizer.encode(f"{HEADS[rng.integers(len(HEADS))]} = ")
-        # A row of e elements is 2e - 1 tokens; what that leaves over goes into a longer name, so that n is exact.
+        # A row of e elements has 2e - 1 tokens. What is left over goes into a longer name, so that n is exact.
         room = n - len(start) - len(head) - len(bracket) * (closed + opened) - closed * len(end)
         elements = (room + closed + 1) // 2
         if elements < closed + 1:
-            raise Refused(f"n = {n} leaves no room for {closed} closed rows and an element behind them")
+            raise Refused(f"n = {n} leaves no room for {closed} closed rows and an element after them")
         spare = room - (2 * elements - closed - 1)
         late = place == "late" and closed > 0
         last = min(3, elements - closed) if late else elements - closed
@@ -92,8 +101,8 @@ def evidence_lists(
 
 
 def _row(pool: np.ndarray, count: int, comma: list[int], rng: np.random.Generator) -> list[int]:
-    """``count`` elements with a comma between two."""
-    found: list[int] = []
-    for i, one in enumerate(rng.choice(pool, size=count)):
-        found += [*(comma if i else []), int(one)]
-    return found
+    """Draw ``count`` elements, with a comma between any two."""
+    row: list[int] = []
+    for i, element in enumerate(rng.choice(pool, size=count)):
+        row += [*(comma if i else []), int(element)]
+    return row

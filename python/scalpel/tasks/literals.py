@@ -1,7 +1,7 @@
-"""Harvest list literals from Python sources: real text to train on, and other real text to be asked about.
+"""List literals in Python sources: real text to train on, and other real text to ask about.
 
-A literal counts when it ends its statement and its line and its last element is followed at once by all the
-closing brackets, so that the token after the last element is ``]\\n``, ``]]\\n`` or ``]]]\\n``.
+A literal counts if it ends its statement and its line, and all closing brackets follow its last element directly, so
+that the token after the last element is ``]\\n``, ``]]\\n`` or ``]]]\\n``.
 """
 
 import ast
@@ -18,9 +18,14 @@ MAX_DEPTH = 3
 class Literal:
     """A statement that ends in a list literal.
 
-    ``head`` is the statement's text in front of the literal, ``body`` the literal up to its last element (the
-    closing run left out), ``depth`` the number of brackets open there, ``elements`` the number of leaves; ``source`` is
-    the file's name and ``lines`` the statement's first and last line in it, from 1.
+    Args:
+        head: The statement's text in front of the literal.
+        body: The literal up to its last element, without the closing brackets.
+        depth: How many brackets are open there.
+        elements: How many leaves it has.
+        leaves: Their texts.
+        source: The file's name.
+        lines: The statement's first and last line in the file, counted from 1.
     """
 
     head: str
@@ -33,7 +38,7 @@ class Literal:
 
     @property
     def prompt(self) -> str:
-        """The text that asks the question: its next token should be ``depth`` brackets and a newline."""
+        """The text whose next token should be ``depth`` brackets and a newline."""
         return self.head + self.body
 
     @property
@@ -43,7 +48,7 @@ class Literal:
 
 
 def harvest(files: Iterable[Path], max_chars: int = 2000) -> Iterator[Literal]:
-    """Every literal of ``files`` that qualifies, in file order; files that don't parse are passed over."""
+    """Yield every literal of the files that counts, in order; files that don't parse are skipped."""
     for path in files:
         try:
             source = path.read_text(encoding="utf-8")
@@ -55,15 +60,16 @@ def harvest(files: Iterable[Path], max_chars: int = 2000) -> Iterator[Literal]:
 
 
 def python_files(folder: Path, skip: tuple[str, ...] = ("site-packages", "__pycache__")) -> list[Path]:
-    """The ``.py`` files below ``folder`` in a fixed order, third-party packages left out."""
-    return sorted(p for p in folder.rglob("*.py") if not any(part in skip for part in p.relative_to(folder).parts))
+    """List the ``.py`` files below ``folder`` in a fixed order, without third-party packages."""
+    files = folder.rglob("*.py")
+    return sorted(file for file in files if not any(part in skip for part in file.relative_to(folder).parts))
 
 
 def literals_of(source: str, name: str = "", max_chars: int = 2000) -> Iterator[Literal]:
-    """The qualifying literals of one file's text."""
+    """Yield the literals of one file's text that count."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old sources hold invalid escapes; they are not ours to mend
+            warnings.simplefilter("ignore")  # old sources hold invalid escapes
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):
         return
@@ -80,7 +86,7 @@ def literals_of(source: str, name: str = "", max_chars: int = 2000) -> Iterator[
 
 
 def _statements(tree: ast.Module) -> Iterator[ast.AST]:
-    """What ``ast.walk`` gives, in its order, without the expressions, of which a file has ten times as many."""
+    """Yield what ``ast.walk`` yields, in its order, without the expressions, which are ten times as many."""
     waiting: deque[ast.AST] = deque([tree])
     while waiting:
         node = waiting.popleft()
@@ -88,11 +94,13 @@ def _statements(tree: ast.Module) -> Iterator[ast.AST]:
         for name in node._fields:
             inner = getattr(node, name, None)
             if isinstance(inner, list):
-                waiting += [one for one in inner if isinstance(one, ast.stmt | ast.excepthandler | ast.match_case)]
+                waiting += [
+                    child for child in inner if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case)
+                ]
 
 
 class _SourceText:
-    """A file's text by syntax node; ast.get_source_segment splits the whole file anew at every call."""
+    """A file's text by syntax node. ``ast.get_source_segment`` would split the whole file again at every call."""
 
     def __init__(self, source: str) -> None:
         self._lines = source.encode().split(b"\n")  # ast counts columns in UTF-8 bytes
@@ -105,14 +113,14 @@ class _SourceText:
         return b"\n".join(lines).decode()
 
     def ends_line_with_bracket(self, node: ast.stmt) -> bool:
-        """Whether nothing, not even a comment or a semicolon, follows the node on its last line."""
+        """Tell whether the node ends with a bracket and nothing follows it on its last line, not even a comment."""
         assert node.end_lineno is not None
         line = self._lines[node.end_lineno - 1]
         return line.endswith(b"]") and len(line) == node.end_col_offset
 
 
 def _list_at_end(statement: ast.stmt) -> ast.List | None:
-    """The outermost list display that ends exactly where the statement ends."""
+    """Return the outermost list display that ends exactly where the statement ends, or None."""
     end = (statement.end_lineno, statement.end_col_offset)
     for node in ast.walk(statement):  # breadth first: the outermost comes first
         if isinstance(node, ast.List) and (node.end_lineno, node.end_col_offset) == end:
@@ -138,7 +146,7 @@ def _read(text: _SourceText, statement: ast.stmt, node: ast.List, name: str) -> 
 
 
 def _leaves(text: _SourceText, node: ast.List) -> list[str]:
-    """Texts of the leaf elements, or nothing where one isn't a plain constant or name."""
+    """List the texts of the leaf elements; empty if any of them isn't a plain constant or name."""
     texts: list[str] = []
     for element in node.elts:
         if isinstance(element, ast.List):

@@ -1,12 +1,12 @@
-"""What says that a model can't be put to something, and why: no other error means that."""
+"""The error that says that a model can't be asked something, and why."""
 
 __all__ = ["Refused"]
 
 
 class Refused(ValueError):
-    """This model can't be put to this task, experiment or extraction; the message says why.
+    """A model can't be used for a task, experiment or extraction; the message says why.
 
-    The reason lies in the model: it has no tokenizer, its tokenizer splits an answer, its context is too short, its
-    logits aren't finite. Whoever asks many things of a model goes on with the next one. An option that no model could
-    be asked with is a plain ValueError, and so is a mistake in the library's own code: neither is a refusal.
+    The reason lies in the model: it has no tokenizer, its tokenizer splits an answer, its context is too short, or its
+    logits aren't finite. Code that asks many things of a model catches this error and goes on with the next question.
+    An option that is wrong for every model raises a plain ValueError, and so does a mistake in the library's own code.
     """

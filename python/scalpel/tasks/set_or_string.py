@@ -1,7 +1,7 @@
-"""Was the variable made a set or a string? After its name, ``.add(`` or `` +=``.
+"""The question whether a variable is a set or a string, asked after its name: ``.add(`` or `` +=``.
 
-Real code has few such places, so where more are asked than numpy and scipy have, the statement that makes the variable
-and the one that adds to it are put between the statements of other real files.
+Real code has few such places. If more prompts are needed than numpy and scipy have, the statement that makes the
+variable and the one that adds to it are put between the statements of other real files.
 """
 
 import ast
@@ -21,20 +21,21 @@ __all__ = ["real_share", "set_or_string_questions"]
 ADD, APPEND = ".add(", " += "
 LONGEST = 160  # tokens from the statement that makes the variable to the question, and a little before
 MOST_CHARS = 40_000
-MOST_BETWEEN = 8  # statements between the two that are put in
+MOST_BETWEEN = 8  # most statements between the two that are put in
 _MAKES = re.compile(r"^[ ]*(\w+) = (set\(\)|''|\"\")$", re.MULTILINE)
 _NAMES = ("seen", "found", "out", "names", "result", "done", "parts", "acc", "total", "keys", "buf", "todo", "s", "x")
 
 
 def set_or_string_questions(tokenizer: Tokenizer, prompts: int, seed: int) -> Questions:
-    """``prompts`` windows of held-out files that end with a variable's name, half of them made as a set.
+    """Make prompts that are windows of held-out files and end with a variable's name; half of the variables are sets.
 
-    The variable was set to ``set()``, ``""`` or ``''`` and is here first added to, in the same function or module, by
-    ``.add(`` or `` +=``. Asked are the first tokens of those two. Real ones come first, one a variable; the rest are
-    pairs of prompts that differ in nothing but what the variable was set to, put into windows of real files. Prompts
-    of one file form a group.
+    The variable was set to ``set()``, ``""`` or ``''``, and is added to for the first time, in the same function or
+    module, by ``.add(`` or `` +=``. The answers are the first tokens of those two. Real places are used first, one for
+    each variable. The rest are pairs of prompts put into windows of real files, which differ only in what the variable
+    was set to. Prompts of one file form a group.
 
-    Refused where the two answers begin with the same token, or too few windows are found.
+    Raises:
+        Refused: If the two answers begin with the same token, or too few windows are found.
     """
     need = held_out.balanced(prompts, seed=seed)
     answers = (tokenizer.encode(ADD)[0], tokenizer.encode(APPEND)[0])
@@ -42,34 +43,35 @@ def set_or_string_questions(tokenizer: Tokenizer, prompts: int, seed: int) -> Qu
         raise Refused(f"this tokenizer begins {ADD!r} and {APPEND!r} with the same token; they can't be told apart")
     start = held_out.start_of(tokenizer)
     rng = np.random.default_rng([seed, 45])
-    found: list[list[tuple[list[int], int, bool]]] = [[], []]
+    by_answer: list[list[tuple[list[int], int, bool]]] = [[], []]
     uses = _uses()
     for i in rng.permutation(len(uses)):
         number, made, end, label = uses[i]
         lines, starts = _page(held_out.sources()[number])
         row = held_out.window(lines, starts, end, made, tokenizer, LONGEST - len(start))
-        if row and len(found[label]) < need and _asks(tokenizer, row, label, answers):
-            found[label].append(([*start, *row], number, True))
-    for _ in range(3):  # three windows a file at most
+        if row and len(by_answer[label]) < need and _asks(tokenizer, row, label, answers):
+            by_answer[label].append(([*start, *row], number, True))
+    for _ in range(3):  # at most three windows from each file
         for number, source in held_out.shuffled_sources(rng, MOST_CHARS):
-            if min(map(len, found)) >= need:
+            if min(map(len, by_answer)) >= need:
                 break
             pair = _put(_places(source), tokenizer, LONGEST - len(start), rng)
             if pair is None or not all(_asks(tokenizer, row, label, answers) for label, row in enumerate(pair)):
                 continue
             for label, row in enumerate(pair):
-                if len(found[label]) < need:
-                    found[label].append(([*start, *row], number, False))
-    if min(map(len, found)) < need:
+                if len(by_answer[label]) < need:
+                    by_answer[label].append(([*start, *row], number, False))
+    if min(map(len, by_answer)) < need:
         raise Refused(
-            f"the held-out files gave {len(found[0])} prompts of a set and {len(found[1])} of a string, and {need} of "
-            "each are asked; ask for fewer, or the tokenizer merges names with what follows them"
+            f"the held-out files gave {len(by_answer[0])} prompts of a set and {len(by_answer[1])} of a string, and "
+            f"{need} of each are needed: ask for fewer prompts, or use a tokenizer that keeps names apart from the "
+            "text after them"
         )
-    return held_out.interleaved(found, answers, prompts)
+    return held_out.interleaved(by_answer, answers, prompts)
 
 
 def real_share(questions: Questions) -> dict[str, int]:
-    """How many prompts of each kind are real code as it stands, and into how many the two statements were put."""
+    """Count the prompts that are unchanged real code, by answer, and those into which the two statements were put."""
     real = np.array(questions.real)
     is_set = np.array(questions.labels) == 0
     return {
@@ -85,8 +87,8 @@ def _asks(tokenizer: Tokenizer, row: list[int], label: int, answers: tuple[int, 
 
 @lru_cache(maxsize=1)
 def _uses() -> tuple[tuple[int, int, tuple[int, int], int], ...]:
-    """Real places: the file's number, the line that makes the variable, where its name ends at its use, the answer."""
-    found: list[tuple[int, int, tuple[int, int], int]] = []
+    """List the real places: the file's number, the line that makes the variable, where its name ends, the answer."""
+    uses: list[tuple[int, int, tuple[int, int], int]] = []
     for number, source in enumerate(held_out.sources()):
         made = {match[1] for match in _MAKES.finditer(source.text)}
         added = any(name + end in source.text for name in made for end in (ADD, APPEND))
@@ -96,16 +98,16 @@ def _uses() -> tuple[tuple[int, int, tuple[int, int], int], ...]:
         lines = source.text.split("\n")
         for scope in ast.walk(tree):
             if isinstance(scope, ast.FunctionDef | ast.AsyncFunctionDef | ast.Module):
-                found += [(number, *use) for use in _uses_in(scope, lines)]
-    return tuple(found)
+                uses += [(number, *use) for use in _uses_in(scope, lines)]
+    return tuple(uses)
 
 
 def _uses_in(
     scope: ast.FunctionDef | ast.AsyncFunctionDef | ast.Module, lines: list[str]
 ) -> list[tuple[int, tuple[int, int], int]]:
-    """Where each variable that one scope makes a set or a string is first added to, unless it was set anew before."""
+    """Find where each set or string that a scope makes is first added to, if it isn't assigned again before that."""
     made: dict[str, tuple[int, int]] = {}
-    found = []
+    uses = []
     for name in sorted(_names_in(scope), key=lambda node: (node.lineno, node.col_offset)):
         end = (name.lineno - 1, name.end_col_offset or 0)
         after, kind = lines[end[0]][end[1] :], _MAKES.match(lines[end[0]])
@@ -115,22 +117,22 @@ def _uses_in(
             line, label = made[name.id]
             adds = after.startswith((ADD, APPEND)[label])
             if adds:
-                found.append((line, end, label))
+                uses.append((line, end, label))
             if adds or isinstance(name.ctx, ast.Store):
                 del made[name.id]
-    return found
+    return uses
 
 
 def _names_in(scope: ast.AST) -> list[ast.Name]:
-    """The names of one scope, without those of functions and classes inside it."""
-    found, stack = [], list(ast.iter_child_nodes(scope))
+    """List the names in one scope, without those in functions and classes inside it."""
+    names, stack = [], list(ast.iter_child_nodes(scope))
     while stack:
         node = stack.pop()
         if isinstance(node, ast.Name):
-            found.append(node)
+            names.append(node)
         elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
             stack += ast.iter_child_nodes(node)
-    return found
+    return names
 
 
 @cache
@@ -147,7 +149,7 @@ def _places(source: Source) -> SourceFile | None:
 def _put(
     page: SourceFile | None, tokenizer: Tokenizer, tokens: int, rng: np.random.Generator, tries: int = 4
 ) -> tuple[list[int], list[int]] | None:
-    """A window with a set made in it and the same with a string; None where the file has no room for one."""
+    """Return a window in which a set is made, and the same with a string; None if the file has no room for them."""
     if page is None or len(page.places) < 3:
         return None
     for _ in range(tries):

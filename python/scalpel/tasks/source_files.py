@@ -11,7 +11,7 @@ __all__ = ["Place", "SourceFile", "source_file"]
 
 @dataclass(frozen=True)
 class Place:
-    """A line in front of which a statement may stand, and the indent that it needs there."""
+    """A line before which a statement can be put, and the indent that it needs there."""
 
     line: int
     indent: int
@@ -27,7 +27,7 @@ class SourceFile:
 
 
 def source_file(source: str) -> SourceFile | None:
-    """A file's text, ready to be cut into windows; None where it doesn't parse or has no statement."""
+    """Read a file's text into lines and places; None if it doesn't parse or has no statement."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old sources hold invalid escapes
@@ -43,6 +43,6 @@ def source_file(source: str) -> SourceFile | None:
                 starts[node.lineno - 1] = node.col_offset
     if not starts:
         return None
-    inside = {n for one in literals_of(source) for n in range(one.lines[0] - 1, one.lines[1])}
+    inside = {line for literal in literals_of(source) for line in range(literal.lines[0] - 1, literal.lines[1])}
     places = tuple(Place(line, indent) for line, indent in sorted(starts.items()) if line not in inside)
     return SourceFile(tuple(lines), places, frozenset(inside)) if places else None

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import bootstrap
 
 from .._info import __version__
 from ..models.circuitgpt.ablation import hook_means
@@ -29,7 +30,7 @@ from ..tasks.corpus import (
 from ..tasks.held_out import NoHeldOutText
 from ..tasks.literals import harvest, python_files
 from .commit import commit
-from .loop import train
+from .loop import state_file_in, train
 from .recipe import Recipe, density_table
 from .text import TextCourse
 from .tokenizer import train_tokenizer
@@ -58,10 +59,22 @@ def train_model(
     steps: int | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> dict[str, Any]:
-    """Train bracket-mini, or one of its controls, into the folder ``out``; returns the card.
+    """Train bracket-mini, or one of its controls, into a folder.
 
-    ``control``: "none", "no-positions" (the position table zero) or "no-topk" (no activation sparsity). Ctrl-C
-    leaves ``out``/training-state.pt, from which the same call resumes; it is removed at the end.
+    Ctrl-C leaves ``out``/training-state.pt, from which the same call resumes; the file is removed at the end.
+
+    Args:
+        out: The folder of the model.
+        control: "none", "no-positions" (the position table is zero) or "no-topk" (no activation sparsity).
+        seed: Decides the initial weights and the order of the text.
+        steps: Optimizer steps; those of the recipe by default.
+        progress: Called with (step, steps, loss in nats).
+
+    Returns:
+        The card.
+
+    Raises:
+        ValueError: For an unknown control, for fewer than one step, or if ``out`` holds a finished model.
     """
     if control not in CONTROLS:
         raise ValueError(f"control is {control!r}; allowed: {', '.join(CONTROLS)}")
@@ -69,13 +82,10 @@ def train_model(
         raise ValueError(f"steps is {steps}; it must be 1 or more")
     recipe = Recipe(seed=seed, **CONTROLS[control])
     recipe = recipe if steps is None else replace(recipe, steps=steps)
-    if (out / "card.json").exists():
-        raise ValueError(f"{out} holds a finished model; give another folder, or remove that one to train anew")
-    out.mkdir(parents=True, exist_ok=True)
-    trained_at = commit()  # now, since the source tree may move on while the model trains
+    state_file = state_file_in(out)
+    trained_at = commit()  # now, because the source tree may change while the model trains
     sources = interpreter_sources()
     tokenizer = bracket_tokenizer(sources, recipe.vocab_size)
-    state_file = out / "training-state.pt"
     trained = train(recipe, TextCourse(recipe, sources, tokenizer), state_file, progress)
     model = trained.model.eval()
     model.tokenizer = tokenizer
@@ -102,22 +112,23 @@ def train_model(
 
 
 def bracket_tokenizer(sources: Sources, vocab_size: int) -> Tokenizer:
-    """The tokenizer, learned from generated training texts; the same for the same sources."""
+    """Learn the tokenizer from generated training texts; it is the same for the same sources."""
     rng = np.random.default_rng(20_000)
     texts = (document.text for document in islice(documents(sources, rng), TOKENIZER_TEXTS))
     return Tokenizer(train_tokenizer(texts, vocab_size))
 
 
 def stored_means(model: CircuitGPT, sources: Sources) -> dict[str, list[float]]:
-    """Each hook's mean activation over the training text, in six digits: what ``model.ablate`` takes for "mean"."""
+    """Average each hook's activations over the training text, to six digits, for ``model.ablate(kind="mean")``."""
     means = hook_means(model, reference_prompts(model, sources))
     return {name: [float(f"{value:.6g}") for value in mean.tolist()] for name, mean in means.items()}
 
 
 def held_out_questions() -> tuple[list[tuple[str, int]], dict[str, str]]:
-    """Bracket prompts from the sources of packages that weren't trained on, and the packages' versions.
+    """Return bracket prompts from packages that weren't trained on, and the versions of these packages.
 
-    NoHeldOutText where a package is missing.
+    Raises:
+        NoHeldOutText: If a package is missing.
     """
     literals, versions = [], {}
     for package in HELD_OUT:
@@ -130,7 +141,7 @@ def held_out_questions() -> tuple[list[tuple[str, int]], dict[str, str]]:
 
 
 def accuracy_card(model: CircuitGPT) -> dict[str, Any]:
-    """Accuracy on held-out prompts from real library sources at short contexts, with the counts it stands on."""
+    """Measure the accuracy on short held-out prompts from real library sources, with the number of prompts."""
     questions, versions = held_out_questions()
     answers = answer(model, questions, SHORT_TOKENS)
     return {
@@ -148,14 +159,18 @@ def accuracy_card(model: CircuitGPT) -> dict[str, Any]:
 
 
 def _interval(answers: Answers, resamples: int = 1000) -> list[float]:
-    rng = np.random.default_rng(0)
-    count = len(answers.right)
-    draws = [answers.right[rng.integers(count, size=count)].mean() for _ in range(resamples)]
-    return [float(v) for v in np.percentile(draws, [2.5, 97.5])]
+    drawn = bootstrap(
+        (answers.right,),
+        np.mean,
+        n_resamples=resamples,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    return [float(end) for end in drawn.confidence_interval]
 
 
 def text_facts(sources: Sources) -> dict[str, Any]:
-    """What the training text was made of."""
+    """Say what the training text was made of."""
     import platform
 
     return {

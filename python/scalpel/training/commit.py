@@ -1,4 +1,4 @@
-"""Which source a model was trained by."""
+"""The version of the source tree that a model was trained by."""
 
 import subprocess
 from pathlib import Path
@@ -7,9 +7,9 @@ __all__ = ["commit"]
 
 
 def commit() -> str | None:
-    """The commit of the source tree that this very file is tracked in, "+dirty" where the package differs from it.
+    """Return the commit of the source tree that tracks this file, with "+dirty" if the package differs from it.
 
-    None for an installed package, also one that lies inside somebody else's repository.
+    Returns None for an installed package, even if it lies inside somebody else's repository.
     """
     here = Path(__file__).resolve()
 

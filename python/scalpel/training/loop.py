@@ -1,5 +1,6 @@
-"""Train a weight-sparse CircuitGPT, step by step, so that a stop at any moment loses at most a few seconds."""
+"""The steps of training a weight-sparse CircuitGPT. Stopping at any moment loses at most a few seconds of work."""
 
+import ast
 import signal
 import threading
 import time
@@ -14,30 +15,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._files import replacing
+from .._resume import Pieces, WayOut, another_work
 from ..models.circuitgpt.attention import fused_training
 from ..models.circuitgpt.model import CircuitGPT
 from ..models.sparsity import prune_
 from .recipe import Recipe, clip_rms_, sparse_matrices
 
 SAVE_EVERY_SECONDS = 20.0
+_WAY_OUT = WayOut("recipe", "give another folder", "remove the state to start anew")
 
 
 class Course(Protocol):
-    """What a model is trained on: batches, and the loss of one."""
+    """What a model is trained on: batches, and their loss."""
 
     def batches(self, start: int) -> Iterator[Any]:
-        """Batches from step ``start`` on, the same for the same start; each has ``longest``, see :class:`Trained`."""
+        """Yield batches from step ``start`` on, the same for the same start.
+
+        Each has ``longest``, the length of its longest text in the unit of the course.
+        """
 
     def loss(self, model: CircuitGPT, batch: Any) -> Tensor:
-        """The loss of a batch in nats, a scalar."""
+        """Return the loss of a batch in nats, a scalar."""
 
 
 @contextmanager
 def _interrupt_between_steps() -> Iterator[Callable[[], None]]:
-    """Ctrl-C is kept until the function given is called: a step half done must never be what is stored.
+    """Hold Ctrl-C back inside the context until the yielded function is called, so that no half-done step is stored.
 
-    Signals reach the main thread only; elsewhere nothing is changed.
+    Signals reach only the main thread; in other threads nothing is changed.
     """
     pending: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -57,15 +62,31 @@ def _interrupt_between_steps() -> Iterator[Callable[[], None]]:
 
 @dataclass
 class Trained:
-    """What a run gives: the model, the training loss, the longest text seen as the course counts it, seconds.
+    """The result of a run.
 
-    ``loss`` is the course's, in nats, smoothed over about 100 steps.
+    Args:
+        model: The trained model.
+        loss: The loss of the course in nats, smoothed over about 100 steps.
+        longest: The longest text seen, in the unit of the course.
+        seconds: How long the training took.
     """
 
     model: CircuitGPT
     loss: float
     longest: int
     seconds: float
+
+
+def state_file_in(out: Path) -> Path:
+    """The file that a training into the folder ``out`` is resumed from. The folder is created if need be.
+
+    Raises:
+        ValueError: ``out`` holds a finished model.
+    """
+    if (out / "card.json").exists():
+        raise ValueError(f"{out} holds a finished model; give another folder, or remove that one to train anew")
+    out.mkdir(parents=True, exist_ok=True)
+    return out / "training-state.pt"
 
 
 def train(
@@ -76,22 +97,31 @@ def train(
     snapshot: Callable[[int, CircuitGPT], None] | None = None,
     snapshot_steps: Collection[int] = (),
 ) -> Trained:
-    """Train to the end of the recipe, from ``state_file`` where one is there.
+    """Train to the end of the recipe, resuming from ``state_file`` if it exists.
 
-    ``progress(step, steps, loss)`` is called after each step. Ctrl-C writes the state and raises
-    KeyboardInterrupt; the same call then resumes and ends with the same weights as a run that wasn't stopped.
-    ValueError if the state belongs to another recipe.
+    Ctrl-C writes the state and raises KeyboardInterrupt. The same call then resumes, and ends with the same weights as
+    a run that wasn't stopped.
 
-    ``snapshot(steps done, model)`` is called when the number of steps done is in ``snapshot_steps`` (0: before the
-    first); it must not change the model. A resumed run doesn't call it again for steps that lie behind the state; where
-    a run was killed between a snapshot and its next state, it is called a second time, with the same weights.
+    Args:
+        recipe: What decides the run.
+        course: The text and its loss.
+        state_file: Where the state of an unfinished run is kept.
+        progress: Called with (step, steps, loss in nats) after each step.
+        snapshot: Called with (steps done, model) when the number of steps done is in ``snapshot_steps``; it must not
+            change the model. A resumed run doesn't call it again for steps before its state. If a run was killed
+            between a snapshot and the next state, it is called a second time with the same weights.
+        snapshot_steps: The numbers of steps at which ``snapshot`` is called; 0 is before the first step.
+
+    Raises:
+        ValueError: If the state belongs to another recipe.
+        FloatingPointError: If the loss is not finite.
     """
     model = CircuitGPT(recipe.config(), seed=recipe.seed)
     if not recipe.positions:
         model.transformer.wpe.weight.requires_grad_(False).zero_()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if p.dim() == 2]
-    others = [p for p in parameters if p.dim() != 2]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in parameters if parameter.dim() == 2]
+    others = [parameter for parameter in parameters if parameter.dim() != 2]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=recipe.lr,
@@ -127,7 +157,9 @@ def train(
                 result.longest = max(result.longest, batch.longest)
                 step += 1
                 result.seconds = before + time.monotonic() - begun
-                if snapshot is not None and step in snapshot_steps:  # before the state, which says that it was made
+                if (
+                    snapshot is not None and step in snapshot_steps
+                ):  # before the state, which says that the snapshot was made
                     snapshot(step, model)
                 if time.monotonic() - saved > SAVE_EVERY_SECONDS:
                     _store(state_file, step, recipe, optimizer, result)
@@ -152,9 +184,14 @@ def _store(path: Path, step: int, recipe: Recipe, optimizer: torch.optim.Optimiz
         "longest": result.longest,
         "seconds": result.seconds,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with Pieces(path.parent).writing(path.name) as temporary:
         torch.save(state, temporary)
+
+
+def _fields(recipe: str) -> dict[str, Any]:
+    """The fields of a recipe, from its ``repr``, which is what the file of a stopped training holds."""
+    call = ast.parse(recipe, mode="eval").body
+    return {field.arg: ast.literal_eval(field.value) for field in call.keywords if field.arg}  # type: ignore[attr-defined]
 
 
 def _restore(path: Path, recipe: Recipe, optimizer: torch.optim.Optimizer, result: Trained) -> int:
@@ -162,10 +199,7 @@ def _restore(path: Path, recipe: Recipe, optimizer: torch.optim.Optimizer, resul
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)
     if state["recipe"] != repr(recipe):
-        raise ValueError(
-            f"{path} was written by another recipe:\n  {state['recipe']}\nand this one is\n  {recipe!r}\n"
-            "Give another folder, or remove the state to start anew."
-        )
+        raise another_work(path, _fields(state["recipe"]), _fields(repr(recipe)), _WAY_OUT)
     result.model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     result.loss, result.longest, result.seconds = state["loss"], state["longest"], state["seconds"]

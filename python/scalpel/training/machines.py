@@ -1,7 +1,7 @@
-"""Small models of small machines: a mod-3 counter, a flip-flop and parity, to find the machines in again.
+"""Small models that imitate small machines (a mod-3 counter, a flip-flop, parity), in which to find the machines.
 
-A model reads letters and says after each which state the machine is in, as in B. Liu et al. 2023 (*Transformers learn
-shortcuts to automata*). Nothing about the machine but these answers enters the training.
+A model reads letters and says after each letter which state the machine is in, as in B. Liu et al. 2023 (*Transformers
+learn shortcuts to automata*). The training uses nothing of the machine but these answers.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,17 +24,17 @@ from ..models.tokenizer import Tokenizer
 from ..semigroup.machine import MooreMachine
 from ..tasks.brackets import START
 from .commit import commit
-from .loop import train
+from .loop import state_file_in, train
 from .recipe import Recipe, density_table
 
 __all__ = ["MACHINES", "MachineCourse", "MachineModel", "machine_tokenizer", "train_machine"]
 
-LONGEST = 36  # letters of the longest word trained on
+LONGEST = 36  # letters of the longest words in training
 
 
 @dataclass(frozen=True)
 class MachineModel:
-    """A machine, what it is known as, and how many steps of the recipe teach it."""
+    """A machine, the name of its semigroup, and how many training steps it needs."""
 
     machine: MooreMachine
     known_as: str
@@ -51,7 +51,10 @@ MACHINES = {
 
 
 def machine_recipe(machine: MooreMachine, steps: int, seed: int) -> Recipe:
-    """Four layers of 64, half of the weights and of the activations: smaller ones missed words of 30 letters."""
+    """Return the recipe: four layers of width 64, with half of the weights and of the activations.
+
+    Smaller models failed on words of 30 letters.
+    """
     return Recipe(
         d_model=64,
         n_layer=4,
@@ -69,7 +72,7 @@ def machine_recipe(machine: MooreMachine, steps: int, seed: int) -> Recipe:
 
 
 def machine_tokenizer(machine: MooreMachine) -> Tokenizer:
-    """A token a character: the start, the letters, the outputs."""
+    """Return a tokenizer with one token per character: the start, the letters, the outputs."""
     symbols = [START, *machine.letters, *map(str, machine.outputs)]
     inner = tokenizers.Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}, unk_token=START))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
@@ -79,7 +82,9 @@ def machine_tokenizer(machine: MooreMachine) -> Tokenizer:
 
 @dataclass(frozen=True)
 class Words:
-    """``ids`` (batch, 1 + letters), the start token first; ``answers`` the same shape: the token to say after each."""
+    """A batch of words. ``ids`` is (batch, 1 + letters) and begins with the start token; ``answers`` has the same shape
+    and holds the token to predict after each.
+    """
 
     ids: Tensor
     answers: Tensor
@@ -87,7 +92,7 @@ class Words:
 
 
 class MachineCourse:
-    """Random words, short at first: the length grows over the first third of the steps."""
+    """The course of a machine: random words whose length grows over the first third of the steps."""
 
     def __init__(self, recipe: Recipe, machine: MooreMachine) -> None:
         self.recipe, self.machine = recipe, machine
@@ -99,7 +104,7 @@ class MachineCourse:
             yield self.words(round(2 + done * (LONGEST - 2)), np.random.default_rng([self.recipe.seed, step]))
 
     def words(self, length: int, rng: np.random.Generator, count: int | None = None) -> Words:
-        """``count`` words (the recipe's batch if not given); half have frequencies of letters of their own."""
+        """Draw ``count`` words (a batch of the recipe by default); in half of them letters are not equally frequent."""
         rows, letters = count or self.recipe.batch, len(self.machine.letters)
         weights = np.where(rng.random((rows, 1)) < 0.5, rng.dirichlet(np.full(letters, 0.5), rows), 1 / letters)
         drawn = (rng.random((rows, length, 1)) > weights.cumsum(1)[:, None, :-1]).sum(-1)
@@ -122,21 +127,29 @@ def train_machine(
     steps: int | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> dict[str, Any]:
-    """Train the model of a machine into the folder ``out``; returns the card. Stopped, the same call resumes.
+    """Train the model of a machine into a folder. If it is stopped, the same call resumes.
 
-    ``name``: one of MACHINES. ValueError for another, or where ``out`` holds a finished model.
+    Args:
+        name: A name in MACHINES.
+        out: The folder of the model.
+        seed: Decides the initial weights and the words.
+        steps: Optimizer steps; by default as many as the machine needs.
+        progress: Called with (step, steps, loss in nats).
+
+    Returns:
+        The card.
+
+    Raises:
+        ValueError: For an unknown name, or if ``out`` holds a finished model.
     """
     if name not in MACHINES:
         raise ValueError(f"there is no machine named {name!r}; there are {', '.join(MACHINES)}")
-    if (out / "card.json").exists():
-        raise ValueError(f"{out} holds a finished model; give another folder, or remove that one to train anew")
     kind = MACHINES[name]
     recipe = machine_recipe(kind.machine, kind.steps, seed)
     recipe = recipe if steps is None else replace(recipe, steps=steps)
-    out.mkdir(parents=True, exist_ok=True)
+    state_file = state_file_in(out)
     trained_at = commit()
     course = MachineCourse(recipe, kind.machine)
-    state_file = out / "training-state.pt"
     trained = train(recipe, course, state_file, progress)
     model = trained.model.eval()
     model.tokenizer = machine_tokenizer(kind.machine)
@@ -160,7 +173,7 @@ def train_machine(
 
 @torch.no_grad()
 def _accuracy(model: CircuitGPT, course: MachineCourse, words: int = 2000) -> dict[str, Any]:
-    """On new words of the longest length: answers that are right, and words with every answer right."""
+    """Measure the share of right answers, and of words with every answer right, on new words of the longest length."""
     batch = course.words(LONGEST, np.random.default_rng([course.recipe.seed, 10**6]), words)
     right = model(batch.ids).argmax(-1) == batch.answers
     return {"all": float(right.float().mean()), "whole_words": float(right.all(1).float().mean()), "words": words}

@@ -1,4 +1,4 @@
-"""python-small: a weight-sparse model of real Python code, several times bracket-mini's size, and its twin."""
+"""python-small: a weight-sparse model of real Python code, several times as large as bracket-mini, and its control."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +17,7 @@ from ..tasks.brackets import closers
 from ..tasks.corpus import DEPTH_PROBABILITIES, MAX_ELEMENTS, MEAN_ELEMENTS, interpreter_sources
 from .bracket_mini import accuracy_card
 from .commit import commit
-from .loop import train
+from .loop import state_file_in, train
 from .python_text import LIST_SHARE, PAIR_SHARE, PythonCourse, PythonText, training_files
 from .recipe import Recipe, density_table
 from .tokenizer import PROSE_PIECES, train_tokenizer
@@ -29,7 +29,7 @@ STEPS = 1800
 
 
 def recipe_of(control: str = "none", seed: int = 0, steps: int = STEPS) -> Recipe:
-    """Three layers of 192 with eight heads; ValueError for a control that there isn't."""
+    """Return the recipe: three layers of width 192 with eight heads. ValueError for an unknown control."""
     if control not in CONTROLS:
         raise ValueError(f"control is {control!r}; python-small has {', '.join(CONTROLS)}")
     return Recipe(
@@ -46,7 +46,7 @@ def recipe_of(control: str = "none", seed: int = 0, steps: int = STEPS) -> Recip
 
 
 def python_tokenizer(text: PythonText, vocab_size: int) -> Tokenizer:
-    """The tokenizer, learned from windows of the training text; the same for the same sources."""
+    """Learn the tokenizer from windows of the training text; it is the same for the same sources."""
     rng = np.random.default_rng(20_000)
     windows = (text.window(rng, 2000)[0] for _ in range(TOKENIZER_WINDOWS))
     return Tokenizer(train_tokenizer(windows, vocab_size, PROSE_PIECES))
@@ -84,13 +84,10 @@ def train_python(
         raise ValueError(f"steps is {steps}; it must be 1 or more")
     recipe = recipe_of(control, seed)
     recipe = recipe if steps is None else replace(recipe, steps=steps)
-    if (out / "card.json").exists():
-        raise ValueError(f"{out} holds a finished model; give another folder, or remove that one to train anew")
-    out.mkdir(parents=True, exist_ok=True)
-    trained_at = commit()  # now, since the source tree may move on while the model trains
+    state_file = state_file_in(out)
+    trained_at = commit()  # now, because the source tree may change while the model trains
     text = PythonText(training_files(), interpreter_sources())
     tokenizer = python_tokenizer(text, recipe.vocab_size)
-    state_file = out / "training-state.pt"
     trained = train(recipe, PythonCourse(recipe, text, tokenizer), state_file, progress)
     model = trained.model.eval()
     model.tokenizer = tokenizer
@@ -117,7 +114,7 @@ def train_python(
 
 
 def _stored_means(model: CircuitGPT, text: PythonText, count: int = 128) -> dict[str, list[float]]:
-    """Each hook's mean activation over windows of the training text, in six digits."""
+    """Average each hook's activations over windows of the training text, to six digits."""
     assert model.tokenizer is not None
     rng = np.random.default_rng(30_000)
     start = closers(model.tokenizer).start
@@ -127,14 +124,14 @@ def _stored_means(model: CircuitGPT, text: PythonText, count: int = 128) -> dict
 
 
 def text_facts(text: PythonText) -> dict[str, Any]:
-    """What the training text was made of."""
+    """Say what the training text was made of."""
     import platform
 
     return {
         "interpreter": platform.python_version(),
         "packages": {"torch": torch.__version__},
         "files": len(text.files),
-        "statements": sum(len(one.places) for one in text.files),
+        "statements": sum(len(file.places) for file in text.files),
         "list_share": LIST_SHARE,
         "pair_share": PAIR_SHARE,
         "depth_probabilities": list(DEPTH_PROBABILITIES),

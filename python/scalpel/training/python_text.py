@@ -24,24 +24,24 @@ from .recipe import Recipe
 from .text import Batch, batch_of, closer_weights, loss_of
 from .tokenizer import START
 
-SHORTEST = 64  # tokens of the shortest windows; the longest fill the context
+SHORTEST = 64  # tokens of the shortest windows; the longest ones fill the context
 LIST_SHARE = 0.25  # of the places between statements that get a statement ending in a list
 PAIR_SHARE = 0.5  # of the windows that get a set or a string, made first and added to later
-CHARS_A_TOKEN = 6  # more than the text has, so that a window never runs dry
+CHARS_A_TOKEN = 6  # more than the text has, so that a window always holds enough tokens
 MOST_BYTES = 200_000  # longer files are tables
 
 
 @lru_cache(maxsize=1)
 def training_files(packages: tuple[str, ...] = ("torch",)) -> tuple[SourceFile, ...]:
-    """The interpreter's library and ``packages``, read and parsed: about two minutes."""
+    """Read and parse the interpreter's library and ``packages``, in about two minutes."""
     folders = [Path(get_paths()["stdlib"])]
     for package in packages:
         spec = find_spec(package)
         if spec is None or spec.origin is None:
             raise RuntimeError(f"the package {package} is not installed; its sources are training text")
         folders.append(Path(spec.origin).parent)
-    found = (_read(path) for folder in folders for path in python_files(folder))
-    files = tuple(one for one in found if one is not None)
+    parsed = (_read(path) for folder in folders for path in python_files(folder))
+    files = tuple(file for file in parsed if file is not None)
     if not files:
         raise RuntimeError("no Python source was found: are the interpreter's .py files installed?")
     return files
@@ -56,44 +56,47 @@ def _read(path: Path) -> SourceFile | None:
 
 
 class PythonText:
-    """Windows of training text: ``window(rng, chars)`` gives a text and the elements of its longest list."""
+    """Windows of real files, with generated statements of the tasks put between the statements."""
 
     def __init__(self, files: tuple[SourceFile, ...], sources: Sources) -> None:
         self.files, self.sources = files, sources
-        sizes = np.array([len(one.places) for one in files], dtype=float)
+        sizes = np.array([len(file.places) for file in files], dtype=float)
         self._ends = np.cumsum(sizes / sizes.sum())
 
     def window(self, rng: np.random.Generator, chars: int) -> tuple[str, int]:
-        """At least ``chars`` characters where the file has as many, beginning in front of a random statement."""
-        one = self.files[min(int(np.searchsorted(self._ends, rng.random())), len(self.files) - 1)]
-        first = int(rng.integers(len(one.places)))
-        last, size = one.places[first].line, 0
-        while last < len(one.lines) and size < chars:
-            size += 0 if last in one.lists else len(one.lines[last]) + 1
+        """Draw a text that begins before a random statement, and count the elements of its longest generated list.
+
+        The text has at least ``chars`` characters, unless the file ends before.
+        """
+        file = self.files[min(int(np.searchsorted(self._ends, rng.random())), len(self.files) - 1)]
+        first = int(rng.integers(len(file.places)))
+        last, size = file.places[first].line, 0
+        while last < len(file.lines) and size < chars:
+            size += 0 if last in file.lists else len(file.lines[last]) + 1
             last += 1
-        places = one.places[first : bisect_left(one.places, last, key=lambda place: place.line)]
+        places = file.places[first : bisect_left(file.places, last, key=lambda place: place.line)]
         inserted, longest = self._statements(places, rng)
         text = []
-        for line in range(one.places[first].line, last):
+        for line in range(file.places[first].line, last):
             text.append(inserted.get(line, ""))
-            if line not in one.lists:
-                text.append(one.lines[line] + "\n")
+            if line not in file.lists:
+                text.append(file.lines[line] + "\n")
         return "".join(text), longest
 
     def _statements(self, places: tuple[Place, ...], rng: np.random.Generator) -> tuple[dict[int, str], int]:
-        """Statements by the line that they stand in front of, and the most elements of a list among them."""
-        found: dict[int, str] = {}
+        """Draw statements, by the line before which each is put, and count the elements of the longest list."""
+        statements: dict[int, str] = {}
         longest = 0
         lists = documents(self.sources, rng)
         for place in places:
             if rng.random() < LIST_SHARE:
-                one = next(lists)
-                longest = max(longest, one.elements)
-                found[place.line] = _indented(one.text, place.indent)
+                document = next(lists)
+                longest = max(longest, document.elements)
+                statements[place.line] = _indented(document.text, place.indent)
         if rng.random() < PAIR_SHARE:
             for place, statement in _pair(places, rng):
-                found[place.line] = found.get(place.line, "") + _indented(statement, place.indent)
-        return found, longest
+                statements[place.line] = statements.get(place.line, "") + _indented(statement, place.indent)
+        return statements, longest
 
 
 def _indented(statement: str, indent: int) -> str:
@@ -102,7 +105,7 @@ def _indented(statement: str, indent: int) -> str:
 
 
 def _pair(places: tuple[Place, ...], rng: np.random.Generator) -> Iterator[tuple[Place, str]]:
-    """A set or a string that is made at one place and added to at a later one of the same block."""
+    """Draw two statements: one makes a set or a string, the other adds to it at a later place of the same block."""
     if len(places) < 2:
         return
     i = int(rng.integers(len(places) - 1))
@@ -121,7 +124,7 @@ def _pair(places: tuple[Place, ...], rng: np.random.Generator) -> Iterator[tuple
 
 
 class PythonCourse:
-    """The course of python-small: each step's windows have a length of their own and begin at random positions."""
+    """The course of python-small: every step has windows of another length, which begin at random positions."""
 
     def __init__(self, recipe: Recipe, text: PythonText, tokenizer: Tokenizer) -> None:
         self.recipe, self.text, self.tokenizer = recipe, text, tokenizer

@@ -1,6 +1,6 @@
-"""The recipe of Gao et al. 2025 (arXiv 2511.13653): anneal every matrix to a fixed count of non-zeros.
+"""The recipe of Gao et al. 2025 (arXiv 2511.13653): every matrix is annealed to a fixed number of non-zeros.
 
-What differs from the paper is named in :class:`Recipe` with the reason.
+:class:`Recipe` says what differs from the paper, and why.
 """
 
 import math
@@ -19,15 +19,19 @@ from ..models.circuitgpt.model import CircuitGPT
 class Recipe:
     """Everything that decides a training run, apart from the text.
 
-    ``density``: final fraction of non-zeros in each sparse matrix, reached linearly at ``anneal`` of the steps.
-    ``min_per_channel``: non-zeros that every row and every column keeps whatever the fraction.
-    ``eps``: the paper's 0.1 belongs to models thousands of times larger, whose gradients it floors; at this size
-    it would stop the learning, so Adam's usual value stands here.
-    ``closer_weight``: how much the loss of a closing token counts against any other's 1. Names and numbers cannot be
-    foreseen, and in so small a model their gradients drown those of the few tokens that can.
-    ``density``, ``vocab_size`` and single statements for text differ from the paper's (5 % and less, 2048, Python
-    files) because the model is a thousand times smaller; vectors are not decayed.
-    ``sparse_embeddings``: whether the token and position tables and the head are pruned too.
+    Args:
+        density: The final fraction of non-zeros in each sparse matrix, reached linearly after the fraction ``anneal``
+            of the steps.
+        min_per_channel: How many non-zeros every row and every column keeps, whatever the fraction.
+        eps: Adam's usual value. The paper's 0.1 is for models thousands of times larger; at this size it would stop the
+            learning.
+        closer_weight: How much the loss of a closing token counts, if that of any other token counts 1. Names and
+            numbers cannot be predicted, and in so small a model their gradients would drown those of the few tokens
+            that can.
+        sparse_embeddings: Whether the token and position tables and the head are pruned too.
+
+    The paper has densities of 5 % and less, a vocabulary of 2048, and whole Python files as text; the model here is a
+    thousand times smaller. Vectors (biases and gains) are not decayed.
     """
 
     d_model: int = 128
@@ -54,7 +58,7 @@ class Recipe:
     seed: int = 0
 
     def config(self) -> CircuitGPTConfig:
-        """The model's configuration: AbsTopK at every location but the residual's."""
+        """Return the model's configuration, with AbsTopK everywhere except on the residual stream."""
         locations = "attn_in,attn_q,attn_k,attn_v,attn_out,mlp_in,mlp_neuron,mlp_out"
         return CircuitGPTConfig(
             block_size=self.block_size,
@@ -74,23 +78,27 @@ class Recipe:
         )
 
     def density_at(self, step: int) -> float:
-        """Fraction of non-zeros kept after ``step`` (counted from 0): linear from 1 to ``density``, then constant."""
+        """Return the fraction of non-zeros after ``step``, counted from 0.
+
+        It falls linearly from 1 to ``density`` and then stays.
+        """
         done = min(1.0, (step + 1) / max(1.0, self.anneal * self.steps))
         return 1.0 + done * (self.density - 1.0)
 
     def lr_at(self, step: int) -> float:
-        """Learning rate: warm-up, linear decay, and 1/√(fraction of non-zeros)."""
+        """Return the learning rate: warm-up, linear decay, and a factor of 1/√(fraction of non-zeros)."""
         warm = min(1.0, (step + 1) / max(1.0, self.warmup * self.steps))
         return self.lr * warm * (1 - step / self.steps) / math.sqrt(self.density_at(step))
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the recipe as plain data."""
         return asdict(self)
 
 
 def sparse_matrices(model: CircuitGPT, embeddings: bool) -> Iterator[tuple[str, nn.Parameter]]:
-    """The matrices that the recipe prunes: those of the blocks and, where asked, the embeddings and the head.
+    """Yield the matrices that the recipe prunes: those of the blocks and, with ``embeddings``, the tables and the head.
 
-    A position table that is switched off is all zeros and stays so.
+    A position table that is switched off isn't among them: it is zero and stays so.
     """
     for name, parameter in model.named_parameters():
         if parameter.dim() != 2 or not parameter.requires_grad:
@@ -101,7 +109,7 @@ def sparse_matrices(model: CircuitGPT, embeddings: bool) -> Iterator[tuple[str, 
 
 @torch.no_grad()
 def clip_rms_(parameters: list[nn.Parameter], limit: float) -> None:
-    """Scale all gradients so that the root of their mean square is at most ``limit``."""
+    """Scale all gradients in place so that their root mean square is at most ``limit``."""
     grads = [p.grad for p in parameters if p.grad is not None]
     total = torch.stack([g.square().sum() for g in grads]).sum()
     rms = (total / sum(g.numel() for g in grads)).sqrt()
@@ -109,7 +117,7 @@ def clip_rms_(parameters: list[nn.Parameter], limit: float) -> None:
 
 
 def density_table(model: CircuitGPT) -> dict[str, dict[str, float]]:
-    """Non-zeros, size and density of every matrix."""
+    """Return the number of non-zeros, the size and the density of every matrix."""
     table = {}
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer in which the closers of a list are single tokens, so that depth is one question."""
+"""A byte-level BPE tokenizer in which what closes a list is a single token, so that one token tells the depth."""
 
 from collections.abc import Iterable
 
@@ -9,15 +9,15 @@ from ..tasks.brackets import START
 CLOSERS = ("]\n", "]]\n", "]]]\n")
 WHOLE = ("],", *CLOSERS)
 
-# Words, numbers of up to two digits, ", ", line breaks with their indent, runs of blanks, single signs: brackets
-# are never merged, so one "[" is one token and evidence can be counted.
+# Pieces are words, numbers of up to two digits, ", ", line breaks with their indent, runs of blanks, and single signs.
+# Opening brackets are never merged, so each "[" is one token and evidence can be counted.
 _PIECES = r", |\n *| +|[A-Za-z_]+|[0-9]{1,2}|[^\sA-Za-z_0-9]|\s"
-# The same with a blank before a word as part of it, for text that isn't lists all over.
+# The same, but a blank before a word belongs to the word, for text that doesn't consist of lists.
 PROSE_PIECES = r", |\n *| ?[A-Za-z_]+| +|[0-9]{1,2}|[^\sA-Za-z_0-9]|\s"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, pieces: str = _PIECES) -> Tokenizer:
-    """A ``tokenizers.Tokenizer`` of at most ``vocab_size`` tokens learned from ``texts``; any text can be encoded."""
+    """Learn a ``tokenizers.Tokenizer`` of at most ``vocab_size`` tokens from ``texts``; it can encode any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

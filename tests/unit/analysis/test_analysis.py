@@ -194,7 +194,7 @@ def test_the_commands_exit_codes(circuit: Path, text: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(chunks, "measure", measure)
     done = invoke(circuit, "--text", text, "--out", tmp_path / "out")
-    assert done.exit_code == 130 and "goes on from what is finished" in done.stderr
+    assert done.exit_code == 130 and "continues from the last finished chunk" in done.stderr
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -84,7 +84,7 @@ def test_another_analysis_is_not_mixed_in(circuit: Path, text: Path, tmp_path: P
     assert [path.name for path in (out / "chunks").iterdir()] == ["00000.json"]
     assert (out / "mine.txt").read_text() == "kept"
     (out / "chunks" / "00000.json").write_text("{")
-    with pytest.raises(ValueError, match="00000.json can't be read .*--fresh measures anew"):
+    with pytest.raises(ValueError, match="00000.json can't be read .*--fresh to measure anew"):
         analyze(circuit, text, out, **SIZES)
 
 

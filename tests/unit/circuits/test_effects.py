@@ -99,14 +99,14 @@ def test_a_stopped_call_goes_on_and_another_is_refused(tmp_path):
     whole = ablation_effects(model, task, kind="zero")
     assert all(np.array_equal(resumed.hooks[hook], whole.hooks[hook]) for hook in whole.hooks)
     for other in ({"kind": "mean"}, {"kind": "mean", "reference": [[1]]}):
-        with pytest.raises(ValueError, match="another model, task or kind"):
+        with pytest.raises(ValueError, match="another measurement of effects .*values"):
             ablation_effects(model, task, folder=tmp_path, **other)
     relabelled = task.relabelled(1 - task.labels.clamp(max=1), "other")
-    with pytest.raises(ValueError, match="another model, task or kind"):
+    with pytest.raises(ValueError, match="another measurement of effects .*task"):
         ablation_effects(model, relabelled, kind="zero", folder=tmp_path)
     relu = build("sink")
     relu.config = replace(relu.config, activation_type="relu")
-    with pytest.raises(ValueError, match="another model, task or kind"):
+    with pytest.raises(ValueError, match="another measurement of effects .*model"):
         ablation_effects(relu, task, kind="zero", folder=tmp_path)
 
 

@@ -103,8 +103,8 @@ def test_every_contender_is_timed_in_every_round(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_device_that_is_not_there() -> None:
-    with pytest.raises(ValueError, match="'abacus', and PyTorch has none such here"):
+    with pytest.raises(ValueError, match="'abacus', which PyTorch does not have"):
         bench.run(quick=True, device="abacus")
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="'cuda', and PyTorch has none such here"):
+        with pytest.raises(ValueError, match="'cuda', which PyTorch does not have"):
             bench.run(quick=True, device="cuda")

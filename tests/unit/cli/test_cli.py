@@ -129,7 +129,7 @@ def test_run_checks_the_folder_before_it_computes(asked: list[dict[str, Any]], t
     (tmp_path / "file").write_text("")
     done = invoke("run", "--out", tmp_path / "file")
     assert done.exit_code == 2 and asked == []
-    assert "can't write to the folder" in done.stderr and "there is a file of that name" in done.stderr
+    assert "cannot write to the folder" in done.stderr and "a file has that name" in done.stderr
     assert done.stdout == "" and "Traceback" not in done.stderr
 
 
@@ -431,7 +431,7 @@ app(["train", "bracket-mini", "--out", {str(tmp_path)!r}])
     assert process.stdout.readline() == "started\n"  # in the group that a Ctrl-C interrupts
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on" in errors and "Traceback" not in errors
+    assert process.returncode == 130 and "the same command continues" in errors and "Traceback" not in errors
 
 
 @pytest.mark.parametrize("n_max", [14, 4000])

@@ -252,7 +252,7 @@ ERRORS: dict[str, tuple[Callable, type[Exception], str]] = {
     "load a folder": (lambda: StreamingCovariance.load("."), ValueError, "is a folder"),
     "device": (lambda: FULL.update(torch.ones(5, 3, device="meta")), ValueError, "x is on meta.*CPU only"),
     "merge dim": (lambda: FULL.merge(StreamingCovariance(4)), ValueError, "other has dim 4.*dim 3"),
-    "merge kind": (lambda: FULL.merge(torch.ones(3)), TypeError, "can't merge a Tensor"),
+    "merge kind": (lambda: FULL.merge(torch.ones(3)), TypeError, "cannot merge a Tensor"),
     "mixed centering": (
         lambda: FULL.merge(StreamingCovariance(3, center=False)),
         ValueError,

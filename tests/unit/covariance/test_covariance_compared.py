@@ -175,8 +175,8 @@ def test_cka_of_what_is_equal_and_what_is_not() -> None:
 
 def test_cka_errors() -> None:
     for x, y, words in (
-        (normal(3, 2), normal(3, 2), "3 rows; the unbiased estimate takes 4"),
-        (normal(5, 2), normal(6, 2), "x has 5 rows and y 6"),
+        (normal(3, 2), normal(3, 2), "3 rows.*4"),
+        (normal(5, 2), normal(6, 2), "x has 5 rows and y has 6"),
         (normal(5, 2), normal(5, 2) / 0, "y holds values that are not finite"),
     ):
         with pytest.raises(ValueError, match=words):

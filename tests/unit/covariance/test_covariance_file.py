@@ -55,7 +55,7 @@ def test_truncated_files_are_refused(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for length in (0, 1, 7, 8, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="truncated or no covariance state"):
+        with pytest.raises(ValueError, match="truncated or not a covariance state"):
             StreamingCovariance.load(path)
 
 
@@ -71,9 +71,9 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not one that StreamingCovariance.save wrote"):
         StreamingCovariance.load(path)
     path.write_text("hello")
-    with pytest.raises(ValueError, match="no covariance state"):
+    with pytest.raises(ValueError, match="not a covariance state"):
         StreamingCovariance.load(path)
-    with pytest.raises(FileNotFoundError, match="doesn't exist"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         StreamingCovariance.load(tmp_path / "nothing")
 
 

@@ -34,7 +34,7 @@ def gram_lower(x: Tensor, shift: Tensor | None, scatter: Tensor, splits: int) ->
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("dtype", NARROW)
 def test_gram_lower(splits: int, dtype: torch.dtype, gpu: Gpu) -> None:
-    """Shapes around the tile and slab sizes, every alignment, with and without a shift. The upper triangle stays."""
+    """Shapes around the sizes of tiles and slabs, any alignment, with or without a shift; the upper triangle stays."""
     for rows, dim, left in [(1, 1, 0), (2, 7, 1), (31, 63, 1), (32, 64, 0), (33, 65, 0), (5, 300, 3), (0, 4, 0)]:
         x = torch.randn(rows, dim + 4).to(where, dtype)[:, left : left + dim]
         for shift in (None, torch.randn(dim).to(where)):

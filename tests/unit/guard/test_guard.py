@@ -16,11 +16,11 @@ from scalpel.experiments.brackets import guard_prompts
 from scalpel.experiments.brackets.constructed import threshold_circuit
 from scalpel.experiments.brackets.guard_prompts import held_out_prompts, lengthened
 from scalpel.guard.hole_guard import HoleGuard, HoleReached, open_lists
+from scalpel.models.untrained import untrained
 from scalpel.report.pictures.figures import to_svg
 from scalpel.semigroup import ThresholdCounter
 from scalpel.tasks import held_out
 from scalpel.tasks.literals import literals_of
-from scalpel.models.untrained import untrained
 
 __all__ = ["one_thread"]
 

@@ -1,17 +1,17 @@
-"""Modified models and configs with switches: correct through the rules or through torch.func, and never wrong."""
+"""Models that were changed, and configs with switches: right through the rules or through torch.func, never wrong."""
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from decoder_cases import exact_norms, ids_of, model_of
+from edited_decoders import EDITS, another_head, biased_head
 from scalpel import CircuitGPT, jacobian
 from scalpel.models.decoders.families import decoder_of, family_of_model
 from scalpel.reference.jacobian import jacobian_dense
@@ -30,9 +30,7 @@ def _exact() -> Iterator[None]:
 
 
 def check(model: Any) -> None:
-    """The Jacobian from the first layer's input to the last norm's, compared with plain autograd over the
-    unchanged model.
-    """
+    """From the first layer's input to the last norm's, against plain autograd over the model as it is."""
     family = family_of_model(model)
     assert family is not None
     source, target = family.PATHS["resid_in"].format(i=0), family.PATHS["final_resid"]
@@ -40,65 +38,11 @@ def check(model: Any) -> None:
     torch.testing.assert_close(jacobian(model, ids_of()).to_dense(), expected, rtol=1e-7, atol=1e-9)
 
 
-def _register_attention(model: Any) -> None:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    def halved(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **_: Any) -> Any:
-        weights = (q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2) * scaling / 2).softmax(-1)
-        return (weights @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)).transpose(1, 2), None
-
-    ALL_ATTENTION_FUNCTIONS.register("halved", halved)
-    model.config._attn_implementation = "halved"
-
-
-def _another_head(model: Any) -> None:
-    model.lm_head = nn.Sequential(model.lm_head, nn.Tanh())
-
-
-def _biased_head(model: Any) -> None:
-    model.lm_head.bias = nn.Parameter(torch.ones(19, dtype=torch.float64))
-
-
-def _another_norm(model: Any) -> None:
-    model.model.layers[1].input_layernorm = nn.LayerNorm(12).double()
-
-
-def _another_activation(model: Any) -> None:
-    model.model.layers[1].mlp.act_fn = nn.ReLU()
-
-
-def _one_more_layer(model: Any) -> None:
-    layer = copy.deepcopy(model.transformer.h[1])
-    layer.attn.layer_idx = 3
-    model.transformer.h.append(layer)
-    model.config.use_cache = False  # transformers' cache takes its number of layers from the config
-
-
-EDITS: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "an activation": ("llama", _another_activation),
-    "a norm": ("llama", _another_norm),
-    "a head": ("gpt2", _another_head),
-    "a head's bias": ("llama", _biased_head),
-    "the scale of scores": ("gpt2", lambda m: setattr(m.transformer.h[1].attn, "scaling", 2.0)),
-    "a norm's eps": ("llama", lambda m: setattr(m.model.layers[1].input_layernorm, "variance_epsilon", 1.0)),
-    "the config's eps": ("gpt2", lambda m: setattr(m.config, "layer_norm_epsilon", 1.0)),
-    "a branch's place": ("gpt_neox", lambda m: setattr(m.gpt_neox.layers[0], "use_parallel_residual", False)),
-    "a dropout": ("gpt_neox", lambda m: setattr(m.gpt_neox.layers[0], "post_mlp_dropout", nn.Tanh())),
-    "one more layer": ("gpt2", _one_more_layer),
-    "one layer less": ("gpt2", lambda m: m.transformer.h.__delitem__(2)),
-    "rotary frequencies": ("llama", lambda m: m.model.rotary_emb.inv_freq.mul_(0.5)),
-    "causality": ("llama", lambda m: setattr(m.config, "is_causal", False)),
-    "the attention": ("llama", _register_attention),
-    "a window that Llama ignores": ("llama", lambda m: setattr(m.config, "sliding_window", 2)),
-    "layer types that Mistral ignores": ("mistral", lambda m: setattr(m.config, "layer_types", ["full_attention"] * 3)),
-}
-
-
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edited_model_gives_what_it_computes(name: str) -> None:
     kind, edit = EDITS[name]
     model = model_of(kind)
-    before = jacobian(model, ids_of()).to_dense()  # earlier findings about the model must not be reused
+    before = jacobian(model, ids_of()).to_dense()  # what was found of the model before must not stand
     with torch.no_grad():
         edit(model)
     check(model)
@@ -108,7 +52,7 @@ def test_an_edited_model_gives_what_it_computes(name: str) -> None:
 
 
 def test_logits_of_an_edited_head() -> None:
-    for edit in (_another_head, _biased_head):
+    for edit in (another_head, biased_head):
         model = model_of("llama")
         with torch.no_grad():
             edit(model)
@@ -126,7 +70,7 @@ def test_positions_without_rules(kind: str) -> None:
     config = transformers.LlamaConfig(**(model.config.to_dict() | {"rope_parameters": rope}))
     other = transformers.LlamaForCausalLM(config).double().eval().requires_grad_(False)
     assert decoder_of(other) is None
-    if kind == "dynamic":  # longrope writes to a buffer in its forward pass, which torch.func refuses
+    if kind == "dynamic":  # transformers' longrope writes to a buffer in its forward pass, which torch.func refuses
         check(other)
 
 
@@ -202,4 +146,4 @@ def test_tangents_are_left_alone_whatever_their_strides() -> None:
     first = J.jvp(V)
     kept = first.clone()
     J.jvp(2 * V)
-    assert torch.equal(first, kept)  # no result shares memory that is reused
+    assert torch.equal(first, kept)  # no result lies in memory that is used again

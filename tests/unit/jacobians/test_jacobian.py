@@ -12,8 +12,8 @@ from torch import Tensor
 from circuitgpt_cases import CASES, build, one_thread, tokens, torch_func  # noqa: F401
 from scalpel import CircuitGPT, jacobian, topk_mask
 from scalpel.hooks.masks import watch_masks
+from scalpel.hooks.names import hook_names
 from scalpel.models.circuitgpt.ablation import Ablation
-from scalpel.models.circuitgpt.core import hook_names
 from scalpel.reference.jacobian import jacobian_dense
 
 EXACT = 1e-9

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from decoder_cases import MODELS, exact_norms, ids_of, model_of
 from scalpel import jacobian
-from scalpel.jacobians.entry import DenseProducts
-from scalpel.models.decoders.families import decoder_of, hooks_of, module_path, our_hook
+from scalpel.hooks.names import hook_named, module_path
+from scalpel.jacobians.rows.products import DenseProducts
+from scalpel.models.decoders.families import decoder_of, hooks_of
 from scalpel.reference.jacobian import jacobian_dense
 
 pytest.importorskip("transformers")
@@ -43,15 +44,15 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 def announced(value: bool) -> None:
-    import scalpel.jacobians.entry as entry
+    import scalpel.jacobians.derivative as derivative
 
-    entry._announced = value
+    derivative._announced = value
 
 
 def path(model: Any, hook: str) -> str:
     decoder = decoder_of(model)
     assert decoder is not None
-    found = module_path(hook, decoder.family, hooks_of(decoder.config))
+    found = module_path(hook, decoder.family.PATHS, hooks_of(decoder.config))
     assert hook == "logits" or found != hook, hook
     return found
 
@@ -82,7 +83,7 @@ def test_every_hook_as_source_and_as_target(model: Any) -> None:
     decoder = decoder_of(model)
     assert decoder is not None
     for hook in hooks_of(decoder.config):
-        if hook.startswith("1.") and module_path(hook, decoder.family, hooks_of(decoder.config)) != hook:
+        if hook.startswith("1.") and module_path(hook, decoder.family.PATHS, hooks_of(decoder.config)) != hook:
             if not hook.endswith("resid_mid"):
                 check(model, ids_of(1, 4), hook, "final_resid")
             if hook != "1.resid_in":
@@ -178,7 +179,7 @@ def test_names(model: Any) -> None:
         decoder.family.PATHS["after"].format(i=0): "1.resid_in",
         decoder.family.PATHS["final_resid"]: "final_resid",
     }.items():
-        assert our_hook(alias, decoder.family, decoder.config) == hook
+        assert hook_named(alias, decoder.family.PATHS, hooks_of(decoder.config), False) == hook
     J = jacobian(model, ids_of(), "blocks.0.hook_resid_pre", "blocks.1.hook_resid_post")
     torch.testing.assert_close(J.to_dense(), jacobian(model, ids_of(), "0.resid_in", "2.resid_in").to_dense())
 
@@ -279,9 +280,8 @@ def test_random_ends_and_positions(name: str, seed: int, batch: int, length: int
     model = model_of(name, seed)
     decoder = decoder_of(model)
     assert decoder is not None
-    hooks = [
-        hook for hook in hooks_of(decoder.config) if module_path(hook, decoder.family, hooks_of(decoder.config)) != hook
-    ]
+    named, paths = hooks_of(decoder.config), decoder.family.PATHS
+    hooks = [hook for hook in named if module_path(hook, paths, named) != hook]
     source = data.draw(st.sampled_from([hook for hook in hooks if not hook.endswith("resid_mid")]))
     target = data.draw(st.sampled_from([*hooks[hooks.index(source) :], "logits"]))
     picks = st.one_of(st.none(), st.lists(st.integers(0, length - 1), min_size=1, max_size=2, unique=True))

@@ -262,7 +262,7 @@ def test_detached_is_no_path_and_nan_is_an_error() -> None:
 
 
 def test_announced_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.import_module("scalpel.jacobians.entry"), "_announced", False)
+    monkeypatch.setattr(importlib.import_module("scalpel.jacobians.derivative"), "_announced", False)
     with pytest.warns(UserWarning, match="Sequential through torch.func with the math attention backend"):
         jacobian(stack(), torch.randn(3, 6).double(), "0", "4")
     with warnings.catch_warnings():

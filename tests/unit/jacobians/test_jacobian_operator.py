@@ -175,7 +175,7 @@ def test_errors_name_what_was_given_and_what_is_allowed(J: Jacobian) -> None:
 def test_a_chunk_is_at_least_one_and_shrinks_with_the_model(model, ids, monkeypatch) -> None:
     with torch_func(model):
         assert jacobian(model, ids)._push.__self__.chunk > 1
-        monkeypatch.setattr(sys.modules["scalpel.jacobians.entry"], "_CHUNK_BYTES", 1)
+        monkeypatch.setattr(sys.modules["scalpel.jacobians.derivative"], "_CHUNK_BYTES", 1)
         J = jacobian(model, ids)
         assert J._push.__self__.chunk == 1
         assert J.jvp(torch.ones(3, *J.source_shape, dtype=J.dtype)).shape == (3, *J.target_shape)

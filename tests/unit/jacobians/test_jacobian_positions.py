@@ -5,7 +5,7 @@ import torch
 
 from circuitgpt_cases import build, one_thread, tokens  # noqa: F401
 from scalpel import jacobian
-from scalpel.models.circuitgpt.core import hook_names
+from scalpel.hooks.names import hook_names
 from scalpel.reference.jacobian import jacobian_dense
 
 EXACT = 1e-9

@@ -338,19 +338,23 @@ def test_it_is_public() -> None:
 def test_the_layers_share_one_forward_pass(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of layer passes grows linearly with the depth; restarting for each layer would make it quadratic."""
     from scalpel.jacobians.entry import jacobians_between
-    from scalpel.jacobians.lanes import trace
     from scalpel.jacobians.rows import trace as dense_trace
+    from scalpel.models.circuitgpt.layers import Block, LayerInputs
 
     runs: list[int] = []
     if kind == "circuitgpt":
         model, depth = build("plain"), 2
-        inner = trace.CircuitTrace._layer
-        monkeypatch.setattr(
-            trace.CircuitTrace, "_layer", lambda self, i, *rest: (runs.append(i), inner(self, i, *rest))[1]
-        )
+        inner = Block.forward
+
+        def counted(self: Block, x: torch.Tensor, layer: LayerInputs) -> torch.Tensor:
+            runs.append(int(layer.name))
+            return inner(self, x, layer)
+
+        monkeypatch.setattr(Block, "forward", counted)
     else:
         pytest.importorskip("transformers")
         model, depth = decoder_cases.model_of("llama"), 3
+        jacobian(model, torch.zeros(1, 3, dtype=torch.int64))  # the first call compares the model with its rules
         through = dense_trace.through_layer
         monkeypatch.setattr(dense_trace, "through_layer", lambda d, i, *rest: (runs.append(i), through(d, i, *rest))[1])
     ids = torch.randint(0, 11, (1, 5))

@@ -23,7 +23,7 @@ def modules_in(folder: Path, package: str) -> dict[str, Path]:
 
 
 def imported_by(name: str, file: Path) -> Iterator[tuple[str, str]]:
-    """Yield (module, name in it or "") for each import of a file, also in functions and under TYPE_CHECKING."""
+    """Yield (module, name in it or "") for each import in a file, in functions and under TYPE_CHECKING, too."""
     package = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

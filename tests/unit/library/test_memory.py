@@ -87,7 +87,7 @@ def test_the_gate_of_arrays() -> None:
     assert memory_of_array(x.view(Liar)) == (x.ctypes.data, "float32", (3, 4), (4, 1))
     assert np.array_equal(scalpel.topk_mask(x.view(Liar), 2).sum(-1), [2, 2, 2])
     crooked = np.ndarray((3,), np.float32, np.zeros(20, np.uint8), strides=(6,))
-    with pytest.raises(ValueError, match=r"x has strides \(6,\).*give a copy"):
+    with pytest.raises(ValueError, match=r"x has strides \(6,\).*pass a copy"):
         memory_of_array(crooked, "x")
 
 

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -129,3 +130,8 @@ def test_a_model_pickled_before_the_move():
     assert b"models.circuitgpt.config" not in stored and b"models.circuitgpt.model" not in stored
     ids, _ = model.tokenizer.batch(["x = [[1, 2"])
     assert torch.equal(pickle.loads(stored)(ids), model(ids))
+
+
+def test_the_changelog_lists_what_moved():
+    rows = re.findall(r"\| `scalpel\.([\w.]+)` \| `scalpel\.([\w.]+)` \|", (ROOT / "CHANGELOG.md").read_text())
+    assert dict(rows) == MOVED and len(rows) == len(MOVED)

@@ -30,7 +30,7 @@ MAY_LACK_A_DTYPE = {
 # Files that use addresses without passing them to a kernel.
 TAKES_ADDRESSES = {
     "_native.py": "the gate",
-    "jacobians/rows/decoder_pass.py": "whether a weight is the same memory as before",
+    "jacobians/rows/narrow.py": "whether a weight is the same memory as before",
     "jacobians/passes.py": "whether a weight is the same memory as before",
     "lanes.py": "whether a weight is the same memory as before",
     "models/decoders/folder.py": "how far a new buffer of the CPU is from a multiple of a page",

@@ -16,6 +16,7 @@ from scalpel import _files as files
 from scalpel import report
 from scalpel.experiments.brackets import minimal_simulator
 from scalpel.experiments.result import Result
+from scalpel.experiments.suite import Suite
 from scalpel.report import card, page
 from scalpel.report.pictures import figures, naming
 from scalpel.report.pictures.style import LEVELS, SERIES
@@ -23,12 +24,10 @@ from scalpel.report.pictures.style import LEVELS, SERIES
 EVIL = '<script>alert("$x$")</script> & [[1, 2],\n'
 
 
-class Suite:
-    def __init__(self, results: list[Result], model: dict[str, Any] | None = None) -> None:
-        self.results, self.model, self.seconds = results, model or {}, 1.5
-
-    def to_json(self, indent: int | None = None) -> str:
-        return json.dumps({"results": [json.loads(r.to_json()) for r in self.results]}, indent=indent)
+def suite_of(
+    results: list[Result], model: dict[str, Any] | None = None, refused: dict[str, str] | None = None
+) -> Suite:
+    return Suite(results, model or {}, 1.5, refused or {})
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +170,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_stands_alone(result: Result) -> None:
-    text = page.render(Suite([result], {"name": "bracket-mini"}))
+    text = page.render(suite_of([result], {"name": "bracket-mini"}))
     read = Page(text)
     assert read.open == []
     assert len(read.ids) == len(set(read.ids))
@@ -191,7 +190,7 @@ def test_a_cell_of_the_table_ends_at_a_clause():
 
 
 def test_the_page_shows_what_a_reader_needs_to_disagree(result: Result) -> None:
-    text = Page(page.render(Suite([result]))).text
+    text = Page(page.render(suite_of([result]))).text
     for part in (result.prediction, result.measured, result.null, result.interval):
         assert part["summary"] in text
     for word in (
@@ -207,7 +206,7 @@ def test_the_page_shows_what_a_reader_needs_to_disagree(result: Result) -> None:
 
 
 def test_a_rule_stored_with_the_prediction_is_shown(result: Result) -> None:
-    text = page.render(Suite([replace(result, prediction={"summary": "s", "rule": "Iff n* is met."})]))
+    text = page.render(suite_of([replace(result, prediction={"summary": "s", "rule": "Iff n* is met."})]))
     assert "Iff n* is met." in text
 
 
@@ -226,7 +225,7 @@ def test_everything_is_escaped(result: Result) -> None:
         {"one": figure},
         {"model": EVIL, "predicted_at": EVIL},
     )
-    text = page.render(Suite([bad], {"name": EVIL, "commit": EVIL, "more": {EVIL: EVIL}}))
+    text = page.render(suite_of([bad], {"name": EVIL, "commit": EVIL, "more": {EVIL: EVIL}}))
     read = Page(text)
     assert "<script" not in text and "script" not in read.tags
     assert read.open == []
@@ -235,20 +234,20 @@ def test_everything_is_escaped(result: Result) -> None:
 
 def test_no_figure_no_fact_no_result(result: Result) -> None:
     bare = Result("bare", "Q?", {}, {}, {}, {}, "not testable here", "")
-    assert "not testable here" in page.render(Suite([bare]))
-    assert "Nothing was run" in page.render(Suite([]))
+    assert "not testable here" in page.render(suite_of([bare]))
+    assert "Nothing was run" in page.render(suite_of([]))
 
 
 def test_write_report(result: Result, tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "er"
-    written = report.write_report(folder, Suite([result]))
+    written = report.write_report(folder, suite_of([result]))
     assert written == folder / "index.html"
     assert sorted(p.name for p in folder.iterdir()) == ["index.html", "results.json"]
     stored = json.loads((folder / "results.json").read_text())
     assert stored["results"][0]["measured"]["min_distractors"] == 12
     assert written.stat().st_mode & 0o777 == 0o666 & ~_umask()
     first = written.read_bytes()
-    report.write_report(str(folder), Suite([result]))
+    report.write_report(str(folder), suite_of([result]))
     assert written.read_bytes() == first
 
 
@@ -262,22 +261,22 @@ def test_a_folder_that_cannot_be_written_is_named(result: Result, tmp_path: Path
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(OSError, match=re.escape(repr(str(folder)))):
-            report.write_report(folder, Suite([result]))
+            report.write_report(folder, suite_of([result]))
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_an_old_report_survives_a_failure(result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report.write_report(tmp_path, Suite([result]))
+    report.write_report(tmp_path, suite_of([result]))
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     with pytest.raises(ValueError, match="figure kind"):
-        report.write_report(tmp_path, Suite([replace(result, figures={"a": {"kind": "pie"}})]))
+        report.write_report(tmp_path, suite_of([replace(result, figures={"a": {"kind": "pie"}})]))
 
     def full(source: str, target: Path) -> None:
         raise OSError(28, "No space left on device", str(target))
 
     monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
-        report.write_report(tmp_path, Suite([]))
+        report.write_report(tmp_path, suite_of([]))
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
@@ -344,5 +343,7 @@ def test_graphs_too_large_to_follow_are_said_and_not_drawn() -> None:
 
 def test_what_was_left_out_stands_on_the_page(result: Result) -> None:
     left = replace(result, measured={**result.measured, "left_out": ["the egg-box: <no library>"]})
-    page_text = page.render(Suite([left, left]))
+    page_text = page.render(suite_of([left, left]))
     assert page_text.count("Left out.") == 1 and "the egg-box: &lt;no library&gt;" in page_text
+    refused = page.render(suite_of([left], refused={"minimal_simulator": "no tokenizer"}))
+    assert "minimal simulator: no tokenizer" in refused and "the egg-box" in refused

@@ -52,9 +52,9 @@ def test_its_semigroup_and_that_of_some_letters():
         (((0,), (1,)), ("x", "y"), 0, "shape"),
         (((0, 0),), ("x", "y"), 0, "shape"),
         ((), (), 0, "shape"),
-        (((0, 2), (0, 0)), ("x", "y"), 0, "leads out"),
-        (((0, 0), (0, -1)), ("x", "y"), 0, "leads out"),
-        (((0, 0), (0, 0)), ("x", "y"), 2, "leads out"),
+        (((0, 2), (0, 0)), ("x", "y"), 0, "is not one of the states"),
+        (((0, 0), (0, -1)), ("x", "y"), 0, "is not one of the states"),
+        (((0, 0), (0, 0)), ("x", "y"), 2, "is not one of the states"),
     ],
 )
 def test_what_is_no_machine_is_refused(transitions, outputs, start, words):

@@ -180,7 +180,7 @@ def test_orbits_reachable_and_unreachable_states():
         ({"a": [True, False]}, TypeError, "bool"),
         ({"a": []}, TypeError, "image of every state"),
         ({"a": [[0]]}, TypeError, "shape"),
-        ({1: [0]}, TypeError, "named by int"),
+        ({1: [0]}, TypeError, "type int"),
     ],
 )
 def test_what_is_no_map_on_the_states_is_refused(generators, error, words):

@@ -64,7 +64,7 @@ def test_theta_of_a_wrong_type(theta):
 
 @pytest.mark.parametrize("theta", ["nonsense", float("nan"), "1/0"])
 def test_theta_that_is_no_number(theta):
-    with pytest.raises(ValueError, match="no number"):
+    with pytest.raises(ValueError, match="not a number"):
         ThresholdCounter(theta)
 
 

@@ -172,7 +172,7 @@ def test_batches_that_come_in_another_order() -> None:
     model = build("plain")
     shuffled = Shuffled([tokens(model, 2, 5, seed=i) for i in range(4)])
     before = set(Path(tempfile.gettempdir()).glob("scalpel-*"))
-    with pytest.raises(ValueError, match="batches were others when they were read again, for group 2 of 2"):
+    with pytest.raises(ValueError, match="batches differed when they were read again, for group 2 of 2"):
         collect(model, shuffled, ["0.resid_in", "final_resid"], state_bytes(12, None))
     assert set(Path(tempfile.gettempdir()).glob("scalpel-*")) == before  # the objects created there are gone
 
@@ -230,13 +230,13 @@ def test_another_question_in_the_same_folder(tmp_path: Path) -> None:
 
     whole = Takes()
     collect(whole, [batch], ["inner.1.grad"], loss=squares, folder=tmp_path)
-    with pytest.raises(ValueError, match="another collection .loss differ"):
+    with pytest.raises(ValueError, match="another collection .*loss"):
         collect(whole, [batch], ["inner.1.grad"], loss=cubes, folder=tmp_path)
     with pytest.raises(ValueError, match="another corpus"):
         collect(whole, [batch | {"labels": IDS + 1}], ["inner.1.grad"], loss=squares, folder=tmp_path)
     with torch.no_grad():
         model[1].weight[2, 3] += 1
-    with pytest.raises(ValueError, match="another collection .model differ"):
+    with pytest.raises(ValueError, match="another collection .*model"):
         collect(whole, [batch], ["inner.1.grad"], loss=squares, folder=tmp_path)
 
 
@@ -255,7 +255,7 @@ def test_files_of_others_stay(tmp_path: Path) -> None:
     (tmp_path / "done" / "thesis.txt").write_text("mine")
     (tmp_path / "collect.json").write_text('{"my": "config"}')
     for fresh in (False, True):
-        with pytest.raises(ValueError, match="collect.json is not of scalpel.collect"):
+        with pytest.raises(ValueError, match="collect.json belongs to another program"):
             collect(model, batches, ["final_resid"], folder=tmp_path, fresh=fresh)
     (tmp_path / "collect.json").unlink()
     with pytest.raises(ValueError, match="no collect.json that says of what"):
@@ -270,7 +270,7 @@ def test_a_finished_state_that_is_not_sound_is_made_again(tmp_path: Path) -> Non
     first = collect(model, batches, ["final_resid"], folder=tmp_path)["final_resid"]
     path = tmp_path / "done" / "final_resid.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.warns(RuntimeWarning, match="a finished state is not sound and is made again"):
+    with pytest.warns(RuntimeWarning, match="a finished state is damaged and is made again"):
         again = collect(model, batches, ["final_resid"], folder=tmp_path)["final_resid"]
     assert same_bits(first, again)
 
@@ -280,7 +280,7 @@ def test_groups_are_part_of_what_is_resumed(tmp_path: Path) -> None:
     batches = [tokens(model, 2, 5)]
     hooks = ["0.resid_in", "final_resid"]
     collect(model, batches, hooks, folder=tmp_path)
-    with pytest.raises(ValueError, match="another collection .groups differ"):
+    with pytest.raises(ValueError, match="another collection .*groups"):
         collect(model, batches, hooks, state_bytes(12, None), folder=tmp_path)
     assert json.loads((tmp_path / "collect.json").read_text())["key"]["groups"] == [hooks]
 

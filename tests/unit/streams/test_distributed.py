@@ -82,7 +82,7 @@ def test_a_part_of_the_processes(jobs: dict[int, Path]) -> None:
 def test_states_that_differ_are_refused_everywhere(jobs: dict[int, Path]) -> None:
     for rank in range(2):
         said = (jobs[2] / "differ" / f"error-{rank}").read_text()
-        assert "states of different kinds can't be merged: rank 0: method" in said
+        assert "states of different kinds cannot be merged: rank 0: method" in said
 
 
 @pytest.mark.parametrize("task", ["collect", "groups"])
@@ -101,7 +101,7 @@ def test_a_rank_that_dies_is_named_and_a_restart_goes_on(tmp_path: Path, jobs: d
     done = run(2, tmp_path, "die")
     assert done[1].returncode == -9
     assert done[0].returncode == 1
-    assert "rank 1 is gone: its rows are lacking, so nothing is merged" in done[0].stderr
+    assert "rank 1 is gone and its rows are missing, so nothing was merged" in done[0].stderr
     saved = sorted(path.name for path in (tmp_path / "die" / "states" / "rank-1-of-2").glob("at-*"))
     assert [name[-1] for name in saved] == ["2", "4"]
     (tmp_path / "die").rename(tmp_path / "collect")
@@ -111,5 +111,5 @@ def test_a_rank_that_dies_is_named_and_a_restart_goes_on(tmp_path: Path, jobs: d
 
 
 def test_without_a_job() -> None:
-    with pytest.raises(RuntimeError, match="torch.distributed isn't set up: call .*init_process_group"):
+    with pytest.raises(RuntimeError, match="torch.distributed is not initialized: call .*init_process_group"):
         StreamingCovariance(3).update(torch.ones(2, 3)).all_reduce()

@@ -198,7 +198,7 @@ def test_arrays_that_speak_dlpack() -> None:
         scalpel.keep_topk(array, 3, out=frozen)
     with pytest.raises(TypeError, match="masked array"):
         scalpel.topk_mask(np.ma.masked_array(x), 3)
-    with pytest.raises(TypeError, match="out is a list, which does not speak DLPack"):
+    with pytest.raises(TypeError, match="out is a list.*DLPack"):
         scalpel.topk_mask(Bare(tensor), 2, out=[])
 
 

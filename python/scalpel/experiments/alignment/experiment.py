@@ -1,13 +1,13 @@
 """Do the three generators lie along the first three components of the gradient?
 
-The seed pairs update with v₁, mean with v₂ and threshold with v₃ of the gradient covariance. The pairs are fixed in
-advance, and so is each generator's own hook and direction there, found on other prompts by the regression of
-:mod:`.mapping`. The components are those of the covariance of the answer's loss gradient at that hook, over all tokens
-of new prompts.
-
-Nulls. Always: each live channel's own direction, among which the generator's |cos| is ranked. "rotated": random
-directions of the live channels' space. "untrained": the same pair at the same hook of untrained models. "shuffled": the
-pairs exchanged, the same generator against the other two components.
+Predicted: update lies along v₁ of the gradient covariance, mean along v₂ and threshold along v₃, as the seed pairs
+them. The pairs are fixed in advance. So are each generator's own hook and its direction there, which the regression of
+:mod:`.mapping` finds on other prompts.
+Measured: |cos| of each direction with its component of the covariance of the answer's loss gradient at that hook, over
+all tokens of new prompts.
+Null: the directions of the live channels themselves, among which the generator's |cos| is ranked, always; "rotated",
+random directions in the space of the live channels; "untrained", the same pair at the same hook of untrained models;
+"shuffled", the same generator with the other two components.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,30 +17,32 @@ import numpy as np
 
 from ...models.circuitgpt.model import CircuitGPT
 from ..controls import LEAST_ACCURACY
+from ..mapping.claims import BAR, CLAIMS, Setup
 from ..mapping.experiment import checked_length
 from ..mapping.measure import Prompts
-from ..mapping.scan import BAR, CLAIMS, Setup, untrained_seeds
+from ..mapping.scan import untrained_seeds
 from ..nulls import NULLS, check_nulls, only_beside
 from ..provenance import at_least, caution, check_share, model_provenance
 from ..result import Protocol, Result, Verdict
-from ..statistics import discoveries
+from ..statistics import discoveries, percentile_interval
 from .measure import LOSSES, Components, Direction, directions_at, gradients, own_directions
 
 QUESTION = "Does each generator lie along its component of the gradient: update v₁, mean v₂, threshold v₃?"
 SEED_FIGURE = "|cos| of g_update with v1 0.94, g_mean with v2 0.87, g_thr with v3 0.79"
 SEED = {"update": 0.94, "mean": 0.87, "threshold": 0.79}
 GAP, STEADY = 0.1, 0.9
-FEWEST = 19  # live channels with which p = 1/(1 + live) can be 0.05
+FEWEST = 19  # with so many live channels the least p, 1/(1 + live), is 0.05
 RULE = (
-    "Reproduced iff each of the three pairs is significant (p by the rank of |cos| among all live channels' directions "
-    "and among random ones, corrected over the three), its 95 % interval by prompt lies above the 95 % quantile of "
-    "every null asked for (of untrained models and of exchanged pairs: above the largest), and its component is "
-    f"resolved: an eigengap of {GAP:.0%} of the eigenvalue to both neighbours, and a median |cos| with itself of "
-    f"{STEADY} over resamples of the prompts. Indistinguishable where only untrained models or exchanged pairs reach "
-    "that interval. A generator that no channel tells (partial R² below one half), or one at a hook of fewer than "
-    f"{FEWEST} live channels, where no rank is significant, can't be aligned: not testable, unless another pair fails. "
-    "Nor testable where the model nowhere tells the depths apart with the accuracy asked; and nothing is reproduced "
-    "unless all three nulls are asked for."
+    "Reproduced iff three things hold for each of the three pairs. It is significant: p is the rank of |cos| among the "
+    "directions of all live channels and among random ones, corrected over the three pairs. Its 95 % interval by "
+    "prompt lies above every null asked for: above the 95 % quantile of channels and of random directions, and above "
+    "the largest |cos| of untrained models and of exchanged pairs. Its component is resolved: the eigengap to both "
+    f"neighbours is at least {GAP:.0%} of the eigenvalue, and the median |cos| of the component with itself over "
+    f"resamples of the prompts is at least {STEADY}. Indistinguishable if only untrained models or exchanged pairs "
+    "reach that interval. A generator that no channel tells (partial R² below one half) can't be aligned, nor can one "
+    f"at a hook of fewer than {FEWEST} live channels, where no rank is significant; this is not testable, unless "
+    "another pair fails. Not testable either if at no length the model tells the two depths apart with the required "
+    "accuracy. Nothing is reproduced unless all three nulls are asked for."
 )
 
 
@@ -57,13 +59,29 @@ def run(
     least_accuracy: float = LEAST_ACCURACY,
     nulls: tuple[str, ...] = NULLS,
 ) -> Result:
-    """|cos| of each generator's direction with its component of the gradient covariance at its own hook.
+    """Measure |cos| of each generator's direction with its component of the gradient covariance, at its own hook.
 
-    ``amounts``: evidence k, 1 being a list of depth 1; ``prompts``: lists of each amount from which directions are
-    fitted, as many others that choose the hook, and as many of other seeds for the gradient; ``length`` in
-    tokens; ``center``: covariance, or second moment where false; ``resamples`` of the prompts; ``draws`` of random
-    directions; ``least_accuracy``: the balanced accuracy over both depths that the model must reach at some length.
-    Refused for a model without a tokenizer that knows the answers.
+    Args:
+        model: A CircuitGPT with a tokenizer that holds both answers as single tokens.
+        amounts: Amounts of evidence k; 1 stands for a list of depth 1, and three or more others are needed.
+        prompts: Lists of each amount to which directions are fitted; as many others choose the hook, and about as many
+            of another seed give the gradient.
+        length: Tokens in a list; at most the context is used.
+        center: Whether the gradient's covariance is centered; if not, it is the second moment.
+        resamples: Bootstrap resamples of the prompts.
+        draws: Random directions for the null "rotated".
+        seed: Seed of the prompts, of the nulls and of the resampling.
+        least_accuracy: The balanced accuracy over both depths that the model must reach at some length; otherwise the
+            verdict is "not testable here".
+        nulls: "rotated", "untrained" and "shuffled", as the module describes them.
+
+    Returns:
+        A Result; ``measured["pairs"]`` holds the three pairs.
+
+    Raises:
+        Refused: The model has no tokenizer, its tokenizer splits an answer, or a list of ``length`` tokens is too
+            short.
+        ValueError: An option is out of range, the amounts are too few, or a null is unknown.
     """
     asked_nulls = check_nulls(nulls)
     at_least(4, prompts=prompts)
@@ -83,20 +101,22 @@ def run(
     own = own_directions(model, setup)
     protocol.predict(
         {
-            "summary": "; ".join(f"{c} at {own[c].hook} lies along v{i + 1}" for i, c in enumerate(CLAIMS) if c in own)
-            or "no hook has a generator's direction",
+            "summary": "; ".join(
+                f"{claim} at {own[claim].hook} lies along v{i + 1}" for i, claim in enumerate(CLAIMS) if claim in own
+            )
+            or "no hook has a direction of a generator",
             "pairs": {claim: f"v{i + 1}" for i, claim in enumerate(CLAIMS)},
-            "hook": {claim: one.hook for claim, one in own.items()},
-            "channel": {claim: f"{one.hook}:{one.channel}" for claim, one in own.items()},
-            "partial_r2": {claim: one.r2 for claim, one in own.items()},
-            "direction": {claim: np.round(one.direction, 6).tolist() for claim, one in own.items()},
+            "hook": {claim: direction.hook for claim, direction in own.items()},
+            "channel": {claim: f"{direction.hook}:{direction.channel}" for claim, direction in own.items()},
+            "partial_r2": {claim: direction.r2 for claim, direction in own.items()},
+            "direction": {claim: np.round(direction.direction, 6).tolist() for claim, direction in own.items()},
             "rule": RULE,
         }
     )
     protocol.measuring()
     rng = np.random.default_rng([seed, 23])
     lists = Prompts.make(model, amounts, max(2, prompts // 2), length, 2 * seed + 5001)
-    grads = gradients(model, lists, sorted({one.hook for one in own.values()}))
+    grads = gradients(model, lists, sorted({direction.hook for direction in own.values()}))
     pairs, spectra = _pairs(own, grads, center=center, resamples=resamples, draws=draws, nulls=asked_nulls, rng=rng)
     if "untrained" in asked_nulls:
         for other in untrained_seeds(model, 3, seed):
@@ -114,8 +134,8 @@ def run(
             "left_out": _left_out(asked_nulls, own, pairs),
         },
         interval={
-            "summary": "; ".join(f"{c} {_span(p['interval'])}" for c, p in pairs.items())
-            + f" (95 % bootstrap over {len(lists)} prompts, the direction held fixed)",
+            "summary": "; ".join(f"{claim} {_span(pair['interval'])}" for claim, pair in pairs.items())
+            + f" (95 % bootstrap over {len(lists)} prompts, with the direction held fixed)",
             **{claim: pair["interval"] for claim, pair in pairs.items()},
         },
         null={
@@ -132,19 +152,20 @@ def run(
 
 
 def verdict(pairs: Mapping[str, Mapping[str, Any]], able: bool) -> Verdict:
-    """The verdict by RULE from each pair's ``told``, ``significant``, ``resolved``, ``above``, ``above_random`` and
-    ``enough_channels``.
+    """The verdict that RULE gives, from what :func:`_judge` adds to each pair.
+
+    A pair's ``told`` says whether some channel tells the generator; ``able``, whether the model can do the task.
     """
     if not able:
         return "not testable here"
-    told = [pair for pair in pairs.values() if pair["told"]]
-    for pair in told:
+    judged_pairs = [pair for pair in pairs.values() if pair["told"]]
+    for pair in judged_pairs:
         beyond_chance = pair["significant"] or not pair["enough_channels"]
         if not (beyond_chance and pair["resolved"] and pair["above_random"]):
             return "not reproduced"
-    if len(told) < len(CLAIMS) or not all(pair["enough_channels"] for pair in told):
+    if len(judged_pairs) < len(CLAIMS) or not all(pair["enough_channels"] for pair in judged_pairs):
         return "not testable here"
-    return "reproduced" if all(pair["above"] for pair in told) else "indistinguishable"
+    return "reproduced" if all(pair["above"] for pair in judged_pairs) else "indistinguishable"
 
 
 def _pairs(
@@ -157,41 +178,43 @@ def _pairs(
     nulls: Sequence[str],
     rng: np.random.Generator,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
-    """What is measured of each pair, and the share of variance by component at each hook."""
+    """What is measured of each pair, and the share of variance of each component, by hook."""
     pairs: dict[str, dict[str, Any]] = {}
     spectra: dict[str, np.ndarray] = {}
     for i, claim in enumerate(CLAIMS):
         if claim not in own or not np.abs(grads["loss"][own[claim].hook]).max() > 0:
             continue
-        one = own[claim]
-        found = Components.of(grads["loss"][one.hook], center=center, resamples=resamples, rng=rng)
-        spectra[one.hook] = found.share
-        every, drawn = found.cosines(one.direction)
-        channels = np.abs(found.vectors[i][one.live])
+        generator = own[claim]
+        components = Components.of(grads["loss"][generator.hook], center=center, resamples=resamples, rng=rng)
+        spectra[generator.hook] = components.share
+        cosines, cosines_drawn = components.cosines(generator.direction)
+        channels = np.abs(components.vectors[i][generator.live])
         null = {"channels": float(np.quantile(channels, 0.95))}
-        p = (1 + int((channels >= every[i]).sum())) / (1 + len(channels))
+        p = (1 + int((channels >= cosines[i]).sum())) / (1 + len(channels))
         if "rotated" in nulls:
-            turned = rng.standard_normal((draws, int(one.live.sum())))
-            random = np.abs(turned @ found.vectors[i][one.live]) / np.linalg.norm(turned, axis=1)
+            random_directions = rng.standard_normal((draws, int(generator.live.sum())))
+            random = np.abs(random_directions @ components.vectors[i][generator.live]) / np.linalg.norm(
+                random_directions, axis=1
+            )
             null["rotated"] = float(np.quantile(random, 0.95))
-            p = max(p, (1 + int((random >= every[i]).sum())) / (1 + draws))
+            p = max(p, (1 + int((random >= cosines[i]).sum())) / (1 + draws))
         if "shuffled" in nulls:
-            null["shuffled"] = float(np.delete(every, i).max())
+            null["shuffled"] = float(np.delete(cosines, i).max())
         pairs[claim] = {
-            "hook": one.hook,
+            "hook": generator.hook,
             "component": i + 1,
-            "channel": f"{one.hook}:{one.channel}",
-            "partial_r2": one.r2,
-            "told": one.r2 >= BAR,
+            "channel": f"{generator.hook}:{generator.channel}",
+            "partial_r2": generator.r2,
+            "told": generator.r2 >= BAR,
             "enough_channels": len(channels) >= FEWEST,
-            "cos": float(every[i]),
-            "cos_with_each": every.tolist(),
-            "interval": [float(v) for v in np.percentile(drawn[:, i], [2.5, 97.5])],
+            "cos": float(cosines[i]),
+            "cos_with_each": cosines.tolist(),
+            "interval": list(percentile_interval(cosines_drawn[:, i])),
             "p": p,
             "live_channels": len(channels),
-            "eigengap": found.gap(i),
-            "steadiness": found.steady(i),
-            "share_of_variance": found.share[:3].tolist(),
+            "eigengap": components.gap(i),
+            "steadiness": components.steady(i),
+            "share_of_variance": components.share[:3].tolist(),
             "null": null,
             "seed": SEED[claim],
         }
@@ -207,20 +230,20 @@ def _add_untrained(
     center: bool,
     rng: np.random.Generator,
 ) -> None:
-    """The same pair at the same hook of an untrained model; the largest over such models is kept as the null."""
+    """Add the |cos| of the same pairs at the same hooks of an untrained model; the largest over models is kept."""
     hooks = {claim: own[claim].hook for claim in pairs}
     there = directions_at(other, setup, hooks)
     grads = gradients(other, lists, sorted(set(hooks.values())))["loss"] if hooks else {}
     for i, claim in enumerate(CLAIMS):
         if claim in there and np.abs(grads[hooks[claim]]).max() > 0:
-            found = Components.of(grads[hooks[claim]], center=center, resamples=0, rng=rng)
+            components = Components.of(grads[hooks[claim]], center=center, resamples=0, rng=rng)
             null = pairs[claim]["null"]
-            cos = float(found.cosines(there[claim].direction)[0][i])
+            cos = float(components.cosines(there[claim].direction)[0][i])
             null["untrained"] = max(cos, null.get("untrained", 0.0))
 
 
 def _judge(pairs: Mapping[str, dict[str, Any]]) -> None:
-    """Significance corrected over the pairs, and what the verdict needs of each."""
+    """Add to each pair what the verdict needs, with significance corrected over the pairs."""
     sure = discoveries(np.array([pair["p"] for pair in pairs.values()]))
     for pair, significant in zip(pairs.values(), sure, strict=True):
         low, null = pair["interval"][0], pair["null"]
@@ -233,17 +256,17 @@ def _judge(pairs: Mapping[str, dict[str, Any]]) -> None:
 def _others(
     own: Mapping[str, Direction], grads: Mapping[str, Mapping[str, np.ndarray]], rng: np.random.Generator
 ) -> dict[str, dict[str, float]]:
-    """|cos| of each pair under every gradient and centering, for a reader who would have chosen another."""
-    found: dict[str, dict[str, float]] = {}
+    """|cos| of each pair for every gradient and centering, for readers who would have chosen another."""
+    cosines: dict[str, dict[str, float]] = {}
     for loss in LOSSES:
         for center in (True, False):
             name = f"{loss}, {'centered' if center else 'not centered'}"
-            found[name] = {}
+            cosines[name] = {}
             for i, claim in enumerate(CLAIMS):
                 if claim in own and np.abs(grads[loss][own[claim].hook]).max() > 0:
-                    one = Components.of(grads[loss][own[claim].hook], center=center, resamples=0, rng=rng)
-                    found[name][claim] = float(one.cosines(own[claim].direction)[0][i])
-    return found
+                    components = Components.of(grads[loss][own[claim].hook], center=center, resamples=0, rng=rng)
+                    cosines[name][claim] = float(components.cosines(own[claim].direction)[0][i])
+    return cosines
 
 
 def _span(interval: Sequence[float]) -> str:
@@ -256,25 +279,29 @@ def _words(pairs: Mapping[str, Mapping[str, Any]], able: float, least: float) ->
         f"{pair['p']:.3f}, {'resolved' if pair['resolved'] else 'not resolved'} (seed {pair['seed']})"
         for claim, pair in pairs.items()
     ]
-    said = "|cos| " + "; ".join(parts) if parts else "no generator has a direction at a hook that the answer reads"
-    return said if able >= least else f"{said}. The model doesn't do the task: best balanced accuracy {able:.2f}"
+    sentence = (
+        "|cos| " + "; ".join(parts) if parts else "no generator has a direction at a hook that the answer depends on"
+    )
+    return (
+        sentence if able >= least else f"{sentence}. The model doesn't do the task: best balanced accuracy {able:.2f}"
+    )
 
 
 def _left_out(asked: Sequence[str], own: Mapping[str, Direction], pairs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     notes = [f"The null “{name}” was not asked for." for name in NULLS if name not in asked]
     for claim in CLAIMS:
         if claim not in own:
-            notes.append(f"No hook of four or more channels has a live one for “{claim}”.")
+            notes.append(f"No hook of four or more channels has a live channel for “{claim}”.")
         elif claim not in pairs:
             notes.append(f"The gradient at {own[claim].hook}, the hook of “{claim}”, is zero.")
         elif not pairs[claim]["told"]:
             notes.append(
-                f"No channel tells “{claim}” (partial R² {pairs[claim]['partial_r2']:.2f} at best): its direction is "
-                "shown and not judged."
+                f"No channel tells “{claim}” (partial R² {pairs[claim]['partial_r2']:.2f} at best), so its direction "
+                "is shown but not judged."
             )
         elif not pairs[claim]["resolved"]:
             notes.append(
-                f"v{pairs[claim]['component']} at {pairs[claim]['hook']} is not resolved: it has no direction."
+                f"v{pairs[claim]['component']} at {pairs[claim]['hook']} is not resolved, so it has no direction."
             )
     return notes
 
@@ -292,9 +319,9 @@ def _figures(pairs: Mapping[str, Mapping[str, Any]], spectra: Mapping[str, np.nd
     return {
         "alignment": {
             "kind": "bars",
-            "title": "Each generator and its component of the gradient, beside what chance gives",
-            "summary": "Channels and rotated: 95 % quantiles; untrained: the largest of three models; shuffled: the "
-            "larger with the other two components.",
+            "title": "Each generator with its component of the gradient, beside what chance gives",
+            "summary": "Channels and rotated are 95 % quantiles. Untrained is the largest of three models. Shuffled is "
+            "the larger |cos| with the other two components.",
             "ylabel": "|cos|",
             "labels": labels,
             "values": values,

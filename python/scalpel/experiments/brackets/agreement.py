@@ -1,8 +1,13 @@
-"""Does the seed's simulator answer as the model does, over the whole plane of evidence and context length?
+"""Does the seed's simulator answer as the model does, over the whole plane of evidence k and context length n?
 
-θ is fitted to one amount of evidence; the simulator's answers for every other cell are stored; then the model is
-asked there, on other prompts. A constant critical length is the rival: a simulator that knows nothing of k. Beside them
-stand the sink's law and the weighted one, which know what the head attends to.
+Predicted: θ is fitted to one amount of evidence. The simulator's answer for every other cell of the plane is stored
+before the model is asked there.
+Measured: the share of held-out cells in which the model's majority answer, on other prompts, is the predicted one.
+Null: a constant critical length, that is, a simulator that ignores k; the untrained model and the shipped twins; and
+each row of the plane judged by another row's simulator.
+
+The sink law and the weighted law, which know what the attention head attends to, are judged in the same way and shown
+beside the simulator.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +22,7 @@ from ..controls import LEAST_ACCURACY, Controls
 from ..nulls import NULLS, check_nulls
 from ..provenance import at_least, caution, longest_asked, model_provenance
 from ..result import Protocol, Result, Verdict
+from ..statistics import percentile_interval
 from . import critical as c
 from .calibration import ShortContexts
 from .calibration import calibrate as read_short
@@ -25,10 +31,11 @@ QUESTION = "Does the seed's simulator 1[k/n > θ] answer as the model does, cell
 SEED_FIGURE = "30 lines reproduce the model: “perfect alignment”"
 GOOD = 0.95
 RULE = (
-    f"Reproduced iff the 95 % interval of the agreement on held-out cells lies above {GOOD} and that of its lead over "
-    "a constant critical length above 0; not reproduced if either lies wholly below; indistinguishable between. Not "
-    "testable where the model nowhere tells the depths apart with the accuracy asked, the calibration amount has no "
-    "critical length inside the context, or the model fails in no held-out cell or in all."
+    f"Reproduced iff the 95 % interval of the agreement on held-out cells lies above {GOOD} and the interval of its "
+    "lead over a constant critical length lies above 0. Not reproduced if either interval lies wholly below its bound; "
+    "indistinguishable otherwise. Not testable if at no length the model tells the two depths apart with the required "
+    "accuracy, if the calibration amount has no critical length inside the context, or if the model fails in none or "
+    "in all of the held-out cells."
 )
 
 
@@ -45,24 +52,47 @@ def run(
     controls: Controls | None = None,
     nulls: tuple[str, ...] = NULLS,
 ) -> Result:
-    """Agreement of simulator and model on held-out cells (k ≠ ``calibrate``; bins of ``width`` tokens).
+    """Measure how often the simulator and the model agree on held-out cells (k ≠ ``calibrate``) of the (k, n) plane.
 
-    A cell's answer is the model's majority over prompts. Besides plain agreement its balanced form is given, the
-    mean over the cells that the model answers right and those that it answers wrong: where it never fails, a
-    simulator that never fails agrees everywhere and shows nothing. A sink of a few tokens is below the resolution of
-    the cells; ``dilution`` is the finer measurement. ``nulls``: "untrained" is one of the controls; "shuffled" judges
-    each row of the plane by another's simulator; "rotated" has no meaning here.
+    A cell's answer is the model's majority over prompts. The balanced agreement is given too: the mean over the cells
+    that the model answers right and those that it answers wrong. Where a model never fails, a simulator that never
+    fails agrees everywhere and shows nothing. A sink of a few tokens is smaller than a cell; the experiment
+    ``dilution`` measures it more finely.
+
+    Args:
+        model: A CircuitGPT with a tokenizer that holds both answers as single tokens.
+        calibrate: The amount of evidence k to which θ is fitted.
+        amounts: Distinct amounts of evidence; two or more besides ``calibrate``.
+        prompts: Lists asked for each amount.
+        offsets: Positions of the context left free, so that lists can start at different positions.
+        width: Tokens in a bin of context length.
+        seed: Seed of the prompts and of the resampling.
+        least_accuracy: The balanced accuracy over both depths that the model must reach at some length; otherwise the
+            verdict is "not testable here".
+        controls: Models to compare with; by default the untrained model and the twins shipped with this one.
+        nulls: "untrained" is one of the controls; "shuffled" judges each row of the plane by another row's simulator;
+            "rotated" has no meaning here and is named among what was left out.
+
+    Returns:
+        A Result; its figure "map" shows the plane.
+
+    Raises:
+        Refused: The model has no tokenizer, its tokenizer splits an answer, or its context is too short.
+        ValueError: An option is out of range, or the amounts are too few or repeated.
     """
     nulls = check_nulls(nulls)
     at_least(2, prompts=prompts)
     at_least(0, seed=seed)
     length = longest_asked(model, offsets, least_accuracy)
     if not 1 <= width <= length // 2:
-        raise ValueError(f"option 'width' is {width}; bins of the lists' {length} tokens are of 1 to {length // 2}")
+        raise ValueError(
+            f"option 'width' is {width}; the lists have {length} tokens, so a bin has a width of 1 to {length // 2}"
+        )
     held = [k for k in amounts if k != calibrate]
     if len(held) < 2 or len(set(amounts)) < len(amounts):
         raise ValueError(
-            f"amounts {tuple(amounts)} must be distinct, two of them besides the calibration's {calibrate}"
+            f"amounts are {tuple(amounts)}; give distinct ones, two or more of them besides the calibration's "
+            f"{calibrate}"
         )
     controls = controls or Controls.of(model)
     rng = np.random.default_rng([seed, 2])
@@ -71,45 +101,48 @@ def run(
     provenance = model_provenance(model, least_accuracy=least_accuracy, seed=seed, **options)
     protocol = Protocol("agreement", QUESTION, SEED_FIGURE, provenance)
 
-    def ask(one: CircuitGPT, k: int, salt: int, depth: int = 2) -> c.Curve:
-        return c.ask_long_lists(one, k, depth=depth, prompts=prompts, length=length, seed=1000 * seed + salt)
+    def ask(asked_model: CircuitGPT, k: int, salt: int, depth: int = 2) -> c.Curve:
+        return c.ask_long_lists(asked_model, k, depth=depth, prompts=prompts, length=length, seed=1000 * seed + salt)
 
     fitted = c.critical(ask(model, calibrate, 2), rng)
-    # Where the calibration amount has no critical length there is no θ; the longest length asked stands in for it so
-    # that the plane can still be shown, and the verdict is "not testable here".
+    # Without a critical length of the calibration amount there is no θ. The longest length asked then stands in for
+    # it, so that the plane can still be shown; the verdict is "not testable here".
     critical_length = fitted.value if fitted.status == "crosses" else float(length)
     counter = ThresholdCounter(calibrate / critical_length)
     short, left_out = _short_contexts(model, amounts, seed)
     if "rotated" in nulls:
-        left_out.append("agreement, the null of random directions: the simulator has no direction")
+        left_out.append("agreement: the rotated null was left out, since the simulator has no direction to rotate")
     middles = (edges[:-1] + edges[1:]) / 2
 
     def lengths_by(critical_length: float) -> dict[str, dict[int, float]]:
-        """Each law's n*(k), with its one parameter from the calibration amount's critical length."""
-        found = {
+        """Each law's n*(k), its one parameter taken from the critical length of the calibration amount."""
+        lengths = {
             "simulator": {k: k * critical_length / calibrate for k in amounts},
             "constant": dict.fromkeys(amounts, critical_length),
         }
         if short is not None:
-            found |= {name: short.from_length(calibrate, critical_length)[name] for name in ("sink", "weighted")}
-        return found
+            lengths |= {name: short.from_length(calibrate, critical_length)[name] for name in ("sink", "weighted")}
+        return lengths
 
     law_lengths = lengths_by(critical_length)
     silent = [name for name, lengths in law_lengths.items() if np.isnan(list(lengths.values())).any()]
-    left_out += [f"agreement, the {name} law: it has no length for some of these amounts" for name in silent]
+    left_out += [
+        f"agreement: the {name} law was left out, since it predicts no length for some of these amounts"
+        for name in silent
+    ]
     for name in silent:
         del law_lengths[name]
 
     def rules(critical_length: float) -> dict[str, dict[int, np.ndarray]]:
-        """What each law says, right or wrong, in each row's bins."""
+        """Whether each law predicts a right answer, for each amount of evidence and bin."""
         return {
             name: {k: middles < n for k, n in lengths.items()}
             for name, lengths in lengths_by(critical_length).items()
             if name in law_lengths
         }
 
-    said = rules(critical_length)
-    simulated, constant = said["simulator"], said["constant"]
+    predicted_right = rules(critical_length)
+    simulated, constant = predicted_right["simulator"], predicted_right["constant"]
     protocol.predict(
         {
             "summary": f"θ = {float(counter.theta):.4f} from k={calibrate}: n* = "
@@ -125,18 +158,18 @@ def run(
     curves = {k: ask(model, k, 3) for k in amounts}
     flat = ask(model, 1, 3, depth=1)
     able = c.tells_depths(curves, flat)
-    shown = {k: curve.binned(edges) for k, curve in curves.items()}
-    found = {k: c.critical(curve, rng) for k, curve in curves.items()}
+    p_correct = {k: curve.binned(edges) for k, curve in curves.items()}
+    measured_lengths = {k: c.critical(curve, rng) for k, curve in curves.items()}
     score = agreement(curves, held, edges, simulated)
     rival = agreement(curves, held, edges, constant)
-    by_law = {name: agreement(curves, held, edges, rule) for name, rule in said.items()}
+    by_law = {name: agreement(curves, held, edges, rule) for name, rule in predicted_right.items()}
     lengths = fitted.draws if fitted.status == "crosses" else np.array([critical_length])
-    draws = _bootstrap(curves, held, edges, rules, lengths, rng)
-    interval = [float(v) for v in np.percentile([d["simulator"]["plain"] for d in draws], [2.5, 97.5])]
+    draws = _resampled(curves, held, edges, rules, lengths, rng)
+    interval = list(percentile_interval(np.array([d["simulator"]["plain"] for d in draws])))
     lead = [d["simulator"]["plain"] - d["constant"]["plain"] for d in draws]
-    lead_interval = [float(v) for v in np.percentile(lead, [2.5, 97.5])]
+    lead_interval = list(percentile_interval(np.array(lead)))
     by_law_interval = {
-        name: [float(v) for v in np.percentile([draw[name]["plain"] for draw in draws], [2.5, 97.5])] for name in said
+        name: list(percentile_interval(np.array([draw[name]["plain"] for draw in draws]))) for name in predicted_right
     }
     null: dict[str, Any] = {
         "constant": rival,
@@ -147,7 +180,7 @@ def run(
     }
     if "shuffled" in nulls:
         null["shuffled_evidence"] = _shuffled(curves, held, edges, simulated)
-    others = {name: one for name, one in controls.models.items() if name != "untrained" or "untrained" in nulls}
+    others = {name: other for name, other in controls.models.items() if name != "untrained" or "untrained" in nulls}
     for name, other in others.items():
         theirs = {k: ask(other, k, 3) for k in held}
         null[name] = agreement(theirs, held, edges, simulated)
@@ -161,8 +194,8 @@ def run(
             "agreement": score,
             "agreement_by_law": by_law,
             "left_out": left_out,
-            "model_right": shown,
-            "critical_length": c.table(found),
+            "model_right": p_correct,
+            "critical_length": c.table(measured_lengths),
             "best_balanced_accuracy_at_one_length": able,
         },
         interval={
@@ -172,8 +205,8 @@ def run(
         },
         null={
             "summary": f"constant n*: {rival['plain']:.3f} (simulator − constant in [{lead_interval[0]:.3f}, "
-            f"{lead_interval[1]:.3f}]); best constant afterwards: {null['best_constant_chosen_afterwards']:.3f}"
-            + (f"; evidence shuffled: {null['shuffled_evidence']:.3f}" if "shuffled" in nulls else "")
+            f"{lead_interval[1]:.3f}]); best constant chosen afterwards: {null['best_constant_chosen_afterwards']:.3f}"
+            + (f"; with another row's simulator: {null['shuffled_evidence']:.3f}" if "shuffled" in nulls else "")
             + "".join(f"; {name}: {null[name]['plain']:.3f}" for name in others),
             **null,
         },
@@ -186,7 +219,7 @@ def run(
                 "ylabel": "evidence k",
                 "x_edges": edges,
                 "y": [str(k) for k in amounts],
-                "values": [shown[k] for k in amounts],
+                "values": [p_correct[k] for k in amounts],
                 "summary": caution(model),
                 "overlays": [
                     {"label": "simulator", "x": [counter.critical_length(k) for k in amounts], "style": "line"},
@@ -197,7 +230,10 @@ def run(
                     ),
                     {
                         "label": "measured n₅₀",
-                        "x": [found[k].value if found[k].status == "crosses" else None for k in amounts],
+                        "x": [
+                            measured_lengths[k].value if measured_lengths[k].status == "crosses" else None
+                            for k in amounts
+                        ],
                         "style": "points",
                     },
                 ],
@@ -207,26 +243,29 @@ def run(
 
 
 def _short_contexts(model: CircuitGPT, amounts: Sequence[int], seed: int) -> tuple[ShortContexts | None, list[str]]:
-    """What the head is read to do at short contexts, or why there is nothing to read."""
+    """What the head does at short contexts, or the reason why nothing could be read."""
     try:
         return read_short(model, amounts, seed=seed, thetas=False), []
     except Refused as error:
-        return None, [f"agreement, laws by what a head measures: {error}"]
+        return None, [f"agreement: the laws that rest on a head's measurements were left out: {error}"]
 
 
 def agreement(
-    curves: dict[int, c.Curve], held: Sequence[int], edges: np.ndarray, said: dict[int, np.ndarray]
+    curves: dict[int, c.Curve], held: Sequence[int], edges: np.ndarray, predicted_right: dict[int, np.ndarray]
 ) -> dict[str, Any]:
-    """Share of held-out cells in which ``said`` (right or wrong, by k and bin) is the model's majority answer."""
+    """Share of held-out cells in which a law's answer is the model's majority answer.
+
+    ``predicted_right``: whether the law predicts a right answer, bool (bins,) by amount of evidence.
+    """
     p = np.concatenate([curves[k].binned(edges) for k in held])
-    simulated = np.concatenate([said[k] for k in held])
+    simulated = np.concatenate([predicted_right[k] for k in held])
     asked = ~np.isnan(p)
     right, same = p[asked] > 0.5, (p[asked] > 0.5) == simulated[asked]
     balanced = (same[right].mean() + same[~right].mean()) / 2 if right.any() and not right.all() else float("nan")
     return {"plain": float(same.mean()), "balanced": float(balanced), "cells": int(asked.sum())}
 
 
-def _bootstrap(
+def _resampled(
     curves: dict[int, c.Curve],
     held: Sequence[int],
     edges: np.ndarray,
@@ -239,16 +278,18 @@ def _bootstrap(
     draws = []
     for _ in range(resamples):
         part = {k: curves[k].sample(rng.integers(len(curves[k].right), size=len(curves[k].right))) for k in held}
-        said = rules(float(rng.choice(lengths)))
-        draws.append({name: agreement(part, held, edges, rule) for name, rule in said.items()})
+        predicted_right = rules(float(rng.choice(lengths)))
+        draws.append({name: agreement(part, held, edges, rule) for name, rule in predicted_right.items()})
     return draws
 
 
-def _shuffled(curves: dict[int, c.Curve], held: Sequence[int], edges: np.ndarray, said: dict[int, np.ndarray]) -> float:
-    """Mean agreement when each row of the plane is judged by another row's simulator: every cyclic shift but none."""
+def _shuffled(
+    curves: dict[int, c.Curve], held: Sequence[int], edges: np.ndarray, predicted_right: dict[int, np.ndarray]
+) -> float:
+    """Mean agreement when each row of the plane is judged by another row's simulator, over all cyclic shifts but 0."""
     scores = []
     for shift in range(1, len(held)):
-        other = {k: said[held[(i + shift) % len(held)]] for i, k in enumerate(held)}
+        other = {k: predicted_right[held[(i + shift) % len(held)]] for i, k in enumerate(held)}
         scores.append(agreement(curves, held, edges, other)["plain"])
     return float(np.mean(scores))
 
@@ -256,7 +297,7 @@ def _shuffled(curves: dict[int, c.Curve], held: Sequence[int], edges: np.ndarray
 def _verdict(
     fitted: c.Critical, score: dict[str, Any], interval: list[float], lead: list[float], able: bool
 ) -> Verdict:
-    """The verdict by RULE."""
+    """The verdict that RULE gives."""
     if not able or fitted.status != "crosses" or np.isnan(score["balanced"]):
         return "not testable here"
     if interval[1] < GOOD or lead[1] < 0:

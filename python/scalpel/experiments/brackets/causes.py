@@ -1,9 +1,11 @@
-"""Is it the filler that makes the answer fail? Keys taken away, positions exchanged, evidence moved, factors apart.
+"""Does the answer fail in long lists because filler dilutes the evidence?
 
-At a length at which the answer fails, the answering position alone is forbidden to read the filler's keys, positions
-kept: if the filler dilutes the evidence, the answer comes back. As many keys of evidence taken away should break an
-answer that was right. Positions of the filler are exchanged, which changes no count. Brackets that are open, brackets
-that are closed, the length and the place of the last bracket are varied one at a time.
+Predicted: at a length at which the answer fails, it comes back when the answering position may not read the filler's
+keys, their positions kept. That length is looked for on prompts of its own, and stored first.
+Measured: P(correct) at depth 2 with the filler's keys hidden, with half of them hidden, with filler positions exchanged
+(which changes no count), and with the last bracket early or late. In a factorial design, open brackets, closed
+brackets, length and the place of the last bracket vary independently.
+Null: as many keys of any kind hidden; and an untrained model.
 """
 
 from collections.abc import Sequence
@@ -21,20 +23,20 @@ from ..controls import LEAST_ACCURACY
 from ..nulls import NULLS, check_nulls
 from ..provenance import at_least, longest_asked, model_provenance
 from ..result import Protocol, Result, Verdict
-from ..statistics import bootstrap
+from ..statistics import bootstrap, percentile_interval, redraw
 from . import critical as c
 
-SHORT = 32  # tokens of the lists that should be answered right
+SHORT = 32  # tokens of the short lists, which should be answered right
 QUESTION = "Does the answer fail in long lists because filler dilutes the evidence?"
 SEED_FIGURE = "n* = ⌈k/θ⌉: every added token counts, wherever it stands, and evidence counts however it is nested"
 RULE = (
-    "Reproduced iff, at the failing length, forbidding the answer to read the filler's keys brings P(correct) above "
-    "one half with its whole 95 % interval and above what forbidding as many other keys brings, while exchanging the "
-    "filler's positions in a short list, where the answer is right, leaves P(correct) above one half. Not reproduced "
-    "otherwise. Not testable where the model nowhere tells the depths apart with the accuracy asked, where it fails at "
-    f"no length that the context holds, or where a short list, of {SHORT} tokens, isn't answered right either."
+    "Reproduced iff, at the failing length, hiding the filler's keys from the answering position brings P(correct) "
+    "above one half with its whole 95 % interval, and above what hiding as many keys of any kind brings, and if "
+    "exchanging the filler's positions in a short list, where the answer is right, leaves P(correct) above one half. "
+    "Not reproduced otherwise. Not testable if at no length the model tells the two depths apart with the required "
+    f"accuracy, if it fails at no length inside the context, or if short lists of {SHORT} tokens are answered wrong."
 )
-LEVELS = (24, 48, 96, 192, 384)  # tokens of the factorial design, those that the context holds
+LEVELS = (24, 48, 96, 192, 384)  # lengths of the factorial design in tokens; those that fit the context are used
 FACTORS = ("open", "closed", "log n", "late")
 
 
@@ -47,11 +49,24 @@ def run(
     least_accuracy: float = LEAST_ACCURACY,
     nulls: tuple[str, ...] = NULLS,
 ) -> Result:
-    """P(correct) at depth 2 with keys taken away, positions exchanged and evidence moved, and a factorial design.
+    """Measure P(correct) at depth 2 under interventions that add or remove one possible cause of failure at a time.
 
-    ``prompts`` a cell. The failing length is the longest at which at most a quarter are right, looked for on prompts
-    of its own. ``nulls``: "untrained" repeats the interventions on an untrained model; "shuffled" shows what
-    taking away as many keys of any kind does, which the rule asks for in any case; "rotated" has no meaning here.
+    Args:
+        model: A CircuitGPT with a tokenizer that holds both answers as single tokens.
+        prompts: Prompts for each intervention; a cell of the factorial design gets a quarter as many, at least 8.
+        offsets: Positions of the context left free, so that lists can start at different positions.
+        seed: Seed of the prompts, of the hidden keys and of the resampling.
+        least_accuracy: The balanced accuracy over both depths that the model must reach at some length; otherwise the
+            verdict is "not testable here".
+        nulls: "untrained" repeats the interventions on an untrained model; "shuffled" shows what hiding as many keys of
+            any kind does, which the rule needs in any case; "rotated" has no meaning here.
+
+    Returns:
+        A Result; ``measured["right"]`` holds P(correct) by intervention.
+
+    Raises:
+        Refused: The model has no tokenizer, its tokenizer splits an answer, or its context is too short.
+        ValueError: An option is out of range.
     """
     nulls = check_nulls(nulls)
     at_least(2, prompts=prompts)
@@ -65,7 +80,8 @@ def run(
     protocol.predict(
         {
             "summary": (
-                f"at n = {failing} (P(correct) at most 0.25 on other prompts) without the filler's keys: above 0.5"
+                f"P(correct) above 0.5 without the filler's keys at n = {failing}, where with them it is at most 0.25 "
+                "on other prompts"
                 if failing
                 else f"nothing: at no length up to {length} are at most a quarter of the answers right"
             ),
@@ -81,16 +97,16 @@ def run(
     right, interval = _shares(table, rng)
     cells, outcome = _factorial(model, length, prompts, seed)
     effects = factor_effects(cells, outcome, rng)
-    null: dict[str, Any] = {"summary": "none asked for"}
+    null: dict[str, Any] = {"summary": "no null was asked for"}
     if "untrained" in nulls:
         theirs, _ = _shares(_interventions(untrained(model), failing or length, prompts, seed), rng, 0)
         null = {"summary": "untrained: " + _words(theirs), "untrained": theirs}
     if "shuffled" in nulls:
         null["as_many_keys_of_any_kind"] = right["as many keys of any kind"]
-        null["summary"] += f"; as many keys of any kind taken away: {right['as many keys of any kind']:.2f}"
-    left_out = ["the null of random directions: nothing here has a direction"] if "rotated" in nulls else []
+        null["summary"] += f"; as many keys of any kind hidden: {right['as many keys of any kind']:.2f}"
+    left_out = ["The rotated null was left out, since nothing here has a direction."] if "rotated" in nulls else []
     if not bool(model.transformer.wpe.weight.any()):
-        left_out.append("exchanged positions: the model has none")
+        left_out.append("Positions were not exchanged, since the model has none.")
     return protocol.conclude(
         measured={
             "summary": (f"at n = {failing}: " if failing else f"no failing length; at n = {length}: ")
@@ -108,7 +124,7 @@ def run(
         figures={
             "interventions": {
                 "kind": "bars",
-                "title": "P(correct) at depth 2 when the answer may not read some keys, or positions are exchanged",
+                "title": "P(correct) at depth 2 with some keys hidden from the answer, or with positions exchanged",
                 "ylabel": "P(correct)",
                 "labels": list(right),
                 "values": list(right.values()),
@@ -122,7 +138,7 @@ def run(
 
 
 def _failing_length(scout: c.Curve) -> int | None:
-    """The longest length asked at which at most a quarter of the answers are right; None where there is none."""
+    """The longest length asked at which at most a quarter of the answers are right; None if there is none."""
     edges = c.bins(int(scout.x.max()))
     p = scout.binned(edges)
     under = np.flatnonzero(p <= 0.25)
@@ -133,14 +149,17 @@ def _failing_length(scout: c.Curve) -> int | None:
 def says_two(
     model: CircuitGPT, cell: Evidence, mask: Tensor | None = None, positions: Tensor | None = None
 ) -> np.ndarray:
-    """logit("]]\\n") - logit("]\\n") behind each prompt (prompts,). ``mask`` (prompts, n): the keys it reads."""
+    """logit("]]\\n") - logit("]\\n") after each prompt, (prompts,).
+
+    ``mask`` (prompts, n), bool: the keys that the answering position may read. ``positions``: in place of the cell's.
+    """
     assert model.tokenizer is not None
     ids = closers(model.tokenizer)
     allowed = None
     if mask is not None:
         allowed = torch.ones(len(cell.ids), cell.n, cell.n, dtype=torch.bool, device="cpu").tril()
         allowed[:, -1] = mask
-    found = []
+    differences = []
     for i in range(0, len(cell.ids), 16):
         part = slice(i, i + 16)
         logits = model(
@@ -148,8 +167,8 @@ def says_two(
             attention_mask=None if allowed is None else allowed[part],
             position_ids=(cell.positions if positions is None else positions)[part],
         )[:, -1]
-        found.append(logits[:, ids.two] - logits[:, ids.one])
-    return torch.cat(found).double().numpy()
+        differences.append(logits[:, ids.two] - logits[:, ids.one])
+    return torch.cat(differences).double().numpy()
 
 
 def _interventions(model: CircuitGPT, failing: int, prompts: int, seed: int) -> dict[str, np.ndarray]:
@@ -164,7 +183,7 @@ def _interventions(model: CircuitGPT, failing: int, prompts: int, seed: int) -> 
         return evidence_lists(model.tokenizer, n, prompts, block_size=block, seed=seed + 700, **kinds)  # type: ignore[arg-type]
 
     long, short, flat = lists(failing, 2), lists(SHORT, 2), lists(failing, 1)
-    # The last three tokens stay: the question stands on them.
+    # The last three tokens are never hidden, since the question rests on them.
     filler = long.filler.clone()
     filler[:, -3:] = False
     half = filler & (torch.rand(filler.shape, generator=generator, dtype=torch.float32, device="cpu") < 0.5)
@@ -193,7 +212,7 @@ def _interventions(model: CircuitGPT, failing: int, prompts: int, seed: int) -> 
 
 
 def _exchanged(cell: Evidence, generator: torch.Generator) -> Tensor:
-    """Positions with those of the filler (the last three tokens left out) exchanged among themselves, by prompt."""
+    """Positions with those of the filler permuted among themselves in each prompt, but for the last three tokens."""
     positions = cell.positions.clone()
     for row, is_filler in zip(positions, cell.filler, strict=True):
         where = torch.nonzero(is_filler[:-3]).flatten()
@@ -214,14 +233,14 @@ def _shares(
 
 
 def _factorial(model: CircuitGPT, length: int, prompts: int, seed: int) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """The cells of the design and the logit differences in each, (cells, prompts)."""
+    """The cells of the factorial design, and the logit differences in each, (cells, prompts)."""
     assert model.tokenizer is not None
     cells, outcome = [], []
     for n in (n for n in LEVELS if n <= length):
         for opened in (1, 2):
             for closed in (0, 1, 3):
                 for place in PLACES if closed else PLACES[:1]:
-                    one = evidence_lists(
+                    cell = evidence_lists(
                         model.tokenizer,
                         n,
                         max(8, prompts // 4),
@@ -231,7 +250,7 @@ def _factorial(model: CircuitGPT, length: int, prompts: int, seed: int) -> tuple
                         block_size=model.config.block_size,
                         seed=seed + 701,
                     )
-                    values = says_two(model, one)
+                    values = says_two(model, cell)
                     cells.append(
                         {
                             "open": opened,
@@ -247,10 +266,11 @@ def _factorial(model: CircuitGPT, length: int, prompts: int, seed: int) -> tuple
 
 
 def factor_effects(cells: Sequence[dict[str, Any]], outcome: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
-    """What each factor alone explains of the variance between cells' mean logit differences, and open × log n.
+    """How much of the variance between the cells' mean logit differences each factor explains by itself.
 
-    ``share``: the drop in R² when a factor is left out of a linear model of all of them with the product of open and
-    log n, the product left out with either. Factors that go together in the design share what can't be told apart.
+    A linear model holds all factors and the product open × log n. A factor's ``share`` is the drop in R² when it is
+    left out; the product is left out together with either of its factors. What correlated factors explain together is
+    in the share of neither.
     """
     design = {
         "open": np.array([cell["open"] for cell in cells], dtype=float),
@@ -271,12 +291,10 @@ def factor_effects(cells: Sequence[dict[str, Any]], outcome: np.ndarray, rng: np
         }
 
     count = outcome.shape[1]
-    draws = [shares(outcome[:, rng.integers(count, size=count)].mean(1)) for _ in range(200)]
+    draws = redraw(lambda prompts: shares(outcome[:, prompts].mean(1)), count, rng, 200)
     return {
         "share": shares(outcome.mean(1)),
-        "interval": {
-            name: [float(v) for v in np.percentile([draw[name] for draw in draws], [2.5, 97.5])] for name in drops
-        },
+        "interval": {name: list(percentile_interval(np.array([draw[name] for draw in draws]))) for name in drops},
         "all": _r2(np.stack(list(columns.values()), 1), outcome.mean(1)),
     }
 
@@ -295,7 +313,7 @@ def _words(shares: dict[str, float]) -> str:
 def verdict(
     right: dict[str, float], interval: dict[str, tuple[float, float]], failing: int | None, able: bool
 ) -> Verdict:
-    """The verdict by RULE."""
+    """The verdict that RULE gives."""
     if not able or failing is None or right["short"] <= 0.5:
         return "not testable here"
     restored = interval["filler not read"][0] > 0.5
@@ -323,8 +341,8 @@ def _factor_figure(cells: Sequence[dict[str, Any]], outcome: np.ndarray) -> dict
             )
     return {
         "kind": "curves",
-        "title": "Logit difference by length, for brackets open and closed (last bracket early)",
-        "summary": "Above 0 the model says that two are open.",
+        "title": "Logit difference by length, for open and closed brackets (last bracket early)",
+        "summary": "Above 0 the model answers that two lists are open.",
         "xlabel": "attended keys n (tokens)",
         "ylabel": "logit “]]” − logit “]”",
         "series": series,

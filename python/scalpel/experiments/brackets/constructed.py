@@ -1,8 +1,8 @@
-"""A model built by hand that runs the seed's algorithm and nothing else: the positive control.
+"""A positive control: a model built by hand that runs the seed's algorithm and nothing else.
 
-One head with a zero query averages over the context, one channel of its value says "this is a bracket", and the
-head's output is compared with θ. Its critical length is known exactly, so it tells whether a measurement would find
-the law if the law were there.
+One head with a zero query averages over the context. One channel of its value marks brackets, and the head's output is
+compared with θ. The critical length is known exactly, so the model shows whether a measurement would find the law if
+the law held.
 """
 
 import math
@@ -14,7 +14,7 @@ from ...models.circuitgpt.model import CircuitGPT
 from ...models.tokenizer import Tokenizer
 from ...tasks.brackets import closers
 
-# Residual channels of the construction.
+# Channels of the residual stream.
 _IS_EVIDENCE, _IS_OTHER, _MEAN, _ONE = range(4)
 
 
@@ -26,10 +26,22 @@ def threshold_circuit(
     evidence: str = "[",
     block_size: int = 512,
 ) -> CircuitGPT:
-    """A CircuitGPT that answers "]]\\n" iff k / (n + sink) > theta, k counting the tokens ``evidence``.
+    """Build a CircuitGPT that answers "]]\\n" iff k / (n + sink) > theta, where k counts the tokens ``evidence``.
 
-    ``sink``: tokens' worth of attention that the sink takes, above 0; None leaves the sink out. ``evidence`` may be
-    "<s>", of which there is one whatever the brackets: then the critical length is constant.
+    Args:
+        tokenizer: Must hold both answers and ``evidence`` as single tokens.
+        theta: The threshold, above 0.
+        sink: How many tokens' worth of attention the sink takes, above 0; None for a model without a sink.
+        evidence: The token that is counted. A prompt holds exactly one "<s>", so with that the critical length is
+            constant.
+        block_size: Tokens in the context.
+
+    Returns:
+        The model, in eval mode and with its tokenizer.
+
+    Raises:
+        ValueError: ``theta`` or ``sink`` is not above 0.
+        Refused: The tokenizer splits an answer.
     """
     if theta <= 0 or (sink is not None and sink <= 0):
         raise ValueError(f"theta is {theta} and sink {sink}; both must be above 0")
@@ -60,7 +72,7 @@ def threshold_circuit(
         attention = model.transformer.h[0].attn
         value_rows = slice(2 * config.d_attn, 3 * config.d_attn)
         attention.c_attn.weight[value_rows][_IS_EVIDENCE, _IS_EVIDENCE] = 1.0
-        # The norm divides by √(2/4); undone here, so that the mean is written in tokens per token.
+        # The norm divides by √(2/4). Undoing that here makes the written value the share of evidence among the tokens.
         attention.c_proj.weight[_MEAN, _IS_EVIDENCE] = math.sqrt(2 / 4)
         if sink is not None:
             attention.attn_imp.sink_logit.fill_(math.log(sink))

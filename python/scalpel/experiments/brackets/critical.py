@@ -1,4 +1,4 @@
-"""Critical lengths: where P(correct) crosses one half, with censoring and intervals by prompt."""
+"""Critical lengths: where P(correct) falls through one half, with intervals by prompt, and the laws fitted to them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,24 +9,29 @@ from scipy.optimize import isotonic_regression
 
 from ...models.circuitgpt.model import CircuitGPT
 from ...tasks.brackets import long_lists, preference
+from ..statistics import percentile_interval, redraw
 
-DIP = 16  # tokens over which P(correct) must not be one half or less in a curve that "stays above"
-ELEMENT = 2  # tokens of an element and its comma: two questions are never closer
+DIP = 16  # a curve "stays above" only if P(correct) exceeds one half in every window of so many tokens
+ELEMENT = 2  # tokens of an element and its comma; two questions are never closer than that
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Answers along prompts: ``right`` bool (prompts, questions) at ``x`` (prompts, questions), in tokens."""
+    """Answers along prompts.
+
+    ``x`` (prompts, questions): the context length at each question, in tokens. ``right``, bool of the same shape:
+    whether the answer is right there.
+    """
 
     x: np.ndarray
     right: np.ndarray
 
     def sample(self, prompts: np.ndarray) -> "Curve":
-        """The curve of these prompts (indices, repeats allowed)."""
+        """The curve of the prompts with these indices; repeats are allowed."""
         return Curve(self.x[prompts], self.right[prompts])
 
     def sign_changes(self) -> float:
-        """Mean number of times that the answer changes along a prompt; a clean threshold has one at most."""
+        """Mean number of times that the answer changes along a prompt; a clean threshold gives at most one change."""
         return float((self.right[:, 1:] != self.right[:, :-1]).sum(1).mean()) if self.right.shape[1] > 1 else 0.0
 
     def binned(self, edges: np.ndarray) -> np.ndarray:
@@ -40,14 +45,19 @@ class Curve:
 
 @dataclass(frozen=True)
 class Critical:
-    """The length at which P(correct) is one half.
+    """The length at which P(correct) falls through one half. Figures that the status leaves undefined are NaN.
 
-    ``value``: where the logistic fit crosses, in tokens; ``isotonic``: where the best non-increasing curve does;
-    ``low``, ``high`` the 95 % bootstrap interval by prompt and ``error`` its standard error, both over the
-    ``crossing_resamples`` (of 200) that cross inside what was asked; ``status``: "crosses"; "above" where P stays above
-    one half as far as was asked (``value`` is then that length), "below" where it is below from the start, or "none"
-    where it does neither: a curve that hovers or comes back has no critical length. What a status leaves undefined is
-    NaN. ``sign_changes``: per prompt. ``draws``: the bootstrap values.
+    Attributes:
+        value: Where the logistic fit crosses one half, in tokens. With the status "above", the longest length asked.
+        isotonic: Where the best non-increasing curve crosses one half.
+        low, high: 95 % bootstrap interval by prompt, over the resamples that cross inside what was asked.
+        error: Standard error over the same resamples.
+        status: "crosses"; "above" if P(correct) stays above one half as far as was asked; "below" if it is below one
+            half from the start; "none" otherwise, since a curve that hovers or comes back has no critical length.
+        sign_changes: Mean number of times that the answer changes along a prompt.
+        prompts: How many prompts were asked.
+        crossing_resamples: How many of the 200 resamples cross.
+        draws: The critical lengths of these resamples.
     """
 
     value: float
@@ -73,24 +83,26 @@ class Critical:
 
 
 def critical(curve: Curve, rng: np.random.Generator, resamples: int = 200) -> Critical:
-    """Critical length by a logistic fit of right on x, bootstrapped by prompt, and whether there is one at all."""
+    """The critical length of a curve, by a logistic fit of ``right`` on ``x`` that is bootstrapped by prompt."""
     count = len(curve.right)
     value, isotonic, status = crossing(curve)
-    found = [crossing(curve.sample(rng.integers(count, size=count))) for _ in range(resamples)]
-    draws = np.array([draw for draw, _, kind in found if kind == "crosses"])
+    crossings = redraw(lambda rows: crossing(curve.sample(rows)), count, rng, resamples)
+    draws = np.array([draw for draw, _, kind in crossings if kind == "crosses"])
     low = high = spread = float("nan")
     if status == "crosses" and len(draws):
-        low, high = (float(v) for v in np.percentile(draws, [2.5, 97.5]))
+        low, high = percentile_interval(draws)
         spread = float(np.std(draws))
     return Critical(value, isotonic, low, high, spread, status, curve.sign_changes(), count, len(draws), draws)
 
 
 def crossing(curve: Curve) -> tuple[float, float, str]:
-    """Where P(correct) falls through one half: by the logistic fit, by the isotonic one, and the status.
+    """Where P(correct) falls through one half: (by the logistic fit, by the isotonic fit, status).
 
-    The logistic crossing counts only where the model-free one is near it (within four elements or a quarter of its
-    length) and P over the longest quarter, or what of it lies behind the crossing, is below 0.4: a curve that sinks
-    to one half and stays has none. Nor has one that stays above in the mean but dips to one half over any 16 tokens.
+    The logistic crossing counts only if two things hold. The isotonic crossing, which assumes no shape, lies within
+    four elements or a quarter of its length of it. And P(correct) is below 0.4 over the longest quarter of lengths, or
+    over the part of that quarter beyond the crossing, so that a curve which sinks to one half and stays there has
+    no critical length. A curve that stays above one half on average, but dips to it over any 16 tokens, has none
+    either.
     """
     x, index = np.unique(curve.x, return_inverse=True)
     asked = np.bincount(index.ravel()).astype(float)
@@ -117,10 +129,10 @@ def crossing(curve: Curve) -> tuple[float, float, str]:
 
 
 def logistic_fit(x: np.ndarray, y: np.ndarray, ridge: float = 1e-3) -> tuple[float, float]:
-    """(intercept, slope) of P(y) = 1 / (1 + exp(-(intercept + slope x))), by Newton's method.
+    """Fit P(y) = 1 / (1 + exp(-(intercept + slope x))) by Newton's method and return (intercept, slope).
 
-    The small ridge on the standardised slope keeps the fit finite where the answers separate perfectly; the
-    crossing of one half is then in the middle of the gap.
+    The small ridge on the standardised slope keeps the fit finite if the answers separate perfectly. The crossing of
+    one half then lies in the middle of the gap.
     """
     centre, scale = x.mean(), x.std() or 1.0
     values, index = np.unique(x, return_inverse=True)
@@ -140,7 +152,7 @@ def logistic_fit(x: np.ndarray, y: np.ndarray, ridge: float = 1e-3) -> tuple[flo
         hessian = design.T @ (design * (asked * p * (1 - p))[:, None]) + penalty + 1e-12 * np.eye(2)
         step = np.linalg.solve(hessian, gradient)
         size, now = 1.0, objective(weights)
-        while objective(weights - size * step) > now and size > 1e-8:  # damped: the full step may overshoot
+        while objective(weights - size * step) > now and size > 1e-8:  # the full step may overshoot
             size /= 2
         weights = weights - size * step
         if np.abs(size * step).max() < 1e-8:
@@ -150,7 +162,7 @@ def logistic_fit(x: np.ndarray, y: np.ndarray, ridge: float = 1e-3) -> tuple[flo
 
 
 def ask_long_lists(model: CircuitGPT, k: int, *, depth: int = 2, prompts: int, length: int, seed: int) -> Curve:
-    """Answers of the model along lists of evidence k, up to ``length`` tokens; x is n, the attended keys."""
+    """The model's answers along lists of evidence k, up to ``length`` tokens; x is n, the number of attended keys."""
     assert model.tokenizer is not None
     lists = long_lists(model.tokenizer, k, length, prompts, block_size=model.config.block_size, depth=depth, seed=seed)
     right = (preference(model, lists) > 0) == (depth == 2)
@@ -161,17 +173,20 @@ Law = Callable[[float], float]
 
 
 def fit_laws(lengths: Mapping[int, float]) -> dict[str, tuple[Law, dict[str, float]]]:
-    """Each law's n*(k), fitted by least squares to measured critical lengths {k: n}, and its parameters.
+    """Fit each law's n*(k) by least squares to measured critical lengths {k: n}.
 
-    seed: n* = k/θ. sink: n* = k/θ − σ with σ ≥ 0. Rivals: a constant; affine in k (the sink's line with the sign
-    of σ left free). With two calibration points the two-parameter laws pass through them.
+    "seed" is n* = k/θ; "sink" is n* = k/θ − σ with σ ≥ 0. The rivals are "constant" and "affine", which is the sink's
+    line with the sign of σ left free. With two calibration points the two-parameter laws pass through both.
+
+    Returns:
+        By name: (the law as a function of k, its parameters).
     """
     k = np.array(list(lengths), dtype=float)
     n = np.array(list(lengths.values()), dtype=float)
     per_evidence = float((k * n).sum() / (k * k).sum())
     constant = float(n.mean())
     slope, intercept = (float(v) for v in np.polyfit(k, n, 1)) if len(k) > 1 else (0.0, constant)
-    # With σ ≥ 0 the best line has the free intercept where that is negative, and none otherwise.
+    # Under σ ≥ 0 the best line keeps the free intercept if that is negative, and has no intercept otherwise.
     sink_slope, sink = (slope, -intercept) if intercept < 0 and slope > 0 else (per_evidence, 0.0)
     return {
         "seed": (lambda k: float(np.ceil(k * per_evidence - 1e-9)), {"theta": 1 / per_evidence}),
@@ -182,18 +197,23 @@ def fit_laws(lengths: Mapping[int, float]) -> dict[str, tuple[Law, dict[str, flo
 
 
 def predicted_error(name: str, k: float, calibration: Mapping[int, Critical]) -> float:
-    """Standard error of a law's prediction, from the bootstrap of the lengths that it was fitted to."""
-    count = min(len(one.draws) for one in calibration.values())
+    """Standard error of a law's prediction, from the bootstrap of the lengths to which it was fitted."""
+    count = min(len(length.draws) for length in calibration.values())
     return float(
-        np.std([fit_laws({a: one.draws[i] for a, one in calibration.items()})[name][0](k) for i in range(count)])
+        np.std(
+            [
+                fit_laws({amount: length.draws[i] for amount, length in calibration.items()})[name][0](k)
+                for i in range(count)
+            ]
+        )
     )
 
 
 def within(predicted: float, measured: Critical, prediction_error: float = 0.0) -> bool:
     """Whether a prediction is good enough: within one element or one standard error, whichever is larger.
 
-    The standard error is that of the difference, so the calibration's error is in it. Where the answer stays right as
-    far as was asked, a prediction is good enough if it lies no more than an element short of that.
+    The standard error is that of the difference, so it includes the calibration's error. If the answer stays right as
+    far as was asked, a prediction is good enough if it lies at most one element short of that length.
     """
     if measured.status == "above":
         return predicted >= measured.value - ELEMENT
@@ -203,13 +223,16 @@ def within(predicted: float, measured: Critical, prediction_error: float = 0.0) 
 
 
 def bounds(measured: Mapping[Any, Critical]) -> dict[str, list[float]]:
-    """Intervals by key, for a Result."""
-    return {str(key): [one.low, one.high] for key, one in measured.items()}
+    """The 95 % interval of each critical length, for a Result."""
+    return {str(key): [length.low, length.high] for key, length in measured.items()}
 
 
 def table(measured: Mapping[Any, Critical]) -> dict[str, dict[str, Any]]:
     """Everything known of each critical length, for a Result."""
-    return {str(key): {n: v for n, v in vars(one).items() if n != "draws"} for key, one in measured.items()}
+    return {
+        str(key): {name: value for name, value in vars(length).items() if name != "draws"}
+        for key, length in measured.items()
+    }
 
 
 def bins(length: int, width: int = 16) -> np.ndarray:
@@ -218,7 +241,7 @@ def bins(length: int, width: int = 16) -> np.ndarray:
 
 
 def series(label: str, curve: Curve, edges: Sequence[float] | np.ndarray, **style: Any) -> dict[str, Any]:
-    """A curve as a picture's series: P(correct) by bin with its 95 % band by prompt, at the bins' middles."""
+    """A curve as a series of a figure: P(correct) at the middle of each bin, with its 95 % band by prompt."""
     edges = np.asarray(edges, dtype=float)
     p = curve.binned(edges)
     by_prompt = np.array([Curve(curve.x[i : i + 1], curve.right[i : i + 1]).binned(edges) for i in range(len(curve.x))])
@@ -232,10 +255,10 @@ def series(label: str, curve: Curve, edges: Sequence[float] | np.ndarray, **styl
 def tells_depths(curves: Mapping[int, Curve], flat: Curve, width: int = 16) -> float:
     """The best balanced accuracy over both depths at any one context length, in bins of ``width`` tokens.
 
-    A model that says the same at both depths gets one half; one that compares k/n with a threshold is wrong at depth
-    1 where the context is short and at depth 2 where it is long, and right between. Prompts of both depths that fall
-    into one bin don't have quite the same n, so a model that goes by length alone can get more than one half, though
-    never all.
+    A model that gives the same answer at both depths gets one half. A model that compares k/n with a threshold is
+    wrong at depth 1 if the context is short, wrong at depth 2 if it is long, and right in between. Prompts of the two
+    depths in one bin don't have exactly the same n, so a model that goes by length alone can get more than one half,
+    though never all.
     """
     longest = max(int(curve.x.max()) for curve in [*curves.values(), flat])
     edges = np.arange(0, longest + width, width)

@@ -1,8 +1,11 @@
-"""Does a longer list dilute the evidence, and does the length at which the answer fails grow as k/θ?
+"""Does filler in a longer list dilute the evidence, and does the length at which the answer fails grow as k/θ?
 
-Laws are calibrated in three ways: by the critical lengths of two small amounts of evidence, by one of these, and by
-intervention at short contexts only. Their predictions for the other amounts are stored; only then are those measured,
-on other prompts.
+Predicted: critical lengths for held-out amounts of evidence k, by several laws and stored before those lengths are
+measured. Laws are calibrated in three ways: by the critical lengths of two small amounts, by the critical length of
+one of them, and by intervention at short contexts only.
+Measured: the length n₅₀(k) at which P(correct) falls through one half at depth 2, on other prompts.
+Null: two rival laws, a constant length and one that is affine in k; the untrained model and the shipped twins; random
+directions in place of the attention head's own; and each amount judged by the prediction for another.
 """
 
 from collections.abc import Sequence
@@ -26,15 +29,16 @@ from .laws import CLASSES
 QUESTION = "At which context length does the bracket answer fail, and does that length grow as k/θ?"
 SEED_FIGURE = "n* = ⌈k/θ⌉ = 14 for k = 2, θ = 0.15"
 SEED_LENGTH, SEED_K = 14, 2
-# Of the ten, those whose lines a reader can tell apart; the table has all.
+# The laws that are drawn: of the ten, those whose lines a reader can tell apart. The table has all of them.
 _SHOWN = ("seed", "affine", "constant", "weighted, one length", "weighted, intervention", "sink, one length")
 RULE = (
-    "Reproduced iff the seed's law, fitted to the calibration amounts, meets every held-out critical length within "
+    "Reproduced iff the seed's law, fitted to the calibration amounts, predicts every held-out critical length within "
     "one element (2 tokens) or one standard error of the difference, whichever is larger, and a constant length does "
-    "not; indistinguishable where the constant meets them too. The affine rival contains the seed's law (intercept "
-    "0), so it meets whatever that meets and tells something only where the law fails. Not testable where the model "
-    "nowhere tells the depths apart with the accuracy asked, or where a calibration amount or all but one of the "
-    "held-out ones have no critical length inside the context: a curve that hovers at one half or comes back has none."
+    "not. Indistinguishable if the constant predicts them too. The affine rival contains the seed's law (intercept 0) "
+    "and so succeeds wherever that succeeds; it is informative only where the law fails. Not testable if at no length "
+    "the model tells the two depths apart with the required accuracy, if a calibration amount has no critical length "
+    "inside the context, or if fewer than two of the held-out amounts have one. A curve that hovers at one half, or "
+    "comes back above it, has no critical length."
 )
 
 
@@ -50,14 +54,27 @@ def run(
     controls: Controls | None = None,
     nulls: tuple[str, ...] = NULLS,
 ) -> Result:
-    """Critical lengths n₅₀(k) of ``model`` at depth 2 against the seed's law, the sink's, and two rivals.
+    """Compare the critical lengths n₅₀(k) of a model at depth 2 with those that the laws predict.
 
-    ``calibrate`` and ``predict``: amounts of evidence; ``prompts``: lists per amount, varying filler, head and first
-    position (the last ``offsets`` positions of the context are left free for that); ``least_accuracy``: the balanced
-    accuracy over both depths that the model must reach at some length for a verdict; ``controls``: the models to
-    compare with, by default the untrained one and, for a shipped model, those shipped with it. ``nulls``: "untrained"
-    is one of the controls; "rotated" puts random directions in place of the head's own; "shuffled" gives each amount
-    another's prediction.
+    Args:
+        model: A CircuitGPT with a tokenizer that holds both answers as single tokens.
+        calibrate: Amounts of evidence to which the laws are fitted, two or more.
+        predict: Held-out amounts of evidence, two or more, distinct from ``calibrate``.
+        prompts: Lists asked for each amount; they vary in filler, in the text before the list and in first position.
+        offsets: Positions of the context left free, so that lists can start at different positions.
+        seed: Seed of the prompts and of the resampling.
+        least_accuracy: The balanced accuracy over both depths that the model must reach at some length; otherwise the
+            verdict is "not testable here".
+        controls: Models to compare with; by default the untrained model and the twins shipped with this one.
+        nulls: "untrained" is one of the controls; "rotated" puts random directions in place of the head's own;
+            "shuffled" gives each amount the prediction for another.
+
+    Returns:
+        A Result; ``measured["laws"]`` holds each law's errors in tokens.
+
+    Raises:
+        Refused: The model has no tokenizer, its tokenizer splits an answer, or its context is too short.
+        ValueError: An option is out of range, or the amounts are too few or repeated.
     """
     nulls = check_nulls(nulls)
     at_least(2, prompts=prompts)
@@ -66,7 +83,8 @@ def run(
     amounts = (*calibrate, *predict)
     if len(calibrate) < 2 or len(predict) < 2 or len(set(amounts)) < len(amounts):
         raise ValueError(
-            f"calibrate {tuple(calibrate)} and predict {tuple(predict)} must be two amounts each, all distinct"
+            f"calibrate is {tuple(calibrate)} and predict is {tuple(predict)}; give two or more amounts "
+            "each, all distinct"
         )
     controls = controls or Controls.of(model)
     rng = np.random.default_rng([seed, 1])
@@ -74,15 +92,15 @@ def run(
     provenance = model_provenance(model, least_accuracy=least_accuracy, **options)
     protocol = Protocol("dilution", QUESTION, SEED_FIGURE, provenance)
 
-    def ask(one: CircuitGPT, k: int, depth: int = 2, salt: int = 0) -> c.Curve:
-        return c.ask_long_lists(one, k, depth=depth, prompts=prompts, length=length, seed=1000 * seed + salt)
+    def ask(asked_model: CircuitGPT, k: int, depth: int = 2, salt: int = 0) -> c.Curve:
+        return c.ask_long_lists(asked_model, k, depth=depth, prompts=prompts, length=length, seed=1000 * seed + salt)
 
     fitted = {k: c.critical(ask(model, k, salt=1), rng) for k in calibrate}
     short, left_out = _short_contexts(model, amounts, seed)
     laws = d.predictions(fitted, short, amounts, rng)
     protocol.predict(
         {
-            "summary": _words(laws, predict),
+            "summary": _predicted_words(laws, predict),
             "calibration": c.table(fitted),
             "critical_length": {name: law.lengths for name, law in laws.items()},
             "standard_error": {name: law.errors for name, law in laws.items()},
@@ -96,12 +114,15 @@ def run(
     measured = {k: c.critical(curve, rng) for k, curve in curves.items()}
     flat = ask(model, 1, depth=1)
     able = c.tells_depths(curves, flat)
-    fares = d.compare(laws, measured, predict)
-    holds = {name: bool(one["holds"]) for name, one in fares.items()}
-    found_best = d.best(fares)
+    scores = d.compare(laws, measured, predict)
+    holds = {name: bool(score["holds"]) for name, score in scores.items()}
+    best_law = d.best(scores)
     head = _head_measured(model, short, measured, length, seed)
-    # P(correct) over prompts may have a critical length while single prompts waver; a reader must see how much.
-    changes = " to ".join(f"{f(one.sign_changes for one in measured.values()):.0f}" for f in (min, max))
+    # P(correct) over all prompts may have a critical length although the answer wavers along single prompts, so the
+    # summary states how often it changes.
+    changes = " to ".join(
+        f"{extreme(length_50.sign_changes for length_50 in measured.values()):.0f}" for extreme in (min, max)
+    )
     null: dict[str, Any] = {
         name: _null(other, ask, amounts, rng)
         for name, other in controls.models.items()
@@ -110,30 +131,30 @@ def run(
     if "rotated" in nulls and short is not None and "weighted, one length" in laws:
         errors = d.rotated_errors(model, short, fitted, measured, predict, seed)
         words = (
-            f"weighted law with random directions off by {np.median(errors):.0f} tokens in the median of "
-            f"{len(errors)}, {min(errors):.0f} at the least"
+            f"weighted law with random directions off by {np.median(errors):.0f} tokens (median of "
+            f"{len(errors)}; {min(errors):.0f} at the least)"
             if errors
             else "–"
         )
         null["rotated"] = {"words": words, "mean_absolute_errors": errors}
-    if "shuffled" in nulls and found_best is not None:
-        error = d.shuffled_error(laws[found_best], measured, predict)
+    if "shuffled" in nulls and best_law is not None:
+        error = d.shuffled_error(laws[best_law], measured, predict)
         null["shuffled"] = {
-            "words": f"{found_best} law, amounts exchanged, off by {error:.0f} tokens",
+            "words": f"{best_law} law, with the predictions exchanged between amounts, off by {error:.0f} tokens",
             "mean_absolute_error": error,
         }
     edges = c.bins(length)
-    crossing = any(one.status == "crosses" for one in measured.values())
+    crossing = any(length_50.status == "crosses" for length_50 in measured.values())
     return protocol.conclude(
         measured={
-            "summary": "; ".join(f"k={k}: {one.text()}" for k, one in measured.items())
+            "summary": "; ".join(f"k={k}: {length_50.text()}" for k, length_50 in measured.items())
             + f". Along one prompt the answer changes {changes} times. "
-            + best_words(found_best, fares, laws, measured, predict)
+            + best_words(best_law, scores, laws, measured, predict)
             + head.pop("words", ""),
             "against_the_seeds_figure": against_seed(measured.get(SEED_K)),
             "critical_length": c.table(measured),
-            "laws": fares,
-            "best_law": found_best,
+            "laws": scores,
+            "best_law": best_law,
             "law_holds": holds,
             "head": head,
             "left_out": left_out,
@@ -143,7 +164,7 @@ def run(
         },
         interval={"summary": "95 % bootstrap by prompt", **c.bounds(measured)},
         null={
-            "summary": "; ".join(f"{name}: {found['words']}" for name, found in null.items()),
+            "summary": "; ".join(f"{name}: {of_null['words']}" for name, of_null in null.items()),
             **null,
         },
         verdict=verdict(measured, predict, holds, able >= least_accuracy),
@@ -167,14 +188,15 @@ def run(
 
 
 def _short_contexts(model: CircuitGPT, amounts: Sequence[int], seed: int) -> tuple[ShortContexts | None, list[str]]:
-    """What is read at short contexts, or why there is nothing to read."""
+    """What the head does at short contexts, or the reason why nothing could be read."""
     try:
         return read_short(model, amounts, seed=seed), []
     except Refused as error:
-        return None, [f"laws by what a head measures: {error}"]
+        return None, [f"The laws that rest on a head's measurements were left out: {error}"]
 
 
 def _head_found(short: ShortContexts | None) -> dict[str, Any]:
+    """What short contexts tell of the head, for the prediction."""
     if short is None:
         return {}
     law = short.law()
@@ -196,41 +218,43 @@ def _head_found(short: ShortContexts | None) -> dict[str, Any]:
 def _head_measured(
     model: CircuitGPT, short: ShortContexts | None, measured: dict[int, c.Critical], length: int, seed: int
 ) -> dict[str, Any]:
-    """What the head measures along long contexts; run after the predictions are stored."""
+    """What the head measures along long contexts. It is run after the predictions are stored."""
     if short is None:
         return {}
     along = {k: head_measures.measure(model, short.head, k, length, prompts=16, seed=seed) for k in measured}
-    first = next(iter(along))
-    verdict = head_measures.is_mean(along[first])
-    crossings = {k: head_measures.crossing(of, short.theta) for k, of in along.items()}
-    words = f" Head {short.head.name} carries {short.head.share:.0%} of the depths' difference; it is " + (
-        "a mean" if verdict["mean"] else "no mean (" + ", ".join(verdict.get("fails_by", [])) + ")"
+    first_amount = next(iter(along))
+    verdict = head_measures.is_mean(along[first_amount])
+    crossings = {k: head_measures.crossing(measures, short.theta) for k, measures in along.items()}
+    words = (
+        f" Head {short.head.name} carries {short.head.share:.0%} of the difference between the depths; "
+        "what it measures is "
+        + ("a mean" if verdict["mean"] else "not a mean (" + ", ".join(verdict.get("fails_by", [])) + ")")
     )
     return {"words": words, "is_mean": verdict, "statistic_crosses_theta_at": crossings, "along": along}
 
 
 def best_words(
     name: str | None,
-    fares: dict[str, dict[str, Any]],
+    scores: dict[str, dict[str, Any]],
     laws: dict[str, BracketLaw],
     measured: dict[int, c.Critical],
     predict: Sequence[int],
 ) -> str:
-    """How the best law fares against what was aimed at: one element or one standard error."""
+    """How the best law fares on the held-out amounts, as a sentence."""
     if name is None:
-        return "No law says when these fail."
-    one = fares[name]
-    pairs = ", ".join(
-        f"k={k} {laws[name].lengths[k]:.0f} ({'within' if one['good_enough'][k] else 'off'})" for k in predict
+        return "No law predicts when these fail."
+    score = scores[name]
+    by_amount = ", ".join(
+        f"k={k} {laws[name].lengths[k]:.0f} ({'within' if score['good_enough'][k] else 'off'})" for k in predict
     )
     return (
-        f"Best law on held-out amounts: {name}, off by {one['mean_absolute_error']:.0f} tokens in the mean ({pairs}; "
-        f"{'all' if one['holds'] else 'not all'} within one element or one standard error)."
+        f"Best law on held-out amounts: {name}, off by {score['mean_absolute_error']:.0f} tokens on average "
+        f"({by_amount}; {'all' if score['holds'] else 'not all'} within one element or one standard error)."
     )
 
 
 def against_seed(measured: c.Critical | None) -> str:
-    """Whether the seed's figure is what was measured; shown, and used for nothing."""
+    """Whether the measurement agrees with the seed's figure. It is shown and enters no verdict."""
     if measured is None:
         return f"k = {SEED_K} was not measured"
     if measured.status == "crosses" and measured.low <= SEED_LENGTH <= measured.high:
@@ -239,7 +263,7 @@ def against_seed(measured: c.Critical | None) -> str:
 
 
 def verdict(measured: dict[int, c.Critical], predict: Sequence[int], holds: dict[str, bool], able: bool) -> Verdict:
-    """The verdict by RULE."""
+    """The verdict that RULE gives."""
     if not able or "seed" not in holds or sum(measured[k].status == "crosses" for k in predict) < 2:
         return "not testable here"
     if not holds["seed"]:
@@ -248,14 +272,14 @@ def verdict(measured: dict[int, c.Critical], predict: Sequence[int], holds: dict
 
 
 def _null(other: CircuitGPT, ask: Any, amounts: Sequence[int], rng: np.random.Generator) -> dict[str, Any]:
-    """Critical lengths of a control and, since a model that can't do the task has none, whether it tells the depths."""
+    """Critical lengths of a control, and whether it tells the depths apart: a model that can't has no such lengths."""
     curves = {k: ask(other, k) for k in amounts}
     lengths = {k: c.critical(curve, rng) for k, curve in curves.items()}
     flat = ask(other, 1, depth=1)
     able = c.tells_depths(curves, flat)
     words = f"best balanced accuracy {able:.2f}"
     if able >= LEAST_ACCURACY:
-        words = ", ".join(f"k={k}: {one.text()}" for k, one in lengths.items())
+        words = ", ".join(f"k={k}: {length.text()}" for k, length in lengths.items())
     return {
         "words": words,
         "best_balanced_accuracy_at_one_length": able,
@@ -264,7 +288,7 @@ def _null(other: CircuitGPT, ask: Any, amounts: Sequence[int], rng: np.random.Ge
     }
 
 
-def _words(laws: dict[str, BracketLaw], predict: Sequence[int]) -> str:
+def _predicted_words(laws: dict[str, BracketLaw], predict: Sequence[int]) -> str:
     if not laws:
         return "none: a calibration amount has no critical length in the context"
     by_law = (f"{name} " + "/".join(_tokens(law.lengths[k]) for k in predict) for name, law in laws.items())
@@ -278,21 +302,21 @@ def _tokens(n: float) -> str:
 def _law_figure(
     measured: dict[int, c.Critical], laws: dict[str, BracketLaw], calibrate: Sequence[int]
 ) -> dict[str, Any]:
-    seen = {k: one for k, one in measured.items() if one.status == "crosses"}
+    crossing = {k: length for k, length in measured.items() if length.status == "crosses"}
     amounts = sorted(measured)
     points = [
         {
-            "label": "calibration" if part else "held out",
+            "label": "calibration" if is_calibration else "held out",
             "style": "points",
-            "x": [k for k in seen if (k in calibrate) == part],
-            "y": [seen[k].value for k in seen if (k in calibrate) == part],
-            "low": [seen[k].low for k in seen if (k in calibrate) == part],
-            "high": [seen[k].high for k in seen if (k in calibrate) == part],
+            "x": [k for k in crossing if (k in calibrate) == is_calibration],
+            "y": [crossing[k].value for k in crossing if (k in calibrate) == is_calibration],
+            "low": [crossing[k].low for k in crossing if (k in calibrate) == is_calibration],
+            "high": [crossing[k].high for k in crossing if (k in calibrate) == is_calibration],
         }
-        for part in (True, False)
+        for is_calibration in (True, False)
     ]
-    # A law that says "never", or far beyond what was asked, would press the points together at the bottom.
-    most = 2 * max([one.value for one in measured.values() if np.isfinite(one.value)], default=1.0)
+    # A law that predicts "never", or a length far beyond what was asked, would press the points together.
+    most = 2 * max([length.value for length in measured.values() if np.isfinite(length.value)], default=1.0)
     lines = [
         {
             "label": name,
@@ -305,7 +329,7 @@ def _law_figure(
     ]
     return {
         "kind": "curves",
-        "title": "Critical length against evidence: measured, and what each law says",
+        "title": "Critical length against evidence: measured, and as each law predicts it",
         "xlabel": "evidence k (brackets in front of the question)",
         "ylabel": "critical length n₅₀ (tokens)",
         "series": [*lines, *points],

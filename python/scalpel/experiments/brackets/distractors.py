@@ -1,9 +1,10 @@
-"""How many distractors flip the answer, and does it matter which tokens they are?
+"""How many distractor tokens flip the answer, and does it matter which tokens they are?
 
-The law counts every added token, and counts evidence for what it is: the answer flips at the fewest d for which
-(k + e(d)) / (n₀ + d) ≤ θ, with e(d) the brackets among the distractors. Each class of token is added on its own, in a
-comment in front of the statement, so that the question's surroundings stay. The same prompt moved to later positions
-with nothing added is the null.
+Predicted: the law counts every added token, and counts brackets among them as evidence. The answer flips at the fewest
+d for which (k + e(d)) / (n₀ + d) ≤ θ, where e(d) is the number of brackets among the d distractors.
+Measured: the fewest distractors at which P(correct) falls to one half, for each class of tokens. The distractors stand
+in a comment before the statement, so that the question's surroundings stay the same.
+Null: the same prompt moved to later positions with nothing added; and an untrained model with the longest comments.
 """
 
 from collections.abc import Sequence
@@ -28,23 +29,23 @@ QUESTION = "How many distractor tokens flip the answer, by class of token?"
 SEED_FIGURE = "d = n* − n₀ = 12 for k = 2, θ = 0.15"
 SEED_D = 12
 RULE = (
-    "Reproduced iff every class in front of the statement flips the answer at the count that the law gives for it, "
-    "within one element (2 tokens) or one standard error of the difference, whichever is larger; where the law says "
-    "never, or later than was tried, the answer must stay. List elements repeat the calibration, so they are shown and "
-    "enter no verdict. Not testable where the undisturbed prompts are answered wrong, where the model nowhere tells "
-    "the depths apart with the accuracy asked, or where the calibration has no critical length."
+    "Reproduced iff every class of tokens before the statement flips the answer at the count that the law predicts, "
+    "within one element (2 tokens) or one standard error of the difference, whichever is larger. If the law predicts "
+    "no flip, or one beyond what was tried, the answer must not flip. List elements repeat the calibration, so they "
+    "are shown and enter no verdict. Not testable if the undisturbed prompts are answered wrong, if at no length the "
+    "model tells the two depths apart with the required accuracy, or if the calibration has no critical length."
 )
 
 
 NOVEL = (
-    "The training text of this model has no comments: a flip at few comment tokens may be their novelty rather than "
-    "dilution."
+    "The training text of this model has no comments, so a flip at few comment tokens may be due to their novelty "
+    "rather than to dilution."
 )
 
 
 @dataclass(frozen=True)
 class Filler:
-    """A class of distractors: ``units`` in turn, each bringing ``evidence`` brackets."""
+    """A class of distractors: its ``units`` follow one another in turn, and each holds ``evidence`` brackets."""
 
     units: tuple[str, ...]
     evidence: int = 0
@@ -59,7 +60,7 @@ CLASSES = {
 
 @dataclass(frozen=True)
 class Comment:
-    """Comment lines of a class: ``lines[i]`` are token ids, ``evidence[i]`` how many brackets they hold."""
+    """Comment lines of one class: ``lines[i]`` are token ids, ``evidence[i]`` is how many brackets they hold."""
 
     lines: list[list[int]]
     evidence: list[int]
@@ -77,20 +78,38 @@ def run(
     least_accuracy: float = LEAST_ACCURACY,
     nulls: tuple[str, ...] = NULLS,
 ) -> Result:
-    """Fewest distractors at which P(correct) falls to one half, by class, against what the law gives for each.
+    """Find the fewest distractors at which P(correct) falls to one half, by class of tokens, beside the law's figure.
 
-    The prompts are depth-2 lists of evidence ``k`` and ``elements`` elements; distractors are tried about every
-    ``step`` tokens up to the context, and on a finer grid around the crossing. Unmatched brackets in front of a
-    depth-1 prompt should push the other way; they are measured beside the rest and enter no verdict. ``nulls``:
-    "shuffled" moves the prompt to later positions with no token added; "untrained" asks an untrained model the same
-    with the longest comments; "rotated" has no meaning here.
+    Prompts are lists at depth 2. Distractors are tried about every ``step`` tokens up to the context, and on a finer
+    grid around the crossing. Unmatched brackets before a prompt of depth 1 should push the other way; they are measured
+    as well and enter no verdict.
+
+    Args:
+        model: A CircuitGPT with a tokenizer that holds both answers as single tokens.
+        k: Evidence in each prompt, 2 or more.
+        elements: Elements in the open row of each prompt.
+        prompts: How many prompts are asked.
+        offsets: Positions of the context left free, so that lists can start at different positions.
+        step: Tokens between the lengths of comment that are tried at first.
+        seed: Seed of the prompts and of the resampling.
+        least_accuracy: The balanced accuracy over both depths that the model must reach at some length, and the share
+            of undisturbed prompts that it must answer right; otherwise the verdict is "not testable here".
+        nulls: "shuffled" moves the prompt to later positions and adds no token; "untrained" asks an untrained model,
+            with no comment and with the longest ones; "rotated" has no meaning here.
+
+    Returns:
+        A Result; ``measured["fewest"]`` holds the count of each class.
+
+    Raises:
+        Refused: The model has no tokenizer, its tokenizer splits an answer, or its context is too short.
+        ValueError: An option is out of range.
     """
     nulls = check_nulls(nulls)
     at_least(2, prompts=prompts, k=k)
     at_least(1, elements=elements, step=step)
     at_least(0, seed=seed)
     length = longest_asked(model, offsets, least_accuracy)
-    assert model.tokenizer is not None  # or there would be no longest list
+    assert model.tokenizer is not None  # longest_asked refused a model without one
     rng = np.random.default_rng([seed, 3])
     options = {"k": k, "elements": elements, "prompts": prompts, "offsets": offsets, "step": step, "seed": seed}
     provenance = model_provenance(model, least_accuracy=least_accuracy, **options)
@@ -100,7 +119,9 @@ def run(
     n0 = int(np.median([len(row) for row in short])) + len(closers(model.tokenizer).start)
     most = length - max(map(len, short)) - 1
     if most < 2 * step:
-        raise Refused(f"{elements} elements leave {most} tokens for distractors, tried every {step}; give fewer")
+        raise Refused(
+            f"{elements} elements leave {most} tokens for distractors, which are tried every {step} tokens; give fewer"
+        )
     comments = {name: comment_lines(model, filler, most) for name, filler in CLASSES.items()}
     predicted = {
         name: flips_at(comment, k, n0, calibration.value) if calibration.status == "crosses" else None
@@ -132,9 +153,9 @@ def run(
     untouched = {"depth 2": float(moved.right[:, 0].mean()), "depth 1": float(_plain(model, flat).mean())}
     return protocol.conclude(
         measured={
-            "summary": "; ".join(f"{name} {one.text()}" for name, one in measured.items()),
-            "against_the_seeds_figure": f"the seed says {SEED_D} at k = 2, whatever the class; here "
-            + ", ".join(f"{name} {one.text()}" for name, one in measured.items()),
+            "summary": "; ".join(f"{name} {count.text()}" for name, count in measured.items()),
+            "against_the_seeds_figure": f"the seed says {SEED_D} at k = 2 for every class of tokens; here "
+            + ", ".join(f"{name} {count.text()}" for name, count in measured.items()),
             "fewest": c.table(measured),
             "list_elements": c.table({k: again}),
             "accuracy_without_distractors": untouched,
@@ -164,24 +185,26 @@ def _null(
     comments: dict[str, Comment],
     moved: dict[str, Any],
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    null: dict[str, Any] = {}
     words = []
     if "shuffled" in nulls:
         words.append(f"moved without adding a token: {moved['words']}, P(correct) at least {moved['least']:.2f}")
-        found |= {"moved": moved["moved"], "moved_least_accuracy": moved["least"]}
+        null |= {"moved": moved["moved"], "moved_least_accuracy": moved["least"]}
     if "untrained" in nulls:
         other = untrained(model)
         ends = {name: _pick(comment, np.array([0, len(comment.lines) - 1])) for name, comment in comments.items()}
         right = {name: _curve(other, prompts, comment, depth=2).right.mean(0) for name, comment in ends.items()}
-        found["untrained"] = {name: {"none": float(r[0]), "longest": float(r[1])} for name, r in right.items()}
+        null["untrained"] = {name: {"none": float(r[0]), "longest": float(r[1])} for name, r in right.items()}
         none, longest = (np.mean([r[i] for r in right.values()]) for i in range(2))
-        words.append(f"untrained: P(correct) {none:.2f} without, {longest:.2f} with the longest comments")
-    return {"summary": "; ".join(words) or "none was asked for", **found}
+        words.append(f"untrained: P(correct) {none:.2f} without comments, {longest:.2f} with the longest")
+    return {"summary": "; ".join(words) or "no null was asked for", **null}
 
 
 def flips_at(comment: Comment, k: int, n0: int, critical_length: float) -> float:
-    """The tokens of a class at which the law's answer turns: the middle between the last line that it passes and the
-    first that it fails, as a fit to answers finds it; infinite if it fails at none that was made.
+    """How many tokens of a class flip the answer by the law; infinite if no comment line that was made does.
+
+    The figure is the middle between the longest line that leaves the answer right and the next one, as a fit to a
+    model's answers would find it.
     """
     counter = ThresholdCounter(k / critical_length)
     before = 0
@@ -193,9 +216,9 @@ def flips_at(comment: Comment, k: int, n0: int, critical_length: float) -> float
 
 
 def comment_lines(model: CircuitGPT, filler: Filler, most: int) -> Comment:
-    """Comment lines of whole units, up to ``most`` tokens each; the first is no comment at all.
+    """Comment lines of whole units, up to ``most`` tokens each; the first line is empty.
 
-    Each ends with a blank, so that a bracket and the newline don't become a closing token.
+    Each line ends with a blank, so that a bracket and the newline don't merge into a closing token.
     """
     assert model.tokenizer is not None
     lines: list[list[int]] = [[]]
@@ -211,7 +234,7 @@ def comment_lines(model: CircuitGPT, filler: Filler, most: int) -> Comment:
 
 
 def _short_prompts(model: CircuitGPT, k: int, elements: int, count: int, seed: int) -> list[list[int]]:
-    """Prompts without the start token, all asking after element number ``elements`` of the open row."""
+    """Prompts without the start token; each asks after element number ``elements`` of the open row."""
     assert model.tokenizer is not None
     lists = long_lists(
         model.tokenizer,
@@ -228,18 +251,20 @@ def _short_prompts(model: CircuitGPT, k: int, elements: int, count: int, seed: i
 
 
 def _brackets(model: CircuitGPT, most: int) -> Comment:
-    """A comment line with 0 to ``most`` unmatched brackets; without any it is there all the same."""
+    """Comment lines with 0 to ``most`` unmatched brackets; the line without any is a comment too."""
     assert model.tokenizer is not None
     lines = [model.tokenizer.encode("# " + "[" * count + " \n") for count in range(most + 1)]
     return Comment(lines, list(range(most + 1)))
 
 
 def _refined(model: CircuitGPT, prompts: Sequence[list[int]], comment: Comment, step: int) -> c.Curve:
-    """The curve on a coarse grid and, where it crosses one half, on every line around the crossing."""
+    """P(correct) on a coarse grid of comment lines, refined around the place where it crosses one half."""
     sizes = np.array([len(line) for line in comment.lines])
     coarse = np.unique(np.searchsorted(sizes, np.arange(0, sizes[-1] + 1, step)))
     curve = _curve(model, prompts, _pick(comment, coarse), depth=2)
-    _, crossing, status = c.crossing(curve)  # the isotonic one: a coarse grid may be too coarse for the fit
+    _, crossing, status = c.crossing(
+        curve
+    )  # the isotonic crossing, since the grid may be too coarse for the logistic fit
     if status == "above":
         return curve
     near = np.setdiff1d(np.flatnonzero(np.abs(sizes - crossing) <= step), coarse)
@@ -251,12 +276,13 @@ def _refined(model: CircuitGPT, prompts: Sequence[list[int]], comment: Comment, 
 
 
 def _pick(comment: Comment, index: np.ndarray) -> Comment:
+    """The comment lines with these indices."""
     return Comment([comment.lines[i] for i in index], [comment.evidence[i] for i in index])
 
 
 @torch.no_grad()
 def _curve(model: CircuitGPT, prompts: Sequence[list[int]], comment: Comment, depth: int) -> c.Curve:
-    """Answers with each comment line in front; x is the tokens that it adds (for brackets: how many there are)."""
+    """Answers with each comment line in front. x counts the tokens added, or at depth 1 the brackets in the comment."""
     assert model.tokenizer is not None
     ids = closers(model.tokenizer)
     right = np.zeros((len(prompts), len(comment.lines)), dtype=bool)
@@ -267,7 +293,7 @@ def _curve(model: CircuitGPT, prompts: Sequence[list[int]], comment: Comment, de
 
 
 def _moved(model: CircuitGPT, prompts: Sequence[list[int]], counts: np.ndarray) -> c.Curve:
-    """The null: nothing is added, and the prompt begins ``counts`` positions later."""
+    """The null: nothing is added, and the prompt begins each of ``counts`` positions later."""
     assert model.tokenizer is not None
     rows = [[*closers(model.tokenizer).start, *prompt] for prompt in prompts]
     right = np.stack([_answers(model, rows, int(count)) for count in counts], 1)
@@ -275,13 +301,14 @@ def _moved(model: CircuitGPT, prompts: Sequence[list[int]], counts: np.ndarray) 
 
 
 def _plain(model: CircuitGPT, flat: Sequence[list[int]]) -> np.ndarray:
+    """Whether prompts of depth 1 are answered right with nothing added, bool (prompts,)."""
     assert model.tokenizer is not None
     return ~_answers(model, [[*closers(model.tokenizer).start, *prompt] for prompt in flat], 0)
 
 
 @torch.no_grad()
 def _answers(model: CircuitGPT, rows: Sequence[list[int]], first: int) -> np.ndarray:
-    """Whether the model says "two" after each row, the first token at position ``first``."""
+    """Whether the model closes two lists after each row, with the first token at position ``first``."""
     assert model.tokenizer is not None
     ids = closers(model.tokenizer)
     padded = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long, device="cpu")
@@ -292,12 +319,12 @@ def _answers(model: CircuitGPT, rows: Sequence[list[int]], first: int) -> np.nda
         torch.arange(len(rows), device="cpu"),
         torch.tensor([len(row) - 1 for row in rows], dtype=torch.int64, device="cpu"),
     ]
-    said: np.ndarray = (last[:, ids.two] > last[:, ids.one]).numpy()
-    return said
+    says_two: np.ndarray = (last[:, ids.two] > last[:, ids.one]).numpy()
+    return says_two
 
 
 def _counted_from(curve: c.Curve, n0: int) -> c.Curve:
-    """Long lists as distractors: each element beyond n₀ tokens is one that was added to the open row."""
+    """Long lists read as distractors: each element beyond n₀ tokens counts as added to the open row."""
     kept = int((curve.x < n0).sum(1).max())
     return c.Curve(curve.x[:, kept:] - n0, curve.right[:, kept:])
 
@@ -308,7 +335,7 @@ def _figures(
     moved: c.Curve,
     unmatched: c.Curve,
     predicted: dict[str, float | None],
-    what: str,
+    subject: str,
     caution: str,
 ) -> dict[str, Any]:
     lines = [{"x": d, "label": f"law: {name}"} for name, d in predicted.items() if d is not None and np.isfinite(d)]
@@ -316,7 +343,7 @@ def _figures(
     return {
         "curves": {
             "kind": "curves",
-            "title": f"Distractors by class, {what}",
+            "title": f"Distractors by class, {subject}",
             "summary": caution,
             "xlabel": "distractor tokens added",
             "ylabel": "P(correct)",
@@ -340,7 +367,7 @@ def _figures(
 
 
 def _points(curve: c.Curve) -> dict[str, np.ndarray]:
-    """P(correct) at each x that was asked, thinned to at most 64 points."""
+    """P(correct) at each x that was asked, thinned to about 64 points."""
     x = np.unique(curve.x)
     x = x[:: max(1, len(x) // 64)]
     return {"x": x, "y": np.array([curve.right[curve.x == v].mean() for v in x])}
@@ -353,7 +380,7 @@ def _count(d: float | None, most: int) -> str:
 def _verdict(
     predicted: dict[str, float | None], measured: dict[str, c.Critical], calibration: c.Critical, able: bool
 ) -> Verdict:
-    """The verdict by RULE."""
+    """The verdict that RULE gives."""
     if not able or calibration.status != "crosses":
         return "not testable here"
     fits = [d is not None and c.within(d, measured[name], calibration.error) for name, d in predicted.items()]

@@ -1,9 +1,9 @@
-"""The head that carries the evidence to the answer: which it is, what it measures, and at which value the answer turns.
+"""The head that carries the evidence to the answer: how it is found, what it measures, and where the answer turns.
 
-All of it is read at the position that answers. The head is the one whose output, exchanged for that of a prompt of the
-other depth, takes most of the difference in logits with it. Its direction u is the gradient of the logit difference by
-the head's output, averaged over short prompts. The threshold θ is found by intervention: the output's component along u
-is set until the logit difference is zero.
+Everything is read at the position that answers. The head is found by exchange: of all heads, it is the one whose
+output, replaced by that of a prompt of the other depth, changes the logit difference most. Its direction u is the
+gradient of the logit difference with respect to the head's output, averaged over short prompts. Its threshold θ is
+found by intervention: the component of its output along u is varied until the logit difference is zero.
 """
 
 from collections.abc import Callable
@@ -21,14 +21,20 @@ from ...tasks.refused import Refused
 __all__ = ["Head", "Reading", "find_head", "read", "threshold"]
 
 SHORT_TOKENS = 48
-_SALT = 10  # no other lists are drawn from this stream
-_CANDIDATES = 8  # heads whose effect is measured by an exchange; the gradient picks them
+_SALT = 10  # added to the seed, so that no other lists come from the same random stream
+_CANDIDATES = 8  # how many heads, the first by gradient, are tried by exchange
 
 
 @dataclass(frozen=True)
 class Head:
-    """``layer`` and ``index`` of the head; ``u`` (d_head,) of length 1; ``share`` of the depths' difference in logits
-    that goes with its output; ``shares`` of the heads tried, by name.
+    """An attention head that carries the depth to the answer.
+
+    Attributes:
+        layer: Its layer.
+        index: Its number within the layer.
+        u: The direction (d_head,), of length 1, along which the answer reads its output.
+        share: Share of the difference in logits between the depths that its output accounts for.
+        shares: That share for every head that was tried, by name.
     """
 
     layer: int
@@ -39,16 +45,23 @@ class Head:
 
     @property
     def name(self) -> str:
+        """The head as "layer.index"."""
         return f"{self.layer}.{self.index}"
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a head does at questions: all (prompts, questions) but where said.
+    """What a head does at questions. Arrays are (prompts, questions) unless another shape is stated.
 
-    ``n`` attended keys; ``m`` the statistic Σ a u; ``attended`` A = Σ a; ``sigma`` n (1 - A) / A in tokens;
-    ``uniformity`` A² / (n Σ a²); ``decay`` the slope of log a on the distance t - j, a token; ``logits`` and ``u``
-    (prompts, questions, keys) of every key, -inf and 0 beyond the question.
+    Attributes:
+        n: Number of attended keys.
+        m: The statistic Σ a u.
+        attended: A = Σ a, the weight on real keys.
+        sigma: The sink term n (1 - A) / A, in tokens.
+        uniformity: A² / (n Σ a²); 1 if all keys have the same weight.
+        decay: Slope of log a on the distance t - j, per token.
+        logits: Attention logits (prompts, questions, keys); -inf beyond the question.
+        u: Values along the direction u (prompts, questions, keys); 0 beyond the question.
     """
 
     n: np.ndarray
@@ -62,7 +75,7 @@ class Reading:
 
 
 def short_lists(model: CircuitGPT, k: int, depth: int, prompts: int, seed: int) -> LongLists:
-    """Lists as the experiments ask them, but of the first few elements only."""
+    """Lists like those that the experiments ask, but of the first few elements only."""
     assert model.tokenizer is not None
     length = min(SHORT_TOKENS, model.config.block_size)
     block = model.config.block_size
@@ -70,51 +83,61 @@ def short_lists(model: CircuitGPT, k: int, depth: int, prompts: int, seed: int) 
 
 
 def _difference(model: CircuitGPT, logits: Tensor) -> Tensor:
+    """logit("]]\\n") - logit("]\\n"), over the last dimension."""
     assert model.tokenizer is not None
     ids = closers(model.tokenizer)
     return logits[..., ids.two] - logits[..., ids.one]
 
 
 def _last(lists: LongLists) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, positions up to the last question that all rows share, and each row's last question."""
+    """Token ids, positions, and the index of each row's last question."""
     return lists.ids, lists.positions, lists.asked[:, -1]
 
 
 def find_head(model: CircuitGPT, prompts: int = 32, seed: int = 0) -> Head:
-    """The head whose output at the answer carries the depth, from pairs of short prompts at depth 2 and 1.
+    """Find the head whose output at the answer carries the depth, from pairs of short prompts at depths 2 and 1.
 
-    Refused where no prompt of the two depths is answered differently: then nothing carries the depth.
+    Args:
+        model: A CircuitGPT with a tokenizer.
+        prompts: Prompts of each depth.
+        seed: Seed of the prompts.
+
+    Returns:
+        The head with the largest effect when its output is exchanged between the depths.
+
+    Raises:
+        Refused: The model answers alike at both depths, so that no head carries the depth.
     """
     nested, flat = _last(short_lists(model, 2, 2, prompts, seed)), _last(short_lists(model, 1, 1, prompts, seed))
-    y = {depth: _outputs(model, *one) for depth, one in ((2, nested), (1, flat))}
-    total = float((y[2][2] - y[1][2]).mean())
+    outputs = {depth: _outputs(model, *lists) for depth, lists in ((2, nested), (1, flat))}
+    total = float((outputs[2][2] - outputs[1][2]).mean())
     if not abs(total) > 1e-6:
         raise Refused("the model's answers at both depths are the same on short prompts; no head carries the depth")
     config = model.config
-    moved = torch.stack([(g * (a - b)) for g, a, b in zip(y[2][1], y[2][0], y[1][0], strict=True)])
+    moved = torch.stack([(g * (a - b)) for g, a, b in zip(outputs[2][1], outputs[2][0], outputs[1][0], strict=True)])
     by_head = moved.unflatten(-1, (config.n_head, -1)).sum(-1).mean(1)  # (layers, heads)
     order = by_head.abs().flatten().argsort(descending=True)[:_CANDIDATES].tolist()
     shares = {}
     for flat_index in order:
         layer, index = divmod(flat_index, config.n_head)
         with torch.no_grad():
-            changed = _with_head(model, nested, layer, index, partial(_instead, y[1][0][layer]))
-        shares[f"{layer}.{index}"] = float((y[2][2] - changed).mean()) / total
+            changed = _with_head(model, nested, layer, index, partial(_instead, outputs[1][0][layer]))
+        shares[f"{layer}.{index}"] = float((outputs[2][2] - changed).mean()) / total
     best = max(shares, key=lambda name: abs(shares[name]))
     layer, index = map(int, best.split("."))
     part = _part(model, index)
-    gradient = torch.cat([y[depth][1][layer][:, part] for depth in (2, 1)])
-    # Saturated prompts have tiny gradients; each counts the same, so that the direction is one of all prompts.
+    gradient = torch.cat([outputs[depth][1][layer][:, part] for depth in (2, 1)])
+    # Saturated prompts have tiny gradients. Each gradient is normalised, so that every prompt counts the same.
     u = torch.nn.functional.normalize(gradient, dim=-1).mean(0)
     return Head(layer, index, torch.nn.functional.normalize(u, dim=0), shares[best], shares)
 
 
-def _instead(given: Tensor, own: Tensor) -> Tensor:
-    return given
+def _instead(replacement: Tensor, own: Tensor) -> Tensor:
+    return replacement
 
 
 def _part(model: CircuitGPT, index: int) -> slice:
-    """The channels of a head in a layer's side-by-side outputs."""
+    """The channels of one head among the concatenated outputs of a layer's heads."""
     width = model.config.d_attn // model.config.n_head
     return slice(index * width, (index + 1) * width)
 
@@ -122,7 +145,10 @@ def _part(model: CircuitGPT, index: int) -> slice:
 def _outputs(
     model: CircuitGPT, ids: Tensor, positions: Tensor, asked: Tensor
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Each layer's head outputs at the question (prompts, width), the logit difference's gradient by them, and it."""
+    """By layer, the heads' outputs at the question (prompts, width) and the gradients with respect to them; and d.
+
+    d (prompts,) is the logit difference, of which the gradients are taken.
+    """
     rows = torch.arange(len(ids), device="cpu")
     kept: list[Tensor] = []
     own: list[Tensor] = []
@@ -149,9 +175,13 @@ def _with_head(
     prompts: tuple[Tensor, Tensor, Tensor],
     layer: int,
     index: int,
-    given: Callable[[Tensor], Tensor],
+    replace: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """The logit difference when the head's output at the question is what ``given(layer's output)`` says."""
+    """The logit difference when the head's output at the question is replaced.
+
+    ``replace`` takes the layer's concatenated outputs (prompts, width) and gives the new ones; only the head's own
+    channels are used.
+    """
     ids, positions, asked = prompts
     rows = torch.arange(len(ids), device="cpu")
     part = _part(model, index)
@@ -160,7 +190,7 @@ def _with_head(
         own = value[rows, asked]
         changed = value.clone()
         at = own.clone()
-        at[:, part] = given(own)[:, part]
+        at[:, part] = replace(own)[:, part]
         changed[rows, asked] = at
         return changed
 
@@ -172,33 +202,33 @@ def _with_head(
 def threshold(
     model: CircuitGPT, head: Head, *, prompts: int = 32, seed: int = 0, u: Tensor | None = None
 ) -> np.ndarray:
-    """θ of each short prompt (prompts,): the head's output along u at which the logit difference is zero.
+    """θ of each short prompt of both depths, (prompts,): the output along u at which the logit difference is zero.
 
-    Prompts of both depths; NaN where no value within four times the range seen turns the answer. ``u`` replaces the
-    head's own direction: the rotated null.
+    NaN if no value within four times the observed range turns the answer. ``u`` replaces the head's own direction, for
+    the rotated null.
     """
     direction = head.u if u is None else u
     part = _part(model, head.index)
     cases = [_last(short_lists(model, k, depth, prompts, seed)) for k, depth in ((2, 2), (1, 1))]
     own = torch.cat([_outputs(model, *case)[0][head.layer][:, part] @ direction for case in cases])
     middle, reach = float(own.mean()), 4 * max(float(own.max() - own.min()), 1e-6)
-    found = []
+    thetas = []
     for case in cases:
 
         def at(z: Tensor, case: tuple[Tensor, Tensor, Tensor] = case) -> Tensor:
-            def given(value: Tensor) -> Tensor:
+            def set_component(value: Tensor) -> Tensor:
                 changed = value.clone()
                 inside = changed[:, part]
                 changed[:, part] = inside + (z - inside @ direction)[:, None] * direction
                 return changed
 
-            return _with_head(model, case, head.layer, head.index, given)
+            return _with_head(model, case, head.layer, head.index, set_component)
 
         count = len(case[0])
         grid = torch.linspace(middle - reach, middle + reach, 25, dtype=torch.float32, device="cpu")
         values = torch.stack([at(z.expand(count)) for z in grid])  # (grid, prompts)
         turns = (values[1:] > 0) != (values[:-1] > 0)
-        # The turn nearest to what the head really says, where there are several.
+        # If the answer turns at several values, the one nearest to the head's usual output counts.
         distance = torch.where(turns, (grid[:-1, None] - middle).abs(), torch.inf)
         first = distance.argmin(0)
         low, high = grid[first], grid[first + 1]
@@ -207,13 +237,13 @@ def threshold(
             centre = (low + high) / 2
             above = (at(centre) > 0) == rising
             low, high = torch.where(above, low, centre), torch.where(above, centre, high)
-        found.append(torch.where(turns.any(0), (low + high) / 2, torch.nan))
-    return torch.cat(found).double().numpy()
+        thetas.append(torch.where(turns.any(0), (low + high) / 2, torch.nan))
+    return torch.cat(thetas).double().numpy()
 
 
 @torch.no_grad()
 def read(model: CircuitGPT, head: Head, lists: LongLists, questions: Tensor, u: Tensor | None = None) -> Reading:
-    """What the head does at the questions numbered ``questions`` (count,) of each prompt."""
+    """Read the head at the questions numbered ``questions`` (count,) of each prompt, along its u or along ``u``."""
     config = model.config
     _, cache = model.run_with_cache(
         lists.ids,
@@ -230,8 +260,8 @@ def read(model: CircuitGPT, head: Head, lists: LongLists, questions: Tensor, u: 
     logits = logits.masked_fill(~seen, -torch.inf)
     values = (v @ (head.u if u is None else u).double())[:, None].expand_as(logits).masked_fill(~seen, 0.0)
     sink = model.transformer.h[head.layer].attn.attn_imp.sink_logit[head.index].double() if config.sink else None
-    every = logits if sink is None else torch.cat([sink.expand(*logits.shape[:-1], 1), logits], -1)
-    log_a = logits - every.logsumexp(-1, keepdim=True)
+    all_logits = logits if sink is None else torch.cat([sink.expand(*logits.shape[:-1], 1), logits], -1)
+    log_a = logits - all_logits.logsumexp(-1, keepdim=True)
     a = log_a.exp()
     n = seen.sum(-1).double()
     attended = a.sum(-1)
@@ -249,7 +279,7 @@ def read(model: CircuitGPT, head: Head, lists: LongLists, questions: Tensor, u: 
 
 
 def _slope(x: Tensor, y: Tensor, where: Tensor) -> Tensor:
-    """Least-squares slope of y on x along the last dimension, over ``where`` (at least two points, else NaN)."""
+    """Least-squares slope of y on x along the last dimension, over the points ``where``; NaN for fewer than two."""
     count = where.sum(-1, keepdim=True)
     y = torch.where(where, y, 0.0)
     x = torch.where(where, x, 0.0)

@@ -1,4 +1,4 @@
-"""Is what the head measures a mean? Uniformity, decay and sink along long contexts; where its statistic crosses θ."""
+"""Whether a head measures a mean: its uniformity, decay and sink along long contexts, and where its m crosses θ."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,17 +15,17 @@ __all__ = ["MEAN_RULE", "is_mean", "measure", "statistic_figure"]
 QUESTIONS = 10
 LEAST_UNIFORMITY, MOST_DECAY, MOST_DRIFT = 0.9, 0.1, 0.2
 MEAN_RULE = (
-    f"A head measures a mean iff its uniformity A² / (n Σ a²) is at least {LEAST_UNIFORMITY}, |mean decay| · n at most "
-    f"{MOST_DECAY}, and its sink term σ at the longest contexts is within {MOST_DRIFT:.0%} of that at the second "
-    "shortest (of half a token, where that is more)."
+    f"A head measures a mean iff its uniformity A² / (n Σ a²) is at least {LEAST_UNIFORMITY}, |mean decay| · n is at "
+    f"most {MOST_DECAY}, and its sink term σ at the longest contexts differs from that at the second shortest by at "
+    f"most {MOST_DRIFT:.0%} (of half a token, if the sink term is smaller than that)."
 )
 
 
 def measure(model: CircuitGPT, head: h.Head, k: int, length: int, *, prompts: int, seed: int) -> dict[str, np.ndarray]:
-    """Means over prompts at about QUESTIONS lengths spread over the context, for lists of evidence k at depth 2.
+    """Read a head at about QUESTIONS lengths spread over the context, for lists of evidence k at depth 2.
 
-    ``n``, ``m``, ``attended``, ``sigma``, ``uniformity``, ``decay``: each (questions,), see :class:`.head.Reading`;
-    ``m_spread`` the standard deviation of m over prompts.
+    Returns means over prompts, (questions,), of ``n``, ``m``, ``attended``, ``sigma``, ``uniformity`` and ``decay``,
+    which :class:`.head.Reading` explains; ``m_spread`` is the standard deviation of m over prompts.
     """
     assert model.tokenizer is not None
     block = model.config.block_size
@@ -37,13 +37,13 @@ def measure(model: CircuitGPT, head: h.Head, k: int, length: int, *, prompts: in
 
 
 def is_mean(measures: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The verdict by MEAN_RULE, with each of its three figures (the worst along the context, the first left out)."""
+    """Whether MEAN_RULE holds, with its three figures: each the worst along the context, the first length left out."""
     n, sigma = measures["n"][1:], measures["sigma"][1:]
     if len(n) < 2:
-        return {"mean": False, "why": "the context holds too few lengths to tell"}
+        return {"mean": False, "why": "the context holds too few lengths to decide"}
     uniformity = float(measures["uniformity"][1:].min())
     decay = float(np.abs(measures["decay"][1:] * n).max())
-    # Half a token of sink is nothing to drift from.
+    # A sink of less than half a token is too small for a relative drift to mean anything.
     drift = float(abs(sigma[-1] - sigma[0]) / max(abs(float(sigma[0])), 0.5))
     parts = {
         "uniformity": uniformity >= LEAST_UNIFORMITY,
@@ -60,7 +60,7 @@ def is_mean(measures: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def crossing(measures: Mapping[str, np.ndarray], theta: float) -> float:
-    """The n at which m falls to θ, linearly between the lengths read; infinite where it stays above, NaN without θ."""
+    """The n at which m falls to θ, interpolated linearly; infinite if m stays above θ, NaN if there is no θ."""
     if not np.isfinite(theta):
         return float("nan")
     n, above = measures["n"], measures["m"] - theta
@@ -78,18 +78,18 @@ def statistic_figure(name: str, by_amount: Mapping[int, Mapping[str, np.ndarray]
     return {
         "kind": "curves",
         "title": f"What head {name} measures: m = Σ a u at the answer, for each amount of evidence",
-        "summary": "Where m falls to θ the head alone would fail; θ was set by intervention at short contexts.",
+        "summary": "Where m falls to θ, the head by itself would fail. θ was found by intervention at short contexts.",
         "xlabel": "attended keys n (tokens)",
         "ylabel": "m",
         "series": [
             {
                 "label": f"k = {k}",
-                "x": of["n"],
-                "y": of["m"],
-                "low": of["m"] - of["m_spread"],
-                "high": of["m"] + of["m_spread"],
+                "x": measures["n"],
+                "y": measures["m"],
+                "low": measures["m"] - measures["m_spread"],
+                "high": measures["m"] + measures["m_spread"],
             }
-            for k, of in by_amount.items()
+            for k, measures in by_amount.items()
         ],
         "hlines": [{"y": theta, "label": "θ"}] if np.isfinite(theta) else [],
     }

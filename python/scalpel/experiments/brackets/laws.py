@@ -1,9 +1,12 @@
-"""Laws of failure: at which length does an averaging head's statistic fall to its threshold?
+"""Laws of failure: the context length at which an averaging head's statistic falls to its threshold.
 
-A head with weights a over the real keys gives m = Σ_j a_j u_j, with u_j key j's value along the direction that the next
-reader reads. With attention logits ℓ_j and the sink's logit b, m > θ iff Σ_j e^{ℓ_j} (u_j - θ) > θ e^b. Keys are put
-into classes of tokens with a mean weight and a mean u each: the *weighted* law. Equal weights and u = 0 but at the
-evidence make it the *sink* law, m = s / (n + σ); no sink either, and it is the *seed's*, n* = k/θ.
+A head with attention weights a over the real keys computes m = Σ_j a_j u_j, where u_j is the value of key j along the
+direction that the next layer reads. With attention logits ℓ_j and the sink's logit b, m > θ iff
+Σ_j e^{ℓ_j} (u_j - θ) > θ e^b. Three laws follow, each a special case of the one before:
+
+- *weighted*: tokens fall into classes, each with a mean weight and a mean u;
+- *sink*: all weights are equal and u is 0 except at the evidence, so that m = s / (n + σ);
+- *seed*: there is no sink either, so that n* = k/θ.
 """
 
 from collections.abc import Sequence
@@ -15,17 +18,17 @@ from ...models.tokenizer import Tokenizer
 
 __all__ = ["CLASSES", "WeightedLaw", "token_classes"]
 
-# Start token; what stands in front of the list; "[" that are open at the question, and closed; tokens with a "]";
-# commas and blanks; all else inside the list.
+# The start token; what stands before the list; "[" that are open at the question; "[" that are closed there; tokens
+# with a "]"; commas and blanks; everything else inside the list.
 CLASSES = ("start", "head", "open", "closed", "closer", "separator", "element")
 START, HEAD, OPEN, CLOSED, CLOSER, SEPARATOR, ELEMENT = range(len(CLASSES))
 
 
 def token_classes(ids: Sequence[int], tokenizer: Tokenizer, start: Sequence[int] = ()) -> np.ndarray:
-    """Each token's class (tokens,), an index into CLASSES, as seen from the end of the text.
+    """The class of each token, (tokens,) indices into CLASSES, as seen from the end of the text.
 
-    Brackets are matched by what the tokens say; brackets in strings or comments count as any other, as they do for
-    a head that averages.
+    Brackets are matched by the tokens' text alone. Brackets in strings or comments count like all others, as they do
+    for a head that averages.
     """
     classes = np.full(len(ids), ELEMENT)
     stack: list[int] = []
@@ -51,11 +54,16 @@ def token_classes(ids: Sequence[int], tokenizer: Tokenizer, start: Sequence[int]
 
 @dataclass(frozen=True)
 class WeightedLaw:
-    """Right iff Σ_c n_c w_c (u_c - θ) > θ w_b, with n_c the number of tokens of class c.
+    """The law that an answer is right iff Σ_c n_c w_c (u_c - θ) > θ w_b, with n_c the number of tokens of class c.
 
-    ``weight`` and ``u``: (classes,), the mean of e^ℓ and the weighted mean of u in a class, in the order of CLASSES; a
-    class that the calibration had no token of has weight 0 and is thereby left out. ``sink``: e^b, 0 without a sink.
-    ``theta``: in the units of u.
+    Attributes:
+        weight: Mean of e^ℓ in each class, (classes,) in the order of CLASSES. A class of which the calibration had no
+            token has weight 0 and so drops out.
+        u: Weighted mean of u in each class, (classes,).
+        sink: w_b = e^b; 0 without a sink.
+        theta: The threshold, in the units of u.
+        tokenizer: Needed to apply the law to token ids.
+        start: Ids of the tokens that start every prompt.
     """
 
     weight: np.ndarray
@@ -66,30 +74,34 @@ class WeightedLaw:
     start: tuple[int, ...] = ()
 
     def surplus(self, counts: np.ndarray) -> np.ndarray:
-        """Σ_c n_c w_c (u_c - θ) - θ w_b for counts (..., classes): above 0 where the answer is right."""
-        found: np.ndarray = counts @ (self.weight * (self.u - self.theta)) - self.theta * self.sink
-        return found
+        """Σ_c n_c w_c (u_c - θ) - θ w_b for counts (..., classes); the answer is right where it is above 0."""
+        surplus: np.ndarray = counts @ (self.weight * (self.u - self.theta)) - self.theta * self.sink
+        return surplus
 
     def per_token(self) -> float:
-        """What one token of filler, half an element and half its comma, adds to the surplus."""
+        """What one token of filler adds to the surplus, as the mean of an element and its comma."""
         terms = self.weight * (self.u - self.theta)
         return float((terms[ELEMENT] + terms[SEPARATOR]) / 2)
 
     def critical_length(self, counts: np.ndarray) -> float:
         """The n at which the answer begins to fail when filler is added to a prompt of ``counts`` (classes,).
 
-        Infinite for a right answer that filler never turns; NaN where the law has no such n, since its surplus is
-        none to begin with and filler doesn't take from it.
+        Infinite if the answer is right and filler never turns it. NaN if the law has no such n: the answer is wrong
+        from the start, and filler doesn't lower its surplus.
         """
-        surplus, each = float(self.surplus(counts)), self.per_token()
-        if each < 0:
-            return float(counts.sum()) + surplus / -each
-        return float("inf") if surplus > 0 and each >= 0 else float("nan")
+        surplus, per_token = float(self.surplus(counts)), self.per_token()
+        if per_token < 0:
+            return float(counts.sum()) + surplus / -per_token
+        return float("inf") if surplus > 0 and per_token >= 0 else float("nan")
 
     def tokens_left(self, ids: Sequence[int]) -> float:
-        """Filler tokens that a prompt bears before the answer is predicted to fail; 0 or less where it fails already.
+        """How many tokens of filler may be added to a prompt before its answer is predicted to fail.
 
-        NaN for a law without a θ. ValueError for one that was made without a tokenizer.
+        Returns:
+            Tokens; 0 or less if the answer is predicted to fail already, NaN for a law without a θ.
+
+        Raises:
+            ValueError: The law was made without a tokenizer.
         """
         if self.tokenizer is None:
             raise ValueError("this law was made without a tokenizer, so it can't read token ids; give it one")
@@ -101,9 +113,9 @@ class WeightedLaw:
 
 
 def theta_from_length(weight: np.ndarray, u: np.ndarray, sink: float, counts: np.ndarray) -> float:
-    """The θ with which the weighted law fails just at ``counts``: the m there, Σ n_c w_c u_c / (w_b + Σ n_c w_c).
+    """The θ with which the weighted law fails exactly at ``counts``: m there, Σ n_c w_c u_c / (w_b + Σ n_c w_c).
 
-    NaN where no key has any weight.
+    NaN if no key has any weight.
     """
     if not sink + counts @ weight > 0:
         return float("nan")

@@ -1,16 +1,19 @@
-"""Does AbsTopK collapse representations onto few principal components of the gradient covariance, as it trains?
+"""Does AbsTopK collapse representations onto few principal components of the gradient covariance, as a model trains?
 
-The claim is about training, so it is answered by a study of it: small models of bracket text in two arms, AbsTopK and
-dense, five seeds each, measured from the first step to the last. Two things would have to happen, and more with AbsTopK
-than without: the effective rank of the gradient's covariance falls, and the activations' leading directions come to
-capture the gradient's variance. A mask alone changes ranks, so the fall is also compared with that of the dense models
-with the mask put on afterwards, and with that under the supports of other tokens. Ranks are compared on equally many
-live channels, in models of equal weight density.
+The claim is about training, so a study of training answers it: small models of bracket text in two arms, AbsTopK and
+dense, with five seeds each, measured from the first step to the last.
 
-The study takes some twenty minutes; it is read from the package, ``fresh`` computes it anew. The model given is
-measured the same way as it is now, beside an untrained one, its dense twin, that twin with the mask put on afterwards,
-and its own supports shuffled; that is shown beside the seed's figures and decides nothing. When which generator of the
-brackets' semigroup appears is shown too.
+Predicted: two things happen over training, and more with AbsTopK than without. The effective rank of the gradient's
+covariance falls, and the activations' leading directions come to capture the gradient's variance.
+Measured: the difference in differences between the arms of the logarithm of that rank, on equally many live channels,
+and of the score of the activations' directions. The two arms have equal weight density.
+Null: a mask alone changes ranks. So the fall is also compared with that of the dense models with the mask put on
+afterwards, and with that under the supports of other tokens.
+
+The study takes about twenty minutes; it is read from the package unless ``fresh`` computes it anew. The given model, as
+it is now, is measured in the same way beside an untrained model, its dense twin, that twin with the mask put on
+afterwards, and its own supports shuffled. That is shown beside the seed's figures and decides nothing. The steps at
+which each generator of the brackets' semigroup appears are shown as well.
 """
 
 import tempfile
@@ -35,26 +38,38 @@ from .training import CONTROLS, FILE, PLAN, Difference, Study, measure_snapshot
 QUESTION = "Does AbsTopK collapse representations onto few principal components of the gradient covariance?"
 SEED_FIGURE = "first component 71.2 %, first three 88.9 %, effective rank 10 of 512"
 RULE = (
-    "Over training, in the study: reproduced iff (a) the effective rank of the gradient's covariance falls more with "
-    "AbsTopK than in the dense arm (difference in differences of its logarithm, 95 % t interval over seeds below 0), "
-    "(b) the activations' leading directions come to capture more of the gradient's variance than in the dense arm "
-    "(difference in differences of the score's area, interval above 0), and (c) the rank falls more than in the dense "
-    "models with the mask put on afterwards, and more than under the supports of other tokens (intervals below 0). Not "
-    "reproduced where (a) or (b) fails; indistinguishable where both hold and (c) fails: masks alone do as much. Not "
-    f"testable here without a stored study. All by {PRIMARY}; ranks on equally many live channels in all arms at a "
-    "step, scores on each arm's own. The other variants, and ranks on own channels, are shown and don't decide."
+    "Decided by the study of training. Reproduced iff three things hold. (a) The effective rank of the gradient's "
+    "covariance falls more with AbsTopK than in the dense arm: the difference in differences of its logarithm has a "
+    "95 % t interval over seeds below 0. (b) The activations' leading directions come to capture more of the "
+    "gradient's variance than in the dense arm: the difference in differences of the score's area has an interval "
+    "above 0. (c) The rank falls more than in the dense models with the mask put on afterwards, and more than under "
+    "the supports of other tokens: both intervals lie below 0. Not reproduced if (a) or (b) fails. Indistinguishable "
+    "if both hold and (c) fails, since then masks alone do as much. Not testable here without a stored study. "
+    f"Everything is taken from the variant {PRIMARY}, with ranks on equally many live channels in all arms at a step "
+    "and scores on each arm's own channels. The other variants, and ranks on own channels, are only shown."
 )
 
 
 def run(
     model: CircuitGPT, *, tokens: int = 3072, nulls: tuple[str, ...] = NULLS, fresh: bool = False, seed: int = 0
 ) -> Result:
-    """The study of training, and ``model`` measured on about ``tokens`` tokens.
+    """Judge the study of training, and measure the given model as it is now.
 
-    ``nulls``: "untrained" (a model of the same shape and density), "rotated" (random orthonormal bases in the place of
-    the activations' directions), "shuffled" (each token's gradient behind another's mask), of the model given; the
-    study always has its own. ``fresh``: train and measure the study anew, which takes about twenty minutes, instead of
-    reading it. ValueError for an unknown null, fewer than 64 tokens or a seed below 0.
+    Args:
+        model: A CircuitGPT.
+        tokens: About how many tokens the given model is measured on, 64 or more.
+        nulls: For the given model only; the study always has its own controls. "untrained" is a model of the same shape
+            and density; "rotated" puts random orthonormal bases in place of the activations' directions; "shuffled"
+            puts each token's gradient behind another token's mask.
+        fresh: Train and measure the study anew, which takes about twenty minutes, instead of reading it.
+        seed: Seed of the prompts and of the nulls for the given model.
+
+    Returns:
+        A Result; ``measured["study"]`` holds the study and ``measured["model"]`` the given model.
+
+    Raises:
+        ValueError: A null is unknown, or an option is out of range.
+        Refused: No text has two tokens, so that there is no gradient.
     """
     nulls = check_nulls(nulls)
     at_least(64, tokens=tokens)
@@ -63,8 +78,8 @@ def run(
     protocol = Protocol("collapse", QUESTION, SEED_FIGURE, provenance)
     protocol.predict(
         {
-            "summary": "The seed: representations collapse onto few components under training with TopK, so the rank "
-            "falls more, and the score rises more, than in dense training. Its rivals: training alone does it (no "
+            "summary": "By the seed, training with TopK collapses representations onto few components, so the rank "
+            "falls more and the score rises more than in dense training. By its rivals, training alone does this (no "
             "difference between the arms), or a mask alone does (no difference from the mask put on afterwards or "
             "from shuffled supports)",
             "seed": {"rank_difference": "below 0", "score_difference": "above 0"},
@@ -83,7 +98,10 @@ def run(
 def compute_study(
     folder: Path, progress: Callable[[str, float], None] | None = None, plan: training.Plan = PLAN
 ) -> dict[str, Any]:
-    """Train and measure the study, with the models' snapshots in ``folder``, where a stopped run is resumed."""
+    """Train and measure the study. Snapshots of the models go into ``folder``, from which a stopped run resumes.
+
+    ``progress(what, done)`` is called along the way, with ``done`` from 0 to 1.
+    """
     text = training.Text.of(plan)
     measure = partial(measure_snapshot, batches=training.held_out(plan, text), last=plan.steps[-1])
     return training.compute(plan, text, folder, measure, VERSION, progress)
@@ -95,17 +113,20 @@ def _compute() -> Study:
 
 
 def _stored() -> tuple[Study | None, list[str]]:
-    """The study that lies in the package, or why there is none."""
+    """The study stored in the package, or the reason why there is none."""
     try:
         return Study(training.load(FILE, PLAN, VERSION)), []
     except FileNotFoundError:
-        return None, [f"The study of training isn't stored ({FILE.name}); fresh=True computes it."]
+        return None, [f"The study of training is not stored ({FILE.name}); fresh=True computes it."]
     except training.StaleStudy as error:
         return None, [f"The stored study can't be used: {error}."]
 
 
 def decide(rank: Mapping[str, Difference], onto: Difference) -> Verdict:
-    """The verdict by RULE from the differences in differences of ln rank by control, and of the score against dense."""
+    """The verdict that RULE gives.
+
+    ``rank``: differences in differences of ln rank, by control; ``onto``: that of the score against the dense arm.
+    """
     if not (rank["dense"].high < 0 and onto.low > 0):
         return "not reproduced"
     return "reproduced" if all(rank[control].high < 0 for control in CONTROLS) else "indistinguishable"
@@ -116,7 +137,7 @@ def _conclude(protocol: Protocol, study: Study | None, own: Own, left_out: list[
         return protocol.conclude(
             measured={"summary": f"no study of training; {own.summary}", **own.measured, "left_out": left_out},
             interval={"summary": interval_words(own), **own.interval},
-            null={"summary": own.null_summary or "none", **own.null},
+            null={"summary": own.null_summary or "no null", **own.null},
             verdict="not testable here",
             figures=own.figures,
         )
@@ -130,7 +151,7 @@ def _conclude(protocol: Protocol, study: Study | None, own: Own, left_out: list[
     scores = {arm: [float(study.course(arm, "area")[:, i].mean()) for i in (0, -1)] for arm in ("topk", *CONTROLS)}
     own_rank = study.difference("dense", "effective_rank")
     score_end = study.at_the_end("dense", "area")
-    every = {
+    by_variant = {
         variant: {
             field: {control: vars(study.difference(control, field, variant)) for control in CONTROLS}
             for field in ("effective_rank", "equal_rank", "top1", "top3", "area", "reverse_area")
@@ -139,8 +160,8 @@ def _conclude(protocol: Protocol, study: Study | None, own: Own, left_out: list[
         for variant in VARIANTS
     }
     ranked = [study.difference("dense", "equal_rank", variant) for variant in VARIANTS]
-    sure = discoveries(np.array([one.p() for one in ranked]))
-    less, more = (int((sure & (np.sign([one.mean for one in ranked]) == sign)).sum()) for sign in (-1, 1))
+    sure = discoveries(np.array([difference.p() for difference in ranked]))
+    less, more = (int((sure & (np.sign([difference.mean for difference in ranked]) == sign)).sum()) for sign in (-1, 1))
     appeared = study.appeared()
     of_model = f". {own.summary[0].upper()}{own.summary[1:]}" if own.summary else ""
     return protocol.conclude(
@@ -149,16 +170,16 @@ def _conclude(protocol: Protocol, study: Study | None, own: Own, left_out: list[
             f"{_arrow(ends['dense'])}: difference in differences of ln rank {rank['dense'].words()} on equally many "
             f"live channels, {own_rank.words()} on each arm's own; score "
             f"{_arrow(scores['topk'])} against {_arrow(scores['dense'])}: {onto['dense'].words()} (the mask alone "
-            f"gives it a score before training; at the end it differs by {score_end.words()}). Of "
-            f"{len(VARIANTS)} variants {less} fall more with AbsTopK and {more} less (Benjamini-Hochberg, q = 0.05). "
-            f"Letters act rightly from: {_letters(appeared)}{of_model}",
+            f"gives a score before training; at the end the arms differ by {score_end.words()}). Of {len(VARIANTS)} "
+            f"variants, {less} fall more with AbsTopK and {more} fall less (Benjamini-Hochberg, q = 0.05). Letters act "
+            f"rightly from: {_letters(appeared)}{of_model}",
             "study": {
                 "rank_at_start_and_end": ends,
                 "score_at_start_and_end": scores,
-                "ln_rank_differences": {name: vars(one) for name, one in rank.items()},
-                "score_differences": {name: vars(one) for name, one in onto.items()},
+                "ln_rank_differences": {name: vars(difference) for name, difference in rank.items()},
+                "score_differences": {name: vars(difference) for name, difference in onto.items()},
                 "score_difference_at_the_end": vars(score_end),
-                "every_variant": every,
+                "every_variant": by_variant,
                 "generators_appear_at": appeared,
                 "generators_by_answer_after_alone": study.appeared("after"),
                 "losses_at_the_end": {arm: study.loss(arm)[:, -1] for arm in ("topk", "dense", "afterwards")},
@@ -196,13 +217,13 @@ def _arrow(ends: Sequence[float]) -> str:
 
 
 def _letters(appeared: Mapping[str, Mapping[str, Sequence[int | None]]]) -> str:
-    """When each letter appears, as the median over the seeds that have it, by arm."""
+    """From which step on each letter acts rightly, by arm, as the median over the seeds that reach that."""
     words = []
     for arm, letters in appeared.items():
-        said = []
+        by_letter = []
         for letter, steps in letters.items():
             known = [step for step in steps if step is not None]
             when = f"step {np.median(known):g} ({len(known)} of {len(steps)} seeds)" if known else "never"
-            said.append(f"{letter!r} {when}")
-        words.append(f"{arm} {', '.join(said)}")
+            by_letter.append(f"{letter!r} {when}")
+        words.append(f"{arm} {', '.join(by_letter)}")
     return "; ".join(words)

@@ -1,4 +1,4 @@
-"""The pictures of collapse: by hook and by r on the model given, over training in the study."""
+"""Figures of collapse: by hook and by r on the given model, and over training in the study."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,12 +18,13 @@ ByHook = Mapping[str, Mapping[str, Measured]]
 
 
 def score_curves(pairs: Mapping[str, Pair], rotations: int, seed: int) -> dict[str, Any]:
-    """Scores of a model's hooks at every r, the activations' directions in the gradient's covariance ("onto") and the
-    reverse.
+    """Scores at every r, as means over a model's hooks.
 
-    "onto" and "reverse" are (len(GRID),), means over hooks at the same share r / width. "rotated" (rotations,
-    len(GRID)) puts random orthonormal bases in the place of the activations' directions; "rotated_area" (rotations,)
-    its areas.
+    Returns:
+        "onto": the score of the activations' directions in the gradient's covariance, (len(GRID),), as the mean over
+        hooks at the same share r / width. "reverse": that of the gradient's directions in the activations' covariance.
+        "rotated": the score of random orthonormal bases in place of the activations' directions, (rotations,
+        len(GRID)); "rotated_area": its areas, (rotations,).
     """
     rng = np.random.default_rng([seed, 7])
     onto, reverse, rotated, areas = [], [], [], []
@@ -32,9 +33,9 @@ def score_curves(pairs: Mapping[str, Pair], rotations: int, seed: int) -> dict[s
             continue
         onto.append(_on_grid(score(*pair.onto())))
         reverse.append(_on_grid(score(*pair.reverse())))
-        turned = [pair.rotated(rng) for _ in range(rotations)]
-        rotated.append([_on_grid(score(*one)) for one in turned])
-        areas.append([area(*one) for one in turned])
+        random_bases = [pair.rotated(rng) for _ in range(rotations)]
+        rotated.append([_on_grid(score(*basis)) for basis in random_bases])
+        areas.append([area(*basis) for basis in random_bases])
     nothing = np.full(len(GRID), np.nan)
     return {
         "onto": np.mean(onto, axis=0) if onto else nothing,
@@ -45,20 +46,20 @@ def score_curves(pairs: Mapping[str, Pair], rotations: int, seed: int) -> dict[s
 
 
 def _on_grid(values: np.ndarray) -> np.ndarray:
-    """Scores at r = 1 ... width at the shares of GRID, by linear interpolation between the known ones."""
+    """Scores for r = 1 … width, interpolated linearly to the shares of GRID."""
     r = np.arange(1, len(values) + 1) / len(values)
     known = np.isfinite(values)
     return np.interp(GRID, r[known], values[known]) if known.any() else np.full(len(GRID), np.nan)
 
 
-def hook_figures(found: Mapping[str, ByHook], variant: str = PRIMARY) -> list[dict[str, Any]]:
-    """Top-1 and top-3 share and effective rank by hook, the model against its controls."""
+def hook_figures(measured: Mapping[str, ByHook], variant: str = PRIMARY) -> list[dict[str, Any]]:
+    """Top-1 share, top-3 share and effective rank by hook, for the model and its controls."""
     fields = {
         "top1": "Share of the first component",
         "top3": "Share of the first three components",
         "equal_rank": "Effective rank on equally many live channels",
     }
-    hooks = list(next(iter(found.values())))
+    hooks = list(next(iter(measured.values())))
     return [
         {
             "kind": "curves",
@@ -73,7 +74,7 @@ def hook_figures(found: Mapping[str, ByHook], variant: str = PRIMARY) -> list[di
                     "y": [getattr(by_hook[hook][variant], field) for hook in hooks],
                     "style": "line" if name == "model" else "dashed",
                 }
-                for name, by_hook in found.items()
+                for name, by_hook in measured.items()
             ],
             **({"hlines": [{"y": 0.712, "label": "seed: 71.2 %"}]} if field == "top1" else {}),
             **({"hlines": [{"y": 0.889, "label": "seed: 88.9 %"}]} if field == "top3" else {}),
@@ -84,10 +85,10 @@ def hook_figures(found: Mapping[str, ByHook], variant: str = PRIMARY) -> list[di
 
 
 def score_figure(curves: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Score by r of the model and its controls, with the rotated null's band."""
+    """The score by r for the model and its controls, with the band of the rotated null."""
     series: list[dict[str, Any]] = []
-    for name, one in curves.items():
-        series.append({"label": name, "x": GRID, "y": one["onto"], "style": "line" if name == "model" else "dashed"})
+    for name, scores in curves.items():
+        series.append({"label": name, "x": GRID, "y": scores["onto"], "style": "line" if name == "model" else "dashed"})
     own = curves["model"]
     series.append({"label": "model, reverse", "x": GRID, "y": own["reverse"], "style": "dashed"})
     if len(own["rotated"]):
@@ -97,7 +98,7 @@ def score_figure(curves: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "kind": "curves",
         "title": "How well the activations' leading r directions capture the gradient's variance",
-        "summary": "1: as well as the gradient's own components; 0: as random directions. Means over hooks.",
+        "summary": "1 is as well as the gradient's own components, 0 as well as random directions. Means over hooks.",
         "xlabel": "r as a share of the live channels",
         "ylabel": "(captured - random) / (PCA - random)",
         "series": series,
@@ -105,7 +106,7 @@ def score_figure(curves: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def study_figures(study: Study) -> dict[str, dict[str, Any]]:
-    """Effective rank and score over training by arm, and the generators' accuracy."""
+    """Effective rank and score over training by arm, and the accuracy of the generators."""
     x = np.log2(1 + np.array(study.steps, dtype=float))
     xlabel = f"log2(1 + training steps); the last is {study.steps[-1]} steps"
     arms = ("topk", "dense", "afterwards", "shuffled")
@@ -115,7 +116,7 @@ def study_figures(study: Study) -> dict[str, dict[str, Any]]:
         return {
             "kind": "curves",
             "title": title,
-            "summary": f"Means over hooks and {len(study.seeds)} seeds, bands 95 % t intervals over seeds.",
+            "summary": f"Means over hooks and {len(study.seeds)} seeds; bands are 95 % t intervals over seeds.",
             "xlabel": xlabel,
             "ylabel": ylabel,
             "series": [
@@ -135,7 +136,7 @@ def study_figures(study: Study) -> dict[str, dict[str, Any]]:
         "generators_over_training": {
             "kind": "curves",
             "title": "Generators as they are learned",
-            "summary": "Share of words at which a letter moves the answer rightly, balanced over states.",
+            "summary": "Share of words at which a letter moves the answer as it should, balanced over states.",
             "xlabel": xlabel,
             "ylabel": "accuracy",
             "series": [
@@ -149,13 +150,13 @@ def study_figures(study: Study) -> dict[str, dict[str, Any]]:
                 for arm in ("topk", "dense")
                 for letter in LETTERS
             ],
-            "hlines": [{"y": LEAST, "label": f"{LEAST:.0%}: the generator is there"}],
+            "hlines": [{"y": LEAST, "label": f"{LEAST:.0%}: the generator is present"}],
         },
     }
 
 
-def table(found: Mapping[str, ByHook], variants: Sequence[str]) -> dict[str, Any]:
-    """{condition: {variant: means over hooks}}: shares, ranks (geometric means), areas, live channels."""
+def table(measured: Mapping[str, ByHook], variants: Sequence[str]) -> dict[str, Any]:
+    """Means over hooks, {condition: {variant: {field: mean}}}; of ranks the geometric mean."""
 
     def mean(values: list[float], log: bool) -> float:
         known = np.array([v for v in values if np.isfinite(v)])
@@ -167,10 +168,13 @@ def table(found: Mapping[str, ByHook], variants: Sequence[str]) -> dict[str, Any
     return {
         name: {
             variant: {
-                field: mean([float(getattr(of[variant], field)) for of in by_hook.values()], field.endswith("_rank"))
+                field: mean(
+                    [float(getattr(by_variant[variant], field)) for by_variant in by_hook.values()],
+                    field.endswith("_rank"),
+                )
                 for field in fields
             }
             for variant in variants
         }
-        for name, by_hook in found.items()
+        for name, by_hook in measured.items()
     }

@@ -1,4 +1,4 @@
-"""Activations, gradients and masks at the AbsTopKs of a model, a row a token; and the models to compare them with."""
+"""Activations, gradients and masks at the AbsTopKs of a model, one row for each token, and models to compare with."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from ...topk import topk_mask
 
 __all__ = ["Gathered", "Rows", "Texts", "gather", "masked_afterwards", "shuffled", "topk_hooks"]
 
-_BYTES = 2**29  # of rows that are held at once
+_BYTES = 2**29  # the most bytes of rows that are held at once
 _HOOKS = {
     "attn_in": "attn.act_in",
     "attn_q": "attn.q",
@@ -44,8 +44,14 @@ class Texts(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """One hook, a row a token that has a next one: ``activation`` and ``post`` (tokens, width) float32, ``mask`` bool
-    of that shape (all True where there is no AbsTopK), ``text`` (tokens,) the number of its text."""
+    """What one hook holds, one row for each token that has a next one.
+
+    Attributes:
+        activation: float32 (tokens, width).
+        post: The gradient behind the mask, float32 (tokens, width).
+        mask: Which channels the AbsTopK keeps, bool (tokens, width); all True without an AbsTopK.
+        text: The number of the text that holds each token, (tokens,).
+    """
 
     activation: Tensor
     post: Tensor
@@ -53,34 +59,34 @@ class Rows:
     text: Tensor
 
     def gradient(self, which: str) -> Tensor:
-        """g_post or g_pre, (tokens, width)."""
+        """The gradient behind the mask ("post") or before it ("pre"), (tokens, width)."""
         return self.post if which == "post" else self.post * self.mask
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """Rows by hook, and the mean loss in nats of the tokens that they stand for."""
+    """Rows by hook, and the mean loss of their tokens in nats."""
 
     rows: dict[str, Rows]
     loss: float
 
 
 def topk_hooks(model: CircuitGPT) -> list[str]:
-    """The hooks that hold what an AbsTopK gives, in the forward pass's order; those where it keeps all are none."""
+    """The hooks that hold an AbsTopK's output, in forward order; not those where it keeps all channels."""
     config = model.config
-    found = set()
+    hooks = set()
     for location in config.topk_locations:
         for i in range(config.n_layer):
             hook = _hook(f"{i}.{location}", config.n_layer)
             width = hook_width(model, hook)
             k = config.k_at(location, width)
             if k is not None and k < width:
-                found.add(hook)
-    return [name for name in model.hook_names if name in found]
+                hooks.add(hook)
+    return [name for name in model.hook_names if name in hooks]
 
 
 def _hook(name: str, n_layer: int) -> str:
-    """The hook of "layer.location", or of a name that watch_masks gives."""
+    """The hook that belongs to "layer.location", or to a name that watch_masks gives."""
     layer, _, location = name.partition(".")
     if location == "resid_post_mlp":
         return "final_resid" if int(layer) + 1 == n_layer else f"{int(layer) + 1}.resid_in"
@@ -88,7 +94,7 @@ def _hook(name: str, n_layer: int) -> str:
 
 
 def masked_afterwards(dense: CircuitGPT, like: CircuitGPT) -> CircuitGPT:
-    """``dense``'s weights with the AbsTopKs of ``like``: a mask that the training knew nothing of."""
+    """The weights of ``dense`` with the AbsTopKs of ``like``, so that training knew nothing of the mask."""
     config = replace(dense.config, afrac=like.config.afrac, afrac_loctypes=like.config.afrac_loctypes)
     other = CircuitGPT(config)
     other.load_state_dict(dense.state_dict())
@@ -97,11 +103,14 @@ def masked_afterwards(dense: CircuitGPT, like: CircuitGPT) -> CircuitGPT:
 
 
 def gather(model: CircuitGPT, texts: Sequence[Texts], hooks: Sequence[str]) -> Gathered:
-    """Activations, gradients and masks at ``hooks`` over all tokens of ``texts`` that have a next token.
+    """Gather activations, gradients and masks at ``hooks`` over all tokens of ``texts`` that have a next token.
 
-    The gradient at a token is that of the loss summed over its text. Refused where no token has a next one.
+    The gradient at a token is that of the loss summed over its text.
+
+    Raises:
+        Refused: No token has a next one.
     """
-    tokens = sum(int(one.mask[:, 1:].sum()) for one in texts)
+    tokens = sum(int(batch.mask[:, 1:].sum()) for batch in texts)
     if not tokens:
         raise Refused("no text has two tokens, so there is no next token and no gradient; give longer texts")
     rows: dict[str, Rows] = {}
@@ -109,24 +118,24 @@ def gather(model: CircuitGPT, texts: Sequence[Texts], hooks: Sequence[str]) -> G
     for group in _groups(model, hooks, tokens):
         parts: dict[str, list[_Three]] = {name: [] for name in group}
         numbers, begun, loss = [], 0, 0.0
-        for one in texts:
-            of, here = _batch(model, one, group)
-            loss += of
-            real = one.mask[:, 1:]
+        for batch in texts:
+            batch_loss, here = _batch(model, batch, group)
+            loss += batch_loss
+            real = batch.mask[:, 1:]
             for name in group:
                 value, gradient, mask = (part[:, :-1][real] for part in here[name])
                 parts[name].append((value.float(), gradient.float(), mask))
             numbers.append(begun + real.nonzero()[:, 0])
-            begun += len(one.ids)
+            begun += len(batch.ids)
         text = torch.cat(numbers)
-        for name, found in parts.items():
-            value, gradient, mask = (torch.cat(each) for each in zip(*found, strict=True))
+        for name, by_batch in parts.items():
+            value, gradient, mask = (torch.cat(pieces) for pieces in zip(*by_batch, strict=True))
             rows[name] = Rows(value, gradient, mask, text)
     return Gathered({name: rows[name] for name in hooks}, loss / tokens)
 
 
 def _groups(model: CircuitGPT, hooks: Sequence[str], tokens: int) -> Iterator[list[str]]:
-    """Hooks whose rows fit into memory together."""
+    """Groups of hooks whose rows fit into memory together."""
     group: list[str] = []
     held = 0
     for name in hooks:
@@ -161,9 +170,9 @@ def _batch(model: CircuitGPT, texts: Texts, hooks: Sequence[str]) -> tuple[float
     with torch.enable_grad(), watch_masks(watch):
         logits = model(texts.ids, position_ids=texts.positions, tap=tap)[:, :-1]
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
-        found = torch.autograd.grad(loss, [values[name] for name in hooks], allow_unused=True)
+        gradients = torch.autograd.grad(loss, [values[name] for name in hooks], allow_unused=True)
     here: dict[str, _Three] = {}
-    for name, gradient in zip(hooks, found, strict=True):
+    for name, gradient in zip(hooks, gradients, strict=True):
         value = values[name].detach()
         all_kept = torch.ones(value.shape, dtype=torch.bool, device=value.device)
         here[name] = (value, torch.zeros_like(value) if gradient is None else gradient, masks.get(name, all_kept))
@@ -171,9 +180,11 @@ def _batch(model: CircuitGPT, texts: Texts, hooks: Sequence[str]) -> tuple[float
 
 
 def shuffled(rows: Mapping[str, Rows], rng: np.random.Generator) -> dict[str, Rows]:
-    """Each token's gradient behind the mask of another token: supports keep how often a channel is in them, and
-    nothing of which token it is in."""
+    """Put each token's gradient behind the mask of another token.
+
+    How often a channel is in a support stays the same; which tokens have it is lost.
+    """
     return {
-        name: replace(one, mask=one.mask[torch.from_numpy(rng.permutation(len(one.mask)))])
-        for name, one in rows.items()
+        name: replace(of_hook, mask=of_hook.mask[torch.from_numpy(rng.permutation(len(of_hook.mask)))])
+        for name, of_hook in rows.items()
     }

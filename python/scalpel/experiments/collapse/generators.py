@@ -1,9 +1,10 @@
-"""Which generators of bracket counting a model has: for each letter, whether it moves the model's answer as it should.
+"""Which generators of bracket counting a model has: whether each letter moves the model's answer as it should.
 
-A letter is a map on the states "one list open" and "two lists open". After a word ending in a letter, the answer may be
-right though the letter does nothing: a model that always says "]" is right behind every "]". So a letter is said to act
-rightly at a word u·c only if the answers after u and after u·c are both right; the plain accuracy after u·c stands
-beside it. Both are averaged over states first, so that none counts by how many words lead to it.
+A letter is a map on the states "one list open" and "two lists open". The answer after a word that ends in a letter may
+be right although the letter does nothing: a model that always answers "]" is right after every "]". So a letter c is
+said to act rightly at a word u·c only if the answers after u and after u·c are both right. The plain accuracy after u·c
+is given beside it. Both are first averaged within each state, so that a state doesn't count by how many words lead to
+it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,15 +21,21 @@ from ...tasks.refused import Refused
 
 __all__ = ["LEAST", "LETTERS", "Acting", "acting", "appeared", "words"]
 
-LEAST = 0.95  # accuracy from which on a generator is said to be there
+LEAST = 0.95  # the accuracy from which a generator counts as present
 LETTERS = tuple(BRACKET_WORDS.alphabet)
 Word = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Acting:
-    """Of one letter: ``acts``, the share of words at which the answers before and after it are right, and ``after``,
-    that after it, both balanced over the states that the letter is read in; ``words``: how many were asked."""
+    """How one letter acts on a model's answers.
+
+    Attributes:
+        acts: Share of words at which the answers before and after the letter are both right.
+        after: Share of words at which the answer after the letter is right. Both shares are balanced over the states in
+            which the letter is read.
+        words: How many words were asked.
+    """
 
     acts: float
     after: float
@@ -47,9 +54,11 @@ def state(word: Word) -> int:
 
 @torch.no_grad()
 def answers(model: CircuitGPT, asked: Sequence[Word], batch: int = 256) -> dict[Word, int]:
-    """Which of "]\\n" (1), "]]\\n" (2) and, where it is a token, "]]]\\n" (3) the model prefers after each word.
+    """Which of "]\\n" (1), "]]\\n" (2) and, if that is a token, "]]]\\n" (3) the model prefers after each word.
 
-    ValueError without a tokenizer, where it splits an answer, or where a word doesn't fit the context.
+    Raises:
+        Refused: The model has no tokenizer, or one that splits an answer.
+        ValueError: A word doesn't fit the context.
     """
     if model.tokenizer is None:
         raise Refused("the model has no tokenizer; bracket words are text")
@@ -64,17 +73,19 @@ def answers(model: CircuitGPT, asked: Sequence[Word], batch: int = 256) -> dict[
         ]
         for w in asked
     ]
-    found: dict[Word, int] = {}
+    preferred: dict[Word, int] = {}
     for begin in range(0, len(rows), batch):
         part = rows[begin : begin + batch]
         padded = torch.nn.utils.rnn.pad_sequence(
             [torch.tensor(row, dtype=torch.int64, device="cpu") for row in part], batch_first=True
         )
         last = torch.tensor([len(row) - 1 for row in part], dtype=torch.int64, device="cpu")
-        logits = model(padded)[torch.arange(len(part), device="cpu"), last][:, choices]  # causality hides the padding
+        logits = model(padded)[torch.arange(len(part), device="cpu"), last][
+            :, choices
+        ]  # attention is causal, so the padding has no effect
         for word, choice in zip(asked[begin : begin + batch], logits.argmax(-1).tolist(), strict=True):
-            found[word] = choice + 1
-    return found
+            preferred[word] = choice + 1
+    return preferred
 
 
 def acting(model: CircuitGPT, longest: int = 7) -> dict[str, Acting]:
@@ -84,8 +95,8 @@ def acting(model: CircuitGPT, longest: int = 7) -> dict[str, Acting]:
 
 
 def acting_of(right: Mapping[Word, bool]) -> dict[str, Acting]:
-    """The same from whether the answer is right after each word."""
-    found = {}
+    """How each letter acts, computed from whether the answer is right after each word."""
+    by_letter = {}
     for letter in LETTERS:
         cells: dict[int, list[tuple[bool, bool]]] = {}
         for word, after in right.items():
@@ -93,15 +104,15 @@ def acting_of(right: Mapping[Word, bool]) -> dict[str, Acting]:
                 cells.setdefault(state(word[:-1]), []).append((after and right[word[:-1]], after))
         means = [np.mean(cell, axis=0) for cell in cells.values()]
         acts, plain_after = np.mean(means, axis=0)
-        found[letter] = Acting(float(acts), float(plain_after), sum(map(len, cells.values())))
-    return found
+        by_letter[letter] = Acting(float(acts), float(plain_after), sum(map(len, cells.values())))
+    return by_letter
 
 
 def appeared(steps: Sequence[int], accuracy: Sequence[float], least: float = LEAST) -> int | None:
-    """The first step from which on the accuracy is never below ``least``; None if it is so at the last one."""
-    found = None
+    """The first step from which the accuracy is never below ``least``; None if it is below at the last step."""
+    first = None
     for step, value in zip(reversed(steps), reversed(accuracy), strict=True):
         if not value >= least:
             break
-        found = step
-    return found
+        first = step
+    return first

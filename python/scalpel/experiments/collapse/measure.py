@@ -1,18 +1,18 @@
 """What AbsTopK does to gradients: spectra of their covariance, and how well activations lie in its leading directions.
 
-At a hook with an AbsTopK, h = mask ⊙ x and L is the summed loss of the next token: g_post = ∂L/∂h is the gradient
-behind the mask, g_pre = mask ⊙ g_post the one before it, a row a token. Each of these is measured apart, under the name
-"gradient.scale.moment", and nothing is ever averaged over these names:
+At a hook with an AbsTopK, h = mask ⊙ x, and L is the summed loss of the next token. g_post = ∂L/∂h is the gradient
+behind the mask and g_pre = mask ⊙ g_post the one before it; each has one row for every token. Twelve variants are
+measured separately under the name "gradient.scale.moment", and nothing is ever averaged over these names:
 
 gradient  "post" or "pre"
-scale     "raw"; "trimmed", raw without the 0.1 % of tokens whose gradients are longest; "unit", each row of length 1
+scale     "raw"; "trimmed", raw without the 0.1 % of tokens with the longest gradients; "unit", each row of length 1
 moment    "centered", the covariance E[(g - E g)(g - E g)ᵀ]; "second", E[g gᵀ]
 
-A mask that has nothing to do with the gradient changes the effective rank of g_pre all the same: supports that use some
-channels more than others lower that of an isotropic gradient, dead channels more so, while any mask that differs from
-token to token raises that of a gradient of low rank. So :func:`.collapse_gather.shuffled` gives each token another's
-mask, and :func:`compare` measures all conditions on equally many live channels (drawn at random among the live ones of
-a condition that has more).
+A mask that has nothing to do with the gradient changes the effective rank of g_pre all the same. Supports that use some
+channels more than others lower the rank of an isotropic gradient, and dead channels lower it further, while any mask
+that differs from token to token raises the rank of a gradient of low rank. So :func:`.gather.shuffled` gives each token
+the mask of another, and :func:`compare` measures all conditions on equally many live channels, drawn at random among
+the live ones of a condition that has more.
 """
 
 import math
@@ -45,25 +45,31 @@ __all__ = [
     *("compare", "covariances", "measure", "score", "shares_and_rank"),
 ]
 
-VERSION = 1  # of these measures: stored studies of another version are stale
+VERSION = 1  # version of these measures; stored studies of another version are stale
 GRADIENTS, SCALES, MOMENTS = ("post", "pre"), ("raw", "trimmed", "unit"), ("centered", "second")
 VARIANTS = tuple(f"{g}.{s}.{m}" for g in GRADIENTS for s in SCALES for m in MOMENTS)
-# Chosen before the study was measured: what the mask's own backward pass leaves, with no few long gradients deciding.
+# Chosen before the study was measured: the gradient that the mask's backward pass leaves, with every token counted
+# alike, so that a few long gradients decide nothing.
 PRIMARY = "pre.unit.centered"
-OUTLIERS = 0.001  # share of tokens that "trimmed" leaves out
-WIDEST = 2048  # channels: a hook that is wider is left out, since its spectra would take minutes
+OUTLIERS = 0.001  # the share of tokens that "trimmed" leaves out
+WIDEST = 2048  # channels; a wider hook is left out, since its spectra would take minutes
 DRAWS = 4  # random subsets of live channels
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One hook and one variant. NaN where there is no gradient.
+    """The figures of one hook and one variant; NaN if there is no gradient.
 
-    ``live``: channels whose gradient isn't zero at every token. ``top1``, ``top3``: shares of the variance.
-    ``effective_rank``: of the eigenvalues. ``equal_channels``: how many live channels every condition has at least;
-    ``equal_rank``: the effective rank on so many, as the geometric mean over random draws. ``area``: of the score of
-    the activations' leading directions in the gradient's covariance, ``reverse_area`` of the gradient's in the
-    activations' (NaN for "trimmed", where it isn't asked).
+    Attributes:
+        tokens: How many rows were counted.
+        live: Channels whose gradient isn't zero at every token.
+        top1, top3: Share of the variance along the first component, and along the first three.
+        effective_rank: Effective rank of the eigenvalues.
+        equal_channels: The smallest number of live channels among all conditions.
+        equal_rank: Effective rank on that many channels, as the geometric mean over random draws.
+        area: Area of the score of the activations' leading directions in the gradient's covariance.
+        reverse_area: Area of the score of the gradient's directions in the activations' covariance. Both areas are NaN
+            for "trimmed", where they are not computed.
     """
 
     tokens: int
@@ -78,23 +84,27 @@ class Measured:
 
 
 def covariances(gradient: Tensor) -> dict[str, tuple[np.ndarray, int]]:
-    """(width, width) float64 and the count of rows, by "scale.moment"; rows of zeros have no direction and are left
-    out of "unit"."""
+    """Covariances of a gradient by "scale.moment": (float64 (width, width), how many rows were counted).
+
+    Rows of zeros have no direction and are left out of "unit".
+    """
     norms = gradient.double().norm(dim=1)
     last = math.ceil(OUTLIERS * len(gradient))
     order = norms.argsort(stable=True)
     state = StreamingCovariance(gradient.shape[1])
-    found: dict[str, tuple[np.ndarray, int]] = {}
+    moments: dict[str, tuple[np.ndarray, int]] = {}
     if len(gradient) > last:
         state.update(gradient[order[:-last]])
-        found |= _moments(state, "trimmed")
-    found |= _moments(state.update(gradient[order[-last:]]), "raw")
+        moments |= _moments(state, "trimmed")
+    moments |= _moments(state.update(gradient[order[-last:]]), "raw")
     directed = norms > 0
     if bool(directed.any()):
         unit = (gradient[directed].double() / norms[directed, None]).to(gradient.dtype)
-        found |= _moments(StreamingCovariance(gradient.shape[1]).update(unit), "unit")
+        moments |= _moments(StreamingCovariance(gradient.shape[1]).update(unit), "unit")
     nothing = np.zeros((gradient.shape[1], gradient.shape[1]))
-    return {f"{scale}.{moment}": found.get(f"{scale}.{moment}", (nothing, 0)) for scale in SCALES for moment in MOMENTS}
+    return {
+        f"{scale}.{moment}": moments.get(f"{scale}.{moment}", (nothing, 0)) for scale in SCALES for moment in MOMENTS
+    }
 
 
 def _moments(state: StreamingCovariance, scale: str) -> dict[str, tuple[np.ndarray, int]]:
@@ -106,17 +116,20 @@ def _moments(state: StreamingCovariance, scale: str) -> dict[str, tuple[np.ndarr
 
 
 def captured(covariance: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """Share of the variance in the first r of the orthonormal ``directions`` (rows), for r = 1, 2, ...; NaN if none."""
+    """Share of the variance in the span of the first r orthonormal ``directions`` (rows), for r = 1, 2, …
+
+    NaN if there is no variance.
+    """
     total = np.trace(covariance)
     along = ((directions @ covariance) * directions).sum(1)
     return np.cumsum(along) / total if total > 0 else np.full(len(directions), np.nan)
 
 
 def score(share: np.ndarray, best: np.ndarray) -> np.ndarray:
-    """(captured - random) / (PCA - random) for r = 1 ... width: 1 for the best directions, 0 in the mean of random.
+    """(captured - random) / (PCA - random) for r = 1 … width: 1 for the best directions, 0 on average for random ones.
 
-    ``share`` and ``best`` (width,) as :func:`captured` gives them. Random directions capture r / width. NaN where all
-    directions are as good as the best, at r = width always.
+    ``share`` and ``best`` (width,) are as :func:`captured` gives them. Random directions capture r / width. The score
+    is NaN if all directions are as good as the best, which is always so at r = width.
     """
     random = np.arange(1, len(share) + 1) / len(share)
     room = best - random
@@ -124,7 +137,10 @@ def score(share: np.ndarray, best: np.ndarray) -> np.ndarray:
 
 
 def area(share: np.ndarray, best: np.ndarray) -> float:
-    """The score over all r at once: the area of captured - random over that of PCA - random; NaN without room."""
+    """The score over all r at once: the area of captured - random divided by that of PCA - random.
+
+    NaN if the best directions capture no more than random ones.
+    """
     random = np.arange(1, len(share) + 1) / len(share)
     room = float((best - random).sum())
     return float((share - random).sum()) / room if room > 1e-6 * len(share) else float("nan")
@@ -145,22 +161,24 @@ class _Spectrum:
         return cls(kept, values[::-1].clip(0), vectors.T[::-1])
 
     def best(self) -> np.ndarray:
-        """What the first r directions of PCA capture, the most that there is."""
+        """What the first r directions of PCA capture: the most that any r directions can."""
         shares: np.ndarray = np.cumsum(self.values) / self.values.sum()
         return shares
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Covariances of gradient and activation at one hook, on the channels that are alive in both: sharing the dead ones
-    would count as alignment."""
+    """Covariances of gradient and activation at one hook, on the channels that are live in both.
+
+    Dead channels are left out, since channels dead in both would count as alignment.
+    """
 
     gradient: _Spectrum
     activation: _Spectrum
 
     @classmethod
     def of(cls, gradient: np.ndarray, activation: np.ndarray) -> "Pair | None":
-        """From covariances (width, width); None where no channel is alive in both."""
+        """From covariances (width, width); None if no channel is live in both."""
         alive = (np.diagonal(gradient) > 0) & (np.diagonal(activation) > 0)
         return cls(_Spectrum.of(gradient, alive), _Spectrum.of(activation, alive)) if alive.any() else None
 
@@ -173,7 +191,7 @@ class Pair:
         return captured(self.activation.covariance, self.gradient.vectors), self.activation.best()
 
     def rotated(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """(captured, best) of a random orthonormal basis in the place of the activations' directions."""
+        """(captured, best) of a random orthonormal basis in place of the activations' directions."""
         basis, _ = np.linalg.qr(rng.standard_normal(self.gradient.vectors.shape))
         return captured(self.gradient.covariance, basis.T), self.gradient.best()
 
@@ -181,38 +199,44 @@ class Pair:
 def compare(
     conditions: Mapping[str, Mapping[str, Rows]], seed: int = 0, pairs: dict[str, dict[str, Pair]] | None = None
 ) -> dict[str, dict[str, dict[str, Measured]]]:
-    """{condition: {hook: {variant: Measured}}} of the same hooks in every condition, on equally many live channels.
+    """Measure the same hooks in every condition, on equally many live channels.
 
-    ``pairs``: where given, the covariances by :data:`PRIMARY` are put there, {condition: {hook: Pair}}.
+    Args:
+        conditions: Rows by condition and hook.
+        seed: Seed of the random subsets of channels.
+        pairs: If given, the covariances of the variant :data:`PRIMARY` are put there, {condition: {hook: Pair}}.
+
+    Returns:
+        {condition: {hook: {variant: Measured}}}.
     """
-    found: dict[str, dict[str, dict[str, Measured]]] = {condition: {} for condition in conditions}
+    measured: dict[str, dict[str, dict[str, Measured]]] = {condition: {} for condition in conditions}
     for number, hook in enumerate(next(iter(conditions.values()))):
         rng = np.random.default_rng([seed, number])
-        rows = {condition: of[hook] for condition, of in conditions.items()}
-        by = {condition: _hook_measures(one) for condition, one in rows.items()}
+        rows = {condition: by_hook[hook] for condition, by_hook in conditions.items()}
+        parts = {condition: _hook_measures(of_hook) for condition, of_hook in rows.items()}
         for condition in rows:
-            found[condition][hook] = {}
-            pair = by[condition][PRIMARY].pair
+            measured[condition][hook] = {}
+            pair = parts[condition][PRIMARY].pair
             if pairs is not None and pair is not None:
                 pairs.setdefault(condition, {})[hook] = pair
         for variant in VARIANTS:
-            equal = min(by[condition][variant].live for condition in rows)
+            equal = min(parts[condition][variant].live for condition in rows)
             for condition in rows:
-                found[condition][hook][variant] = by[condition][variant].on(equal, rng)
-    return found
+                measured[condition][hook][variant] = parts[condition][variant].on(equal, rng)
+    return measured
 
 
 def measure(
     model: CircuitGPT, batches: Sequence[Texts], hooks: Sequence[str] | None = None
 ) -> dict[str, dict[str, Measured]]:
-    """{hook: {variant: Measured}} of one model alone; ``hooks``: by default those with an AbsTopK."""
+    """Measure one model alone, {hook: {variant: Measured}}; by default at the hooks with an AbsTopK."""
     names = topk_hooks(model) if hooks is None else hooks
     return compare({"model": gather(model, batches, names).rows})["model"]
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A covariance whose figures are known, but for those that depend on the other conditions."""
+    """A covariance with the figures that don't depend on the other conditions."""
 
     covariance: np.ndarray
     live: int
@@ -233,13 +257,15 @@ class _Part:
 
 def _hook_measures(rows: Rows) -> dict[str, _Part]:
     activations = {
-        name.removeprefix("raw."): one[0] for name, one in covariances(rows.activation).items() if name[:3] == "raw"
+        name.removeprefix("raw."): covariance
+        for name, (covariance, _) in covariances(rows.activation).items()
+        if name[:3] == "raw"
     }
-    known: dict[tuple[str, bytes], _Spectrum] = {}  # the activations' spectra, by moment and channels
-    found: dict[str, _Part] = {}
+    known: dict[tuple[str, bytes], _Spectrum] = {}  # spectra of the activations, by moment and channels
+    parts: dict[str, _Part] = {}
     for which in GRADIENTS:
-        if which == "pre" and bool(rows.mask.all()):  # without a mask the two gradients are one
-            found |= {f"pre.{name.partition('.')[2]}": part for name, part in found.items()}
+        if which == "pre" and bool(rows.mask.all()):  # without a mask the two gradients are the same
+            parts |= {f"pre.{name.partition('.')[2]}": part for name, part in parts.items()}
             continue
         gradient = rows.gradient(which)
         live = int((gradient != 0).any(0).sum())
@@ -250,17 +276,17 @@ def _hook_measures(rows: Rows) -> dict[str, _Part]:
             areas = (float("nan"), float("nan"))
             values = pair = None
             if scale != "trimmed" and both.any():
-                at = moment, both.tobytes()
-                if at not in known:
-                    known[at] = _Spectrum.of(activations[moment], both)
-                pair = Pair(_Spectrum.of(covariance, both), known[at])
+                place = moment, both.tobytes()
+                if place not in known:
+                    known[place] = _Spectrum.of(activations[moment], both)
+                pair = Pair(_Spectrum.of(covariance, both), known[place])
                 areas = (area(*pair.onto()), area(*pair.reverse()))
                 values = pair.gradient.values if bool((both == alive).all()) else None
             if values is None:
                 values = np.linalg.eigvalsh(covariance[np.ix_(alive, alive)])[::-1].clip(0)
             part = _Part(covariance, live, _measured(values, live, tokens, areas), pair)
-            found[f"{which}.{name}"] = part
-    return found
+            parts[f"{which}.{name}"] = part
+    return parts
 
 
 def _measured(values: np.ndarray, live: int, tokens: int, areas: tuple[float, float]) -> Measured:
@@ -269,7 +295,7 @@ def _measured(values: np.ndarray, live: int, tokens: int, areas: tuple[float, fl
 
 
 def shares_and_rank(values: np.ndarray) -> tuple[float, float, float]:
-    """Top-1 and top-3 share and effective rank of eigenvalues, descending; NaN where nothing varies."""
+    """(top-1 share, top-3 share, effective rank) of eigenvalues in descending order; NaN if nothing varies."""
     total = float(values.sum())
     if total <= 0:
         return float("nan"), float("nan"), float("nan")

@@ -1,11 +1,10 @@
-"""Collapse on one model at its last step: the measures, their intervals by prompt, and those of its controls."""
+"""Collapse on one trained model: the measures, their intervals by prompt, and the same for its controls."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 
 from ...circuits.task import bracket_counting
 from ...covariance.streaming import StreamingCovariance
@@ -13,6 +12,7 @@ from ...models.circuitgpt.model import CircuitGPT
 from ...models.circuitgpt.recording import hook_width
 from ...models.untrained import untrained
 from ...tasks.refused import Refused
+from ..statistics import jackknife
 from .figures import GRID, ROTATIONS, hook_figures, score_curves, score_figure, table
 from .gather import Rows, Texts, gather, masked_afterwards, shuffled, topk_hooks
 from .measure import PRIMARY, VARIANTS, WIDEST, Pair, compare, shares_and_rank
@@ -20,11 +20,11 @@ from .measure import PRIMARY, VARIANTS, WIDEST, Pair, compare, shares_and_rank
 __all__ = ["Own", "interval_words"]
 
 GROUPS = 16  # of prompts, for the jackknife
-_PROMPT_TOKENS = 18  # about, of a bracket prompt: how many prompts give so many tokens
+_PROMPT_TOKENS = 18  # about how many tokens a bracket prompt has
 
 
 class Own:
-    """What was measured on the model given."""
+    """What was measured on the given model: parts of a Result, each empty if nothing could be measured."""
 
     def __init__(self) -> None:
         self.left_out: list[str] = []
@@ -36,23 +36,31 @@ class Own:
 
     @classmethod
     def of(cls, model: CircuitGPT, tokens: int, nulls: Sequence[str], seed: int) -> "Own":
+        """Measure ``model`` on about ``tokens`` tokens beside its controls and the asked ``nulls``.
+
+        Raises:
+            Refused: No text has two tokens, so that there is no gradient.
+        """
         own = cls()
-        every = topk_hooks(model)
-        hooks = [name for name in every if hook_width(model, name) <= WIDEST]
+        all_hooks = topk_hooks(model)
+        hooks = [name for name in all_hooks if hook_width(model, name) <= WIDEST]
         if not hooks:
-            what = "only AbsTopKs that are wider" if every else "no AbsTopK"
-            own.left_out.append(f"The model given has {what}, so nothing was measured on it; the study decides.")
-            own.summary = "the model given has no AbsTopK to measure"
+            what = f"only AbsTopKs wider than {WIDEST} channels" if all_hooks else "no AbsTopK"
+            own.left_out.append(f"The given model has {what}, so nothing was measured on it; the study decides.")
+            own.summary = "the given model has no AbsTopK to measure"
             return own
-        if len(hooks) < len(every):
-            own.left_out.append(f"Hooks wider than {WIDEST} channels: {', '.join(h for h in every if h not in hooks)}.")
+        if len(hooks) < len(all_hooks):
+            own.left_out.append(
+                f"Hooks wider than {WIDEST} channels were left out: "
+                f"{', '.join(h for h in all_hooks if h not in hooks)}."
+            )
         texts, what = _sample(model, tokens, seed, own.left_out)
         models = {"model": model, **_controls(model, nulls, own.left_out)}
-        gathered = {name: gather(one, texts, hooks) for name, one in models.items()}
-        conditions = {name: one.rows for name, one in gathered.items()}
+        gathered = {name: gather(other, texts, hooks) for name, other in models.items()}
+        conditions = {name: at_hooks.rows for name, at_hooks in gathered.items()}
         if "shuffled" in nulls:
             conditions["shuffled"] = shuffled(conditions["model"], np.random.default_rng([seed, 3]))
-        own._fill(conditions, {name: one.loss for name, one in gathered.items()}, what, nulls, seed)
+        own._fill(conditions, {name: at_hooks.loss for name, at_hooks in gathered.items()}, what, nulls, seed)
         return own
 
     def _fill(
@@ -64,8 +72,8 @@ class Own:
         seed: int,
     ) -> None:
         pairs: dict[str, dict[str, Pair]] = {}
-        found = compare(conditions, seed, pairs)
-        means = table(found, VARIANTS)
+        measured = compare(conditions, seed, pairs)
+        means = table(measured, VARIANTS)
         intervals = _jackknife(conditions["model"])
         rotations = ROTATIONS if "rotated" in nulls else 0
         curves = {
@@ -75,45 +83,48 @@ class Own:
         own, raw = model[PRIMARY], model["post.raw.second"]
         count = len(next(iter(conditions["model"].values())).text)
         self.summary = (
-            f"the model given, means over {len(conditions['model'])} hooks and {count} tokens of {text}: first "
+            f"the given model, means over {len(conditions['model'])} hooks and {count} tokens of {text}: first "
             f"component {own['top1']:.1%}, first three {own['top3']:.1%}, effective rank {own['effective_rank']:.1f} "
             f"(behind the mask, raw and not centered: {raw['top1']:.1%}, {raw['top3']:.1%}, "
             f"{raw['effective_rank']:.1f}); the seed has 71.2 %, 88.9 %, 10 of 512"
         )
         self.measured = {
             "means_over_hooks": {"model": model},
-            "by_hook": {hook: {v: vars(one) for v, one in of.items()} for hook, of in found["model"].items()},
+            "by_hook": {
+                hook: {variant: vars(figures) for variant, figures in by_variant.items()}
+                for hook, by_variant in measured["model"].items()
+            },
             "losses": dict(losses),
             "score_by_r": {"r_as_share": GRID, "onto": curves["model"]["onto"], "reverse": curves["model"]["reverse"]},
             "text": text,
         }
         self.interval = {"means_over_hooks": intervals}
         self.null = {
-            "means_over_hooks": {name: one for name, one in means.items() if name != "model"},
+            "means_over_hooks": {name: by_variant for name, by_variant in means.items() if name != "model"},
             "rotated_areas": curves["model"]["rotated_area"],
         }
         others = [
-            f"{name}: effective rank {one[PRIMARY]['equal_rank']:.1f}, score {one[PRIMARY]['area']:.2f}"
-            for name, one in means.items()
+            f"{name}: effective rank {by_variant[PRIMARY]['equal_rank']:.1f}, score {by_variant[PRIMARY]['area']:.2f}"
+            for name, by_variant in means.items()
             if name != "model"
         ]
         if rotations:
             others.append(f"rotated: score {np.mean(curves['model']['rotated_area']):.2f}")
         mine = f"model: effective rank {own['equal_rank']:.1f}, score {own['area']:.2f}"
-        self.null_summary = "; ".join([f"the model given (ranks on equally many live channels), {mine}", *others])
+        self.null_summary = "; ".join([f"the given model (ranks on equally many live channels), {mine}", *others])
         self.figures = {
-            **{f"by_hook_{i}": one for i, one in enumerate(hook_figures(found))},
+            **{f"by_hook_{i}": figure for i, figure in enumerate(hook_figures(measured))},
             "score_by_r": score_figure(curves),
         }
 
 
 def _sample(model: CircuitGPT, tokens: int, seed: int, left_out: list[str]) -> tuple[list[Texts], str]:
-    """About ``tokens`` tokens of bracket prompts with their answers, or of random ids where there are none."""
+    """About ``tokens`` tokens of bracket prompts with their answers, or of random ids if these can't be made."""
     prompts = max(GROUPS, -(-tokens // _PROMPT_TOKENS))
     length = model.config.block_size
     try:
         task = bracket_counting(model, prompts, seed)
-        ids, mask = (torch.nn.functional.pad(one, (0, 1)) for one in (task.ids, task.mask))
+        ids, mask = (torch.nn.functional.pad(tensor, (0, 1)) for tensor in (task.ids, task.mask))
         rows = torch.arange(len(ids), device="cpu")
         ids[rows, task.asked + 1] = torch.tensor(task.answers, dtype=torch.int64, device="cpu")[task.labels]
         mask[rows, task.asked + 1] = True
@@ -124,21 +135,21 @@ def _sample(model: CircuitGPT, tokens: int, seed: int, left_out: list[str]) -> t
         shape = (max(GROUPS, -(-tokens // wide)), wide)
         ids = torch.from_numpy(rng.integers(model.config.vocab_size, size=shape))
         mask, what = torch.ones(ids.shape, dtype=torch.bool, device="cpu"), "random ids"
-        left_out.append(f"Text: the model was measured on random ids, since bracket prompts can't be made ({error}).")
+        left_out.append(f"The model was measured on random ids, since bracket prompts can't be made ({error}).")
     ids, mask = ids[:, :length], mask[:, :length]
     return [Texts(ids[i : i + 64], mask[i : i + 64]) for i in range(0, len(ids), 64)], what
 
 
 def _controls(model: CircuitGPT, nulls: Sequence[str], left_out: list[str]) -> dict[str, CircuitGPT]:
-    found = {"untrained": untrained(model)} if "untrained" in nulls else {}
+    controls = {"untrained": untrained(model)} if "untrained" in nulls else {}
     twin = model.card.get("controls", {}).get("no-topk")
     if twin is None:
         left_out.append(
-            "The model given has no dense twin: dense training, and the mask put on afterwards, are left out."
+            "The given model has no dense twin, so dense training and the mask put on afterwards were left out."
         )
-        return found
+        return controls
     dense = CircuitGPT.from_pretrained(twin)
-    return {**found, "dense": dense, "dense, mask afterwards": masked_afterwards(dense, model)}
+    return {**controls, "dense": dense, "dense, mask afterwards": masked_afterwards(dense, model)}
 
 
 def _jackknife(rows: Mapping[str, Rows]) -> dict[str, list[float]]:
@@ -146,9 +157,9 @@ def _jackknife(rows: Mapping[str, Rows]) -> dict[str, list[float]]:
     which = PRIMARY.partition(".")[0]
     draws: dict[str, list[np.ndarray]] = {"top1": [], "top3": [], "effective_rank": []}
     whole: dict[str, list[float]] = {name: [] for name in draws}
-    for one in rows.values():
-        gradient = torch.nn.functional.normalize(one.gradient(which), dim=1)
-        group = one.text * GROUPS // (int(one.text.max()) + 1)
+    for of_hook in rows.values():
+        gradient = torch.nn.functional.normalize(of_hook.gradient(which), dim=1)
+        group = of_hook.text * GROUPS // (int(of_hook.text.max()) + 1)
         directed = gradient.abs().sum(1) > 0
         parts = [gradient[directed & (group == g)] for g in range(GROUPS)]
         parts = [part for part in parts if len(part)]
@@ -164,20 +175,18 @@ def _jackknife(rows: Mapping[str, Rows]) -> dict[str, list[float]]:
         for i, name in enumerate(draws):
             draws[name].append(np.array(left)[:, i])
             whole[name].append(_figures_of(total)[i])
-    found = {}
+    intervals = {}
     for name, columns in draws.items():
         if not columns:
-            found[name] = [float("nan"), float("nan")]
+            intervals[name] = [float("nan"), float("nan")]
             continue
         log = name == "effective_rank"  # its mean over hooks is the geometric one
-        each = np.mean(np.log(columns) if log else columns, axis=0)
+        by_group = np.mean(np.log(columns) if log else columns, axis=0)
         middle = float(np.mean(np.log(whole[name]) if log else whole[name]))
-        half = float(
-            stats.t.ppf(0.975, GROUPS - 1) * np.sqrt((GROUPS - 1) / GROUPS * ((each - each.mean()) ** 2).sum())
-        )
-        ends = [middle - half, middle + half]
-        found[name] = [float(np.exp(end)) for end in ends] if log else ends
-    return found
+        interval = jackknife(torch.tensor(middle, dtype=torch.float64, device="cpu"), torch.from_numpy(by_group))
+        ends = [float(interval.low), float(interval.high)]
+        intervals[name] = [float(np.exp(end)) for end in ends] if log else ends
+    return intervals
 
 
 def _figures_of(state: StreamingCovariance) -> tuple[float, float, float]:
@@ -185,12 +194,13 @@ def _figures_of(state: StreamingCovariance) -> tuple[float, float, float]:
 
 
 def interval_words(own: Own) -> str:
-    """The intervals of the model given, for a sentence."""
+    """The intervals of the given model, as a sentence."""
     if not own.interval:
-        return "None of the model given"
-    found = own.interval["means_over_hooks"]
+        return "There are none for the given model"
+    intervals = own.interval["means_over_hooks"]
     return (
-        f"Of the model given, jackknife over {GROUPS} groups of prompts: first component "
-        f"[{found['top1'][0]:.1%}, {found['top1'][1]:.1%}], first three [{found['top3'][0]:.1%}, "
-        f"{found['top3'][1]:.1%}], effective rank [{found['effective_rank'][0]:.1f}, {found['effective_rank'][1]:.1f}]"
+        f"For the given model, jackknife over {GROUPS} groups of prompts: first component "
+        f"[{intervals['top1'][0]:.1%}, {intervals['top1'][1]:.1%}], first three [{intervals['top3'][0]:.1%}, "
+        f"{intervals['top3'][1]:.1%}], effective rank [{intervals['effective_rank'][0]:.1f}, "
+        f"{intervals['effective_rank'][1]:.1f}]"
     )

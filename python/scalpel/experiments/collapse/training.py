@@ -1,8 +1,8 @@
-"""Collapse over training: what is kept of each snapshot of the study, and the differences in differences over it.
+"""Collapse over training: what is kept of each snapshot of the study, and the differences in differences over training.
 
-The claim is about what AbsTopK adds to training, so the figure is (topk end - topk start) - (other end - other start),
-a hook at a time, averaged over hooks, with a t interval over seeds: the seed is the unit, its hooks and tokens are not
-independent of one another.
+The claim is about what AbsTopK adds to training. So the figure is (topk end - topk start) - (other end - other start),
+taken hook by hook, averaged over hooks, and given a t interval over seeds. The seed is the unit, since the hooks and
+tokens of one seed are not independent of each other.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +17,7 @@ from ...models.circuitgpt.model import CircuitGPT
 from ...models.untrained import untrained
 from ...training.study import Plan
 from ...training.text import Batch
+from ..statistics import mean_interval
 from .gather import Texts, gather, masked_afterwards, shuffled, topk_hooks
 from .generators import LETTERS, acting, appeared
 from .measure import PRIMARY, VARIANTS, Measured, compare
@@ -32,7 +33,7 @@ _DIGITS = 4
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference in differences: mean over seeds with its 95 % t interval, and each seed's."""
+    """A difference in differences: its mean over seeds with the 95 % t interval, and the figure of each seed."""
 
     mean: float
     low: float
@@ -41,63 +42,63 @@ class Difference:
 
     @classmethod
     def over(cls, by_seed: np.ndarray) -> "Difference":
-        """From one figure a seed. With fewer than two seeds there is no interval: NaN."""
+        """From one figure for each seed. With fewer than two seeds the interval is NaN."""
         known = by_seed[np.isfinite(by_seed)]
         if len(known) < 2:
             return cls(
                 float(known.mean()) if len(known) else float("nan"), float("nan"), float("nan"), by_seed.tolist()
             )
-        half = float(stats.t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / np.sqrt(len(known)))
-        mean = float(known.mean())
-        return cls(mean, mean - half, mean + half, by_seed.tolist())
+        mean, low, high = (float(figure) for figure in mean_interval(known))
+        return cls(mean, low, high, by_seed.tolist())
 
     def p(self) -> float:
-        """Of a t test against no difference, two-sided; 1 where there is nothing to test."""
-        known = np.array([one for one in self.by_seed if np.isfinite(one)])
+        """p of a two-sided t test against no difference; 1 if there is nothing to test."""
+        known = np.array([figure for figure in self.by_seed if np.isfinite(figure)])
         if len(known) < 2 or float(np.ptp(known)) == 0:
             return 1.0
         return float(stats.ttest_1samp(known, 0).pvalue)
 
     def words(self) -> str:
-        """For a sentence."""
+        """The mean with its interval, as part of a sentence."""
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 
 def measure_snapshot(
     models: Mapping[str, CircuitGPT], step: int, *, batches: Sequence[Batch], last: int
 ) -> dict[str, Any]:
-    """What is kept of both arms at one step: figures by condition, variant and hook, losses, and the generators.
+    """Measure both arms at one step: figures by condition, variant and hook, losses, and the generators.
 
-    Conditions: "topk", "dense", "afterwards" (the dense arm with AbsTopK switched on), "shuffled" (the topk arm with
-    the supports of other tokens); at the step ``last`` also untrained models of the arms' final density.
+    The conditions are "topk", "dense", "afterwards" (the dense arm with AbsTopK switched on) and "shuffled" (the topk
+    arm with the supports of other tokens). At the step ``last``, untrained models of the arms' final density are
+    measured as well.
     """
-    texts = [Texts(one.ids, one.mask, one.positions) for one in batches]
+    texts = [Texts(batch.ids, batch.mask, batch.positions) for batch in batches]
     topk, dense = models["topk"], models["dense"]
     hooks = topk_hooks(topk)
     measured = {"topk": topk, "dense": dense, "afterwards": masked_afterwards(dense, topk)}
     if step == last:
         measured |= {f"untrained {name}": untrained(model) for name, model in models.items()}
     gathered = {name: gather(model, texts, hooks) for name, model in measured.items()}
-    conditions = {name: one.rows for name, one in gathered.items()}
+    conditions = {name: at_hooks.rows for name, at_hooks in gathered.items()}
     seed = int(topk.card["recipe"]["seed"])
     conditions["shuffled"] = shuffled(conditions["topk"], np.random.default_rng([seed, step]))
-    found = compare(conditions, seed)
+    by_condition = compare(conditions, seed)
     return {
         "hooks": hooks,
-        "tokens": sum(int(one.mask[:, 1:].sum()) for one in texts),
-        "loss": {name: _short(one.loss) for name, one in gathered.items()},
-        "conditions": {name: _kept(name, by_hook) for name, by_hook in found.items()},
+        "tokens": sum(int(batch.mask[:, 1:].sum()) for batch in texts),
+        "loss": {name: _short(at_hooks.loss) for name, at_hooks in gathered.items()},
+        "conditions": {name: _kept(name, by_hook) for name, by_hook in by_condition.items()},
         "generators": {
-            name: {letter: asdict(one) for letter, one in acting(model).items()} for name, model in models.items()
+            name: {letter: asdict(acts) for letter, acts in acting(model).items()} for name, model in models.items()
         },
     }
 
 
 def _kept(condition: str, by_hook: Mapping[str, Mapping[str, Measured]]) -> dict[str, dict[str, list[float | None]]]:
-    """Lists by hook. What another list says already is left out; :func:`_place` knows where that is."""
+    """Lists over hooks, by variant and field. A list that equals another is left out; :func:`_place` finds that one."""
     kept: dict[str, dict[str, list[float | None]]] = {}
     for variant in VARIANTS:
-        rows = [of[variant] for of in by_hook.values()]
+        rows = [by_variant[variant] for by_variant in by_hook.values()]
         names = [name for name in _FIELDS if "area" not in name or ".trimmed." not in variant]
         names = [name for name in names if _place(condition, variant, name) == (condition, variant)]
         if names:
@@ -108,7 +109,10 @@ def _kept(condition: str, by_hook: Mapping[str, Mapping[str, Measured]]) -> dict
 
 
 def _place(condition: str, variant: str, field: str) -> tuple[str, str]:
-    """Where a figure stands: without a mask both gradients are one, and shuffled supports leave that behind them."""
+    """The (condition, variant) under which a figure is stored.
+
+    Without a mask both gradients are the same, and shuffled supports don't change the gradient behind the mask.
+    """
     if condition == "shuffled" and variant.startswith("post."):
         return "topk", variant
     if condition.endswith("dense") and variant.startswith("pre.") and field not in ("equal_rank", "live"):
@@ -133,21 +137,21 @@ class Study:
         self.tokens = int(first["tokens"])
 
     def values(self, condition: str, field: str, variant: str = PRIMARY, step: int | None = None) -> np.ndarray:
-        """(seeds, steps, hooks), or (seeds, hooks) at one step; NaN where nothing was measured."""
+        """A field as (seeds, steps, hooks), or as (seeds, hooks) at one step; NaN if nothing was measured."""
         condition, variant = _place(condition, variant, field)
         if step is not None:
             rows = [self._of[s][str(step)]["conditions"][condition][variant][field] for s in self.seeds]
             return np.array(rows, dtype=float)
-        return np.stack([self.values(condition, field, variant, one) for one in self.steps], axis=1)
+        return np.stack([self.values(condition, field, variant, at_step) for at_step in self.steps], axis=1)
 
     def loss(self, condition: str) -> np.ndarray:
-        """(seeds, steps) in nats."""
+        """The loss of a condition in nats, (seeds, steps)."""
         return np.array([[self._of[s][str(t)]["loss"][condition] for t in self.steps] for s in self.seeds], dtype=float)
 
     def difference(self, control: str, field: str = "equal_rank", variant: str = PRIMARY) -> Difference:
-        """The change of the topk arm less that of ``control`` from the first to the last step; ranks as logarithms.
+        """The change of the topk arm minus that of ``control``, from the first to the last step. Ranks are logarithms.
 
-        "untrained" as a control stands for another start: untrained models of the final density in either arm.
+        The control "untrained" compares with the dense arm from another start: untrained models of the final density.
         """
 
         def at(condition: str, step: int) -> np.ndarray:
@@ -163,13 +167,13 @@ class Study:
         return Difference.over(np.nanmean(both, axis=1))
 
     def at_the_end(self, control: str, field: str, variant: str = PRIMARY) -> Difference:
-        """The topk arm's figure less that of ``control`` at the last step, whatever they began with."""
+        """The topk arm's figure minus that of ``control`` at the last step, whatever they started from."""
         last = self.steps[-1]
         both = self.values("topk", field, variant, last) - self.values(control, field, variant, last)
         return Difference.over(np.nanmean(both, axis=1))
 
     def course(self, condition: str, field: str, variant: str = PRIMARY) -> np.ndarray:
-        """(seeds, steps): the mean over hooks, of ranks the geometric one."""
+        """(seeds, steps): the mean over hooks; of ranks the geometric mean."""
         values = self.values(condition, field, variant)
         mean = np.nanmean(np.log(values) if field.endswith("_rank") else values, axis=2)
         return np.exp(mean) if field.endswith("_rank") else mean
@@ -180,7 +184,7 @@ class Study:
         return np.array(rows, dtype=float)
 
     def appeared(self, what: str = "acts") -> dict[str, dict[str, list[int | None]]]:
-        """{arm: {letter: the step at which each seed has it for good, or None}}."""
+        """By arm and letter, the step from which each seed keeps the generator, or None."""
         return {
             arm: {
                 letter: [appeared(self.steps, row) for row in self.generators(arm, letter, what)] for letter in LETTERS
@@ -190,6 +194,10 @@ class Study:
 
 
 def band(by_seed: np.ndarray) -> dict[str, list[float]]:
-    """y, low and high over seeds, (seeds, steps) → lists: the mean and its 95 % t interval."""
-    found = [Difference.over(column) for column in by_seed.T]
-    return {"y": [one.mean for one in found], "low": [one.low for one in found], "high": [one.high for one in found]}
+    """The mean over seeds ("y") of a figure (seeds, steps) and its 95 % t interval ("low", "high"), over steps."""
+    at_steps = [Difference.over(column) for column in by_seed.T]
+    return {
+        "y": [figure.mean for figure in at_steps],
+        "low": [figure.low for figure in at_steps],
+        "high": [figure.high for figure in at_steps],
+    }

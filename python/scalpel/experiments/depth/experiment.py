@@ -1,14 +1,15 @@
-"""Does TopK make the cascade of layers irreversible, so that few directions survive the depth?
+"""Does TopK make the product of the layers' Jacobians irreversible, so that at most k directions survive?
 
-The seed says: at most k channels are live, so rank(J) ≤ k, so the product of the layers' Jacobians is irreversible and
-the state collapses onto span(v_1 … v_k). Each step is measured by itself. A TopK bounds the rank of what a sublayer
-*adds*; the layer's own Jacobian holds the residual path's identity as well, so both are shown. Of the product J_D … J_1
-all singular values are taken from the last token to the last, where causality makes it the product of the layers' own
-blocks there, and the leading exponents (1/D) log σ_i from all tokens to all by alternating sweeps.
+The seed argues in steps: at most k channels are live, so rank(J) ≤ k, so the product of the layers' Jacobians is
+irreversible, so the state collapses onto span(v_1 … v_k). Each step is measured by itself.
 
-Nulls: *untrained*, the same measurement on an untrained model; *rotated*, each layer's singular values between random
-singular vectors (Haar), which is what is lost when layers meet at random; *shuffled*, the same layers in another
-order. Beside them the same weights with every TopK off.
+Predicted: at most k directions survive the product J_D … J_1, where k is the fewest channels that a TopK keeps.
+Measured: the ranks of each layer, with and without the residual path, since a TopK bounds only what a sublayer adds;
+all singular values of the product from the last token to the last; and the leading exponents (1/D) log σ_i from all
+tokens to all, by alternating sweeps.
+Null: "untrained" repeats the measurement on an untrained model; "rotated" gives each layer's singular values random
+singular vectors (Haar), which shows what is lost if layers meet at random; "shuffled" puts the same layers in another
+order. The same weights with every TopK off are shown beside them.
 """
 
 from collections.abc import Callable
@@ -44,17 +45,17 @@ QUESTION = "Does TopK make the product of the layers' Jacobians irreversible, so
 SEED_FIGURE = "rank(h) ≤ k → irreversible Jacobian cascade → collapse h → span(v₁…v_k); no figure is given"
 TOLERANCE = 1e-3  # a direction survives the product where its singular value is above this times the largest
 RULE = (
-    f"A direction survives where its singular value in the whole product, residual path included, last token to last, "
-    f"is above {TOLERANCE} of the largest. Reproduced iff at most k survive (upper end of the 95 % interval over "
-    "prompts of the mean; k: the fewest channels that a TopK leaves of what a block adds, or of the residual) and the "
-    "untrained and, with more than one layer, the rotated null keep more (95 % interval of the paired difference above "
-    "0); without these nulls it isn't testable. Not "
-    "reproduced where more than k survive. Indistinguishable where at most k survive but one of these nulls keeps no "
-    "more: then the loss is the architecture's, or that of layers that meet at random. The shuffled null is shown and "
-    "doesn't decide, since the claim says nothing of the order. Not testable where no TopK stands where a block writes."
+    "A direction survives if its singular value in the whole product, from the last token to the last and with the "
+    f"residual path, exceeds {TOLERANCE} times the largest. Let k be the fewest channels that a TopK keeps of what a "
+    "block writes or of the residual. Reproduced iff at most k directions survive (upper end of the 95 % interval of "
+    "the mean over prompts) and more survive in the untrained null and, with more than one layer, in the rotated null "
+    "(95 % interval of the paired difference above 0); not testable if these nulls were not asked for. Not reproduced "
+    "if more than k survive. Indistinguishable if at most k survive but no more do in one of these nulls: then the "
+    "loss is due to the architecture, or to layers that meet at random. The shuffled null is shown and decides "
+    "nothing, since the claim says nothing about the order. Not testable if no TopK acts where a block writes."
 )
 _TOLERANCES = (1e-1, 1e-2, TOLERANCE, 1e-6)
-_FEW = 4  # prompts of the untrained model's exponents from all tokens to all
+_FEW = 4  # prompts on which the untrained model's exponents are taken
 
 
 def run(
@@ -67,9 +68,23 @@ def run(
     nulls: tuple[str, ...] = NULLS,
     seed: int = 0,
 ) -> Result:
-    """Ranks, survivors and exponents by depth of ``model`` over ``prompts`` prompts of at most ``tokens`` tokens.
+    """Measure ranks, surviving directions and exponents by depth, beside those of the nulls.
 
-    ``directions``: leading exponents from all tokens to all; ``draws``: random products a prompt for the rotated null.
+    Args:
+        model: A CircuitGPT. Without a tokenizer, or with one that splits an answer, it gets random token ids.
+        prompts: How many prompts, 2 or more.
+        tokens: The most tokens in a prompt, 2 or more.
+        directions: How many leading exponents are taken from all tokens to all.
+        draws: Random products for each prompt, for the rotated null.
+        nulls: "untrained", "rotated" and "shuffled", as the module describes them.
+        seed: Seed of the prompts, of the nulls and of the resampling.
+
+    Returns:
+        A Result; ``measured["layers"]`` is the table of ranks, layer by layer.
+
+    Raises:
+        Refused: The context holds fewer than two tokens.
+        ValueError: An option is out of range, or a null is unknown.
     """
     at_least(2, prompts=prompts, tokens=tokens)
     at_least(1, directions=directions, draws=draws)
@@ -80,54 +95,54 @@ def run(
     k = live_channels(model)
     options = {"prompts": prompts, "tokens": tokens, "directions": directions, "draws": draws, "nulls": nulls}
     protocol = Protocol("depth", QUESTION, SEED_FIGURE, model_provenance(model, **options, seed=seed))
-    said = f"at most k = {k} of {width} directions survive" if k else "nothing: no TopK stands where a block writes"
-    protocol.predict({"summary": said, "survivors_at_most": k, "of": width, "depth": depth, "rule": RULE})
+    predicted = f"at most k = {k} of {width} directions survive" if k else "nothing: no TopK acts where a block writes"
+    protocol.predict({"summary": predicted, "survivors_at_most": k, "of": width, "depth": depth, "rule": RULE})
     protocol.measuring()
 
     rng = np.random.default_rng([seed, 71])
     own = cascades(model, texts)
-    spectra = {"model": np.stack([one.values for one in own])}
+    spectra = {"model": np.stack([cascade.values for cascade in own])}
     controls = {}
     if "untrained" in nulls:
         controls["untrained"] = untrained(model)
     if k is not None or model.config.afrac is not None:
         controls["topk_off"] = without_topk(model)
     of_controls = {name: cascades(other, texts, ranks=False) for name, other in controls.items()}
-    for name, found in of_controls.items():
-        spectra[name] = np.stack([one.values for one in found])
+    for name, control_cascades in of_controls.items():
+        spectra[name] = np.stack([cascade.values for cascade in control_cascades])
     if "rotated" in nulls and depth > 1:
-        spectra["rotated"] = np.stack([rotated(one, draws, rng) for one in own])
+        spectra["rotated"] = np.stack([rotated(cascade, draws, rng) for cascade in own])
     if "shuffled" in nulls and depth > 1:
-        spectra["shuffled"] = np.stack([product_values(reordered(one.layers, rng)) for one in own])
+        spectra["shuffled"] = np.stack([product_values(reordered(cascade.layers, rng)) for cascade in own])
     if depth == 1:
-        left_out.append("The model has one layer: there is no order to shuffle, and turning it changes no rank.")
+        left_out.append("The model has one layer: there is no order to shuffle, and rotating it changes no rank.")
     if k is None:
-        left_out.append("No TopK stands where a block writes, so there is no k that could bound what survives.")
+        left_out.append("No TopK acts where a block writes, so there is no k that could bound what survives.")
     survivors = {name: survive(values, TOLERANCE) for name, values in spectra.items()}
     identity = np.eye(width)
-    added = np.stack([product_values([layer - identity for layer in one.layers]) for one in own])
+    added = np.stack([product_values([layer - identity for layer in cascade.layers]) for cascade in own])
     alone = float(survive(added, TOLERANCE).mean())
     others = {name: survivors[name] for name in nulls if name in survivors}
     interval = bootstrap(lambda at: float(survivors["model"][at].mean()), prompts, rng)
     beyond = {}
-    for name, found_survivors in others.items():
-        more = found_survivors - survivors["model"]
+    for name, null_survivors in others.items():
+        more = null_survivors - survivors["model"]
         beyond[name] = bootstrap(lambda at, more=more: float(more[at].mean()), prompts, rng)  # type: ignore[misc]
 
     swept = sweep_exponents(model, texts, directions, seed)
-    # an untrained model's values are clustered near 1, which takes the sweeps long: fewer prompts
+    # An untrained model's singular values are clustered near 1, so its sweeps converge slowly; fewer prompts are used.
     few = texts[:_FEW]
     swept_null = sweep_exponents(controls["untrained"], few, directions, seed) if "untrained" in controls else None
     layers = _layers_table(model, own)
     deciding = ("untrained", "rotated") if depth > 1 else ("untrained",)
     verdict = only_beside(deciding, nulls, _verdict(k, interval, beyond))
     figures = _figures(spectra, depth, swept, swept_null, layers, k, width)
-    volume = np.array([one.log_volume for one in own]) / depth
+    volume = np.array([cascade.log_volume for cascade in own]) / depth
     left_out.append(
-        "Ranks and whole spectra are from the last token to the last; matrices from all tokens to all are never made."
+        "Ranks and whole spectra are from the last token to the last; matrices from all tokens to all are never formed."
     )
     if "rotated" in spectra:
-        left_out.append("The rotated null has the model's own log-volume by construction; it isn't compared there.")
+        left_out.append("The rotated null has the model's own log-volume by construction, so the two are not compared.")
     ranks = f"layers' ranks {_span(layers, 'rank')} of {width} with the residual path, {_span(layers, 'rank_added')} "
     ranks += "without it" + (f" (bound {layers[0]['bound_added']})" if layers[0]["bound_added"] else "")
     first = swept["all"]
@@ -137,7 +152,8 @@ def run(
             "summary": f"{survivors['model'].mean():.1f} of {width} directions survive {depth} layers "
             f"(effective rank {effective_ranks(spectra['model']).mean():.1f}; {alone:.1f} without the residual path); "
             f"{ranks}; leading exponent "
-            f"{first[:, 0].mean():+.2f} nats a layer, {first[:, 0].mean() - growth:+.2f} less the residual's growth",
+            f"{first[:, 0].mean():+.2f} nats a layer, {first[:, 0].mean() - growth:+.2f} after subtracting the "
+            "residual's growth",
             "k": k,
             "width": width,
             "depth": depth,
@@ -172,13 +188,13 @@ def run(
                 )
                 or "no null was asked for"
             ),
-            "survivors": {name: float(found.mean()) for name, found in survivors.items() if name != "model"},
+            "survivors": {name: float(counts.mean()) for name, counts in survivors.items() if name != "model"},
             "effective_rank": {
                 name: float(effective_ranks(v).mean()) for name, v in spectra.items() if name != "model"
             },
             "log_volume_per_direction_and_layer": {
-                name: _mean(np.array([one.log_volume for one in found]) / depth / width)
-                for name, found in of_controls.items()
+                name: _mean(np.array([cascade.log_volume for cascade in control_cascades]) / depth / width)
+                for name, control_cascades in of_controls.items()
             },
             **({"untrained_exponents": {"prompts": len(few), **_exponents(swept_null)}} if swept_null else {}),
         },
@@ -191,12 +207,12 @@ def run(
 
 
 def _mean(values: np.ndarray) -> float:
-    """The mean; -inf where a layer is singular."""
+    """The mean; -inf if a layer is singular."""
     return float(values.mean()) if np.isfinite(values).all() else -np.inf
 
 
 def _verdict(k: int | None, interval: tuple[float, float], beyond: dict[str, tuple[float, float]]) -> Verdict:
-    """The verdict by RULE."""
+    """The verdict that RULE gives."""
     if k is None:
         return "not testable here"
     if not interval[1] <= k:
@@ -206,19 +222,19 @@ def _verdict(k: int | None, interval: tuple[float, float], beyond: dict[str, tup
 
 
 def _layers_table(model: CircuitGPT, own: list[Cascade]) -> list[dict[str, Any]]:
-    """Mean ranks of each layer over the prompts, with the bounds that the TopKs set and whether they ever failed."""
+    """Mean ranks of each layer over the prompts, the bounds that the TopKs set, and whether these always held."""
     rows = []
     for i, (source, target) in enumerate(pairwise(stream(model))):
-        found = {name: [one.ranks[i][name] for one in own] for name in own[0].ranks[i]}
+        ranks = {name: [cascade.ranks[i][name] for cascade in own] for name in own[0].ranks[i]}
         within = all(
             rank <= live
             for part in ("attention", "mlp")
-            for rank, live in zip(found[f"rank_{part}"], found[f"live_{part}"], strict=True)
+            for rank, live in zip(ranks[f"rank_{part}"], ranks[f"live_{part}"], strict=True)
         )
         rows.append(
             {
                 "layer": i,
-                **{name: float(np.mean(values)) for name, values in found.items()},
+                **{name: float(np.mean(values)) for name, values in ranks.items()},
                 "bound_added": rank_bound(model, source, target, 1, False),
                 "bound_with_residual_path": rank_bound(model, source, target, 1, True),
                 "ranks_within_live_channels": within,
@@ -233,6 +249,7 @@ def _span(rows: list[dict[str, Any]], name: str) -> str:
 
 
 def _exponents(swept: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Means over prompts of what the sweeps gave, for a Result."""
     growth, without = swept["growth"], swept["growth_without_first"]
     mean: Callable[[np.ndarray], list[float]] = lambda rows: rows.mean(axis=0).tolist()  # noqa: E731
     return {
@@ -291,8 +308,8 @@ def _figures(
         "survivors": {
             "kind": "curves",
             "title": "Singular values of the product of all layers, last token to last",
-            "summary": "Relative to the largest, median over prompts; the band holds every prompt. A direction "
-            f"survives above the line at {TOLERANCE}.",
+            "summary": "Relative to the largest value; median over prompts, with a band from the least to the most. A "
+            f"direction survives above the line, which stands at {TOLERANCE}.",
             "xlabel": "rank of the direction",
             "ylabel": "(1/D) log σᵢ/σ₁ (nats a layer)",
             "series": series,
@@ -302,8 +319,8 @@ def _figures(
         "ranks": {
             "kind": "bars",
             "title": "Ranks of the layers' Jacobians, last token to last",
-            "summary": "A TopK bounds what a sublayer adds; the residual path's identity keeps the layer "
-            "itself at full rank.",
+            "summary": "A TopK bounds the rank of what a sublayer adds. The identity of the residual path keeps the "
+            "layer itself at full rank.",
             "ylabel": "numerical rank, mean over prompts",
             "labels": [label for label, _ in bars],
             "values": [value for _, value in bars],
@@ -311,9 +328,9 @@ def _figures(
         },
         "exponents": {
             "kind": "curves",
-            "title": "Leading exponents from all tokens to all, less the growth of the residual's norm",
-            "summary": "Points: mean over prompts; bars: least and most. Above 0 a direction grows faster than the "
-            "state itself.",
+            "title": "Leading exponents from all tokens to all, minus the growth of the residual's norm",
+            "summary": "Points are means over prompts, bars run from the least to the most. Above 0 a direction grows "
+            "faster than the state itself.",
             "xlabel": "i",
             "ylabel": "(1/D) log σᵢ − growth (nats a layer)",
             "series": exponents,
@@ -322,8 +339,8 @@ def _figures(
 
 
 def _column(function: Callable[..., np.ndarray], rows: np.ndarray) -> list[float]:
-    found: list[float] = function(rows, axis=0).tolist()
-    return found
+    column: list[float] = function(rows, axis=0).tolist()
+    return column
 
 
 def _exponent_rows(

@@ -1,7 +1,13 @@
-"""Do a few nodes suffice for the task, and are they more than an artefact of the search?
+"""Do a few nodes suffice to count brackets, and are they more than an artefact of the search?
 
-``scalpel prune`` finds circuits and leaves them in the model's folder (with ``--keep``); here the smallest is judged on
-prompts that neither its masks nor its choice have seen, beside circuits of as many random nodes.
+``scalpel prune`` searches for circuits and, with ``--keep``, leaves them in the model's folder. The smallest one is
+judged here.
+
+Predicted: the circuit alone keeps the task's loss at the target; the model without the circuit does not, and neither
+do random circuits of the same size.
+Measured: the loss of the circuit alone and of the model without it, under mean and zero ablation, on prompts that
+neither the search nor the choice among circuits has seen.
+Null: random circuits with as many nodes at each hook; and the same search for nonsense labels.
 """
 
 import json
@@ -23,17 +29,18 @@ from ...tasks.refused import Refused
 from ..nulls import NULLS, check_nulls
 from ..provenance import at_least, model_provenance
 from ..result import Protocol, Result, Verdict
+from ..statistics import bootstrap, rows_by_unit
 
 QUESTION = "Do a few nodes suffice to count brackets, and are they more than an artefact?"
 SEED_FIGURE = "circuits are subsemigroups; no figure is given"
-NEEDED = 0.5  # nats: between a loss that does the task and ln 2, that of a coin
+NEEDED = 0.5  # nats; it lies between a loss that does the task and ln 2, the loss of a coin
 RULE = (
-    "Reproduced iff on new prompts the circuit alone does the task (its refitted loss is at most the target, or the "
-    f"target lies in its 95 % interval), without it the task is lost (loss above {NEEDED} nats), none of the random "
-    f"circuits of as many nodes at each hook does the task (all above {NEEDED} nats), and as many nodes found by the "
-    f"same search for labels that go by the prompt's beginning don't say those (median above {NEEDED} nats), which "
-    "would show that masks alone make such circuits. Not testable where no circuit has been "
-    "searched for in this model, or where none reached the target."
+    "Reproduced iff four things hold on new prompts. The circuit alone does the task: its refitted loss is at most the "
+    "target, or the target lies in its 95 % interval. Without the circuit the task is lost: the loss is above "
+    f"{NEEDED} nats. No random circuit with as many nodes at each hook does the task: all losses are above {NEEDED} "
+    "nats. As many nodes, found by the same search for nonsense labels that depend on the prompt's beginning, don't "
+    f"give those labels: the median loss is above {NEEDED} nats; otherwise masks alone would make such circuits. Not "
+    "testable if no circuit has been searched for in this model, or if no search reached the target."
 )
 FILE = "pruning.json"
 
@@ -41,10 +48,22 @@ FILE = "pruning.json"
 def run(
     model: CircuitGPT, *, prompts: int = 256, draws: int = 20, nulls: tuple[str, ...] = NULLS, seed: int = 0
 ) -> Result:
-    """Judge the stored circuit of ``model`` on ``prompts`` new prompts, beside ``draws`` random ones of its size.
+    """Judge the circuit stored with a model on new prompts, beside random circuits of its size.
 
-    ``nulls`` that are shown: "rotated", random circuits of its size; "shuffled", the search on nonsense labels. The
-    verdict needs both and is computed from both. An untrained model has no circuit: it can't do the task.
+    Args:
+        model: A CircuitGPT; its folder holds the search that ``scalpel prune --keep`` left there.
+        prompts: New prompts, 8 or more.
+        draws: Random circuits.
+        nulls: Which nulls are shown: "rotated" for the random circuits, "shuffled" for the search on nonsense labels.
+            The verdict is computed from both in any case. An untrained model can't do the task, so it has no circuit.
+        seed: Seed of the prompts, of the random circuits and of the resampling.
+
+    Returns:
+        A Result; "not testable here" if no search is stored for these weights or none reached the target.
+
+    Raises:
+        Refused: The stored file holds no search, or the model's tokenizer splits an answer.
+        ValueError: An option is out of range, or a null is unknown.
     """
     nulls = check_nulls(nulls)
     at_least(8, prompts=prompts)
@@ -53,23 +72,23 @@ def run(
 
 
 def stored(model: CircuitGPT) -> Pruning | None:
-    """The search that lies in the model's folder, if it was made on these very weights."""
+    """The search stored in the model's folder, if it was made with exactly these weights; None otherwise."""
     path = None if model.folder is None else model.folder / FILE
     if path is None or not path.is_file():
         return None
-    found = read_pruning(path)
-    return found if found.fingerprint == identity(model) else None
+    pruning = read_pruning(path)
+    return pruning if pruning.fingerprint == identity(model) else None
 
 
 def read_pruning(path: Path) -> Pruning:
-    """A search as ``scalpel prune`` writes it. Refused where the file is none."""
+    """Read a search that ``scalpel prune`` wrote. Raises Refused if the file holds none."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        circuits = tuple(SeedCircuit.from_dict(one) for one in data["circuits"])
+        circuits = tuple(SeedCircuit.from_dict(circuit) for circuit in data["circuits"])
         best = None if data["best"] is None else SeedCircuit.from_dict(data["best"])
         graph = data["graph"] and CircuitGraph(
             tuple(data["graph"]["nodes"]),
-            tuple((e["src"], e["dst"], e["kind"], e["weight"]) for e in data["graph"]["edges"]),
+            tuple((edge["src"], edge["dst"], edge["kind"], edge["weight"]) for edge in data["graph"]["edges"]),
         )
         notes = tuple(data["notes"])
         plain_fields = {
@@ -80,37 +99,40 @@ def read_pruning(path: Path) -> Pruning:
             )
         }
     except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise Refused(f"{path} is no search of circuits ({error!r}); make it anew with scalpel prune") from error
+        raise Refused(f"{path} holds no search for circuits ({error!r}); make it anew with scalpel prune") from error
     return Pruning(circuits=circuits, best=best, graph=graph, notes=notes, **plain_fields)
 
 
 def examine(
     model: CircuitGPT,
-    found: Pruning | None,
+    pruning: Pruning | None,
     *,
     prompts: int = 256,
     draws: int = 20,
     nulls: tuple[str, ...] = NULLS,
     seed: int = 0,
 ) -> Result:
-    """The result of a search on new prompts; without one, "not testable here" with what to do."""
+    """Judge a search on new prompts, with the arguments of :func:`run`.
+
+    Without a search, the verdict is "not testable here" and the summary says what to do.
+    """
     provenance = model_provenance(model, prompts=prompts, draws=draws, seed=seed)
     protocol = Protocol("circuit", QUESTION, SEED_FIGURE, provenance)
-    if found is None or found.best is None:
-        return _not_testable(protocol, found)
-    best = found.best
+    if pruning is None or pruning.best is None:
+        return _not_testable(protocol, pruning)
+    best = pruning.best
     protocol.predict(
         {
-            "summary": f"{len(best.nodes)} of {found.total} nodes keep the loss at {found.target} nats; random ones of "
-            "the same size don't, nor does the model without them",
+            "summary": f"{len(best.nodes)} of {pruning.total} nodes keep the loss at {pruning.target} nats; random "
+            "circuits of the same size don't, nor does the model without these nodes",
             "nodes": list(best.nodes),
-            "target": found.target,
-            "found_with": found.options,
+            "target": pruning.target,
+            "found_with": pruning.options,
             "rule": RULE,
         }
     )
     protocol.measuring()
-    make, before = task_named(found.task), found.options
+    make, before = task_named(pruning.task), pruning.options
     earlier = [make(model, before["prompts"], 2 * before["seed"] + i) for i in range(2)]
     task = make(model, prompts, 2 * (1000 + seed) + 1).unseen(*earlier)
     accuracy = check_able(model, task)
@@ -118,61 +140,63 @@ def examine(
         whole = refit(answer_logits(model, task), task.labels).loss
     kinds = ("mean", "zero") if "hook_means" in model.card else ("zero",)
     reference = None if "hook_means" in model.card else (task.ids, task.mask)
-    kinds = kinds if found.ablation in kinds else (*kinds, found.ablation)
+    kinds = kinds if pruning.ablation in kinds else (*kinds, pruning.ablation)
     stand_ins = {
         kind: substitute(model, kind, reference if kind == "mean" else (task.ids, task.mask), node_hooks(model))
         for kind in kinds
     }
-    stand_in = stand_ins[found.ablation]
-    kept = {kind: measure(model, best.nodes, one, task) for kind, one in stand_ins.items()}
-    removed = {kind: measure(model, best.nodes, one, task, removed=True) for kind, one in stand_ins.items()}
+    stand_in = stand_ins[pruning.ablation]
+    kept = {kind: measure(model, best.nodes, value, task) for kind, value in stand_ins.items()}
+    removed = {kind: measure(model, best.nodes, value, task, removed=True) for kind, value in stand_ins.items()}
     rng = np.random.default_rng([seed, 5])
     random = [measure(model, random_nodes_like(model, best.nodes, rng), stand_in, task) for _ in range(draws)]
     interval = _interval(model, best.nodes, stand_in, task, rng)
-    nonsense = [circuit.nonsense.loss for circuit in found.circuits]
-    own = kept[found.ablation]
-    verdict = _verdict(found, own, interval, removed[found.ablation], random, nonsense)
+    nonsense = [circuit.nonsense.loss for circuit in pruning.circuits]
+    own = kept[pruning.ablation]
+    verdict = _verdict(pruning, own, interval, removed[pruning.ablation], random, nonsense)
     return protocol.conclude(
         measured={
             "summary": f"{len(best.nodes)} nodes, {best.edges} edges: loss {own.loss:.3f} nats, accuracy "
-            f"{own.accuracy:.1%} (whole model {accuracy:.1%}); without them {removed[found.ablation].loss:.3f} nats"
-            + _closing(found.closure),
+            f"{own.accuracy:.1%} (whole model {accuracy:.1%}); without them {removed[pruning.ablation].loss:.3f} nats"
+            + _closing(pruning.closure),
             "whole_model_loss": whole,
-            "kept": {kind: vars(one) for kind, one in kept.items()},
-            "removed": {kind: vars(one) for kind, one in removed.items()},
-            "seeds": [_row(circuit, found.ablation) for circuit in found.circuits],
-            "nodes_that_seeds_share": {"mean_jaccard": found.overlap(), "of_all_seeds": _of_all(found)},
-            "closes_over": found.closure or "not measured",
-            **({"notes": list(found.notes)} if found.notes else {}),
+            "kept": {kind: vars(losses) for kind, losses in kept.items()},
+            "removed": {kind: vars(losses) for kind, losses in removed.items()},
+            "seeds": [_row(circuit, pruning.ablation) for circuit in pruning.circuits],
+            "nodes_that_seeds_share": {"mean_jaccard": pruning.overlap(), "of_all_seeds": _of_all(pruning)},
+            "closes_over": pruning.closure or "not measured",
+            **({"notes": list(pruning.notes)} if pruning.notes else {}),
         },
         interval={
             "summary": f"loss 95 % [{interval[0]:.3f}, {interval[1]:.3f}], bootstrap by pair of prompts",
             "loss": interval,
         },
-        null=_null(nulls, [one.loss for one in random], nonsense),
+        null=_null(nulls, [circuit.loss for circuit in random], nonsense),
         verdict=verdict,
-        figures=_figures(model, found, whole, kept, removed, random),
+        figures=_figures(model, pruning, whole, kept, removed, random),
     )
 
 
 def _null(nulls: tuple[str, ...], random: list[float], nonsense: list[float]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    null: dict[str, Any] = {}
     words = []
     if "rotated" in nulls:
-        words.append(f"{len(random)} random circuits of its size: {min(random):.3f} nats and more")
-        found["random_losses"] = random
+        words.append(f"{len(random)} random circuits of its size: {min(random):.3f} nats or more")
+        null["random_losses"] = random
     if "shuffled" in nulls:
         words.append(f"search on nonsense labels: median {np.median(nonsense):.3f} nats")
-        found["nonsense_losses"] = nonsense
-    return {"summary": "; ".join([*words, f"a coin: {np.log(2):.3f}"]), **found}
+        null["nonsense_losses"] = nonsense
+    return {"summary": "; ".join([*words, f"a coin: {np.log(2):.3f}"]), **null}
 
 
-def _not_testable(protocol: Protocol, found: Pruning | None) -> Result:
-    what = "no circuit has been searched for in this model" if found is None else "no seed reached the target"
-    protocol.predict({"summary": "nothing: " + what, "rule": RULE})
+def _not_testable(protocol: Protocol, pruning: Pruning | None) -> Result:
+    reason = "no circuit has been searched for in this model" if pruning is None else "no search reached the target"
+    protocol.predict({"summary": "nothing: " + reason, "rule": RULE})
     protocol.measuring()
     return protocol.conclude(
-        measured={"summary": f"{what}; `scalpel prune MODEL --keep` searches, a few minutes for a small model"},
+        measured={
+            "summary": f"{reason}; `scalpel prune MODEL --keep` searches, which takes a few minutes for a small model"
+        },
         interval={},
         null={},
         verdict="not testable here",
@@ -186,25 +210,27 @@ def _interval(
     """95 % bootstrap interval of the refitted loss, by group of prompts; the refit is part of what is drawn again."""
     with only(model, nodes, stand_in):
         logits = answer_logits(model, task)
-    draws, groups = [], [np.flatnonzero(task.groups.numpy() == group) for group in task.groups.unique()]
-    for _ in range(100):
-        rows = torch.from_numpy(np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))]))
-        draws.append(refit(logits[rows], task.labels[rows]).loss)
-    return [float(v) for v in np.percentile(draws, [2.5, 97.5])]
+    groups = rows_by_unit(task.groups.numpy())
+
+    def refitted_loss(drawn: np.ndarray) -> float:
+        rows = torch.from_numpy(np.concatenate([groups[i] for i in drawn]))
+        return refit(logits[rows], task.labels[rows]).loss
+
+    return list(bootstrap(refitted_loss, len(groups), rng, resamples=100))
 
 
 def _verdict(
-    found: Pruning,
+    pruning: Pruning,
     own: Measured,
     interval: list[float],
     removed: Measured,
     random: list[Measured],
     nonsense: list[float],
 ) -> Verdict:
-    """The verdict by RULE."""
-    suffices = own.loss <= found.target or interval[0] <= found.target
+    """The verdict that RULE gives."""
+    suffices = own.loss <= pruning.target or interval[0] <= pruning.target
     needed = removed.loss > NEEDED
-    controls = min(one.loss for one in random) > NEEDED and float(np.median(nonsense)) > NEEDED
+    controls = min(circuit.loss for circuit in random) > NEEDED and float(np.median(nonsense)) > NEEDED
     return "reproduced" if suffices and needed and controls else "not reproduced"
 
 
@@ -215,7 +241,7 @@ def _row(circuit: SeedCircuit, ablation: str) -> dict[str, Any]:
         "edges": circuit.edges,
         "reached": circuit.reached,
         "loss_where_found": circuit.loss,
-        **{f"loss_{kind}": one.loss for kind, one in circuit.kept.items()},
+        **{f"loss_{kind}": alone.loss for kind, alone in circuit.kept.items()},
         "loss_without": circuit.removed[ablation].loss,
         "loss_random_nodes": circuit.random.loss,
         "loss_nonsense_labels": circuit.nonsense.loss,
@@ -223,39 +249,43 @@ def _row(circuit: SeedCircuit, ablation: str) -> dict[str, Any]:
 
 
 def _closing(closure: dict[str, Any]) -> str:
-    """What the circuit closes over, in words; nothing where that wasn't measured."""
+    """The tokens over which the circuit closes, as part of a sentence; empty if that wasn't measured."""
     if not closure:
         return ""
     letters = ", ".join(closure["letters"]) or "no letter"
     sizes = "" if closure["whole_size"] is None else f" ({closure['size']} of {closure['whole_size']} elements)"
     known, chance = closure["states_kept"], closure["states_kept_by_nothing"]
-    return f"; it keeps the action of {letters}{sizes} and knows {known:.0%} of the states, no node at all {chance:.0%}"
+    return (
+        f"; it keeps the action of {letters}{sizes} and knows the state after {known:.0%} of the "
+        f"prefixes; no node at all knows it after {chance:.0%}"
+    )
 
 
-def _of_all(found: Pruning) -> list[str]:
-    reached = sum(circuit.reached for circuit in found.circuits)
-    return [node for node, count in found.shared() if count == reached]
+def _of_all(pruning: Pruning) -> list[str]:
+    """The nodes that every search that reached the target has kept."""
+    reached = sum(circuit.reached for circuit in pruning.circuits)
+    return [node for node, count in pruning.shared() if count == reached]
 
 
 def _figures(
     model: CircuitGPT,
-    found: Pruning,
+    pruning: Pruning,
     whole: float,
     kept: dict[str, Measured],
     removed: dict[str, Measured],
     random: list[Measured],
 ) -> dict[str, Any]:
-    assert found.best is not None
-    graph = found.graph or circuit_graph(model, found.best.nodes)
-    reached = max(1, sum(circuit.reached for circuit in found.circuits))
-    shares = {node: count / reached for node, count in found.shared()}
+    assert pruning.best is not None
+    graph = pruning.graph or circuit_graph(model, pruning.best.nodes)
+    reached = max(1, sum(circuit.reached for circuit in pruning.circuits))
+    shares = {node: count / reached for node, count in pruning.shared()}
     hooks = list(dict.fromkeys(node.rpartition(":")[0] for node in graph.nodes))
-    losses = [one.loss for one in random]
-    nonsense = [circuit.nonsense.loss for circuit in found.circuits]
+    losses = [circuit.loss for circuit in random]
+    nonsense = [circuit.nonsense.loss for circuit in pruning.circuits]
     rows: list[tuple[str, float, float, float]] = [
         ("whole model", whole, whole, whole),
-        *((f"circuit alone, {kind}", one.loss, one.loss, one.loss) for kind, one in kept.items()),
-        *((f"without the circuit, {kind}", one.loss, one.loss, one.loss) for kind, one in removed.items()),
+        *((f"circuit alone, {kind}", alone.loss, alone.loss, alone.loss) for kind, alone in kept.items()),
+        *((f"without the circuit, {kind}", rest.loss, rest.loss, rest.loss) for kind, rest in removed.items()),
         ("random nodes alone", float(np.mean(losses)), min(losses), max(losses)),
         ("search on nonsense labels", float(np.median(nonsense)), min(nonsense), max(nonsense)),
     ]
@@ -264,8 +294,8 @@ def _figures(
         "circuit": {
             "kind": "layered",
             "title": f"The circuit of {len(graph.nodes)} nodes that the best seed found",
-            "summary": "Columns in the order of the forward pass, with the number of kept nodes; a larger dot is kept "
-            "by more seeds. What pruning found, nothing left out.",
+            "summary": "Columns stand in the order of the forward pass, with the number of kept nodes. A larger dot "
+            "was kept by more seeds. Everything that pruning found is shown.",
             "columns": [
                 {"label": hook, "nodes": [node for node in graph.nodes if node.rpartition(":")[0] == hook]}
                 for hook in hooks
@@ -276,13 +306,13 @@ def _figures(
         "losses": {
             "kind": "bars",
             "title": "Task loss on new prompts, scale and shifts refitted",
-            "summary": "Lines across the last two bars: least and most of the draws, or of the seeds; nonsense labels "
-            "as the search measured them.",
+            "summary": "Lines across the last two bars run from the least to the most of the draws, or of the seeds. "
+            "The losses on nonsense labels are those that the search measured.",
             "ylabel": "nats",
             "labels": labels,
             "values": values,
             "low": low,
             "high": high,
-            "reference": [{"y": found.target, "label": "target"}, {"y": float(np.log(2)), "label": "a coin"}],
+            "reference": [{"y": pruning.target, "label": "target"}, {"y": float(np.log(2)), "label": "a coin"}],
         },
     }

@@ -1,9 +1,12 @@
-"""Do tokens act on the model like the letters of a finite machine, and how far does that go?
+"""Do tokens act on the model like the letters of a finite machine, and where does that end?
 
-For a bracket model: words of elements and rows. Below its critical length it may look like a machine of three states;
-a mean over the context is none, so past that length it has to break. For a model that was trained on a machine: is it
-that machine? The shipped models of a mod-3 counter, a flip-flop and parity show that the method finds machines where
-there are some.
+Predicted: for a bracket model, words of elements and rows look like a machine of three states as long as every word is
+shorter than the measured critical length; beyond it that machine has to break, since a mean over the context is no
+finite machine. For a model that was trained on a machine: it is that machine.
+Measured: the machine extracted from short words and the one from long words, with the conflict, fidelity and congruence
+of each on new words.
+Null: an untrained model; classes read off random nodes; and shuffled class labels. The shipped models of a mod-3
+counter, a flip-flop and parity are positive controls, which show that the method finds machines where there are some.
 """
 
 from typing import Any
@@ -29,14 +32,15 @@ from .figures import figures
 QUESTION = "Do tokens act like the letters of a finite machine, and where does that end?"
 SEED_FIGURE = "reasoning is an orbit of a semigroup of tokens; no figure is given"
 RULE = (
-    "An extraction is finite iff the number of classes is the same for prefixes of N, 2N and 4N letters and the bounds "
-    "of conflict, fidelity and congruence on new words hold in every cell, as do the shares of swapped caches and of "
-    "words that repeat a piece. Reproduced iff the short and the long extraction come out as predicted: finite where "
-    "every word asked is shorter than the measured critical length; where they reach beyond it a counter, or refused "
-    "with counterexamples and a conflict that its lower bound shows, since a refusal for want of words proves nothing. "
-    "Not testable where the model gives one answer to all. For a model of a machine: finite, and that machine."
+    "An extraction is finite iff the number of classes is the same for prefixes of N, 2N and 4N letters and, on new "
+    "words, the bounds of conflict, fidelity and congruence hold in every cell, as do the shares of swapped caches and "
+    "of words that repeat a piece. Reproduced iff the short and the long extraction come out as predicted. If every "
+    "word asked is shorter than the measured critical length, that is finite. If words reach beyond it, that is a "
+    "counter, or a refusal with counterexamples and a conflict whose lower bound exceeds the limit; a refusal for lack "
+    "of words proves nothing. Not testable if the model gives the same answer to every word. For a model that was "
+    "trained on a machine, the prediction is finite and that machine."
 )
-SHOWN = 0.02  # the share of conflict that a lower bound has to exceed before a machine is said to break
+SHOWN = 0.02  # a machine is said to break if the lower bound of its conflict exceeds this share
 POSITIVE = ("mod3-mini", "flip-flop-mini", "parity-mini")
 
 
@@ -51,12 +55,28 @@ def run(
     nulls: tuple[str, ...] = NULLS,
     seed: int = 0,
 ) -> Result:
-    """Extract a machine from short words and from long ones, beside nulls and positive controls.
+    """Extract a machine from short words and one from long words, beside the nulls and the positive controls.
 
-    ``short``, ``long``: N of the two extractions, which ask words of up to 8N letters. ``prefixes``, ``pairs``: see
-    ``semigroup.extract``. ``positive``: pairs a cell for the shipped models of machines; 0 leaves them out.
-    ``nulls``: "untrained" extracts from an untrained model, "rotated" reads the classes off random nodes, "shuffled"
-    shuffles their labels.
+    For a model that was trained on a machine, a single extraction is compared with that machine.
+
+    Args:
+        model: A CircuitGPT with a tokenizer that holds the answers as single tokens, or one that was trained on a
+            machine.
+        short: N of the short extraction, which asks words of up to 8N letters.
+        long: N of the long extraction; at most what the context holds.
+        prefixes: Prefixes that are told apart, as ``semigroup.extract`` takes them.
+        pairs: Pairs of new words for each cell, as ``semigroup.extract`` takes them.
+        positive: Pairs for each cell with the shipped models of machines; 0 leaves these out.
+        nulls: "untrained" extracts from an untrained model; "rotated" reads the classes off random nodes; "shuffled"
+            shuffles their labels.
+        seed: Seed of the words and of the nulls.
+
+    Returns:
+        A Result; ``measured["congruence_failures"]`` lists the prompts at which the machine breaks.
+
+    Raises:
+        Refused: The model has no tokenizer, or its tokenizer splits an answer.
+        ValueError: An option is out of range, or a null is unknown.
     """
     nulls = check_nulls(nulls)
     at_least(1, short=short, long=long)
@@ -89,7 +109,8 @@ def _of_brackets(
     crosses = critical.status == "crosses"
     finite = [not crosses or tokens < critical.value for tokens in longest]
     words = [
-        f"words of up to {t} tokens {'finite' if f else 'not finite'}" for t, f in zip(longest, finite, strict=True)
+        f"words of up to {tokens} tokens {'finite' if is_finite else 'not finite'}"
+        for tokens, is_finite in zip(longest, finite, strict=True)
     ]
     protocol.predict(
         {
@@ -118,10 +139,10 @@ def _of_brackets(
             "long": long.to_dict(),
             "congruence_failures": failures,
             "models_of_machines": controls,
-            "the_seeds_counter": {"verdict": counter.verdict, "classes": [g.classes for g in counter.growth]},
+            "the_seeds_counter": {"verdict": counter.verdict, "classes": [level.classes for level in counter.growth]},
             **({"left_out": left_out} if left_out else {}),
         },
-        interval={"summary": "bounds hold in all cells at once with 95 % (Clopper-Pearson, Bonferroni)"},
+        interval={"summary": "bounds hold in all cells at once with 95 % confidence (Clopper-Pearson, Bonferroni)"},
         null=_null(short.nulls, controls, nulls),
         verdict=_verdict(short, long, finite),
         figures=pictures,
@@ -140,35 +161,35 @@ def _of_a_machine(
         }
     )
     protocol.measuring()
-    found = _extract_trained(model, prefixes, pairs, seed, nulls=bool(nulls))
-    same = found.machine is not None and found.machine.equivalent(trained_on)
-    pictures, left_out = figures(found.machine or found.candidate, {"words": found})
+    extraction = _extract_trained(model, prefixes, pairs, seed, nulls=bool(nulls))
+    same = extraction.machine is not None and extraction.machine.equivalent(trained_on)
+    pictures, left_out = figures(extraction.machine or extraction.candidate, {"words": extraction})
     return protocol.conclude(
         measured={
-            "summary": f"{found.summary()}; {'the' if same else 'not the'} machine that it was trained on",
-            "extraction": found.to_dict(),
+            "summary": f"{extraction.summary()}; {'the' if same else 'not the'} machine that it was trained on",
+            "extraction": extraction.to_dict(),
             **({"left_out": left_out} if left_out else {}),
         },
-        interval={"summary": "bounds hold in all cells at once with 95 % (Clopper-Pearson, Bonferroni)"},
-        null=_null(found.nulls, {}, nulls),
+        interval={"summary": "bounds hold in all cells at once with 95 % confidence (Clopper-Pearson, Bonferroni)"},
+        null=_null(extraction.nulls, {}, nulls),
         verdict="reproduced" if same else "not reproduced",
         figures=pictures,
     )
 
 
-def _brief(name: str, found: Extraction) -> str:
+def _brief(name: str, extraction: Extraction) -> str:
     figures = []
-    if found.conflict is not None and found.fidelity is not None:
+    if extraction.conflict is not None and extraction.fidelity is not None:
         figures = [
-            f"conflict {found.conflict.value:.1%}, at most {found.conflict.worst:.1%} in a cell",
-            f"fidelity {found.fidelity.value:.1%}",
+            f"conflict {extraction.conflict.value:.1%}, at most {extraction.conflict.worst:.1%} in a cell",
+            f"fidelity {extraction.fidelity.value:.1%}",
         ]
-    states = "" if found.machine is None else f" with {found.growth[-1].classes} states"
-    return f"{name} words {found.verdict}{states}" + (f" ({', '.join(figures)})" if figures else "")
+    states = "" if extraction.machine is None else f" with {extraction.growth[-1].classes} states"
+    return f"{name} words {extraction.verdict}{states}" + (f" ({', '.join(figures)})" if figures else "")
 
 
 def _counter(seed: int) -> Extraction:
-    """The seed's own law as a function of words: what an extraction makes of a mean, to compare with."""
+    """What an extraction makes of a mean: that of the seed's own law as a function of words, to compare with."""
     law = ThresholdCounter("0.15")
     return extract(
         lambda words: [law.decide(word.count("["), len(word)) for word in words],
@@ -182,17 +203,20 @@ def _counter(seed: int) -> Extraction:
 
 
 def machine_of(model: CircuitGPT) -> MooreMachine:
-    """The machine that a model was trained on, from its card."""
-    given = model.card["machine"]
+    """The machine on which a model was trained, from its card."""
+    described = model.card["machine"]
     return MooreMachine(
-        tuple(given["letters"]), tuple(map(tuple, given["transitions"])), tuple(given["outputs"]), given["start"]
+        tuple(described["letters"]),
+        tuple(map(tuple, described["transitions"])),
+        tuple(described["outputs"]),
+        described["start"],
     )
 
 
 def _questions(model: CircuitGPT) -> ModelQuestions:
     if model.tokenizer is None:
         raise Refused("the model has no tokenizer; bracket words are text. Set model.tokenizer")
-    closers(model.tokenizer)  # a tokenizer that splits the answers is refused in the words of the task
+    closers(model.tokenizer)  # refuses a tokenizer that splits the answers
     words = BRACKET_WORDS
     return ModelQuestions(
         model, words.alphabet, words.answers, prefix=words.prefix, suffix=words.suffix, valid=words.valid
@@ -200,7 +224,7 @@ def _questions(model: CircuitGPT) -> ModelQuestions:
 
 
 def _longest_tokens(questions: ModelQuestions, letters: int) -> int:
-    """Tokens of the longest valid word of so many letters, about: rows without elements, or elements alone."""
+    """About how many tokens the longest valid word of ``letters`` letters has: empty rows only, or elements only."""
     x, opened, closed = range(3)
     return max(len(questions.ids((x,) * letters)), len(questions.ids((opened, closed) * (letters // 2))))
 
@@ -231,26 +255,26 @@ def _extract_trained(model: CircuitGPT, prefixes: int, pairs: int, seed: int, nu
 
 
 def _positive(name: str, pairs: int, seed: int) -> dict[str, Any]:
-    """What comes out for a shipped model of a machine."""
+    """What the extraction gives for a shipped model that was trained on a machine."""
     model = CircuitGPT.from_pretrained(name)
-    found = _extract_trained(model, 64, pairs, seed, nulls=False)
+    extraction = _extract_trained(model, 64, pairs, seed, nulls=False)
     trained_on = machine_of(model)
     return {
         "trained_on": model.card["machine"]["known_as"],
-        "verdict": found.verdict,
-        "states": 0 if found.machine is None else found.machine.states,
-        "that_machine": found.machine is not None and found.machine.equivalent(trained_on),
-        "conflict_at_most": None if found.conflict is None else found.conflict.worst,
-        "fidelity": None if found.fidelity is None else found.fidelity.value,
-        "seconds": found.seconds,
+        "verdict": extraction.verdict,
+        "states": 0 if extraction.machine is None else extraction.machine.states,
+        "that_machine": extraction.machine is not None and extraction.machine.equivalent(trained_on),
+        "conflict_at_most": None if extraction.conflict is None else extraction.conflict.worst,
+        "fidelity": None if extraction.fidelity is None else extraction.fidelity.value,
+        "seconds": extraction.seconds,
     }
 
 
 def _failures(questions: ModelQuestions, short: Extraction, long: Extraction) -> list[dict[str, Any]]:
-    """Pairs of prompts in one class of the short words' machine that the model answers differently.
+    """Prompts that the short words' machine puts in one class and that the model answers differently.
 
-    Dilution: elements added to an open row. Distractors: closed rows, and unmatched brackets in a comment before the
-    statement, where the list itself has depth 1. For each the first length at which the answer leaves the machine's.
+    "dilution" adds elements to an open row. "distractors" adds closed rows to a list of depth 1, or unmatched brackets
+    in a comment before it. For each, the first length at which the model's answer differs from the machine's is given.
     """
     machine = short.machine or short.candidate
     if machine is None:
@@ -265,9 +289,9 @@ def _failures(questions: ModelQuestions, short: Extraction, long: Extraction) ->
     rows = []
     for name, word in families.items():
         sizes = [m for m in range(1, room) if len(word(m)) <= min(room, 8 * long.options["horizon"])]
-        said = questions.ask([word(m) for m in sizes])
+        answers = questions.ask([word(m) for m in sizes])
         expected = [machine.output(word(m)) for m in sizes]
-        wrong = [m for m, a, b in zip(sizes, said, expected, strict=True) if questions.output(a) != b]
+        wrong = [m for m, a, b in zip(sizes, answers, expected, strict=True) if questions.output(a) != b]
         rows.append(
             {
                 "prompts": name,
@@ -281,7 +305,7 @@ def _failures(questions: ModelQuestions, short: Extraction, long: Extraction) ->
 
 
 def _comment(questions: ModelQuestions, machine: MooreMachine) -> dict[str, Any]:
-    """Unmatched brackets, from none on, in a comment before a list of depth 1 with three elements."""
+    """From 0 to 16 unmatched brackets in a comment before a list of depth 1 with three elements."""
     tokenizer = questions.model.tokenizer
     assert tokenizer is not None
     start = list(closers(tokenizer).start)
@@ -293,7 +317,7 @@ def _comment(questions: ModelQuestions, machine: MooreMachine) -> dict[str, Any]
         ids = [*start, *comment, *questions.ids(word)[len(start) :]]
         if questions.answer(ids) != machine.output(word):
             wrong.append(count)
-    novel = " (and a comment without any is answered wrong already)" if 0 in wrong else ""
+    novel = " (the comment without any bracket is answered wrong already)" if 0 in wrong else ""
     return {
         "prompts": f"distractors: unmatched brackets in a comment{novel}",
         "asked_up_to": counts[-1],
@@ -303,14 +327,14 @@ def _comment(questions: ModelQuestions, machine: MooreMachine) -> dict[str, Any]
     }
 
 
-def _null(found: dict[str, Any], controls: dict[str, Any], asked: tuple[str, ...]) -> dict[str, Any]:
+def _null(extraction_nulls: dict[str, Any], controls: dict[str, Any], asked: tuple[str, ...]) -> dict[str, Any]:
     names = {"shuffled_labels": "shuffled", "random_nodes": "rotated", "untrained": "untrained"}
-    nulls = {name: value for name, value in found.items() if names.get(name) in asked}
+    nulls = {name: value for name, value in extraction_nulls.items() if names.get(name) in asked}
     parts = []
     if "shuffled_labels" in nulls:
         parts.append(f"conflict with shuffled labels {nulls['shuffled_labels']['mean']:.0%}")
     if "random_nodes" in nulls:
-        parts.append(f"with classes read off random nodes {nulls['random_nodes']['mean']:.0%}")
+        parts.append(f"conflict with classes read off random nodes {nulls['random_nodes']['mean']:.0%}")
     if "untrained" in nulls:
         other = nulls["untrained"]
         parts.append(f"untrained: {other['verdict']}, {'the same' if other['same_machine'] else 'another'} machine")
@@ -321,21 +345,24 @@ def _null(found: dict[str, Any], controls: dict[str, Any], asked: tuple[str, ...
 
 
 def _verdict(short: Extraction, long: Extraction, finite: list[bool]) -> Verdict:
-    """The verdict by RULE."""
+    """The verdict that RULE gives."""
     if short.candidate is None or len(set(map(str, short.candidate.outputs)) - {"not valid"}) < 2:
         return "not testable here"
     as_predicted = [
-        one.verdict == "finite" if said else _breaks(one) for one, said in zip((short, long), finite, strict=True)
+        extraction.verdict == "finite" if is_finite else _breaks(extraction)
+        for extraction, is_finite in zip((short, long), finite, strict=True)
     ]
     return "reproduced" if all(as_predicted) else "not reproduced"
 
 
-def _breaks(found: Extraction) -> bool:
-    """Whether trials show that the model leaves the machine; a refusal for want of words doesn't."""
-    if found.verdict == "counter":
+def _breaks(extraction: Extraction) -> bool:
+    """Whether trials show that the model leaves the machine. A refusal for lack of words doesn't show that."""
+    if extraction.verdict == "counter":
         return True
-    shown = [rate.shown for rate in (found.conflict, found.congruence) if rate is not None]
-    return found.verdict == "refused" and max(shown, default=0.0) > SHOWN and bool(found.counterexamples)
+    lower_bounds = [rate.shown for rate in (extraction.conflict, extraction.congruence) if rate is not None]
+    return (
+        extraction.verdict == "refused" and max(lower_bounds, default=0.0) > SHOWN and bool(extraction.counterexamples)
+    )
 
 
 def _not_testable(protocol: Protocol, why: str) -> Result:

@@ -1,4 +1,4 @@
-"""Pictures of an extraction: the machine, how its classes grow, its semigroup's Cayley graph and egg-box."""
+"""Figures of an extraction: the machine, how its classes grow, and the Cayley graph and egg-box of its semigroup."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,22 +12,24 @@ __all__ = ["cayley_figure", "eggbox_figure", "figures", "machine_figure"]
 
 
 def figures(machine: MooreMachine | None, extractions: Mapping[str, Extraction]) -> tuple[dict[str, Any], list[str]]:
-    """(pictures, what was left out and why)."""
-    found: dict[str, Any] = {"growth": _growth(extractions)}
+    """Figures of one machine and of how the classes of all extractions grow: (figures, what was left out and why)."""
+    drawn: dict[str, Any] = {"growth": _growth(extractions)}
     if machine is None:
-        return found, ["machine, Cayley graph and egg-box: there were more classes than the limit"]
-    found["machine"] = machine_figure(machine)
+        return drawn, [
+            "The machine, its Cayley graph and its egg-box were left out: there were more classes than the limit."
+        ]
+    drawn["machine"] = machine_figure(machine)
     try:
         semigroup = machine.semigroup()
     except ImportError as missing:
-        return found, [f"Cayley graph and egg-box: {missing}"]
-    found["cayley"] = cayley_figure(semigroup)
-    found["eggbox"] = eggbox_figure(semigroup)
-    return found, []
+        return drawn, [f"The Cayley graph and the egg-box were left out: {missing}"]
+    drawn["cayley"] = cayley_figure(semigroup)
+    drawn["eggbox"] = eggbox_figure(semigroup)
+    return drawn, []
 
 
 def machine_figure(machine: MooreMachine) -> dict[str, Any]:
-    """States with their outputs, the start drawn bold."""
+    """The machine's graph: states with their outputs, the start drawn bold."""
     nodes = [
         {"label": str(state), "note": "not valid" if output is NOT_VALID else f"“{output}”"}
         for state, output in enumerate(machine.outputs)
@@ -48,7 +50,7 @@ def machine_figure(machine: MooreMachine) -> dict[str, Any]:
 
 
 def cayley_figure(semigroup: TransformationSemigroup) -> dict[str, Any]:
-    """The right Cayley graph: an arrow multiplies an element by a letter on the right."""
+    """The right Cayley graph, in which an arrow multiplies an element by a letter on the right."""
     words = [" ".join(word) for word in semigroup.words()]
     edges = [
         {"src": element, "dst": int(target), "label": letter}
@@ -58,14 +60,14 @@ def cayley_figure(semigroup: TransformationSemigroup) -> dict[str, Any]:
     return {
         "kind": "digraph",
         "title": f"Right Cayley graph of its semigroup, {semigroup.size} elements",
-        "summary": "Each element by its shortest word; an arrow adds a letter. No identity is adjoined.",
+        "summary": "Each element is shown by its shortest word; an arrow appends a letter. No identity is adjoined.",
         "nodes": [{"label": word} for word in words],
         "edges": edges,
     }
 
 
 def eggbox_figure(semigroup: TransformationSemigroup) -> dict[str, Any]:
-    """Green's classes: a box a D-class, rows R, columns L."""
+    """Green's classes: each box is a D-class, its rows are R-classes and its columns L-classes."""
     boxes = [
         {
             "cells": [[[" ".join(semigroup.word(int(e))) for e in cell] for cell in row] for row in box.elements],
@@ -79,7 +81,8 @@ def eggbox_figure(semigroup: TransformationSemigroup) -> dict[str, Any]:
     return {
         "kind": "eggbox",
         "title": "Egg-box picture of its semigroup",
-        "summary": f"A box a D-class, rows R-classes, columns L-classes. Groups: {', '.join(groups)}; {aperiodic}.",
+        "summary": f"Each box is a D-class, each row an R-class, each column an L-class. Groups: "
+        f"{', '.join(groups)}; {aperiodic}.",
         "boxes": boxes,
     }
 
@@ -88,16 +91,17 @@ def _growth(extractions: Mapping[str, Extraction]) -> dict[str, Any]:
     return {
         "kind": "curves",
         "title": "Classes of prefixes that continuations tell apart",
-        "summary": "A finite machine's level off; a counter's grow with each doubling. Dashed: not finite.",
+        "summary": "The classes of a finite machine level off; those of a counter grow with each doubling. Dashed: "
+        "not finite.",
         "xlabel": "letters of the longest prefix",
         "ylabel": "classes",
         "series": [
             {
                 "label": name,
-                "x": [g.horizon for g in one.growth],
-                "y": [g.classes for g in one.growth],
-                "style": "line" if one.verdict == "finite" else "dashed",
+                "x": [level.horizon for level in extraction.growth],
+                "y": [level.classes for level in extraction.growth],
+                "style": "line" if extraction.verdict == "finite" else "dashed",
             }
-            for name, one in extractions.items()
+            for name, extraction in extractions.items()
         ],
     }

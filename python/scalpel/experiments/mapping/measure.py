@@ -1,14 +1,14 @@
-"""What a channel measures, beyond what it can't help measuring: designs, partial R², and setting it.
+"""What a channel tells of a variable beyond nuisance variables: regression designs, partial R², and moving a channel.
 
-Rows are tokens of long lists. A channel y and a claimed variable v are both regressed on what is nuisance (n, position
-and, for running statistics, the current token), by least squares on some cells of the (k, n) plane; with r_y and r_v
-what is left and b the slope of r_y on r_v, both from those cells, the partial R² is
+Rows are tokens of long lists. A channel y and a claimed variable v are both regressed by least squares on the nuisance
+variables (n, position and, for running statistics, the current token), on some cells of the (k, n) plane. With r_y and
+r_v the residuals, and b the slope of r_y on r_v in those cells, the partial R² is
 
     1 - |r_y - b r_v|² / |r_y|²
 
-over other prompts in other cells (Frisch & Waugh 1933, Lovell 1963: b is the slope of the full regression). Being
-scored where it wasn't fitted, it falls below 0 where the variable is of no use. All channels of a hook, and all
-variables, are one matrix product.
+over other prompts in other cells (Frisch & Waugh 1933, Lovell 1963: b is the slope of the full regression). Since it is
+scored where it was not fitted, it falls below 0 if the variable is of no use. All channels of a hook, and all
+variables, take one matrix product.
 """
 
 from collections.abc import Sequence
@@ -26,17 +26,24 @@ from ...tasks.refused import Refused
 
 __all__ = ["Design", "Prompts", "Rows", "Scores", "directions_moved", "head_rows", "question_rows", "record", "share"]
 
-BUDGET = 256 * 2**20  # bytes of recorded values at a time
-LIVE = 1e-5  # a channel that varies less than this share of its hook's liveliest is not alive
-HEAD = 48  # tokens at a list's beginning from which the rows of single tokens are drawn
+BUDGET = 256 * 2**20  # the most bytes of recorded values at a time
+LIVE = 1e-5  # a channel is live if its spread exceeds this share of the largest spread at its hook
+HEAD = 48  # the rows of single tokens are drawn from so many tokens at the beginning of a list
 _KNOTS = 8
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Long lists of several amounts of evidence: ``ids`` and ``positions`` (prompts, length); ``k`` and ``fits``, bool:
-    whether a prompt is one to fit on or one to score on (prompts,); ``asked``: questions, as token indices
-    (prompts, questions); ``evidence``: "[" in each token (prompts, length).
+    """Long lists of several amounts of evidence.
+
+    Attributes:
+        ids: Token ids (prompts, length).
+        positions: Their positions, of the same shape.
+        k: Evidence in each prompt, (prompts,).
+        fits: True for a prompt to fit on, False for one to score on, (prompts,).
+        asked: The questions as token indices, (prompts, questions).
+        evidence: How many "[" each token holds, (prompts, length).
+        texts: The text of each token id that occurs.
     """
 
     ids: Tensor
@@ -49,9 +56,10 @@ class Prompts:
 
     @classmethod
     def make(cls, model: CircuitGPT, amounts: Sequence[int], count: int, length: int, seed: int) -> "Prompts":
-        """``count`` lists of each amount to fit on and as many to score on. Amount 1 is a list of depth 1.
+        """Make ``count`` lists of each amount to fit on and as many to score on. Amount 1 is a list of depth 1.
 
-        Refused without a tokenizer that knows the answers.
+        Raises:
+            Refused: The model has no tokenizer, or one that splits an answer.
         """
         if model.tokenizer is None:
             raise Refused("the model has no tokenizer; lists of brackets are made of text")
@@ -89,27 +97,35 @@ def share(counts: np.ndarray) -> np.ndarray:
 
 
 class Design:
-    """Least squares on ``nuisance`` (rows, columns), fitted on the rows ``fit`` (bool), once for everything."""
+    """Least squares on ``nuisance`` (rows, columns), fitted once on the rows ``fit`` (bool) for all later use."""
 
     def __init__(self, nuisance: np.ndarray, fit: np.ndarray) -> None:
         self.fit = fit
         q, r, order = linalg.qr(nuisance[fit], mode="economic", pivoting=True)
         size = np.abs(np.diag(r))
         rank = int((size > 1e-9 * size[0]).sum())
-        # A column that is spent (a token seen in no fitted row) is left out of the prediction elsewhere too.
+        # A column without rank (such as a token seen in no fitted row) is left out of every prediction.
         self._q = q[:, :rank]
         self._all = linalg.solve_triangular(r[:rank, :rank], nuisance[:, order[:rank]].T, trans="T").T
 
     def residuals(self, y: np.ndarray) -> np.ndarray:
-        """What of ``y`` (rows, columns) is left over, on every row; computed and returned in y's dtype."""
+        """The residuals of ``y`` (rows, columns) on every row, computed and returned in the dtype of y."""
         moved = y - y[self.fit].mean(0)
         return np.asarray(moved - self._all.astype(y.dtype) @ (self._q.astype(y.dtype).T @ moved[self.fit]))
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Tokens in a regression, ``each`` to a prompt: the token's index ``at`` (prompts, each), and by row (prompts *
-    each,): ``prompt``, ``n``, ``token``, and whether it is one to ``fit`` or to ``score`` on.
+    """The tokens that are rows of a regression, with the same number from every prompt.
+
+    Attributes:
+        at: Index of each token in its prompt, (prompts, tokens).
+        prompt: Number of the row's prompt, (rows,) with rows = prompts * tokens; so are all that follow.
+        n: Context length at the row's token.
+        token: The token's id.
+        fit: Whether the regression is fitted on the row.
+        score: Whether it is scored on the row.
+        design: The nuisance variables.
     """
 
     at: np.ndarray
@@ -121,34 +137,34 @@ class Rows:
     design: Design
 
     def pick(self, values: np.ndarray) -> np.ndarray:
-        """Values by token (prompts, length) as a column by row."""
+        """Values by token (prompts, length) as a column with one entry for each row."""
         return np.asarray(np.take_along_axis(values, self.at, 1).reshape(-1))
 
 
-def question_rows(prompts: Prompts, each: int) -> Rows:
-    """Elements, where the question stands: ``each`` questions a prompt, evenly spread. The token is nuisance."""
-    chosen = np.unique(np.linspace(0, prompts.asked.shape[1] - 1, each).round().astype(int))
+def question_rows(prompts: Prompts, per_prompt: int) -> Rows:
+    """Rows at ``per_prompt`` evenly spread questions of every prompt. The current token is a nuisance variable."""
+    chosen = np.unique(np.linspace(0, prompts.asked.shape[1] - 1, per_prompt).round().astype(int))
     return _rows(prompts, prompts.asked[:, chosen], token_too=True)
 
 
-def head_rows(prompts: Prompts, each: int, seed: int) -> Rows:
-    """Tokens of any kind: ``each`` a prompt, drawn from its beginning, where the brackets are."""
+def head_rows(prompts: Prompts, per_prompt: int, seed: int) -> Rows:
+    """Rows at ``per_prompt`` tokens of any kind, drawn from the beginning of every prompt, where the brackets are."""
     rng = np.random.default_rng([seed, 7])
     most = min(HEAD, prompts.ids.shape[1])
-    at = np.sort(rng.permuted(np.tile(np.arange(1, most), (len(prompts), 1)), axis=1)[:, :each], axis=1)
+    at = np.sort(rng.permuted(np.tile(np.arange(1, most), (len(prompts), 1)), axis=1)[:, :per_prompt], axis=1)
     return _rows(prompts, at, token_too=False)
 
 
 def _rows(prompts: Prompts, at: np.ndarray, token_too: bool) -> Rows:
-    each = at.shape[1]
-    prompt = np.repeat(np.arange(len(prompts)), each)
+    per_prompt = at.shape[1]
+    prompt = np.repeat(np.arange(len(prompts)), per_prompt)
     n = (at + 1).reshape(-1)
     token = np.take_along_axis(prompts.ids.numpy(), at, 1).reshape(-1)
     position = np.take_along_axis(prompts.positions.numpy(), at, 1).reshape(-1)
     columns = [_smooth(np.log(n)), _smooth(position.astype(float))]
     if token_too:
         columns.append((token[:, None] == np.unique(token)).astype(float))
-    # Cells of (k, n): every third along both, so that what is scored lies between what is fitted.
+    # Every third cell of the (k, n) plane along both axes is scored, so that scored cells lie between fitted ones.
     edges = np.quantile(n, np.linspace(0, 1, 10)[1:-1])
     amount = np.searchsorted(np.unique(prompts.k), prompts.k)[prompt]
     unseen = (amount + np.digitize(n, edges)) % 3 == 0
@@ -159,7 +175,7 @@ def _rows(prompts: Prompts, at: np.ndarray, token_too: bool) -> Rows:
 
 
 def _smooth(x: np.ndarray) -> np.ndarray:
-    """Cubic B-splines in x with knots at its quantiles, (rows, about 11)."""
+    """Cubic B-splines in x with knots at its quantiles, about 11 columns: (rows, columns)."""
     inner = np.unique(np.quantile(x, np.linspace(0, 1, _KNOTS + 2)))
     knots = np.concatenate([np.repeat(inner[0], 3), inner, np.repeat(inner[-1], 3)])
     return np.asarray(BSpline.design_matrix(x, knots, 3).toarray())
@@ -167,8 +183,13 @@ def _smooth(x: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Scores:
-    """Variables against channels: ``r2`` and slope ``beta`` (variables, channels), ``live`` bool (channels,),
-    ``spread`` the channels' standard deviation. A dead channel and a constant variable score NaN, which passes no bar.
+    """How well variables are told by channels. A dead channel or a constant variable has the score NaN.
+
+    Attributes:
+        r2: Partial R², (variables, channels).
+        beta: Slope of the channel on the variable, of the same shape.
+        live: Which channels are live, bool (channels,).
+        spread: Standard deviation of each channel, (channels,).
     """
 
     r2: np.ndarray
@@ -179,7 +200,7 @@ class Scores:
 
     @classmethod
     def of(cls, rows: Rows, variables: np.ndarray, values: np.ndarray) -> "Scores":
-        """``variables`` (rows, variables), *residuals*; ``values`` (rows, channels) as recorded."""
+        """Score ``variables`` (rows, variables), which are residuals, by ``values`` (rows, channels) as recorded."""
         spread = values[rows.fit].std(0)
         live = (spread > LIVE * max(spread.max(), 1e-30)) & (spread > 1e-6 * np.abs(values[rows.fit]).max())
         left = rows.design.residuals(values)
@@ -192,21 +213,21 @@ class Scores:
         total = np.square(y_score).sum(0)
         known = usable[:, None] & live & (total > 0)
         r2 = np.minimum(np.divide(captured, total, out=np.full(captured.shape, np.nan), where=known), 1.0)
-        # A bootstrap by prompt needs no more than sums by prompt; rows of a prompt stand together.
+        # A bootstrap by prompt needs only sums by prompt; the rows of a prompt are adjacent.
         starts = np.flatnonzero(np.diff(rows.prompt[rows.score], prepend=-1))
         return cls(r2, beta, live, spread, (y_score, v_score, starts, np.add.reduceat(y_score**2, starts)))
 
     @property
     def prompts(self) -> int:
-        """Prompts scored on."""
+        """How many prompts are scored on."""
         return len(self._scored[2])
 
     def best(self, variables: slice | Sequence[int]) -> np.ndarray:
-        """Each channel's largest R² over some variables; -inf for a channel without any."""
+        """Each channel's largest R² over some variables; -inf for a channel without a score."""
         return np.asarray(np.fmax(np.nan_to_num(self.r2[variables], nan=-np.inf).max(0), -np.inf))
 
-    def bootstrap(self, weights: np.ndarray, variable: int, channels: np.ndarray | None = None) -> np.ndarray:
-        """R² with each scored prompt counted ``weights`` (draws, prompts) times: (draws, channels), NaN as in r2."""
+    def reweighted(self, weights: np.ndarray, variable: int, channels: np.ndarray | None = None) -> np.ndarray:
+        """R² with every scored prompt counted ``weights`` (draws, prompts) times: (draws, channels); NaN as in r2."""
         chosen = np.arange(self.r2.shape[1]) if channels is None else channels
         y, v, starts, squares = self._scored
         beta, column = self.beta[variable, chosen], v[:, variable]
@@ -218,7 +239,7 @@ class Scores:
 
 
 def groups_of(model: CircuitGPT, rows: int) -> list[list[str]]:
-    """Hooks in parts whose recorded values fit the budget."""
+    """The hooks in groups whose recorded values fit into BUDGET."""
     from ...models.circuitgpt.recording import hook_width
 
     groups: list[list[str]] = []
@@ -235,8 +256,11 @@ def groups_of(model: CircuitGPT, rows: int) -> list[list[str]]:
 
 @torch.no_grad()
 def record(model: CircuitGPT, prompts: Prompts, hooks: Sequence[str], at: np.ndarray) -> dict[str, np.ndarray]:
-    """Values at ``hooks`` of tokens ``at`` (prompts, each): float32 (prompts * each, channels) by hook."""
-    found: dict[str, list[Tensor]] = {hook: [] for hook in hooks}
+    """Record the values at ``hooks`` of the tokens ``at`` (prompts, tokens), by hook.
+
+    Each is float32 (prompts * tokens, channels).
+    """
+    by_hook: dict[str, list[Tensor]] = {hook: [] for hook in hooks}
     index = torch.from_numpy(at)
     last = max(hooks, key=model.hook_names.index)
     for i in range(0, len(prompts), 32):
@@ -244,8 +268,8 @@ def record(model: CircuitGPT, prompts: Prompts, hooks: Sequence[str], at: np.nda
         rows, columns = torch.arange(len(index[part]), device="cpu")[:, None], index[part]
         _, kept = model.run_with_cache(prompts.ids[part], hooks, last, position_ids=prompts.positions[part])
         for hook, value in kept.items():
-            found[hook].append(value[rows, columns].float().flatten(0, 1))
-    return {hook: torch.cat(values).cpu().numpy() for hook, values in found.items()}
+            by_hook[hook].append(value[rows, columns].float().flatten(0, 1))
+    return {hook: torch.cat(values).cpu().numpy() for hook, values in by_hook.items()}
 
 
 @torch.no_grad()
@@ -260,10 +284,18 @@ def difference(model: CircuitGPT, ids: Tensor, positions: Tensor, hooks: Sequenc
 def directions_moved(
     model: CircuitGPT, prompts: Prompts, chosen: np.ndarray, hook: str, directions: np.ndarray, shift: np.ndarray
 ) -> np.ndarray:
-    """Change of the logit difference when values at ``hook`` are moved along ``directions``, all in few passes.
+    """Change of the logit difference when the values at ``hook`` are moved along each of ``directions``.
 
-    ``chosen``: prompts (indices); ``directions`` (directions, channels); ``shift`` (directions, chosen, length): how
-    far each token's value is moved along each. Returns float64 (directions, chosen, length).
+    Args:
+        model: A CircuitGPT with a tokenizer.
+        prompts: The lists.
+        chosen: Indices of the prompts to use.
+        hook: Where the values are moved.
+        directions: (directions, channels).
+        shift: How far each token's value is moved along each direction, (directions, chosen, length).
+
+    Returns:
+        float64 (directions, chosen, length).
     """
     length = shift.shape[2]
     ids, positions = prompts.ids[chosen, :length], prompts.positions[chosen, :length]

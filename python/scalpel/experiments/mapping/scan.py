@@ -1,9 +1,4 @@
-"""Every channel of every hook against every claimed variable, with the nulls' largest scores beside them.
-
-A *group* is a claim about one class of tokens: "update" (this token is of the class), "mean" (the class's share of the
-tokens so far), "threshold" (that share is above θ, for a few θ). The class is "[", or a *wrong* one: tokens drawn at
-random among those that have nothing to do with brackets.
-"""
+"""Score every channel of every hook for every claimed variable, beside the largest scores of the nulls."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,186 +8,33 @@ import numpy as np
 
 from ...models.circuitgpt.model import CircuitGPT
 from ...models.untrained import untrained
-from ..brackets.critical import Curve, tells_depths
-from .measure import Prompts, Rows, Scores, difference, groups_of, head_rows, question_rows, record, share
+from ..statistics import draw_weights
+from .claims import BAR, READABLE, RIVALS, Setup
+from .measure import Scores, groups_of, record
 
-__all__ = [
-    "BAR",
-    "CLAIMS",
-    "RIVALS",
-    "HookScan",
-    "Setup",
-    "Top",
-    "recorded",
-    "reference",
-    "scan",
-    "scores_of",
-    "untrained_seeds",
-]
+__all__ = ["HookScan", "Top", "recorded", "reference", "scan", "scores_of", "untrained_seeds"]
 
-CLAIMS = ("update", "mean", "threshold")
-BAR = 0.5
-# What a mean or a threshold could be mistaken for: k itself, whether two lists are open, and the share of the brackets
-# that close rows, which grows with k in these lists and so is the nearest of all wrong variables.
-RIVALS = ("count", "depth", "closers")
-LEVELS = (0.25, 0.5, 0.75)  # quantiles of m at which a threshold is tried; the model's own is the fourth
-READABLE = ("closes", "comma", "element")
-_NEAR, _TOP = 0.3, 24  # channels kept for the bootstrap: at most so many a hook and group, from this R² on
-_OTHERS = 20  # random channels that are set too
+_NEAR, _TOP = 0.3, 24  # the bootstrap keeps channels from this R² on, at most so many for each hook and group
+_OTHERS = 20  # random channels that are set for comparison
 _RESAMPLES = 200
 
 
 @dataclass(frozen=True)
-class Setup:
-    """Prompts, rows and residual variables: ``asked`` (rows at questions) with columns mean, thresholds, rivals,
-    then wrong classes' mean and thresholds; ``single`` (rows at any token) with columns "[", the readable classes,
-    wrong classes. ``null``: many more wrong classes, (fitted and scored rows, draws * (1 + thresholds)).
-    """
-
-    prompts: Prompts
-    asked: Rows
-    single: Rows
-    at_asked: np.ndarray
-    at_single: np.ndarray
-    membership: np.ndarray
-    null: np.ndarray
-    thetas: tuple[float, ...]
-    level: float
-    right: np.ndarray
-    seed: int
-
-    @property
-    def wrong(self) -> int:
-        """Wrong classes that go through the whole analysis."""
-        return len(self.membership) - 1
-
-    @property
-    def groups(self) -> dict[str, tuple[str, slice]]:
-        """Each group's rows ("single" or "asked") and columns; wrong ones are named "mean~0", "mean~1", ..."""
-        wide = 1 + len(self.thetas)
-        found = {}
-        for i in range(1 + self.wrong):
-            tail = f"~{i - 1}" if i else ""
-            start = wide + len(RIVALS) + wide * (i - 1) if i else 0
-            column = 1 + len(READABLE) + i - 1 if i else 0
-            found[f"update{tail}"] = ("single", slice(column, column + 1))
-            found[f"mean{tail}"] = ("asked", slice(start, start + 1))
-            found[f"threshold{tail}"] = ("asked", slice(start + 1, start + wide))
-        return found
-
-    def able(self) -> float:
-        """Best balanced accuracy over both depths at any one length, from the model's answers on these lists; NaN
-        without a depth.
-        """
-        k, x = self.prompts.k, self.prompts.asked + 1
-        curves = {int(one): Curve(x[k == one], self.right[k == one]) for one in np.unique(k)}
-        nested = {one: curve for one, curve in curves.items() if one > 1}
-        return tells_depths(nested, curves[1]) if 1 in curves and nested else float("nan")
-
-    @classmethod
-    def make(
-        cls, model: CircuitGPT, amounts: Sequence[int], count: int, length: int, *, draws: int, wrong: int, seed: int
-    ) -> "Setup":
-        """Lists, rows and variables, the same for every model that is compared; ``model`` gives its own threshold."""
-        prompts = Prompts.make(model, amounts, count, length, seed)
-        asked, single = question_rows(prompts, 24), head_rows(prompts, 24, seed)
-        m = asked.pick(share(prompts.evidence))
-        preferred = difference(model, prompts.ids, prompts.positions).numpy()
-        own = _own_threshold(m[asked.fit], asked.pick(preferred)[asked.fit] > 0)
-        level = float((m[asked.fit] <= own).mean())
-        rng = np.random.default_rng([seed, 11])
-        # Two draws, so that which classes are asked about doesn't depend on how many they are compared with.
-        vocabulary = model.config.vocab_size
-        tried = _random_classes(prompts, vocabulary, wrong, np.random.default_rng([seed, 12]))
-        classes = np.concatenate([tried, _random_classes(prompts, vocabulary, draws, rng)])
-        membership = np.concatenate([_evidence(prompts, model)[None], classes[:wrong]])
-        k = prompts.k[asked.prompt]
-        closers = asked.pick(share(_kinds(prompts)[0]))
-        true, others = _running(prompts, asked, membership[:1], level), np.stack([k, k > 1, closers], 1)
-        columns = [true, others, _running(prompts, asked, membership[1:], level)]
-        kinds = [prompts.evidence > 0, *_kinds(prompts), *((row[prompts.ids.numpy()] > 0) for row in membership[1:])]
-        chosen = asked.fit | asked.score
-        null = [
-            asked.design.residuals(_running(prompts, asked, classes[i : i + 100], level))[chosen].astype(np.float32)
-            for i in range(wrong, len(classes), 100)
-        ]
-        right = (np.take_along_axis(preferred, prompts.asked, 1) > 0) == (prompts.k > 1)[:, None]
-        return cls(
-            prompts=prompts,
-            asked=asked,
-            single=single,
-            at_asked=asked.design.residuals(np.concatenate(columns, 1).astype(float)).astype(np.float32),
-            at_single=single.design.residuals(np.stack([single.pick(kind) for kind in kinds], 1) * 1.0).astype(
-                np.float32
-            ),
-            membership=membership,
-            null=np.concatenate(null, 1) if null else np.zeros((int(chosen.sum()), 0), np.float32),
-            thetas=(*(float(np.quantile(m[asked.fit], q)) for q in LEVELS), own),
-            level=level,
-            right=right,
-            seed=seed,
-        )
-
-
-def _evidence(prompts: Prompts, model: CircuitGPT) -> np.ndarray:
-    row = np.zeros(model.config.vocab_size, np.float32)
-    row[list(prompts.texts)] = [text.count("[") for text in prompts.texts.values()]
-    return row
-
-
-def _kinds(prompts: Prompts) -> list[np.ndarray]:
-    """Which tokens close a row, are a comma, are an element (prompts, length)."""
-    ids = prompts.ids.numpy()
-    elements = np.unique(np.take_along_axis(ids, prompts.asked, 1))
-    closing = [token for token, text in prompts.texts.items() if "]" in text]
-    comma = [token for token, text in prompts.texts.items() if text.strip() == ","]
-    return [np.isin(ids, closing), np.isin(ids, comma), np.isin(ids, elements)]
-
-
-def _random_classes(prompts: Prompts, vocabulary: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Classes of tokens without a bracket, of one token up to most of them: (count, vocabulary).
-
-    Every second class holds only tokens that stand before a list's first bracket: their count is settled early and
-    diluted afterwards, as that of the evidence is.
-    """
-    allowed = [token for token, text in prompts.texts.items() if "[" not in text and "]" not in text]
-    before = np.unique(prompts.ids.numpy()[np.cumsum(prompts.evidence, 1) == 0])
-    early = [token for token in allowed if token in before]
-    members = np.zeros((count, vocabulary), np.float32)
-    for start, tokens in ((0, allowed), (1, early)):
-        part = members[start::2]
-        size = np.exp(rng.uniform(0, np.log(0.9 * len(tokens)), (len(part), 1))).astype(int)
-        part[:, tokens] = rng.permuted(np.tile(np.arange(len(tokens)), (len(part), 1)), axis=1) < size
-    return members
-
-
-def _running(prompts: Prompts, rows: Rows, membership: np.ndarray, level: float) -> np.ndarray:
-    """Each class's share and its thresholds, float32 (rows, classes * (1 + thresholds))."""
-    columns = []
-    for row in membership:
-        m = rows.pick(share(row[prompts.ids.numpy()]))
-        cuts = np.quantile(m[rows.fit], [*LEVELS, level])
-        columns += [m, *(m > cut for cut in cuts)]
-    return np.stack(columns, 1).astype(np.float32) if columns else np.zeros((len(rows.n), 0), np.float32)
-
-
-def _own_threshold(m: np.ndarray, says_two: np.ndarray) -> float:
-    """The θ for which 1[m > θ] agrees best with the model's answers, both answers counting alike; the median of m
-    where the model gives one answer only.
-    """
-    if says_two.all() or not says_two.any():
-        return float(np.median(m))
-    cuts = np.quantile(m, np.linspace(0.02, 0.98, 97))
-    above = m[:, None] > cuts
-    return float(cuts[np.argmax(above[says_two].mean(0) - above[~says_two].mean(0))])
-
-
-@dataclass(frozen=True)
 class Top:
-    """The best channels (or directions) of one hook for one group: by channel the ``r2`` of its best ``variable``,
-    ``beta``, ``spread``, ``p``, and ``draws`` (resamples, channels) of that R²; ``others`` (resamples, channels,
-    variables) the R² of the mean, the thresholds and :data:`RIVALS`. Of all live channels: ``passing_p``, the p of
-    those above the bar, ``best`` the largest R² and its ``best_p``.
+    """The best channels (or directions) of one hook for one group.
+
+    Attributes:
+        channels: Their numbers, (channels,); so are the next five.
+        variable: The variable of the group that each tells best.
+        r2: Partial R² of that variable.
+        beta: Slope of the channel on it.
+        spread: Standard deviation of the channel.
+        p: p of the R² among the largest scores of the nulls.
+        draws: That R² for each resample of the prompts, (resamples, channels).
+        others: R² of the mean, the thresholds and :data:`RIVALS`, (resamples, channels, variables).
+        passing_p: p of all live channels above the bar.
+        best: The largest R² of any live channel.
+        best_p: Its p.
     """
 
     channels: np.ndarray
@@ -210,8 +52,18 @@ class Top:
 
 @dataclass(frozen=True)
 class HookScan:
-    """One hook: live channels, what was found by group, some channels that have nothing to do with it, and
-    ``readable``: the best R² of the token classes without a prediction.
+    """What was found at one hook.
+
+    Attributes:
+        hook: Its name.
+        live: How many channels are live.
+        width: How many channels there are.
+        top: The best channels by group.
+        bystanders: Random live channels that are among the best for no group.
+        bystander_spread: Their standard deviation, by kind of rows.
+        readable: Best R² for each token class of which the law predicts nothing.
+        rivals: Best R² for each rival variable.
+        directions: If random directions replace the channels, these (directions, channels).
     """
 
     hook: str
@@ -226,28 +78,28 @@ class HookScan:
 
 
 def untrained_seeds(model: CircuitGPT, count: int, seed: int) -> list[CircuitGPT]:
-    """Untrained models of the same shape and density; the first is ``untrained(model)``, the others of other seeds."""
-    found = [untrained(model)]
+    """Untrained models of the same shape and density: ``untrained(model)`` first, then others with other seeds."""
+    models = [untrained(model)]
     for i in range(1, count):
-        other = copy.copy(model)  # shares the weights; only the card, which names the seed, is its own
+        other = copy.copy(model)  # it shares the weights and has only its own card, which names the seed
         other.card = {"recipe": {"seed": 1000 * (seed + 1) + i}}
-        found.append(untrained(other))
-    return found[:count]
+        models.append(untrained(other))
+    return models[:count]
 
 
 def recorded(model: CircuitGPT, setup: Setup) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Hook by hook, values at the questions and at single tokens: (hook, (rows, channels), (rows, channels))."""
+    """Yield (hook, values at the questions, values at single tokens), both (rows, channels)."""
     at = np.concatenate([setup.asked.at, setup.single.at], 1)
-    each = setup.asked.at.shape[1]
+    questions = setup.asked.at.shape[1]
     for group in groups_of(model, at.size):
         values = record(model, setup.prompts, group, at)
         for hook in group:
-            one = values.pop(hook).reshape(*at.shape, -1)
-            yield hook, one[:, :each].reshape(-1, one.shape[2]), one[:, each:].reshape(-1, one.shape[2])
+            here = values.pop(hook).reshape(*at.shape, -1)
+            yield hook, here[:, :questions].reshape(-1, here.shape[2]), here[:, questions:].reshape(-1, here.shape[2])
 
 
 def scores_of(setup: Setup, asked: np.ndarray, single: np.ndarray) -> dict[str, Scores]:
-    """Scores of recorded values by kind of rows, every variable of the setup against every channel."""
+    """Scores of recorded values by kind of rows, for every variable of the setup and every channel."""
     return {
         "asked": Scores.of(setup.asked, setup.at_asked, asked),
         "single": Scores.of(setup.single, setup.at_single, single),
@@ -255,29 +107,30 @@ def scores_of(setup: Setup, asked: np.ndarray, single: np.ndarray) -> dict[str, 
 
 
 def _weights(count: int, draws: int, rng: np.random.Generator) -> np.ndarray:
-    return rng.multinomial(count, np.full(count, 1 / count), size=draws).astype(np.float32)
+    return draw_weights(count, rng, draws).astype(np.float32)
 
 
 def reference(model: CircuitGPT, setup: Setup, draws: int) -> dict[str, dict[str, np.ndarray]]:
-    """By hook and group, draws of the largest R² of any channel and variable in a model where nothing was learned:
-    prompts are resampled, ``draws`` times.
+    """Draws of the largest R² of any channel and variable in an untrained model, by hook and group.
+
+    The prompts are resampled ``draws`` times.
     """
     rng = np.random.default_rng([setup.seed, 13])
-    found = {}
+    by_hook = {}
     for hook, asked, single in recorded(model, setup):
         scores = scores_of(setup, asked, single)
-        weights = {kind: _weights(one.prompts, draws, rng) for kind, one in scores.items()}
-        found[hook] = {
+        weights = {kind: _weights(of_kind.prompts, draws, rng) for kind, of_kind in scores.items()}
+        by_hook[hook] = {
             name: np.max(
                 [
-                    np.nan_to_num(scores[kind].bootstrap(weights[kind], v), nan=-np.inf).max(1)
+                    np.nan_to_num(scores[kind].reweighted(weights[kind], v), nan=-np.inf).max(1)
                     for v in range(columns.start, columns.stop)
                 ],
                 axis=0,
             )
             for name, (kind, columns) in setup.groups.items()
         }
-    return found
+    return by_hook
 
 
 def scan(
@@ -289,13 +142,18 @@ def scan(
     rotated: int = 0,
     wrong: bool = False,
 ) -> dict[str, HookScan]:
-    """Every hook against every claim, or with ``wrong`` the wrong classes too.
+    """Score every hook for every claim.
 
-    ``references``: untrained models' draws; ``shuffled``: compare running statistics with wrong classes; ``rotated``:
-    if above 0, so many random directions of each hook instead of its channels.
+    Args:
+        model: The model.
+        setup: Lists, rows and variables.
+        references: Draws of untrained models, as :func:`reference` gives them.
+        shuffled: Whether running statistics are also compared with those of wrong classes.
+        rotated: If above 0, this many random directions of each hook take the place of its channels.
+        wrong: Whether the groups of wrong classes are scored too.
     """
     rng = np.random.default_rng([setup.seed, 17, rotated])
-    found = {}
+    scans = {}
     for hook, asked, single in recorded(model, setup):
         directions = None
         if rotated:
@@ -306,33 +164,36 @@ def scan(
         for name, (kind, columns) in setup.groups.items():
             if "~" in name and not wrong:
                 continue
-            nulls = [np.concatenate([one[hook][name] for one in references])] if references else []
+            nulls = [np.concatenate([drawn_maxima[hook][name] for drawn_maxima in references])] if references else []
             claim = name.partition("~")[0]
             nulls += [drawn[claim]] if claim in drawn else []
             top[name] = _top(scores[kind], columns, nulls, kind == "asked", len(setup.thetas), rng)
-        near = np.unique(np.concatenate([one.channels for one in top.values()]))
+        near = np.unique(np.concatenate([of_group.channels for of_group in top.values()]))
         alive = np.flatnonzero(scores["asked"].live & scores["single"].live)
         free = np.setdiff1d(alive, near)
         bystanders = rng.permutation(free)[:_OTHERS]
         wide = 1 + len(setup.thetas)
-        found[hook] = HookScan(
+        scans[hook] = HookScan(
             hook,
             int((scores["asked"].live | scores["single"].live).sum()),
             asked.shape[1],
             top,
             bystanders,
-            {kind: one.spread[bystanders] for kind, one in scores.items()},
+            {kind: of_kind.spread[bystanders] for kind, of_kind in scores.items()},
             {name: float(scores["single"].best([1 + i]).max()) for i, name in enumerate(READABLE)},
             {name: float(scores["asked"].best([wide + i]).max()) for i, name in enumerate(RIVALS)},
             directions,
         )
-    return found
+    return scans
 
 
 def _turned(
     asked: np.ndarray, single: np.ndarray, setup: Setup, count: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Projections on random unit directions, channels scaled alike, and each direction's move for a change of one."""
+    """Project both kinds of rows on random unit directions of the channels, which are first scaled to equal spread.
+
+    The third result is how far the hook's values move along each direction for a change of one.
+    """
     spread = np.maximum(asked[setup.asked.fit].std(0), single[setup.single.fit].std(0))
     alive = spread > 1e-5 * max(spread.max(), 1e-30)
     turn = rng.standard_normal((min(count, max(1, int(alive.sum()))), asked.shape[1])).astype(np.float32) * alive
@@ -342,7 +203,7 @@ def _turned(
 
 
 def _null_maxima(setup: Setup, values: np.ndarray) -> dict[str, np.ndarray]:
-    """The largest R² of any channel for each wrong class drawn: (draws,) for the mean, and for the thresholds."""
+    """The largest R² of any channel for each wrong class drawn, (draws,), for "mean" and for "threshold"."""
     chosen = setup.asked.fit | setup.asked.score
     fit = setup.asked.fit[chosen]
     left = setup.asked.design.residuals(values)[chosen]
@@ -361,18 +222,22 @@ def _top(
 ) -> Top:
     best = scores.best(columns)
     variable = columns.start + np.nan_to_num(scores.r2[columns], nan=-np.inf).argmax(0)
-    p = np.max([(1 + (one[:, None] >= best).sum(0)) / (1 + len(one)) for one in nulls], axis=0) if nulls else None
+    p = (
+        np.max([(1 + (maxima[:, None] >= best).sum(0)) / (1 + len(maxima)) for maxima in nulls], axis=0)
+        if nulls
+        else None
+    )
     p = np.full(len(best), np.nan) if p is None else p
     near = np.argsort(-best)[:_TOP]
     near = near[best[near] >= _NEAR]
     weights = _weights(scores.prompts, _RESAMPLES, rng)
     draws = (
-        np.stack([scores.bootstrap(weights, int(variable[c]), np.array([c]))[:, 0] for c in near], 1)
+        np.stack([scores.reweighted(weights, int(variable[c]), np.array([c]))[:, 0] for c in near], 1)
         if len(near)
         else np.zeros((_RESAMPLES, 0))
     )
     seen = range(1 + thetas + len(RIVALS)) if rivals and len(near) else range(0)
-    others = [scores.bootstrap(weights, v, near) for v in seen]
+    others = [scores.reweighted(weights, v, near) for v in seen]
     return Top(
         channels=near,
         variable=variable[near],

@@ -1,15 +1,18 @@
-"""Does iterating a model end at an anchor, and is the anchor the first principal component?
+"""Does iterating a model end at one anchor from everywhere, and is that anchor the first principal component?
 
-Two maps can be iterated. *Blocks on their own output*, x ↦ r Π(x)/‖Π(x)‖, since without the division the norm grows and
-nothing is fixed: from random directions and from prompts' residuals, for the whole stack on one position and on a
-sequence, and for each block by itself. Where a direction is fixed, the spectral radius of the derivative along the
-sphere says whether it attracts. *Greedy decoding* over a sliding window with positions reset, a map on finitely many
-states: index and period by prompt; with the context that grows, periods are only apparent.
+Two maps are iterated. *Blocks on their own output*: x ↦ r Π(x)/‖Π(x)‖, where the division is needed because the norm
+grows otherwise and nothing is fixed. This is done for the whole stack on one position and on a sequence, and for each
+block by itself. *Greedy decoding* over a sliding window whose positions are reset: a map on finitely many states, so
+that every prompt has an index and a period. While the context still grows, a period is only apparent.
 
-The anchor (where there is none, the first principal direction of where the orbits ended) is compared with the
-components of the activations and of the gradients at the map's exit. Nulls: *untrained*, all of it on an untrained
-model; *rotated*, random directions in the anchor's place; *shuffled*, the anchor's entries exchanged between channels,
-and for decoding the prompts' tokens in another order. Beside them the same weights with every TopK off.
+Predicted: every start of the blocks settles on one direction, which attracts (spectral radius below 1 along the sphere)
+and is the first component; every prompt decodes into one and the same token.
+Measured: the share of starts that settle, from random directions and from prompts' residuals; |cos| of the anchor with
+the components of activations and of gradients where the map ends; and index and period of decoding by prompt. If there
+is no anchor, the first principal direction of where the orbits ended takes its place.
+Null: "untrained" repeats everything on an untrained model; "rotated" puts random directions in the anchor's place;
+"shuffled" exchanges the anchor's entries between channels and, for decoding, the tokens of each prompt. The same
+weights with every TopK off are shown beside them.
 """
 
 from typing import Any
@@ -30,17 +33,17 @@ from .settling import Settling, settling
 
 QUESTION = "Does iterating the model end at one anchor from everywhere, and is it the first principal component?"
 SEED_FIGURE = "for any reasoning system, iterating Π converges to an anchor A; first component = prior anchor (71.2 %)"
-ALONG = 0.5  # of the anchor's squared length must lie along the first component
+ALONG = 0.5  # share of the anchor's squared length that must lie along the first component
 RULE = (
-    "Reproduced iff all of this holds: at one of the radii the normalised stack of blocks takes every start to one "
-    "direction up to sign, with a spectral radius below 1 there, on one position and on a sequence alike; that "
-    "direction is the first component of the activations (nearer to it than to any other, more than "
-    f"{ALONG:g} of its squared length along it at the lower end of the 95 % interval over prompts, and beyond the "
-    "rotated and the shuffled null, by Benjamini and Hochberg at 0.05); and greedy decoding ends in one and the same "
-    "token from every prompt. Indistinguishable where the untrained model does all of this too. Not testable where all "
-    "of this holds but for orbits of decoding that didn't close within the steps allowed and those that did end in one "
-    "token, or where it holds but a null wasn't asked for. Not reproduced otherwise: the blocks' orbits are given the "
-    "iterations that are said, and no more."
+    "Reproduced iff three things hold. (1) At some radius the normalised stack of blocks takes every start to one "
+    "direction up to sign, with a spectral radius below 1 there, both on one position and on a sequence. (2) That "
+    "direction is the first component of the activations: it is nearer to it than to any other, more than "
+    f"{ALONG:g} of its squared length lies along it at the lower end of the 95 % interval over prompts, and it is "
+    "nearer than the rotated and the shuffled null, by Benjamini and Hochberg at 0.05. (3) Greedy decoding ends in one "
+    "and the same token from every prompt. Indistinguishable if the untrained model does all of this too. Not testable "
+    "if only (3) is open, because some orbits of decoding didn't close within the allowed steps and the others end in "
+    "one token, or if all three hold but a null was not asked for. Not reproduced otherwise. Orbits of the blocks get "
+    "the stated iterations and no more."
 )
 MOST_RADIUS = 10_000
 _APPARENT = 32  # tokens decoded with the whole context
@@ -58,10 +61,25 @@ def run(
     nulls: tuple[str, ...] = NULLS,
     seed: int = 0,
 ) -> Result:
-    """Orbits of ``model``'s blocks and of its greedy decoding, from ``prompts`` prompts.
+    """Iterate a model's blocks and its greedy decoding, and compare where they end with the first component.
 
-    ``window``: tokens that the state of decoding holds; ``steps``: the most that are decoded; ``radii``: norms r of
-    the iterated residual; ``starts``: as many random directions and as many prompts are iterated, ``iterations`` times.
+    Args:
+        model: A CircuitGPT. Without a tokenizer, or with one that splits an answer, it gets random token ids.
+        prompts: How many prompts, 2 or more.
+        window: Tokens in the window that is the state of decoding; at most the context is used.
+        steps: The most tokens that are decoded.
+        radii: Norms r to which the residual is scaled at every step, each from 1 to 10,000.
+        starts: How many random directions, and as many prompts, the blocks are iterated from.
+        iterations: The most steps of the blocks' iteration.
+        nulls: "untrained", "rotated" and "shuffled", as the module describes them.
+        seed: Seed of the prompts, of the starts, of the nulls and of the resampling.
+
+    Returns:
+        A Result; ``measured["parts"]`` says which conditions of RULE hold.
+
+    Raises:
+        Refused: The context holds fewer than two tokens, or a state of the iteration becomes zero or not finite.
+        ValueError: An option is out of range, or a null is unknown.
     """
     at_least(2, prompts=prompts, window=window, starts=starts)
     at_least(1, steps=steps, iterations=iterations)
@@ -69,8 +87,8 @@ def run(
     nulls = check_nulls(nulls)
     if not radii or not 1 <= min(radii) <= max(radii) <= MOST_RADIUS:
         raise ValueError(
-            f"radii are {tuple(radii)}; give one or more, each from 1 to {MOST_RADIUS}: beyond, a step hardly turns "
-            "anything, and all would seem to stand still"
+            f"radii are {tuple(radii)}; give one or more, each from 1 to {MOST_RADIUS}: at larger ones a step hardly "
+            "turns the state, so that everything would seem to stand still"
         )
     window = min(window, model.config.block_size)
     texts, left_out = short_prompts(model, prompts, seed, window)
@@ -80,7 +98,7 @@ def run(
     protocol.predict(
         {
             "summary": "every start settles on one direction, which attracts and is the first component; every prompt "
-            "decodes into one token",
+            "decodes into the same token",
             "settled": 1.0,
             "directions": 1,
             "spectral_radius_below": 1.0,
@@ -99,15 +117,15 @@ def run(
         models["untrained"] = untrained(model)
     if model.config.afrac is not None:
         models["TopKs off"] = without_topk(model)
-    maps = {name: settling(each, texts, layers=name == "model", **settle) for name, each in models.items()}
-    near = {name: _near(each, texts, maps[name], rng) for name, each in models.items()}
+    maps = {name: settling(other, texts, layers=name == "model", **settle) for name, other in models.items()}
+    near = {name: _near(other, texts, maps[name], rng) for name, other in models.items()}
     decoded = {
-        name: greedy_orbits(each, texts, window, steps=steps) for name, each in models.items() if name != "TopKs off"
+        name: greedy_orbits(other, texts, window, steps=steps) for name, other in models.items() if name != "TopKs off"
     }
     if "shuffled" in nulls:
         mixed = [[*text[:1], *rng.permutation(text[1:]).tolist()] for text in texts]
         decoded["shuffled"] = greedy_orbits(model, mixed, window, steps=steps)
-    ends = {name: decoding(found, rng) for name, found in decoded.items()}
+    ends = {name: decoding(orbits, rng) for name, orbits in decoded.items()}
     _significance(near["model"], nulls)
     if "untrained" in near:
         _significance(near["untrained"], nulls)
@@ -118,7 +136,9 @@ def run(
     verdict = only_beside(NULLS, nulls, _verdict(parts, ends["model"]))
     if ends["model"]["closed"] < 1:
         share = 1 - ends["model"]["closed"]
-        left_out.append(f"{share:.0%} of the orbits of decoding didn't close within {steps} steps; raise 'steps'.")
+        left_out.append(
+            f"{share:.0%} of the orbits of decoding didn't close within {steps} steps; raise the option 'steps'."
+        )
     stack, first, end = maps["model"][0], near["model"][0]["activations"], ends["model"]
     low, high = first["interval"]
     return protocol.conclude(
@@ -126,9 +146,9 @@ def run(
             "summary": f"{_settled_words(maps['model'][:2])}; |cos| with the first component {first['cos']:.2f} "
             f"(which holds {first['share']:.0%}); decoding: {_end_words(end)}",
             "parts": parts["model"],
-            "maps": [{"map": one.unit, "radii": one.rows} for one in maps["model"]],
+            "maps": [{"map": settled.unit, "radii": settled.rows} for settled in maps["model"]],
             "first_component": near["model"],
-            "norm_grows_to": {one.unit: float(np.median(one.growth[-1])) for one in maps["model"]},
+            "norm_grows_to": {settled.unit: float(np.median(settled.growth[-1])) for settled in maps["model"]},
             "norm_grows_in_steps": len(stack.growth) - 1,
             "decoding": end,
             "apparent": apparent,
@@ -142,14 +162,14 @@ def run(
         },
         null={
             "summary": _null_words(maps, near, ends),
-            "parts": {name: found for name, found in parts.items() if name != "model"},
+            "parts": {name: holds for name, holds in parts.items() if name != "model"},
             "maps": {
-                name: [{"map": one.unit, "radii": one.rows} for one in found]
-                for name, found in maps.items()
+                name: [{"map": settled.unit, "radii": settled.rows} for settled in of_model]
+                for name, of_model in maps.items()
                 if name != "model"
             },
-            "first_component": {name: found for name, found in near.items() if name != "model"},
-            "decoding": {name: found for name, found in ends.items() if name != "model"},
+            "first_component": {name: rows for name, rows in near.items() if name != "model"},
+            "decoding": {name: orbits for name, orbits in ends.items() if name != "model"},
         },
         verdict=verdict,
         figures=orbit_figures(maps, near, decoded, radii[0]),
@@ -159,7 +179,7 @@ def run(
 def conditions(
     maps: list[Settling], near: list[dict[str, Any]], end: dict[str, Any], nulls: tuple[str, ...]
 ) -> dict[str, bool]:
-    """The parts of RULE, each true or false."""
+    """Whether each condition of RULE holds."""
     first = near[0]["activations"]
     beyond = all(first.get(f"beyond_{name}", False) for name in ("rotated", "shuffled") if name in nulls)
     return {
@@ -173,7 +193,7 @@ def conditions(
 
 
 def _verdict(parts: dict[str, dict[str, bool]], end: dict[str, Any]) -> Verdict:
-    """The verdict by RULE."""
+    """The verdict that RULE gives."""
     own = dict(parts["model"])
     decoded = own.pop("decoding_ends_in_one_token")
     if not all(own.values()):
@@ -184,16 +204,16 @@ def _verdict(parts: dict[str, dict[str, bool]], end: dict[str, Any]) -> Verdict:
     return "not reproduced" if contradicted else "not testable here"
 
 
-def decoding(found: GreedyOrbits, rng: np.random.Generator) -> dict[str, Any]:
-    """Index, period and cycles over prompts, with 95 % bootstrap intervals; medians are of the closed orbits.
+def decoding(orbits: GreedyOrbits, rng: np.random.Generator) -> dict[str, Any]:
+    """Index, period and cycles over prompts, with 95 % bootstrap intervals. Medians are over the closed orbits.
 
-    ``distinct_cycles``' interval only goes down from the count: prompts drawn again hold fewer cycles.
+    The interval of ``distinct_cycles`` never exceeds the count itself, since resampled prompts hold no new cycles.
     """
-    names = list(dict.fromkeys(found.cycles))
-    cycle = np.array([names.index(each) if each else -1 for each in found.cycles])
+    names = list(dict.fromkeys(orbits.cycles))
+    cycle = np.array([names.index(tokens) if tokens else -1 for tokens in orbits.cycles])
 
     def middle(values: np.ndarray, at: np.ndarray) -> float:
-        kept = at[found.closed[at]]
+        kept = at[orbits.closed[at]]
         return float(np.median(values[kept])) if kept.size else float("nan")
 
     def commonest(at: np.ndarray) -> float:
@@ -201,43 +221,43 @@ def decoding(found: GreedyOrbits, rng: np.random.Generator) -> dict[str, Any]:
         return float(np.bincount(kept).max() / len(at)) if kept.size else 0.0
 
     statistics = {
-        "closed": lambda at: float(found.closed[at].mean()),
-        "one_token": lambda at: float((found.period[at] == 1).mean()),
-        "median_index": lambda at: middle(found.index, at),
-        "median_period": lambda at: middle(found.period, at),
+        "closed": lambda at: float(orbits.closed[at].mean()),
+        "one_token": lambda at: float((orbits.period[at] == 1).mean()),
+        "median_index": lambda at: middle(orbits.index, at),
+        "median_period": lambda at: middle(orbits.period, at),
         "distinct_cycles": lambda at: float(len(set(cycle[at][cycle[at] >= 0].tolist()))),
         "in_the_commonest_cycle": commonest,
     }
     whole = np.arange(len(cycle))
-    values: dict[str, Any] = {name: of(whole) for name, of in statistics.items()}
-    values |= {f"{name}_interval": bootstrap(of, len(cycle), rng) for name, of in statistics.items()}
+    values: dict[str, Any] = {name: statistic(whole) for name, statistic in statistics.items()}
+    values |= {f"{name}_interval": bootstrap(statistic, len(cycle), rng) for name, statistic in statistics.items()}
     return {
         **values,
-        "window": found.window,
-        "steps": found.steps,
-        "index": found.index.tolist(),
-        "period": found.period.tolist(),
+        "window": orbits.window,
+        "steps": orbits.steps,
+        "index": orbits.index.tolist(),
+        "period": orbits.period.tolist(),
     }
 
 
 def _near(
     model: CircuitGPT, texts: list[list[int]], maps: list[Settling], rng: np.random.Generator
 ) -> list[dict[str, Any]]:
-    """For each map on one position: how near its axis is to the components at the map's exit."""
+    """For each map on one position, how near its axis is to the components where the map ends."""
     rows = []
-    for one in maps:
-        if one.positions > 1:
+    for settled in maps:
+        if settled.positions > 1:
             continue
-        last = one.layer is None or one.layer == model.config.n_layer - 1
-        hook = "final_resid" if last else f"{(one.layer or 0) + 1}.resid_in"
+        last = settled.layer is None or settled.layer == model.config.n_layer - 1
+        hook = "final_resid" if last else f"{(settled.layer or 0) + 1}.resid_in"
         moments = moments_at(model, texts, hook)
-        row: dict[str, Any] = {"map": one.unit, "hook": hook, "settled": one.has_anchor}
-        rows.append(row | {name: closeness(one.axis, of, rng) for name, of in moments.items()})
+        row: dict[str, Any] = {"map": settled.unit, "hook": hook, "settled": settled.has_anchor}
+        rows.append(row | {name: closeness(settled.axis, stream, rng) for name, stream in moments.items()})
     return rows
 
 
 def _significance(rows: list[dict[str, Any]], nulls: tuple[str, ...]) -> None:
-    """``beyond_rotated`` and ``beyond_shuffled`` of every comparison, corrected for all of them together."""
+    """Add ``beyond_rotated`` and ``beyond_shuffled`` to every comparison, corrected over all of them together."""
     tests = [
         (row[stream], name)
         for row in rows
@@ -245,25 +265,25 @@ def _significance(rows: list[dict[str, Any]], nulls: tuple[str, ...]) -> None:
         for name in ("rotated", "shuffled")
         if name in nulls
     ]
-    found = discoveries(np.array([of[f"p_{name}"] for of, name in tests]))
-    for (of, name), significant in zip(tests, found, strict=True):
-        of[f"beyond_{name}"] = bool(significant)
+    discovered = discoveries(np.array([comparison[f"p_{name}"] for comparison, name in tests]))
+    for (comparison, name), significant in zip(tests, discovered, strict=True):
+        comparison[f"beyond_{name}"] = bool(significant)
 
 
 def _apparent(model: CircuitGPT, texts: list[list[int]], left_out: list[str]) -> dict[str, Any]:
-    """Periods that decoding with the whole context seems to have."""
+    """Apparent periods of decoding with the whole context."""
     steps = min(_APPARENT, model.config.block_size - max(map(len, texts)))
     if steps < 8:
-        left_out.append("The context leaves no room to decode with all of it, so no apparent periods are shown.")
+        left_out.append("The context leaves no room to decode with the whole of it, so no apparent periods are shown.")
         return {}
     whole = decode(model, texts, model.config.block_size, steps)
-    found = [apparent_period(row[len(text) :]) for row, text in zip(whole, texts, strict=True)]
-    periods = [each[1] for each in found if each]
+    repeats = [apparent_period(row[len(text) :]) for row, text in zip(whole, texts, strict=True)]
+    periods = [repeat[1] for repeat in repeats if repeat]
     return {
         "steps": steps,
         "repeat_themselves": len(periods) / len(texts),
         "one_token": sum(period == 1 for period in periods) / len(texts),
-        "periods": [each[1] if each else 0 for each in found],
+        "periods": [repeat[1] if repeat else 0 for repeat in repeats],
     }
 
 
@@ -272,19 +292,19 @@ def _left_out(models: dict[str, CircuitGPT], nulls: tuple[str, ...]) -> list[str
     if "rotated" in nulls:
         notes.append("The rotated null has no meaning for decoding, whose states are tokens.")
     if "TopKs off" not in models:
-        notes.append("The model has no TopK, so there is none to turn off.")
+        notes.append("The model has no TopK, so none could be turned off.")
     return notes
 
 
 def _settled_words(maps: list[Settling]) -> str:
     words = []
-    for one in maps:
-        best = one.best
-        said = f"{one.unit}: {best['settled']:.0%} of the starts settle"
+    for settled in maps:
+        best = settled.best
+        sentence = f"{settled.unit}: {best['settled']:.0%} of the starts settle"
         if best["directions"]:
-            said += f", on {best['directions']} direction{'s' * (best['directions'] > 1)}, "
-            said += f"spectral radius {best['spectral_radius']:.2f} (r = {best['radius']})"
-        words.append(said)
+            sentence += f", on {best['directions']} direction{'s' * (best['directions'] > 1)}, "
+            sentence += f"spectral radius {best['spectral_radius']:.2f} (r = {best['radius']})"
+        words.append(sentence)
     return "; ".join(words)
 
 
@@ -292,8 +312,8 @@ def _end_words(end: dict[str, Any]) -> str:
     if not end["closed"]:
         return f"no prompt's orbit closes within {end['steps']} steps"
     return (
-        f"{end['closed']:.0%} of prompts close, {end['one_token']:.0%} on one token, into {end['distinct_cycles']:.0f} "
-        f"different cycles after a median of {end['median_index']:.0f} steps"
+        f"{end['closed']:.0%} of the prompts' orbits close, {end['one_token']:.0%} on one token, into "
+        f"{end['distinct_cycles']:.0f} different cycles after a median of {end['median_index']:.0f} steps"
     )
 
 
@@ -301,11 +321,11 @@ def _null_words(
     maps: dict[str, list[Settling]], near: dict[str, list[dict[str, Any]]], ends: dict[str, dict[str, Any]]
 ) -> str:
     words = [
-        f"{name}: {_settled_words(found[:1])}, |cos| {near[name][0]['activations']['cos']:.2f}"
-        for name, found in maps.items()
+        f"{name}: {_settled_words(of_model[:1])}, |cos| {near[name][0]['activations']['cos']:.2f}"
+        for name, of_model in maps.items()
         if name != "model"
     ]
     first = near["model"][0]["activations"]
-    words.append(f"random directions: |cos| below {first['random']:.2f} in 95 %")
+    words.append(f"random directions: |cos| below {first['random']:.2f} in 95 % of cases")
     words += [f"{name} decoding: {_end_words(end)}" for name, end in ends.items() if name != "model"]
     return "; ".join(words)

@@ -1,4 +1,4 @@
-"""The pictures of the orbits: how far each step turns, how the norm grows, components, and how decoding ends."""
+"""Figures of the orbits: how far each step turns, how the norm grows, components, and how decoding ends."""
 
 from typing import Any
 
@@ -18,16 +18,16 @@ def orbit_figures(
     decoded: dict[str, GreedyOrbits],
     radius: int,
 ) -> dict[str, Any]:
-    """Pictures by name, as :mod:`scalpel.report.pictures.figures` draws them; ``radius``: whose steps are shown."""
+    """Figures by name, as :mod:`scalpel.report.pictures.figures` draws them; turns are shown at ``radius``."""
     return {
         "turns": {
             "kind": "curves",
             "title": f"How far each step turns the state: all blocks on one position, r = {radius}",
-            "summary": "Decimal logarithm of ‖x' − x‖/r, median over starts, the band from the first to the third "
-            "quarter. A line that falls comes to rest at an anchor; one that stays level never does.",
+            "summary": "Decimal logarithm of ‖x' − x‖/r: median over starts, with a band from the first to the third "
+            "quartile. A falling line comes to rest at an anchor; a level line never does.",
             "xlabel": "step",
             "ylabel": "log₁₀ of the turn",
-            "series": [_turns(name, found[0].turned[radius]) for name, found in maps.items()],
+            "series": [_turns(name, settled[0].turned[radius]) for name, settled in maps.items()],
         },
         "growth": {
             "kind": "curves",
@@ -39,10 +39,10 @@ def orbit_figures(
                 {
                     "label": name,
                     "style": "line" if name == "model" else "dashed",
-                    "x": list(range(len(found[0].growth))),
-                    "y": np.median(found[0].growth, axis=1).tolist(),
+                    "x": list(range(len(settled[0].growth))),
+                    "y": np.median(settled[0].growth, axis=1).tolist(),
                 }
-                for name, found in maps.items()
+                for name, settled in maps.items()
             ],
         },
         "component": _component(near),
@@ -51,7 +51,7 @@ def orbit_figures(
 
 
 def _turns(name: str, turned: np.ndarray) -> dict[str, Any]:
-    # a start that has settled turns no further; its last turn stands for it, so that the median stays of all starts
+    # A start that has settled turns no further. Its last turn is kept, so that the median stays that of all starts.
     filled = turned.copy()
     for row in range(1, len(filled)):
         filled[row] = np.where(np.isnan(filled[row]), filled[row - 1], filled[row])
@@ -71,36 +71,36 @@ def _turns(name: str, turned: np.ndarray) -> dict[str, Any]:
 def _component(near: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     rows = [
         (f"{name}, {row['map'].split(',')[0]}: {stream}", row[stream])
-        for name, found in near.items()
-        for row in found
+        for name, by_map in near.items()
+        for row in by_map
         for stream in ("activations", "gradients")
     ]
     return {
         "kind": "bars",
         "title": "Is the anchor the first component?",
-        "summary": "|cos| of the anchor, or where there is none of the orbits' last direction, with the first "
-        "component at the map's exit; lines: 95 % over prompts.",
+        "summary": "|cos| of the anchor with the first component where the map ends; without an anchor, of the orbits' "
+        "last direction. Lines are 95 % intervals over prompts.",
         "ylabel": "|cos|",
         "labels": [label for label, _ in rows],
-        "values": [of["cos"] for _, of in rows],
-        "low": [of["interval"][0] for _, of in rows],
-        "high": [of["interval"][1] for _, of in rows],
-        "reference": [{"y": rows[0][1]["random"], "label": "95 % of random directions are below"}],
+        "values": [comparison["cos"] for _, comparison in rows],
+        "low": [comparison["interval"][0] for _, comparison in rows],
+        "high": [comparison["interval"][1] for _, comparison in rows],
+        "reference": [{"y": rows[0][1]["random"], "label": "95 % of random directions lie below"}],
     }
 
 
 def _decoding(decoded: dict[str, GreedyOrbits]) -> dict[str, Any]:
     labels, values = [], []
-    for name, found in decoded.items():
+    for name, orbits in decoded.items():
         for words, least, most in _ENDS:
-            inside = (found.period >= least) & (found.period <= most)
+            inside = (orbits.period >= least) & (orbits.period <= most)
             labels.append(f"{name}: {words}")
             values.append(float(inside.mean()))
     window = next(iter(decoded.values())).window
     return {
         "kind": "bars",
         "title": f"How greedy decoding ends over a window of {window} tokens",
-        "summary": "Share of prompts by the period of the cycle that their orbit ends in; shuffled: the prompts' "
+        "summary": "Share of prompts by the period of the cycle in which their orbit ends. Shuffled: each prompt's "
         "tokens in another order.",
         "ylabel": "share of prompts",
         "labels": labels,

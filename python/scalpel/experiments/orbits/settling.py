@@ -1,4 +1,4 @@
-"""Where a model's blocks lead when they are iterated on their own output, each step normalised: one table a model."""
+"""Where a model's blocks lead when they are iterated on their own output, with every step normalised."""
 
 import copy
 from collections.abc import Sequence
@@ -15,19 +15,24 @@ from ...tasks.refused import Refused
 
 __all__ = ["Settling", "settling"]
 
-_SEQUENCE = 4  # positions of the state that is a sequence, where the prompts have so many
-_TOL = 1e-7  # turn in a step, of the norm, at which a direction counts as fixed
-_GROWTH = 50  # steps of the iteration that isn't normalised
+_SEQUENCE = 4  # positions of a state that is a sequence, if the prompts have that many
+_TOL = 1e-7  # a direction counts as fixed if a step turns it by at most this share of the norm
+_GROWTH = 50  # steps of the iteration without normalisation
 
 
 @dataclass(frozen=True)
 class Settling:
-    """One map iterated.
+    """What came of iterating one map.
 
-    ``unit`` says which; ``rows``: one a radius; ``turned``: {radius: (steps, starts)} how far each step turned the
-    direction; ``axis`` (L · width,): the anchor, or where there is none the first principal direction of where the
-    orbits ended, of the radius at which most settled; ``growth`` (steps + 1, starts): ‖Πⁿ(x)‖, not normalised, from
-    starts of norm 1.
+    Attributes:
+        unit: Which map, in words.
+        positions: How many positions its state has.
+        layer: The block that is iterated; None for the whole stack.
+        rows: One table row for each radius.
+        turned: By radius, how far each step turned the direction, (steps, starts).
+        axis: The anchor (positions · width,) at the radius where most starts settled. If there is none, the first
+            principal direction of where the orbits ended.
+        growth: ‖Πⁿ(x)‖ without normalisation, from starts of norm 1, (steps + 1, starts).
     """
 
     unit: str
@@ -45,7 +50,7 @@ class Settling:
 
     @property
     def has_anchor(self) -> bool:
-        """Whether at one of the radii all starts reached one direction up to sign, and it attracts."""
+        """Whether at some radius all starts reached the same direction up to sign, and this direction attracts."""
         return any(row["unique"] and row["spectral_radius"] < 1 for row in self.rows)
 
 
@@ -59,10 +64,22 @@ def settling(
     layers: bool,
     seed: int,
 ) -> list[Settling]:
-    """The stack of all blocks on one position and on a sequence and, with ``layers``, each block on one position.
+    """Iterate the whole stack on one position and on a sequence and, with ``layers``, each block on one position.
 
-    Each from ``starts`` Gaussian directions and the residuals of as many of ``texts``: of one position, the last
-    token's at the map's entrance. float64.
+    Every map is started from ``starts`` Gaussian directions and from the residuals of as many texts, taken where the
+    map begins; a map on one position starts from the last token's residual. All of it is done in float64.
+
+    Args:
+        model: The model; it is not changed.
+        texts: Token ids of prompts.
+        radii: Norms to which the state is scaled at every step.
+        starts: Random starts, and as many from texts.
+        iterations: The most steps.
+        layers: Whether each block is iterated by itself too.
+        seed: Seed of the random starts.
+
+    Raises:
+        Refused: A state became zero or not finite, so that it has no direction.
     """
     double = copy.deepcopy(model).double().eval()
     chosen = [list(text) for text in texts[:starts]]
@@ -73,28 +90,28 @@ def settling(
     units.append((f"all blocks, {length} positions", None, length))
     if layers and model.config.n_layer > 1:
         units += [(f"block {i}, one position", i, 1) for i in range(model.config.n_layer)]
-    found = []
+    settled = []
     for unit, layer, positions in units:
-        at = entrances[layer or 0]
-        own = torch.stack([x[-1:] if positions == 1 else x[:positions] for x in at])
+        residuals = entrances[layer or 0]
+        own = torch.stack([x[-1:] if positions == 1 else x[:positions] for x in residuals])
         drawn = torch.randn(starts, *own.shape[1:], generator=generator, dtype=torch.float64, device="cpu")
-        given = torch.cat([drawn.to(own.device), own])
-        # a block by itself at the first radius alone: which direction is fixed doesn't depend on it
-        found.append(_settle(double, unit, layer, given, radii if layer is None else radii[:1], iterations))
-    return found
+        start_states = torch.cat([drawn.to(own.device), own])
+        # A single block is iterated at the first radius only: which direction is fixed doesn't depend on the radius.
+        settled.append(_settle(double, unit, layer, start_states, radii if layer is None else radii[:1], iterations))
+    return settled
 
 
 def _settle(
-    model: CircuitGPT, unit: str, layer: int | None, given: Tensor, radii: Sequence[int], iterations: int
+    model: CircuitGPT, unit: str, layer: int | None, starts: Tensor, radii: Sequence[int], iterations: int
 ) -> Settling:
     function = block_map(model, None if layer is None else [layer])
-    given = given / torch.linalg.vector_norm(given, dim=(1, 2), keepdim=True)
+    starts = starts / torch.linalg.vector_norm(starts, dim=(1, 2), keepdim=True)
     rows, turned, ends = [], {}, []
-    count = len(given)
-    every = [float(radius) for radius in radii for _ in range(count)]
-    # all radii in one batch: a step costs hardly more for it
+    count = len(starts)
+    all_radii = [float(radius) for radius in radii for _ in range(count)]
+    # All radii go in one batch, which makes a step hardly slower.
     try:
-        together = find_anchors(function, given.repeat(len(radii), 1, 1), radius=every, tol=_TOL, steps=iterations)
+        together = find_anchors(function, starts.repeat(len(radii), 1, 1), radius=all_radii, tol=_TOL, steps=iterations)
     except NoDirection as error:
         raise Refused(f"{unit}: {error}") from error
     for i, radius in enumerate(radii):
@@ -104,8 +121,8 @@ def _settle(
         ends.append(anchors.axis)
     best = max(range(len(rows)), key=lambda i: (rows[i]["unique"], rows[i]["settled"]))
     axis = torch.linalg.svd(ends[best].flatten(1), full_matrices=False)[2][0]
-    growth = norm_growth(function, given, _GROWTH)
-    return Settling(unit, given.shape[1], layer, rows, turned, axis.cpu().numpy(), growth)
+    growth = norm_growth(function, starts, _GROWTH)
+    return Settling(unit, starts.shape[1], layer, rows, turned, axis.cpu().numpy(), growth)
 
 
 def _row(function: Any, anchors: Anchors, radius: int, unit: str) -> dict[str, Any]:
@@ -131,13 +148,13 @@ def _row(function: Any, anchors: Anchors, radius: int, unit: str) -> dict[str, A
 
 @torch.no_grad()
 def _residuals(model: CircuitGPT, texts: list[list[int]]) -> list[list[Tensor]]:
-    """The residual stream (tokens, width) at the entrance of each layer, a list of prompts each."""
+    """The residual stream (tokens, width) at the entrance of each layer: a list of layers, each a list over prompts."""
     names = [f"{i}.resid_in" for i in range(model.config.n_layer)]
-    found: list[list[Tensor]] = [[] for _ in names]
+    by_layer: list[list[Tensor]] = [[] for _ in names]
     for text in texts:
         acts = model.run_with_cache(
             torch.tensor([text], device=model.device, dtype=torch.int64), names=names, stop_at=names[-1]
         )[1]
-        for rows, name in zip(found, names, strict=True):
+        for rows, name in zip(by_layer, names, strict=True):
             rows.append(acts[name][0])
-    return found
+    return by_layer

@@ -1,4 +1,4 @@
-"""What the spectra of a chain of layers say: rank by depth with its uncertainty, alignment, and what is lost."""
+"""Figures of the spectra of a chain of layers: rank by depth with its uncertainty, alignment, and what is lost."""
 
 import math
 from dataclasses import dataclass
@@ -52,38 +52,38 @@ class Spectra:
         if of not in ("singular", "eigen"):
             raise ValueError(f"of is {of!r}; allowed: 'singular', 'eigen'")
         power = 1 if of == "singular" else 2
-        found = []
+        ranks = []
         for row, unseen, tail in self._rows(certain):
             ends = []
-            for each in (0.0, _largest_tail(row, unseen, tail)):
-                ends.append(_exp_entropy(row**power, unseen if each > 0 else 0, each**power))
-            found.append(ends)
-        return torch.tensor(found, dtype=torch.float64, device="cpu")
+            for size in (0.0, _largest_tail(row, unseen, tail)):
+                ends.append(_exp_entropy(row**power, unseen if size > 0 else 0, size**power))
+            ranks.append(ends)
+        return torch.tensor(ranks, dtype=torch.float64, device="cpu")
 
     def stable_rank(self, certain: bool = True) -> Tensor:
         """(D, 2) float64: the least and the most that Σ σ_i² / σ_1² can be (Rudelson and Vershynin 2007). 0 for a
         zero map. ``certain`` as in :meth:`effective_rank`; here the estimate narrows both ends."""
-        found = []
+        ranks = []
         for row, unseen, tail in self._rows(certain):
             seen = float((row**2).sum())
             most = unseen * float(row[-1]) ** 2
             low, high = (0.0, most) if tail is None else (min(tail[0], most), min(tail[1], most))
-            found.append([seen + low, seen + high])
-        return torch.tensor(found, dtype=torch.float64, device="cpu")
+            ranks.append([seen + low, seen + high])
+        return torch.tensor(ranks, dtype=torch.float64, device="cpu")
 
     def _rows(self, certain: bool) -> list[tuple[Tensor, int, tuple[float, float] | None]]:
         """For each map: σ / σ_1, the number unseen, and the interval of its tail's energy where it is estimated."""
         if not certain and self.tail_energy is None:
             raise ValueError("certain is False and no tail was estimated: ask for probes, or leave certain at True")
-        found = []
+        rows = []
         for i, row in enumerate(self.log_values):
             scaled = (row - row[0]).exp() if row[0] > -math.inf else torch.zeros_like(row)
             tail = None
             if not certain and self.tail_energy is not None:
                 mean, error = self.tail_energy[i].tolist()
                 tail = (max(0.0, mean - _ERRORS * error), mean + _ERRORS * error)
-            found.append((scaled, max(0, self.sizes[i] - len(row)), tail))
-        return found
+            rows.append((scaled, max(0, self.sizes[i] - len(row)), tail))
+        return rows
 
 
 def _largest_tail(row: Tensor, unseen: int, tail: tuple[float, float] | None) -> float:
@@ -91,12 +91,12 @@ def _largest_tail(row: Tensor, unseen: int, tail: tuple[float, float] | None) ->
     return last if tail is None or unseen == 0 else min(last, math.sqrt(tail[1] / unseen))
 
 
-def _exp_entropy(weights: Tensor, more: int, each: float) -> float:
-    """exp of the entropy of ``weights`` with ``more`` weights of size ``each`` beside them."""
-    total = float(weights.sum()) + more * each
+def _exp_entropy(weights: Tensor, more: int, size: float) -> float:
+    """exp of the entropy of ``weights`` with ``more`` weights of ``size`` beside them."""
+    total = float(weights.sum()) + more * size
     if total <= 0:
         return 0.0
-    p = torch.tensor(each / total, dtype=torch.float64, device="cpu")
+    p = torch.tensor(size / total, dtype=torch.float64, device="cpu")
     return math.exp(float(torch.special.entr(weights / total).sum()) + more * float(torch.special.entr(p)))
 
 
@@ -139,9 +139,9 @@ def measure_alignment(layers: list[Triples], floor: float, draws: int, seed: int
     overlap, expected, meetings = [], [], []
     for i, ((U, _, _), (_, _, Vh)) in enumerate(pairwise(cut)):
         meeting = (Vh.double() @ U.double()).cpu().numpy()
-        found = np.linalg.svd(meeting, compute_uv=False).clip(0, 1)
-        cosines[i, : len(found)] = torch.from_numpy(found)
-        overlap.append(float((found**2).mean()) if len(found) else math.nan)
+        between = np.linalg.svd(meeting, compute_uv=False).clip(0, 1)
+        cosines[i, : len(between)] = torch.from_numpy(between)
+        overlap.append(float((between**2).mean()) if len(between) else math.nan)
         expected.append(max(meeting.shape) / U.shape[0])
         meetings.append(meeting)
     values = [S for _, S, _ in cut]
@@ -175,9 +175,9 @@ def _exponents(values: list[np.ndarray], meetings: list[np.ndarray], floor: floa
 
 def padded(logs: np.ndarray, width: int) -> Tensor:
     """``logs`` as a tensor (width,), cut, or filled with −inf: the values past the rank are zero."""
-    found = torch.full((width,), -math.inf, dtype=torch.float64, device="cpu")
-    found[: len(logs)] = torch.from_numpy(logs[:width])
-    return found
+    full = torch.full((width,), -math.inf, dtype=torch.float64, device="cpu")
+    full[: len(logs)] = torch.from_numpy(logs[:width])
+    return full
 
 
 def haar_block(rows: int, columns: int, n: int, rng: np.random.Generator) -> np.ndarray:
@@ -195,8 +195,8 @@ def haar_block(rows: int, columns: int, n: int, rng: np.random.Generator) -> np.
     else:
         rest = rng.standard_normal((freedom, columns))
     Q, R = np.linalg.qr(np.concatenate([corner, rest]))
-    found: np.ndarray = Q[:rows] * np.where(np.diagonal(R) < 0, -1.0, 1.0)  # Cholesky's sign, which doesn't depend on Q
-    return found
+    block: np.ndarray = Q[:rows] * np.where(np.diagonal(R) < 0, -1.0, 1.0)  # Cholesky's sign, which doesn't depend on Q
+    return block
 
 
 def rank_bound(model: Any, source: str, target: str, tokens: int, identity: bool) -> int | None:
@@ -223,14 +223,14 @@ def rank_bound(model: Any, source: str, target: str, tokens: int, identity: bool
     if identity:
         most = min(kept, default=width)
     else:
-        one = stream.index(target) == stream.index(source) + 1
-        if kept or config.residual_activation_type == "relu" or model._interventions or not one:
+        is_one_layer = stream.index(target) == stream.index(source) + 1
+        if kept or config.residual_activation_type == "relu" or model._interventions or not is_one_layer:
             return None
 
         def k(location: str, of: int | None) -> int:
             assert of is not None
-            found = config.k_at(location, of)
-            return of if found is None else found
+            kept = config.k_at(location, of)
+            return of if kept is None else kept
 
         qkv = sum(k(location, config.d_attn) for location in ("attn_q", "attn_k", "attn_v"))
         attention = min(width, k("attn_in", config.d_in), qkv, config.d_attn, k("attn_out", width))

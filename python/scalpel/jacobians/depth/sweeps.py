@@ -26,8 +26,11 @@ ROUNDING = 64  # a singular value of a layer below this times eps times its larg
 
 
 @dataclass
-class Found:
-    """What :class:`Sweeps` gives: see ``Lyapunov`` for the shapes and the residual."""
+class SweptProduct:
+    """The leading singular values of a chain's product, as :class:`Sweeps` gives them.
+
+    ``logs``: (T,), their logarithms. The shapes of ``right`` and ``residual`` are those of ``Lyapunov``.
+    """
 
     chain: list[Jacobian]
     logs: Tensor
@@ -48,7 +51,7 @@ class Sweeps:
         self.n = chain[0].shape[1]
         self.width = min(T + _OVERSAMPLE, self.n, chain[-1].shape[0])
 
-    def solve(self, goal: float, most: int, start: Tensor | None = None) -> Found:
+    def solve(self, goal: float, most: int, start: Tensor | None = None) -> SweptProduct:
         V = self._filled(self._krylov() if start is None else start)
         best, stuck = math.inf, 0
         for sweep in range(1, most + 1):
@@ -70,10 +73,10 @@ class Sweeps:
         right = torch.zeros(self.T, self.n, dtype=first.dtype, device=first.device)
         right[: kept.shape[1]] = kept.T.to(first.dtype)
         shaped = right.reshape(self.T, *first.source_shape)
-        return Found(self.chain, padded(logs, self.T), shaped, residual, sweep, worst <= goal)
+        return SweptProduct(self.chain, padded(logs, self.T), shaped, residual, sweep, worst <= goal)
 
     def _krylov(self) -> Tensor:
-        """Where to start: the leading vectors of the product as one operator. It needs not be right, only near."""
+        """Where to start: the leading vectors of the product as one operator. They need not be right, only near."""
         whole = reduce(lambda first, second: second @ first, self.chain)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)

@@ -1,7 +1,7 @@
 """Products with the Jacobian of a CircuitGPT, through the native core: sixteen tangents at a time.
 
-A tangent visits only what the TopKs of the primal keep on either side of a weight. Both products go through the
-hooks in the order of models.circuitgpt, one of them backwards.
+A tangent visits only what the TopKs of the primal keep on either side of a weight. ``push`` goes through the hooks in
+the order of the model's forward pass, ``pull`` in the opposite order.
 """
 
 from __future__ import annotations
@@ -16,30 +16,35 @@ from torch.nn import functional as F
 
 from ...hooks.positions import Selected, read_at
 from ...hooks.running import ALONE
+from ...hooks.stopping import Stop
 from ...lanes import LANES, Lanes, Linear
-from ..operator import finished
-from .trace import CircuitTrace, Found, Function, Layer, Sublayer
+from ..ends import finished
+from .trace import CircuitTrace, Function, Layer, Sublayer
 
 if TYPE_CHECKING:
     from ..passes import CircuitPass
 
 
 class CircuitProducts:
-    """Products with the Jacobian between two hooks of a CircuitGPT, and the primal there."""
+    """Products with the Jacobian between two hooks of a CircuitGPT, and the primal at both of them.
 
-    trace_of = CircuitTrace
+    Args:
+        run: A pass of the model from the source hook to the target hook.
+        at: The token positions that are selected at the source and at the target.
+        function: A function of the value at the target, or None.
+        trace: The primal, if it exists already and was cut at both hooks.
+    """
 
     def __init__(
         self,
         run: CircuitPass,
         at: tuple[Selected, Selected],
         function: Function | None,
-        trace: CircuitTrace | None = None,
+        trace: CircuitTrace,
     ) -> None:
         self.run = run
         self.at = at
         self.function = function
-        trace = trace or CircuitTrace(run, [run.source, run.target])
         self.model = trace.model
         self.config = trace.config
         self.layers = trace.layers(run.source, run.target)
@@ -56,21 +61,21 @@ class CircuitProducts:
     # ---- forward -------------------------------------------------------------------------------
 
     def push(self, tangents: Tensor) -> Tensor:
-        """(T, *source) → (T, *target)."""
+        """Multiply T tangents by the Jacobian: (T, *source) → (T, *target)."""
         rows = [self._push(chunk) for chunk in tangents.split(LANES)]
-        found = _together(rows) if rows else tangents.new_zeros(0, *self.recorded.shape)
+        pushed = _together(rows) if rows else tangents.new_zeros(0, *self.recorded.shape)
         if self.function is None:
-            return found
+            return pushed
         with ALONE:
-            return vmap(lambda tangent: jvp(self._of_recorded, (self.recorded,), (tangent,))[1])(found)
+            return vmap(lambda tangent: jvp(self._of_recorded, (self.recorded,), (tangent,))[1])(pushed)
 
     def _push(self, tangents: Tensor) -> Tensor:
         count = tangents.shape[0]
         start = self._placed(tangents, self.at[0], self.run.source)
-        try:
-            resid = self._push_layers(start, count)
-        except Found as found:
-            lanes: Lanes | None = found.args[0]
+        with Stop() as stop:
+            resid = self._push_layers(start, count, stop)
+        if stop.reached:
+            lanes: Lanes | None = stop.value
             if lanes is None:
                 return tangents.new_zeros(count, *self.recorded.shape)
             return self._taken(lanes, self.at[1], self.run.target, count)
@@ -78,14 +83,14 @@ class CircuitProducts:
         rows = self._taken(self.final.jvp(resid.resized(self.config.d_model), None), self.at[1], "logits", count)
         return F.linear(rows, self.model.lm_head.weight)
 
-    def _push_layers(self, start: Lanes, count: int) -> Lanes:
+    def _push_layers(self, start: Lanes, count: int, stop: Stop) -> Lanes:
         def hook(name: str, lanes: Lanes | None) -> Lanes | None:
             if name in self.changed and lanes is not None:
                 lanes = self._through(name, lanes, count, forward=True)
             if name == self.run.source:
                 lanes = start
             if name == self.run.target:
-                raise Found(lanes)
+                stop(lanes)
             return lanes
 
         resid: Lanes | None = None
@@ -116,7 +121,7 @@ class CircuitProducts:
             delta = hook(f"{at}mlp.resid_delta", delta)
             resid = self._joined(resid, delta, mlp)
         resid = hook("final_resid", resid)
-        assert resid is not None  # the path was checked before
+        assert resid is not None  # it was checked before that a path leads here
         return resid
 
     def _read_of(self, resid: Lanes | None, of: Sublayer, name: str) -> Lanes | None:
@@ -140,7 +145,7 @@ class CircuitProducts:
     # ---- backward ------------------------------------------------------------------------------
 
     def pull(self, cotangents: Tensor) -> Tensor:
-        """(T, *target) → (T, *source)."""
+        """Multiply T cotangents by the transposed Jacobian: (T, *target) → (T, *source)."""
         if self.function is not None:
             back = vjp(self._of_recorded, self.recorded)[1]
             cotangents = vmap(lambda cotangent: back(cotangent)[0])(cotangents)
@@ -159,26 +164,25 @@ class CircuitProducts:
             resid = resid.resized(self.config.d_in)
         else:
             start = self._placed(cotangents, self.at[1], self.run.target)
-        try:
-            self._pull_layers(start, resid, count)
-        except Found as found:
-            lanes: Lanes | None = found.args[0]
-            if lanes is not None:
-                return self._taken(lanes, self.at[0], self.run.source, count)
+        with Stop() as stop:
+            self._pull_layers(start, resid, count, stop)
+        lanes: Lanes | None = stop.value
+        if lanes is not None:
+            return self._taken(lanes, self.at[0], self.run.source, count)
         return cotangents.new_zeros(count, *self.source.shape)
 
-    def _pull_layers(self, start: Lanes | None, resid: Lanes | None, count: int) -> None:
+    def _pull_layers(self, start: Lanes | None, resid: Lanes | None, count: int, stop: Stop) -> None:
         def hook(name: str, lanes: Lanes | None) -> Lanes | None:
             if name == self.run.target:
                 lanes = start
             if name == self.run.source:
-                raise Found(lanes)
+                stop(lanes)
             if name in self.changed and lanes is not None:
                 lanes = self._through(name, lanes, count, forward=False)
             return lanes
 
         def wanted(layer: Layer, of: Sublayer, name: str) -> Tensor | None:
-            # A source's cotangent is wanted at all its channels, and an intervention may move any.
+            # The cotangent of the source is wanted at all channels, and an intervention may read any of them.
             here = f"{layer.number}.{name}"
             return None if here == self.run.source or here in self.changed else of.kept.get(name)
 
@@ -219,7 +223,7 @@ class CircuitProducts:
             resid = hook(f"{at}resid_in", resid)
 
     def _split(self, resid: Lanes | None, of: Sublayer, index: Tensor | None) -> tuple[Lanes | None, Lanes | None]:
-        """Cotangents of a block's residual and of its delta, from that of their sum."""
+        """Get the cotangents of the residual before a sublayer and of its delta from the cotangent of their sum."""
         resid = self._settle(resid, of)
         if resid is None:
             return None, None
@@ -231,7 +235,7 @@ class CircuitProducts:
     def _back(
         self, layer: Layer, of: Sublayer, to: str, lanes: Lanes | None, name: str, wanted: Callable[..., Any]
     ) -> Lanes | None:
-        """Through the weight that leads from the hook ``to`` to the one named."""
+        """Go back through the weight that leads from the hook ``to`` to the hook ``name``."""
         if lanes is None:
             return None
         lanes = lanes.restricted(of.kept.get(name))
@@ -249,7 +253,7 @@ class CircuitProducts:
     # ---- both ways -----------------------------------------------------------------------------
 
     def _weight(self, layer: Layer, name: str, transposed: bool = False) -> Linear:
-        """The weight that makes q, k or v, or the one that reads any other hook."""
+        """Get the weight that makes q, k or v, or, for any other hook, the weight that reads it."""
         block = layer.block
         if name in ("attn.q", "attn.k", "attn.v"):
             first = ("attn.q", "attn.k", "attn.v").index(name) * self.config.d_attn
@@ -258,7 +262,7 @@ class CircuitProducts:
         return Linear(module, None, transposed)
 
     def _through(self, name: str, lanes: Lanes, count: int, forward: bool) -> Lanes:
-        """An intervention's derivative: a function of the value, given to torch.func."""
+        """Apply the derivative of an intervention, which torch.func takes of it as a function of the value."""
         function, value = self.changed[name]
         rows = self._taken(lanes, None, name, count)
         if forward:
@@ -270,7 +274,7 @@ class CircuitProducts:
         return self._placed(moved, None, name)
 
     def _placed(self, rows: Tensor, selected: Selected, name: str) -> Lanes:
-        """(T, B, chosen tokens, width) as lanes of all tokens."""
+        """Convert (T, B, selected tokens, width) to lanes of all tokens."""
         if selected is not None:
             full = rows.new_zeros(rows.shape[0], self.batch, self.length, rows.shape[-1])
             full[:, :, list(selected)] = rows
@@ -279,7 +283,7 @@ class CircuitProducts:
         return lanes.resized(self.config.d_in) if _of_residual(name) else lanes
 
     def _taken(self, lanes: Lanes, selected: Selected, name: str, count: int) -> Tensor:
-        """Lanes of all tokens as (count, B, chosen tokens, width)."""
+        """Convert lanes of all tokens to (count, B, selected tokens, width)."""
         tokens = None
         if selected is not None:
             numbers = torch.arange(self.batch * self.length, device=lanes.values.device).view(self.batch, self.length)
@@ -295,5 +299,5 @@ def _together(rows: list[Tensor]) -> Tensor:
 
 
 def _of_residual(name: str) -> bool:
-    """Hooks of the residual stream itself, whose lanes hold concatenated positions as more channels."""
+    """Whether a hook is on the residual stream itself, whose lanes have extra channels for concatenated positions."""
     return name.endswith(("resid_in", "resid_mid")) or name == "final_resid"

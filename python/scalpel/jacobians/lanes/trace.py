@@ -1,13 +1,13 @@
 """The primal of a CircuitGPT, which can be cut at any of its hooks: what the rules of its sublayers need.
 
-It runs once, from the embedding to the last hook that is asked for, in the order of models.circuitgpt, and leaves for
-each sublayer the supports that its TopKs keep, its norm, attention's q, k, v and y, and the slopes of its neurons.
+The model runs once, from the embedding to the last hook that is asked for. Each sublayer then has the supports that its
+TopKs keep, its norm, attention's q, k, v and y, and the slopes of its neurons.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from ..._native import runs_on
+from ...hooks.masks import MaskWatch, watch_activations, watch_masks
 from ...hooks.modules import hooks_on
-from ...lanes import Attention, Norm, apply_linear
-from ...models.circuitgpt.attention import attend
-from ...models.circuitgpt.core import CircuitCore
+from ...hooks.running import eager
+from ...hooks.stopping import Stop
+from ...lanes import Attention, Norm
+from ...models.circuitgpt import layers
+from ...models.circuitgpt.layers import Attention as CoreAttention
 from ...models.circuitgpt.model import CircuitGPT
-from ...topk import keep_topk, topk_indices
+from ...topk import topk_indices
 
 if TYPE_CHECKING:
     from ..passes import CircuitPass
@@ -29,37 +32,37 @@ Function = Callable[[Tensor], Tensor]
 
 
 def has_products(model: CircuitGPT) -> bool:
-    """Whether the rules here are the model's: float32 or float64, on a device that has kernels, its own modules, none
-    hooked.
+    """Whether the rules in this folder hold for a model.
+
+    They do for float32 and float64 on a device that has kernels, if all modules are CircuitGPT's own and none has a
+    forward or backward hook.
     """
     if not runs_on(model.device) or model.dtype not in (torch.float32, torch.float64):
         return False
     known = {CircuitGPT, nn.Linear, nn.Embedding, nn.RMSNorm, nn.ModuleDict, nn.ModuleList}
     for module in model.modules():
-        if type(module).__module__ != CircuitCore.__module__ and type(module) not in known:
+        if type(module).__module__ != layers.__name__ and type(module) not in known:
             return False
         if hooks_on(module) or module._backward_hooks:
             return False
     return True
 
 
-class Found(Exception):
-    """A pass has reached the hook where it ends; its argument is the value there."""
-
-
 @dataclass
 class Sublayer:
-    """The primal of one attention or MLP block, between two values of the residual stream."""
+    """The primal of one attention or MLP, between two values of the residual stream."""
 
     norm: Norm | None = None
-    kept: dict[str, Tensor | None] = field(default_factory=dict)  # support (N, entries) by hook; None: all
+    kept: dict[str, Tensor] = field(default_factory=dict)  # {hook: channels (N, entries) that its AbsTopK keeps}
     attention: Attention | None = None
     slope: Tensor | None = None  # derivative of the activation at the kept neurons (N, entries)
-    residual: Tensor | None = None  # 1 where the residual stream passes after the block (N, d_model)
+    residual: Tensor | None = None  # (N, d_model): 1 where the residual stream passes on after it; None: everywhere
 
 
 @dataclass
 class Layer:
+    """The primal of one layer."""
+
     number: int
     block: Any
     attn: Sublayer = field(default_factory=Sublayer)
@@ -67,154 +70,150 @@ class Layer:
 
 
 class CircuitTrace:
-    """One forward pass, kept as what products need.
+    """One forward pass of a CircuitGPT, kept as what products need.
+
+    The model's own forward pass runs. A tap and two watches collect from what passes by: supports from the inputs of
+    AbsTopKs, slopes from those of activations, norms and attention from the values at hooks.
 
     Args:
         run: A pass of the model at the inputs, under the interventions of that moment.
         hooks: Where the primal is to be cut, in the model's order. Layers before the first are not kept, and nothing
             is computed after the last.
+        see: Called at every hook up to the last, with its name and the value that it records.
+        see_mask: Called before every AbsTopK and ReLU on the way, as :func:`scalpel.hooks.masks.watch_masks` says.
 
-    ``values``: the value at each of ``hooks``, all tokens. ``changed``: the hooks at which an intervention moves it.
+    Attributes:
+        values: The value at each of ``hooks``, (B, L, width), all tokens.
+        changed: From the first layer that is kept, the hooks at which an intervention changes the value, each with
+            the intervention and the value before it.
+        final: The last norm; None where the pass ends before it.
     """
 
-    def __init__(self, run: CircuitPass, hooks: Sequence[str]) -> None:
+    def __init__(
+        self,
+        run: CircuitPass,
+        hooks: Sequence[str],
+        see: Callable[[str, Tensor], None] | None = None,
+        see_mask: MaskWatch | None = None,
+    ) -> None:
         self.run = run
         self.model = run._frozen
         self.config = self.model.config
         self.hooks = hooks
         self.values: dict[str, Tensor] = {}
-        self.first = self._number(hooks[0])
-        self._layers: list[Layer] = []
-        self.changed: dict[str, tuple[Function, Tensor]] = {}  # hooks at which an intervention moves the value
+        self.changed: dict[str, tuple[Function, Tensor]] = {}
         self.final: Norm | None = None
-        self.tap = self.model._composed_tap(None)
+        self._first = self._number(hooks[0])
+        self._see, self._see_mask = see, see_mask
+        self._stop = Stop()
+        self._layers: list[Layer] = []
+        self._heads: dict[str, Tensor] = {}  # the layer's q, k and v, until its attention is kept
+        self._hidden: Tensor | None = None  # the input of the layer's activation, until its slope is kept
+        self._intervene = self.model._composed_tap(None)
         allowed = run.allowed
-        self.allowed = (allowed[None] if allowed.dim() == 2 else allowed[:, 0]).contiguous()
-        with torch.no_grad(), suppress(Found):
-            self._hook("logits", self._run())
+        self._allowed = (allowed[None] if allowed.dim() == 2 else allowed[:, 0]).contiguous()
+        bare = copy.copy(self.model)
+        bare._interventions = []  # the tap here makes them, and so sees the values before and after
+        watching = watch_masks(self._watch_mask), watch_activations(self._watch_activation)
+        with torch.no_grad(), eager(), watching[0], watching[1], self._stop:  # a compiled graph shows no mask
+            self.values["logits"] = bare(*run.inputs, tap=self._tap)
+
+    def has(self, source: str, target: str) -> bool:
+        """Whether it can be cut at ``source`` and, no earlier in the model, at ``target``."""
+        kept = list(self.hooks)
+        return source in kept and target in kept[kept.index(source) :]
 
     def layers(self, source: str, target: str) -> list[Layer]:
-        """Those that a tangent meets on its way from one hook to another."""
-        return self._layers[self._number(source) - self.first : self._number(target) + 1 - self.first]
+        """The layers that a tangent meets on its way from one hook to another."""
+        return self._layers[self._number(source) - self._first : self._number(target) + 1 - self._first]
 
     def _number(self, hook: str) -> int:
-        """The layer of a hook; how many layers there are, for a hook after the last."""
+        """The layer of a hook; the number of layers for a hook after the last."""
         at = hook.partition(".")[0]
         return int(at) if at.isdecimal() else self.config.n_layer
 
-    def _run(self) -> Tensor:
-        ids, mask, position_ids = self.run.inputs
-        allowed = self.run.allowed
-        positions = self.model._positions(ids, mask, position_ids)
-        concatenated = self.config.d_pos_emb is not None
-        x = self.model.transformer.wte(ids)
-        if not concatenated:
-            x = x + positions
-        for number, block in enumerate(self.model.transformer.h):
-            x = self._layer(number, block, x, positions if concatenated else None, allowed)
-        x = self._hook("final_resid", x)
-        self.final = Norm.of(self.model.transformer.ln_f, self._tokens(x))
-        logits = apply_linear(self.model.lm_head, self.model.transformer.ln_f(x)) + self.model.final_logits_bias.to(
-            x.dtype
-        )
-        if self.model.bigram_table is not None:
-            logits = logits + self.model.bigram_table[ids].to(x.dtype)
-        return logits
+    def _kept_layer(self, name: str) -> Layer | None:
+        """The layer that a hook or a mask belongs to; None before the first that is kept and after the last."""
+        number = self._number(name)
+        if number < self._first or number == self.config.n_layer:
+            return None
+        if number == self._first + len(self._layers):
+            self._layers.append(Layer(number, self.model.transformer.h[number]))
+        return self._layers[number - self._first]
 
-    def _layer(self, number: int, block: Any, x: Tensor, positions: Tensor | None, allowed: Tensor) -> Tensor:
-        config = self.config
-        layer = Layer(number, block)
-        if number >= self.first:
-            self._layers.append(layer)
-        x = self._hook(f"{number}.resid_in", x)
-        attn, mlp = layer.attn, layer.mlp
-        attn.norm = self._norm(block.ln_1, x)
-
-        def kept(of: Sublayer, value: Tensor, location: str, hook: str) -> Tensor:
-            value, of.kept[hook] = self._sparsified(value, location)
-            return self._hook(f"{number}.{hook}", value)
-
-        read = kept(attn, self._read(block, "1", x, positions), "attn_in", "attn.act_in")
-        q, k, v = apply_linear(block.attn.c_attn, read).split(config.d_attn, dim=-1)
-        k = kept(attn, k, "attn_k", "attn.k")
-        q = kept(attn, q, "attn_q", "attn.q")
-        v = kept(attn, v, "attn_v", "attn.v")
-        sink = block.attn.attn_imp.sink_logit.detach() if config.sink else None
-        y = attend(q, k, v, config.n_head, allowed, sink)
-        scale = (config.d_attn // config.n_head) ** -0.5
-        attn.attention = Attention(
-            q.contiguous(),
-            k.contiguous(),
-            v.contiguous(),
-            y.contiguous(),
-            self.allowed,
-            sink,
-            config.n_head,
-            config.n_head,
-            scale,
-        )
-        y = self._hook(f"{number}.attn.y", y)
-        delta = kept(attn, apply_linear(block.attn.c_proj, y), "attn_out", "attn.resid_delta")
-        x, attn.residual = self._settled(x + delta, "resid_post_attn")
-        x = self._hook(f"{number}.resid_mid", x)
-
-        mlp.norm = self._norm(block.ln_2, x)
-        read = kept(mlp, self._read(block, "2", x, positions), "mlp_in", "mlp.act_in")
-        before = apply_linear(block.mlp.c_fc, read)
-        after, support = self._sparsified(block.mlp.activation(before), "mlp_neuron")
-        mlp.kept["mlp.post_act"] = support
-        mlp.slope = self._slope(before, support)
-        after = self._hook(f"{number}.mlp.post_act", after)
-        delta = kept(mlp, apply_linear(block.mlp.c_proj, after), "mlp_out", "mlp.resid_delta")
-        x, mlp.residual = self._settled(x + delta, "resid_post_mlp")
-        return x
-
-    def _hook(self, name: str, value: Tensor) -> Tensor:
-        after = self.tap(name, value)
-        if after is not value:
-            self.changed[name] = (lambda each: self.tap(name, each), value)
+    def _tap(self, name: str, value: Tensor) -> Tensor:
+        after = self._intervene(name, value)
+        if after is not value and self._number(name) >= self._first:
+            self.changed[name] = (lambda each: self._intervene(name, each), value)
+        layer, place = self._kept_layer(name), name.partition(".")[2]
+        if layer is not None:
+            if place == "attn.y":
+                layer.attn.attention = self._attention(layer.block.attn, value)
+            if place == "mlp.post_act":
+                layer.mlp.slope = self._slope(layer.mlp.kept.get(place))
+        if self._see is not None:
+            self._see(name, after)
         if name in self.hooks:
             self.values[name] = after
             if name == self.hooks[-1]:
-                raise Found(after)
+                self._stop(after)
+        if name == "final_resid":
+            self.final = Norm.of(self.model.transformer.ln_f, _tokens(after))
+        if layer is not None:
+            if place == "resid_in":
+                layer.attn.norm = self._norm(layer.block.ln_1, after)
+            if place == "resid_mid":
+                layer.mlp.norm = self._norm(layer.block.ln_2, after)
+            if place in ("attn.q", "attn.k", "attn.v"):
+                self._heads[place] = after
         return after
 
-    def _tokens(self, x: Tensor) -> Tensor:
-        return x.reshape(-1, x.shape[-1])
+    def _watch_mask(self, name: str, x: Tensor, k: int | None) -> None:
+        if self._see_mask is not None:
+            self._see_mask(name, x, k)
+        layer, place = self._kept_layer(name), name.partition(".")[2]
+        if layer is None:
+            return
+        if place == "resid_post_attn":
+            _narrow(layer.attn, _tokens(x), k)
+        elif place == "resid_post_mlp":
+            _narrow(layer.mlp, _tokens(x), k)
+        elif k is not None:  # a neuron's ReLU counts as its slope
+            of = layer.attn if place.startswith("attn.") else layer.mlp
+            of.kept[place] = topk_indices(_tokens(x), k)
+
+    def _watch_activation(self, name: str, x: Tensor) -> None:
+        if self._kept_layer(name) is not None:
+            self._hidden = x
+
+    def _attention(self, module: CoreAttention, y: Tensor) -> Attention:
+        q, k, v = (self._heads.pop(place).contiguous() for place in ("attn.q", "attn.k", "attn.v"))
+        heads = self.config.n_head
+        sink = None if module.sink_logit is None else module.sink_logit.detach()
+        scale = (self.config.d_attn // heads) ** -0.5
+        return Attention(q, k, v, y.contiguous(), self._allowed, sink, heads, heads, scale)
 
     def _norm(self, module: nn.Module, x: Tensor) -> Norm:
         """The norm of the residual stream; concatenated positions follow it as channels of gain zero."""
-        norm = Norm.of(module, self._tokens(x))
+        norm = Norm.of(module, _tokens(x))
         return norm if self.config.d_pos_emb is None else norm.padded(self.config.d_in)
 
-    def _read(self, block: Any, which: str, x: Tensor, positions: Tensor | None) -> Tensor:
-        read: Tensor = getattr(block, f"ln_{which}")(x)
-        if positions is None:
-            return read
-        beside = getattr(block, f"ln_p{which}")(positions).expand(*read.shape[:-1], -1)
-        return torch.cat([read, beside], dim=-1)
-
-    def _sparsified(self, x: Tensor, location: str) -> tuple[Tensor, Tensor | None]:
-        k = self.config.k_at(location, x.shape[-1])
-        if k is None:
-            return x, None
-        return keep_topk(x, k), topk_indices(self._tokens(x), k)
-
-    def _settled(self, x: Tensor, location: str) -> tuple[Tensor, Tensor | None]:
-        passes = None
-        if self.config.residual_activation_type == "relu":
-            x = x.relu()
-            passes = (x > 0).to(x.dtype)
-        x, support = self._sparsified(x, location)
-        if support is not None:
-            kept = torch.zeros_like(self._tokens(x)).scatter_(1, support, 1.0).view_as(x)
-            passes = kept if passes is None else passes * kept
-        return x, None if passes is None else self._tokens(passes).contiguous()
-
-    def _slope(self, before: Tensor, support: Tensor | None) -> Tensor:
-        x = self._tokens(before)
+    def _slope(self, support: Tensor | None) -> Tensor:
+        """The activation's derivative at the neurons that are kept, (N, entries)."""
+        assert self._hidden is not None
+        x, self._hidden = _tokens(self._hidden), None
         x = x if support is None else x.gather(1, support)
         if self.config.activation_type == "relu":
             return (x > 0).to(x.dtype)
         normal = 0.5 * (1 + torch.erf(x * 0.5**0.5))  # the exact GELU is x times this
         return normal + x * torch.exp(-0.5 * x * x) * (2 * torch.pi) ** -0.5
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _narrow(of: Sublayer, x: Tensor, k: int | None) -> None:
+    """Let pass no more of the residual stream than a ReLU (k None) or an AbsTopK of input x (N, d_model) does."""
+    passes = (x > 0).to(x.dtype) if k is None else torch.zeros_like(x).scatter_(1, topk_indices(x, k), 1.0)
+    of.residual = (passes if of.residual is None else of.residual * passes).contiguous()

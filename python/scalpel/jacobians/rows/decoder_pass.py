@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-import math
-import weakref
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,20 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ...hooks.inputs import Inputs, holds_ids, limits_of, read_inputs
-from ...hooks.modules import known_hook, module_names
-from ...hooks.running import running
-from ...models.decoders.decoder import Decoder, Weights
-from ...models.decoders.families import (
-    decoder_or_reason,
-    family_of_model,
-    hooks_of,
-    hooks_of_model,
-    marks_of,
-    module_path,
-    our_hook,
-)
-from ..passes import LOGITS, Pass, kept
-from .primal import logits_of
+from ...hooks.modules import module_hooks
+from ...hooks.names import LOGITS, hook_named, known_hook, module_path
+from ...models.decoders.decoder import Decoder
+from ...models.decoders.families import decoder_or_reason, family_of_model, hooks_of, hooks_of_model
+from ..passes import Pass, kept
+from .agreement import difference
+from .narrow import NarrowWeights
+from .primal import Text
+
+__all__ = ["DecoderPass", "beyond_rules", "decoder_pass", "module_paths"]
 
 
 class DecoderPass(Pass):
@@ -38,10 +32,7 @@ class DecoderPass(Pass):
         super().__init__(model, *ends)
         self.decoder = decoder
         self.inputs = kept(inputs.keywords())
-        self.ids: Tensor = self.inputs["input_ids"]
-        mask = self.inputs.get("attention_mask")
-        self.real: Tensor | None = None if mask is None else mask.bool()
-        self.positions: Tensor = places_in_text(inputs).clone()
+        self.text: Text = kept(Text.of(inputs))
         self.hooks = [*hooks_of(decoder.config), LOGITS]
         weight = decoder.final()[1].weight
         # A bfloat16 model's residual stream and tangents are float32; only its matrix products are not.
@@ -49,76 +40,55 @@ class DecoderPass(Pass):
         narrow = precision == "bfloat16" and weight.dtype != torch.bfloat16
         self.products = replace(decoder, weights=NarrowWeights.of(model, decoder.weights)) if narrow else decoder
 
+    def between(self, source: str, target: str) -> DecoderPass | None:
+        ends = _ends(self.decoder, source, target)
+        if isinstance(ends, str):
+            return None
+        other = copy.copy(self)
+        other.source, other.target = ends
+        return other
+
     @property
     def length(self) -> int:
-        return int(self.ids.shape[1])
+        return int(self.text.ids.shape[1])
 
     @property
     def allowed(self) -> Tensor:
         """(L, L), or (B, 1, L, L) with padding: the keys that a query may read."""
-        causal = torch.ones(self.length, self.length, dtype=torch.bool, device=self.ids.device).tril()
-        return causal if self.real is None else (causal & self.real[:, None, :])[:, None]
+        causal = torch.ones(self.length, self.length, dtype=torch.bool, device=self.text.ids.device).tril()
+        return causal if self.text.real is None else (causal & self.text.real[:, None, :])[:, None]
 
 
 def decoder_pass(
     model: nn.Module, input_ids: Any, beside: dict[str, Any], source: str, target: str, precision: str | None
 ) -> DecoderPass | str:
-    """The pass, or why the rules don't cover the model, its inputs or a hook."""
+    """Make the pass, or say why the rules don't cover the model, its inputs or a hook."""
     decoder = decoder_or_reason(model)
     if isinstance(decoder, str):
         return decoder
-    ends = []
-    for name, as_source in ((source, True), (target, False)):
-        hook = LOGITS if name == LOGITS else our_hook(name, decoder.family, decoder.config, as_source)
-        if hook is None:
-            return f"{name!r} is no hook of the rules"
-        ends.append(hook)
-    if ends[0] == LOGITS:
-        return "the logits are no source"
+    ends = _ends(decoder, source, target)
+    if isinstance(ends, str):
+        return ends
     if not holds_ids(input_ids):
         return "its inputs are not token ids"
     inputs = read_inputs(input_ids, limits_of(model), **beside)
     reason = beyond_rules(decoder, inputs)
     if reason is not None:
         return reason
-    return _difference(model, decoder, inputs) or DecoderPass(model, decoder, inputs, (ends[0], ends[1]), precision)
+    return difference(model, decoder, inputs) or DecoderPass(model, decoder, inputs, ends, precision)
 
 
-_compared: weakref.WeakKeyDictionary[nn.Module, tuple[Any, ...]] = weakref.WeakKeyDictionary()
-
-
-def _difference(model: nn.Module, decoder: Decoder, inputs: Inputs) -> str | None:
-    """Where the model's own forward pass is not the family's, as after a part of it was replaced; None where it is.
-
-    Compared once for a model, and again after a module, a switch or the config has changed.
-    """
-    marks = marks_of(model)
-    if _compared.get(model) == marks:
-        return None
-    positions, mask = places_in_text(inputs), inputs.mask
-    keywords = inputs.keywords()
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        keywords["use_cache"] = False
-    try:
-        with running(model):
-            own = model(**keywords).logits
-    except Exception as raised:  # whatever an edited model raises; torch.func will raise it where it is seen
-        return f"its own forward pass raises {type(raised).__name__}: {raised}"
-    dtype = torch.float64 if own.dtype == torch.float64 else torch.float32
-    ours, own = logits_of(decoder, inputs.ids, positions, mask, dtype), own.to(dtype)
-    if mask is not None:
-        ours, own = ours[mask.bool()], own[mask.bool()]
-    if bool(own.isnan().any()) and bool(ours.isnan().any()):
-        return None
-    error = float((ours - own).abs().max() / own.abs().max().clamp(min=1e-30)) if ours.shape == own.shape else math.inf
-    if not error <= _AGREE[next(model.parameters()).dtype]:
-        return f"its own forward pass is not that of its family: the logits differ by {error:.1e} of the largest"
-    _compared[model] = marks
-    return None
-
-
-# transformers' RMSNorm rounds to float32 in float64 too; in bfloat16 it rounds every value, where ours keep float32.
-_AGREE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1}
+def _ends(decoder: Decoder, source: str, target: str) -> tuple[str, str] | str:
+    """Our names of both hooks, or why the rules don't cover one."""
+    hooks = []
+    for name, as_source in ((source, True), (target, False)):
+        hook = LOGITS if name == LOGITS else hook_named(name, decoder.family.PATHS, hooks_of(decoder.config), as_source)
+        if hook is None:
+            return f"{name!r} is no hook of the rules"
+        hooks.append(hook)
+    if hooks[0] == LOGITS:
+        return "the logits are no source"
+    return hooks[0], hooks[1]
 
 
 def module_paths(model: nn.Module, source: str, target: str, reason: str) -> tuple[str, str]:
@@ -129,25 +99,18 @@ def module_paths(model: nn.Module, source: str, target: str, reason: str) -> tup
     family, hooks = family_of_model(model), hooks_of_model(model)
     if family is None:
         return source, target
-    paths = [name + end for name in module_names(model) for end in ("", ":in")]
+    paths = module_hooks(model)
     kind = f"this {type(model).__name__} (its hooks, or module paths with ':in' for an input)"
-    found = []
+    ends = []
     for name, role in ((source, "source"), (target, "target")):
         known = [*hooks, *paths] if role == "source" else [*hooks, LOGITS, *paths]
-        path = module_path(name, family, hooks, role == "source")
+        path = module_path(name, family.PATHS, hooks, role == "source")
         if path not in known:
             known_hook(name, known, role, kind)
         if path in hooks:
             raise ValueError(f"the {role} {name!r} is no module's value, and the rules can't be used: {reason}")
-        found.append(path)
-    return found[0], found[1]
-
-
-def places_in_text(inputs: Inputs) -> Tensor:
-    """Positions (B or 1, L)."""
-    if inputs.positions is not None:
-        return inputs.positions
-    return torch.arange(inputs.ids.shape[1], device=inputs.ids.device)[None]
+        ends.append(path)
+    return ends[0], ends[1]
 
 
 def beyond_rules(decoder: Decoder, inputs: Inputs) -> str | None:
@@ -166,40 +129,3 @@ def beyond_rules(decoder: Decoder, inputs: Inputs) -> str | None:
         if mask is None and not bool((positions.diff(dim=-1) == 1).all()):
             return "position_ids that are not consecutive need an attention_mask: without, they mark packed texts"
     return None
-
-
-class NarrowWeights:
-    """The matrices of others in bfloat16: a copy, made once, and again when one has changed."""
-
-    def __init__(self, wide: Weights) -> None:
-        self._wide = wide
-        self._kept: dict[str, tuple[tuple[int, int], Tensor, Tensor]] = {}
-
-    @classmethod
-    def of(cls, model: nn.Module, wide: Weights) -> NarrowWeights:
-        kept = _narrow.get(model)
-        if kept is None:
-            kept = _narrow[model] = cls(wide)
-        kept._wide = wide
-        return kept
-
-    def __call__(self, name: str) -> Tensor:
-        tensor = self._wide(name)
-        if tensor.dim() < 2:
-            return tensor
-        mark = (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-        # A change through .data leaves no trace but the numbers themselves; some of them are looked at.
-        sample = tensor.flatten()[:: max(1, tensor.numel() // 256)]
-        kept = self._kept.get(name)
-        if kept is None or kept[0] != mark or not torch.equal(kept[1], sample):
-            kept = self._kept[name] = mark, sample.clone(), tensor.to(torch.bfloat16)
-        return kept[2]
-
-    def rows(self, name: str, index: Tensor) -> Tensor:
-        return self._wide.rows(name, index)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._wide
-
-
-_narrow: weakref.WeakKeyDictionary[nn.Module, NarrowWeights] = weakref.WeakKeyDictionary()

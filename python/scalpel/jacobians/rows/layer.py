@@ -90,13 +90,13 @@ class DenseLayer:
         for n, name in ((1, "k"), (0, "q"), (2, "v")):
             heads[n] = self._hooked(f"{self.i}.attn.{name}", heads[n], hook)
         q, k, v = heads
-        given = next((each for each in heads if each is not None), None)
-        if given is None:
+        present = next((part for part in heads if part is not None), None)
+        if present is None:
             return None
         q = self._turned(q, self.primal.q_norm, 1)
         k = self._turned(k, self.primal.k_norm, 1)
-        shape = (*given.shape[:3], self.config.heads, self.config.head_dim)
-        y = self.buffers("y", shape, given.dtype, given.device)
+        shape = (*present.shape[:3], self.config.heads, self.config.head_dim)
+        y = self.buffers("y", shape, present.dtype, present.device)
         return self.primal.attention.jvp(q, k, v, y, self.part.start).flatten(-2)
 
     def _turned(self, x: Tensor | None, norm: DenseNorm | None, way: int) -> Tensor | None:
@@ -160,13 +160,13 @@ class DenseLayer:
             heads = [self._turned(q, self.primal.q_norm, -1), self._turned(k, self.primal.k_norm, -1), v]
         for n, name in ((2, "v"), (0, "q"), (1, "k")):
             heads[n] = self._hooked(f"{self.i}.attn.{name}", heads[n], hook)
-        given = next((each for each in heads if each is not None), None)
-        if given is None:
+        present = next((part for part in heads if part is not None), None)
+        if present is None:
             return []
         if len(self.layer.qkv) == 3:
-            flat = [None if each is None else each.flatten(-2) for each in heads]
+            flat = [None if part is None else part.flatten(-2) for part in heads]
             return list(zip(self.layer.qkv, flat, strict=True))
-        filled = [torch.zeros_like(given) if each is None else each for each in heads]
+        filled = [torch.zeros_like(present) if part is None else part for part in heads]
         return list(zip(self.layer.qkv, parts_of(self.layer, filled), strict=True))
 
     # ---- products ------------------------------------------------------------------------------
@@ -192,14 +192,14 @@ class DenseLayer:
 
     def _back(self, parts: list[tuple[Dense, Tensor | None]]) -> Tensor | None:
         """The sum of transposed products; None where there is nothing to add."""
-        found: Tensor | None = None
+        total: Tensor | None = None
         for dense, u in parts:
             if u is not None:
                 kind = dense.weight.dtype
                 back = (u.reshape(-1, u.shape[-1]).to(kind) @ dense.weight).to(u.dtype)
                 back = back.view(*u.shape[:-1], -1)
-                found = back if found is None else found.add_(back)
-        return found
+                total = back if total is None else total.add_(back)
+        return total
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

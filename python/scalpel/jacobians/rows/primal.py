@@ -8,9 +8,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...hooks.inputs import Inputs
 from ...models.decoders.decoder import Decoder, DecoderConfig, DecoderLayer, NormWeight
 from .attention import DenseAttention, Mask
 from .rules import DenseNorm, rotate, slope_of
+
+
+class Text(NamedTuple):
+    """The tokens of a pass."""
+
+    ids: Tensor  # (B, L)
+    positions: Tensor  # (B or 1, L)
+    real: Tensor | None  # (B, L) bool: True where a token is no padding; None where there is no mask
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> Text:
+        positions = inputs.positions
+        if positions is None:
+            positions = torch.arange(inputs.ids.shape[1], device=inputs.ids.device)[None]
+        return cls(inputs.ids, positions, None if inputs.mask is None else inputs.mask.bool())
 
 
 class Places(NamedTuple):
@@ -41,11 +57,11 @@ class DensePrimal:
 Tap = Callable[[str, Tensor], Tensor]
 
 
-def places_of(decoder: Decoder, positions: Tensor, real: Tensor | None, dtype: torch.dtype) -> Places:
-    """``positions`` (B or 1, L); ``real`` (B, L), None where nothing is padding."""
+def places_of(decoder: Decoder, text: Text, dtype: torch.dtype) -> Places:
+    """Where the tokens of ``text`` stand, with the tables of the rotation in ``dtype``."""
     rotary = decoder.config.rotary
-    cosine, sine = (None, None) if rotary is None else rotary.tables(positions, dtype)
-    return Places(None if real is None or bool(real.all()) else real.bool(), cosine, sine)
+    cosine, sine = (None, None) if rotary is None else rotary.tables(text.positions, dtype)
+    return Places(None if text.real is None or bool(text.real.all()) else text.real, cosine, sine)
 
 
 def heads_of(config: DecoderConfig, layer: DecoderLayer, parts: list[Tensor]) -> list[Tensor]:
@@ -102,16 +118,6 @@ def through_layer(
         primal.slope = primal.slope * beside
     neurons = tap(f"{i}.mlp.post_act", neurons)
     return x + tap(f"{i}.mlp.resid_delta", layer.down(neurons))
-
-
-def logits_of(decoder: Decoder, ids: Tensor, positions: Tensor, real: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The logits (B, L, vocab): the primal alone."""
-    config, places = decoder.config, places_of(decoder, positions, real, dtype)
-    x = decoder.embed(ids, positions).to(dtype)
-    for i in range(config.layers):
-        x = through_layer(decoder, i, decoder.layer(i), x, places, lambda _, value: value, DensePrimal())
-    weight, head = decoder.final()
-    return head(DenseNorm.at(x, weight, config.eps, config.rms).value())
 
 
 def _head_norm(x: Tensor, gain: Tensor | None, config: DecoderConfig) -> tuple[Tensor, DenseNorm | None]:

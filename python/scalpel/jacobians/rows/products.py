@@ -14,9 +14,9 @@ from torch.func import jvp, vjp, vmap
 
 from ...hooks.positions import Selected, read_at
 from ...hooks.running import ALONE
+from ...hooks.stopping import Stop
 from ...models.decoders.decoder import Dense
-from ..lanes.trace import Found
-from ..operator import finished
+from ..ends import finished
 from .layer import Buffers, DenseLayer
 from .primal import DensePrimal
 from .trace import DenseTrace
@@ -32,25 +32,22 @@ _CHUNK_BYTES = 1 << 28  # what the largest buffer of a chunk of tangents may tak
 class DenseProducts:
     """Products with the Jacobian between two hooks of a decoder, and the primal there."""
 
-    trace_of = DenseTrace
-
     def __init__(
         self,
         run: DecoderPass,
         at: tuple[Selected, Selected],
         function: Function | None,
-        trace: DenseTrace | None = None,
+        trace: DenseTrace,
     ) -> None:
         self.run = run
         self.at = at
         self.function = function
         self.config = run.decoder.config
-        self.batch, self.length = run.ids.shape
-        chosen = [range(self.length) if each is None else each for each in at]
+        self.batch, self.length = run.text.ids.shape
+        chosen = [range(self.length) if selected is None else selected for selected in at]
         self.first, self.stop = min(chosen[0]), max(chosen[1]) + 1
-        trace = trace or DenseTrace(run, [run.source, run.target])
         self.places = trace.places
-        self.primals = trace.primals(run.source, run.target)
+        self.primals = trace.layers(run.source, run.target)
         self.final = trace.final
         self.neurons = trace.neurons
         self.source = read_at(trace.values[run.source], at[0]).clone()
@@ -62,22 +59,22 @@ class DenseProducts:
 
     def _chunks(self, tangents: Tensor) -> tuple[Tensor, ...]:
         widest = max(3 * self.config.heads * self.config.head_dim, self.neurons)
-        each = self.batch * self.length * widest * self.source.element_size()
-        return tangents.split(max(1, _CHUNK_BYTES // each))
+        bytes_of_one = self.batch * self.length * widest * self.source.element_size()
+        return tangents.split(max(1, _CHUNK_BYTES // bytes_of_one))
 
     # ---- forward -------------------------------------------------------------------------------
 
     def push(self, tangents: Tensor) -> Tensor:
         """(T, *source) → (T, *target)."""
-        found = tangents.new_empty(len(tangents), *self.recorded.shape)
+        products = tangents.new_empty(len(tangents), *self.recorded.shape)
         buffers, done = Buffers(), 0
         for chunk in self._chunks(tangents):
-            found[done : done + len(chunk)] = self._push(chunk, buffers)
+            products[done : done + len(chunk)] = self._push(chunk, buffers)
             done += len(chunk)
         if self.function is None:
-            return found
+            return products
         with ALONE:
-            return vmap(lambda tangent: jvp(self._of_recorded, (self.recorded,), (tangent,))[1])(found)
+            return vmap(lambda tangent: jvp(self._of_recorded, (self.recorded,), (tangent,))[1])(products)
 
     def _push(self, tangents: Tensor, buffers: Buffers) -> Tensor:
         part = slice(self.first, self.length)
@@ -87,17 +84,17 @@ class DenseProducts:
             if name == self.run.source:
                 t = start
             if name == self.run.target:
-                raise Found(t)
+                stop(t)
             return t
 
         x: Tensor | None = None
         watched = {self.run.source, self.run.target}
-        try:
+        with Stop() as stop:
             for i, primal in self.primals.items():
                 x = self._layer(i, primal, part, buffers).push(x, hook, watched)
             x = hook("final_resid", x)
-        except Found as found:
-            x = found.args[0]
+        if stop.reached:
+            x = stop.value
             if x is None:
                 return tangents.new_zeros(len(tangents), *self.recorded.shape)
             return self._taken(x, self.at[1], part)
@@ -113,12 +110,12 @@ class DenseProducts:
         if self.function is not None:
             back = vjp(self._of_recorded, self.recorded)[1]
             cotangents = vmap(lambda cotangent: back(cotangent)[0])(cotangents)
-        found = cotangents.new_empty(len(cotangents), *self.source.shape)
+        products = cotangents.new_empty(len(cotangents), *self.source.shape)
         buffers, done = Buffers(), 0
         for chunk in self._chunks(cotangents):
-            found[done : done + len(chunk)] = self._pull(chunk, buffers)
+            products[done : done + len(chunk)] = self._pull(chunk, buffers)
             done += len(chunk)
-        return found
+        return products
 
     def _pull(self, cotangents: Tensor, buffers: Buffers) -> Tensor:
         part = slice(0, self.stop)
@@ -136,16 +133,15 @@ class DenseProducts:
             if name == self.run.target:
                 u = start
             if name == self.run.source:
-                raise Found(u)
+                stop(u)
             return u
 
-        try:
+        with Stop() as stop:
             x = hook("final_resid", x)
             for i, primal in reversed(self.primals.items()):
                 x = self._layer(i, primal, part, buffers).pull(x, hook)
-        except Found as found:
-            if found.args[0] is not None:
-                return self._taken(found.args[0], self.at[0], part)
+        if stop.value is not None:
+            return self._taken(stop.value, self.at[0], part)
         return cotangents.new_zeros(len(cotangents), *self.source.shape)
 
     # ---- both ways -----------------------------------------------------------------------------
@@ -161,15 +157,15 @@ class DenseProducts:
         if selected is None:
             full.copy_(rows[:, :, part])
         else:
-            full[:, :, [each - part.start for each in selected]] = rows
+            full[:, :, [token - part.start for token in selected]] = rows
         return full
 
     def _taken(self, full: Tensor, selected: Selected, part: slice) -> Tensor:
         """The chosen tokens of those of ``part``; zero where a chosen token is not among them."""
         chosen = range(self.length) if selected is None else selected
-        inside = [n for n, each in enumerate(chosen) if part.start <= each < part.stop]
+        inside = [n for n, token in enumerate(chosen) if part.start <= token < part.stop]
         if len(inside) == len(chosen) == full.shape[2] and selected is None:
             return full
-        found = full.new_zeros(*full.shape[:2], len(chosen), full.shape[-1])
-        found[:, :, inside] = full[:, :, [chosen[n] - part.start for n in inside]]
-        return found
+        taken = full.new_zeros(*full.shape[:2], len(chosen), full.shape[-1])
+        taken[:, :, inside] = full[:, :, [chosen[n] - part.start for n in inside]]
+        return taken

@@ -23,7 +23,7 @@ class DenseNorm:
     rate: Tensor  # (..., 1)
     gain: Tensor  # (width,)
     bias: Tensor | None
-    centred: bool
+    centered: bool
 
     @classmethod
     def at(cls, x: Tensor, weight: NormWeight, eps: float, rms: bool) -> DenseNorm:
@@ -38,7 +38,7 @@ class DenseNorm:
 
     def rows(self, part: slice) -> DenseNorm:
         """At some tokens of (B, L, width)."""
-        return DenseNorm(self.normed[:, part], self.rate[:, part], self.gain, self.bias, self.centred)
+        return DenseNorm(self.normed[:, part], self.rate[:, part], self.gain, self.bias, self.centered)
 
     def jvp(self, t: Tensor, out: Tensor) -> Tensor:
         """Written to ``out``, which may be t."""
@@ -51,7 +51,7 @@ class DenseNorm:
     def _projected(self, t: Tensor, out: Tensor) -> Tensor:
         """t less its part along normed and, for LayerNorm, its mean: a symmetric matrix."""
         along = (t * self.normed).mean(-1, keepdim=True)
-        if self.centred:
+        if self.centered:
             torch.sub(t, t.mean(-1, keepdim=True), out=out)
             return out.addcmul_(along, self.normed, value=-1)
         return torch.addcmul(t, along, self.normed, value=-1, out=out)

@@ -1,9 +1,8 @@
 """Replacing nodes of a :class:`scalpel.CircuitGPT` while a context lasts.
 
-A node is a channel at a hook, written ``2.attn.v:2012``; ``2.attn.v`` alone is the whole hook. The
-replacement is made where the hook stands, after the hook's own AbsTopK, and everything downstream is computed
-from it. Ablations are pure functions of the values, so they count inside Jacobians and ``torch.func``
-transforms too.
+A node is a channel at a hook, written ``2.attn.v:2012``; ``2.attn.v`` alone means all channels of the hook. The
+replacement is made at the hook, after its own AbsTopK, and everything downstream is computed from it. Ablations are
+pure functions of the values, so they also take effect inside Jacobians and transforms of ``torch.func``.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from .core import Tap
+from .layers import Tap
 from .loaded import LoadedCore
 from .recording import check_hooks, hook_width, run_with_cache
 
@@ -32,18 +31,7 @@ def ablate(
     reference: Any = None,
     seed: int = 0,
 ) -> "Ablation[Model]":
-    """A context in which ``nodes`` are replaced; the model is as before afterwards, whatever happens. They
-    nest, and each can be entered again: see :class:`Ablation`.
-
-    ``kind``: "zero"; "mean": each channel's mean over the reference's real tokens (all prompts and
-    positions); "resample": at each token, the values that the nodes have at one real token of the reference,
-    drawn with ``seed``, the same token for all nodes, so that their joint distribution is kept.
-    ``reference``: what the means or samples are taken over, run on the model without any ablation:
-    ``input_ids`` (B, L), a pair ``(input_ids, attention_mask)``, a mapping with these keys, or a list of
-    prompts (texts, or lists of ids). Without it "mean" uses ``model.card["hook_means"]``, if the model came
-    with them. ValueError for an unknown hook or kind, a channel out of range, or a reference that is needed
-    and absent.
-    """
+    """Make a context in which nodes are replaced: :meth:`scalpel.CircuitGPT.ablate`."""
     if kind not in KINDS:
         raise ValueError(f"ablation kind is {kind!r}; allowed: {', '.join(KINDS)}")
     picked = _parse(model, [nodes] if isinstance(nodes, str) else nodes)
@@ -63,10 +51,16 @@ def ablate(
 
 
 def hook_means(model: LoadedCore, reference: Any, hooks: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Mean activation (width,), float64, of each hook over the reference's real tokens, without any ablation.
+    """Average the activations of hooks over the real tokens of a reference, without any ablation.
 
-    ``reference``: as in :func:`ablate`; ``hooks``: names, all if not given. As lists under
-    ``model.card["hook_means"]`` these are what ``kind="mean"`` uses when it is given no reference.
+    Args:
+        model: The model.
+        reference: Prompts, as in :meth:`scalpel.CircuitGPT.ablate`.
+        hooks: Names of hooks; all if not given.
+
+    Returns:
+        {hook: mean (width,), float64}. Stored as lists under ``model.card["hook_means"]``, these are what
+        ``kind="mean"`` takes when it is given no reference.
     """
     names = model.hook_names if hooks is None else list(hooks)
     check_hooks(model, names)
@@ -81,11 +75,12 @@ def hook_means(model: LoadedCore, reference: Any, hooks: Iterable[str] | None = 
 
 
 class Ablation(ContextDecorator, Generic[Model]):
-    """What :func:`ablate` gives: inside ``with`` the model's nodes are replaced, and it gives the model.
+    """The context that :meth:`scalpel.CircuitGPT.ablate` returns: the model's nodes are replaced inside ``with``.
 
-    It can be entered as often as one likes, with the values that were taken when it was made. Entered inside another
-    ablation, its replacement comes after that one's; entered inside itself, it stays in force until the outermost
-    ``with`` ends. A copy or a pickle of the model that is made inside has these nodes replaced for good.
+    ``with`` gives the model. The context can be entered any number of times, always with the values that were taken
+    when it was made. Inside another ablation, its replacement comes after the other's; inside itself, it stays in force
+    until the outermost ``with`` ends. A copy or a pickle of the model that is made inside keeps the nodes replaced for
+    good.
     """
 
     def __init__(self, model: Model, tap: Tap) -> None:
@@ -97,15 +92,15 @@ class Ablation(ContextDecorator, Generic[Model]):
 
     def __exit__(self, *raised: object) -> None:
         standing = self._model._interventions
-        for i in reversed(range(len(standing))):  # contexts that are left out of order each take their own away
+        for i in reversed(range(len(standing))):  # contexts may be left in any order: each removes its own tap
             if standing[i] is self._tap:
                 del standing[i]
                 return
-        raise RuntimeError("this ablation is left and wasn't entered; use it in a with statement")
+        raise RuntimeError("this ablation wasn't entered, so it can't be left: use it in a with statement")
 
 
 def _parse(model: LoadedCore, nodes: Iterable[str]) -> dict[str, Tensor]:
-    """Hook name to a bool mask (width,) of the channels that were named."""
+    """Read names of nodes: {hook: bool mask (width,) of the channels that are named}."""
     picked: dict[str, Tensor] = {}
     for node in nodes:
         name, colon, channel = str(node).partition(":")
@@ -117,13 +112,13 @@ def _parse(model: LoadedCore, nodes: Iterable[str]) -> dict[str, Tensor]:
         elif channel.isdecimal() and int(channel) < width:
             mask[int(channel)] = True
         else:
-            raise ValueError(f"node {node!r}: {channel!r} is no channel of {name}, which has 0 to {width - 1}")
+            raise ValueError(f"node {node!r}: {channel!r} is no channel of {name}, whose channels are 0 to {width - 1}")
     return picked
 
 
 @dataclass(frozen=True, eq=False)
 class _Fixed:
-    """Each hook's mask (width,) of channels, and what they are replaced by, (width,)."""
+    """Replaces channels by fixed values. ``plan``: {hook: (mask of channels (width,), values (width,))}."""
 
     plan: Mapping[str, tuple[Tensor, Tensor]]
 
@@ -136,7 +131,7 @@ class _Fixed:
 
 @dataclass(frozen=True, eq=False)
 class _Resampled:
-    """Each hook's mask (width,) of channels, and the values (tokens, width) that they are drawn from."""
+    """Replaces channels by values drawn from ``samples`` (tokens, width). ``picked``: {hook: mask (width,)}."""
 
     picked: Mapping[str, Tensor]
     samples: Mapping[str, Tensor]
@@ -146,7 +141,7 @@ class _Resampled:
         if name not in self.picked:
             return value
         pool = self.samples[name]
-        # seeded at each hook: the draw depends on the shape alone, so all nodes of a token get the same one
+        # Seeded anew at each hook: the draw depends on the shape alone, so all nodes of a token get the same sample.
         generator = torch.Generator().manual_seed(self.seed)
         drawn = torch.randint(len(pool), value.shape[:-1], generator=generator, device="cpu")
         return torch.where(self.picked[name].to(value.device), _like(pool[drawn.to(pool.device)], value), value)
@@ -181,7 +176,7 @@ def _stored_means(model: LoadedCore, names: Iterable[str]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _activations(model: LoadedCore, reference: Any, names: Sequence[str]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Values at ``names`` and the mask of real tokens (B, L), some prompts at a time."""
+    """Yield values at ``names`` and the mask of real tokens (B, L), some prompts at a time."""
     input_ids, real = _batch(model, reference)
     last = max(names, key=model.hook_names.index, default=None)
     if last is None:
@@ -208,7 +203,7 @@ def _batch(model: LoadedCore, reference: Any) -> tuple[Tensor, Tensor]:
         if isinstance(reference, str):
             reference = [reference]
         reference = list(reference)
-        if reference and all(isinstance(each, int) for each in reference):
+        if reference and all(isinstance(token, int) for token in reference):
             reference = [reference]  # the ids of one prompt
         rows = [_ids(model, prompt) for prompt in reference]
         if not rows:
@@ -228,9 +223,9 @@ def _batch(model: LoadedCore, reference: Any) -> tuple[Tensor, Tensor]:
 
 
 def _is_masked_batch(reference: Any) -> bool:
-    """A pair (input_ids, attention_mask); two prompts of one dimension each are a list of prompts instead."""
+    """Whether this is a pair (input_ids, attention_mask). Two prompts of one dimension each are a list of prompts."""
     pair = isinstance(reference, tuple) and len(reference) == 2
-    return pair and all(isinstance(each, Tensor) and each.dim() == 2 for each in reference)
+    return pair and all(isinstance(part, Tensor) and part.dim() == 2 for part in reference)
 
 
 def _ids(model: LoadedCore, prompt: Any) -> Tensor:

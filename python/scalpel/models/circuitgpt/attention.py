@@ -14,35 +14,36 @@ _fused_training: ContextVar[tuple[bool, ...]] = ContextVar("fused_training", def
 
 
 def fused_training() -> Scope[bool]:
-    """Within it attention is trained through torch's fused kernel, some three times as fast on a CPU.
+    """Within this context, attention is trained through torch's fused kernel, about three times as fast on a CPU.
 
-    It has a first derivative in reverse mode and no other, and rounds otherwise than the weights written out.
-    The context can be entered again.
+    The kernel has a first derivative in reverse mode and no other, and its rounding differs from that of the weights
+    written out. The context can be entered again.
     """
     return Scope(_fused_training, True)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, n_head: int, allowed: Tensor, sink_logit: Tensor | None) -> Tensor:
-    """Outputs (B, L, width) of all heads side by side, from q, k and v of that shape.
+    """Compute the outputs (B, L, width) of all heads side by side, from q, k and v of that shape.
 
-    ``allowed``: bool (L, L) or (B, 1, L, L); ``sink_logit`` (n_head,) or None. Where nothing is differentiated,
-    torch's fused kernels are used; they hold no (L, L) weights, and round otherwise.
+    ``allowed``: bool (L, L) or (B, 1, L, L); ``sink_logit``: (n_head,) or None. There may be fewer queries than keys;
+    ``allowed`` then has a row for each query. Where nothing is differentiated, torch's fused kernels are used. They
+    hold no (L, L) weights, and their rounding differs.
     """
     if _differentiated():
         if _fused_training.get():
             return _attend_with_sink_key(q, k, v, n_head, allowed, sink_logit)
         return _joined(attention_weights(q, k, n_head, allowed, sink_logit) @ _heads(v, n_head))
     bias = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill_(~allowed, float("-inf"))
-    # the fused kernels want a batch dimension on the mask
+    # the fused kernels need a batch dimension on the mask
     bias = bias if bias.dim() == 4 else bias[(None,) * (4 - bias.dim())]
     queries, keys, values = _heads(q, n_head), _heads(k, n_head), _heads(v, n_head)
     if sink_logit is None:
         return _joined(F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias))
     if q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64):
-        # The kernel behind the call above, which also gives each row's log-sum-exp: with it the sink's share.
+        # The kernel behind the call above also gives the log-sum-exp of each row, from which the sink's share follows.
         y, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, keys, values, attn_mask=bias)
         return _joined(y * torch.sigmoid(log_sum - sink_logit.to(q.dtype)[:, None])[..., None])
-    # As one more key, whose value is zero.
+    # The sink is one more key, whose value is zero.
     bias = bias.expand(-1, n_head, -1, -1)
     column = sink_logit.to(q.dtype).view(-1, 1, 1).expand(*bias.shape[:-1], 1)
     keys, values = F.pad(keys, (0, 0, 1, 0)), F.pad(values, (0, 0, 1, 0))
@@ -53,7 +54,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, n_head: int, allowed: Tensor, sink_l
 def _attend_with_sink_key(
     q: Tensor, k: Tensor, v: Tensor, n_head: int, allowed: Tensor, sink_logit: Tensor | None
 ) -> Tensor:
-    """:func:`attend` with the sink as one key more: each query has a 1 behind it, and that key its logit there."""
+    """:func:`attend` with the sink as one more key: each query ends in a 1, and that key has its logit there."""
     queries, keys, values = _heads(q, n_head), _heads(k, n_head), _heads(v, n_head)
     scale = 1 / math.sqrt(queries.shape[-1])
     bias = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill_(~allowed, float("-inf"))
@@ -69,7 +70,7 @@ def _attend_with_sink_key(
 
 
 def attention_weights(q: Tensor, k: Tensor, n_head: int, allowed: Tensor, sink_logit: Tensor | None) -> Tensor:
-    """Weights over real keys (B, n_head, L, L), each row's sum 1, or less where a sink takes its share."""
+    """Compute the weights of real keys (B, n_head, L, L); each row sums to 1, or to less where there is a sink."""
     scores = _heads(q, n_head) @ _heads(k, n_head).transpose(-2, -1) / math.sqrt(q.shape[-1] // n_head)
     scores = scores.masked_fill(~allowed, float("-inf"))
     if sink_logit is None:
@@ -79,10 +80,9 @@ def attention_weights(q: Tensor, k: Tensor, n_head: int, allowed: Tensor, sink_l
 
 
 def allowed_keys(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Which keys each query may read, bool (L, L) or (B, 1, L, L).
+    """Determine which keys each query may read: bool (L, L) or (B, 1, L, L).
 
-    A query that is left no key reads itself: a padding token's own row stays finite, and no real query
-    sees it.
+    A query that may read no key reads itself, so that the row of a padding token stays finite; no real query reads it.
     """
     batch, length = input_ids.shape
     itself = torch.eye(length, dtype=torch.bool, device=input_ids.device)
@@ -110,7 +110,7 @@ def _joined(y: Tensor) -> Tensor:
 
 
 def _differentiated() -> bool:
-    """Whether a derivative of either kind may be asked for: the fused kernel has no forward derivative."""
+    """Whether a derivative may be asked for, in reverse or forward mode; the fused kernel has no forward derivative."""
     if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return True
     return forward_ad._current_level >= 0

@@ -1,9 +1,9 @@
-"""Checkpoints: found by name, folder or hub id; loaded strictly or refused; saved atomically.
+"""Checkpoints: they are found by name, folder or hub id, loaded strictly or refused, and saved atomically.
 
 The public format is a folder with ``beeg_config.json`` and ``final_model.pt`` (Gao et al. 2025, the inference
 code of arXiv 2511.13653). The hub's format has the same fields in ``config.json`` beside
 ``model.safetensors`` or ``pytorch_model.bin``, with keys that begin with ``circuit_model.``. Nothing that
-came with a checkpoint is executed.
+comes with a checkpoint is executed.
 """
 
 import json
@@ -44,20 +44,7 @@ def from_pretrained(
     device: torch.device | str | None = None,
     local_files_only: bool = False,
 ) -> Model:
-    """Load a model of the class ``cls``, in evaluation mode.
-
-    ``source``: the name of a shipped model, a folder in the public or the hub's format, or a hub id
-    (``owner/name``, with ``revision``, ``cache_dir`` and ``local_files_only`` as in huggingface_hub). A
-    shipped name wins over a folder of that name in the working directory; write ``./name`` for the folder.
-    ``dtype``: float32 if not given, which is what the public code computes in (half-precision weights are
-    exact in it), and float64 where a weight is stored as float64. ``device``: where to put it; the CPU if not
-    given.
-
-    Loading is strict: a missing or extra key, a wrong shape, a NaN, or a config field that the model can't
-    express raises CheckpointError with the key and the cause. What is harmless and was passed over (a
-    causal-mask buffer, an unknown switch that is off, an absent ``final_logits_bias``) is listed in
-    ``model.card["notes"]``.
-    """
+    """Load a model of the class ``cls``: :meth:`scalpel.CircuitGPT.from_pretrained`."""
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype is {dtype!r}; it must be a torch.dtype, as torch.float32")
     if dtype is not None and not dtype.is_floating_point:
@@ -94,15 +81,10 @@ def from_pretrained(
 
 
 def save_pretrained(model: LoadedCore, folder: str | Path, *, compress: bool = True) -> None:
-    """Write the public format: ``beeg_config.json``, ``final_model.pt``, and the tokenizer and card where
-    there are.
+    """Write a model in the public format: :meth:`scalpel.CircuitGPT.save_pretrained`.
 
-    Loading it again gives equal bits, and the public inference code reads it too; so fields that the public
-    config class lacks (they change nothing, or the model would have been refused) are left out. Every file is
-    complete on disk before the first takes its final name, and each replaces its predecessor atomically.
-    Other files in ``folder`` stay; a ``tokenizer.json`` or ``card.json`` of an earlier model that this one
-    lacks is removed. ``compress``: see :func:`scalpel.models.weight_files.write_weights`. Raises
-    CheckpointError for weights that are not finite, OSError where the folder can't be written.
+    The public inference code reads it too, so fields that its config class lacks are left out; they change nothing, or
+    the model would have been refused. ``compress``: see :func:`scalpel.models.weight_files.write_weights`.
     """
     folder = Path(folder)
     weights = dict(model.state_dict())
@@ -132,7 +114,7 @@ def save_pretrained(model: LoadedCore, folder: str | Path, *, compress: bool = T
 
 
 def shipped_models() -> dict[str, Path]:
-    """Names and folders of the models that come with the package."""
+    """List the models that come with the package: {name: folder}."""
     data = resources.files("scalpel") / "data"
     found = [child for child in data.iterdir() if isinstance(child, Path)] if data.is_dir() else []
     return {child.name: child for child in sorted(found) if (child / "beeg_config.json").is_file()}
@@ -153,8 +135,7 @@ def _locate(source: str | Path, revision: str | None, cache_dir: str | Path | No
         return _download(source, revision, cache_dir, local_only)
     raise CheckpointError(
         f"{str(source)!r} is neither a shipped model ({', '.join(shipped) or 'none'}), nor a folder, nor a "
-        "hub id "
-        "(owner/name)"
+        "hub id (owner/name)"
     )
 
 
@@ -172,11 +153,10 @@ def _download(source: str, revision: str | None, cache_dir: str | Path | None, l
                 allow_patterns=["*.json", "*.safetensors", "*.bin", "*.pt", "vocab.bpe", "merges.txt"],
             )
         )
-    except Exception as error:  # the hub's client raises many kinds; each means that there is no checkpoint
+    except Exception as error:  # the hub's client raises errors of many kinds; each means that there is no checkpoint
         raise CheckpointError(
             f"{source!r} is no folder here and couldn't be fetched from the hub: {type(error).__name__}: "
-            f"{error}. "
-            "Check the id and the connection, or give the path of a folder that you downloaded."
+            f"{error}. Check the id and the connection, or give the path of a folder that you downloaded."
         ) from error
 
 
@@ -201,7 +181,7 @@ def _without_prefix(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fit(model: LoadedCore, weights: dict[str, Tensor]) -> list[str]:
-    """Make ``weights`` what the (shape-only) ``model`` needs, in place; returns what was passed over."""
+    """Change ``weights`` in place to what the (shape-only) ``model`` needs; returns notes on what was passed over."""
     notes = _drop_causal_buffers(model.config, weights)
     wanted = model.state_dict()
     tied = ("transformer.wte.weight", "lm_head.weight")
@@ -233,15 +213,15 @@ def _fit(model: LoadedCore, weights: dict[str, Tensor]) -> list[str]:
             )
     if model.config.tied_unembed and not torch.equal(weights[tied[0]], weights[tied[1]]):
         raise CheckpointError(
-            f"tied_unembed is true, but {tied[0]!r} and {tied[1]!r} differ: which of them is meant can't be "
-            "known. "
+            f"tied_unembed is true, but {tied[0]!r} and {tied[1]!r} differ: it is unknown which of them "
+            "is meant. "
             "If the head is its own, set tied_unembed to false."
         )
     return notes
 
 
 def _drop_causal_buffers(config: CircuitGPTConfig, weights: dict[str, Tensor]) -> list[str]:
-    """Check and drop the causal masks that the public code stores in attentions where ``flash`` is off."""
+    """Check and drop the causal masks that the public code stores in attention where ``flash`` is off."""
     found = [key for key in weights if (at := _CAUSAL_BUFFER.fullmatch(key)) and int(at[1]) < config.n_layer]
     for key in found:
         mask = weights.pop(key)
@@ -261,7 +241,7 @@ def _drop_causal_buffers(config: CircuitGPTConfig, weights: dict[str, Tensor]) -
 def _why_extra(key: str) -> str:
     if key.endswith("attn_imp.sink_logit"):
         return (
-            "the weights have attention sinks, the config has not (sink is false or absent). Loading "
+            "the weights have attention sinks, but the config has none (sink is false or absent). Loading "
             "without them "
             'would silently change the model; if it was trained with them, write "sink": true into the config'
         )
@@ -282,7 +262,7 @@ def _check_finite(weights: dict[str, Tensor]) -> None:
             )
         if tensor.numel() == 0:
             continue
-        low, high = torch.aminmax(tensor)  # NaN goes through, and no mask of the tensor's size is made
+        low, high = torch.aminmax(tensor)  # both are NaN if any value is, and no mask of the tensor's size is made
         if not bool(low.isfinite() & high.isfinite()):
             bad = ~torch.isfinite(tensor)
             first = tuple(int(i) for i in bad.nonzero()[0])

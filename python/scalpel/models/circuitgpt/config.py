@@ -20,7 +20,7 @@ ABS_TOPK_LOCATIONS = (
     "resid_post_mlp",
 )
 
-# Training or speed switches of the published class: they don't change what the model computes in evaluation.
+# Switches of the published class for training or speed. They do not change what the model computes in evaluation.
 _SWITCHES = frozenset(
     {
         "dropout",
@@ -33,7 +33,7 @@ _SWITCHES = frozenset(
     }
 )
 
-# What transformers writes beside the model's own fields.
+# Fields that transformers adds to the model's own.
 _HUB_FIELDS = frozenset(
     {
         "architectures",
@@ -53,7 +53,7 @@ _HUB_FIELDS = frozenset(
     }
 )
 
-# Fields of checkpoints whose code was never published: only at these values is the model the published one.
+# Fields of checkpoints whose code was never published. Only at these values is the model the published one.
 _ONLY_AT: dict[str, tuple[Any, ...]] = {
     "unembed_rank": (None,),
     "bigram_table_rank": (None,),
@@ -73,10 +73,21 @@ _ONLY_AT: dict[str, tuple[Any, ...]] = {
 class CircuitGPTConfig:
     """Shape and variants of a :class:`scalpel.CircuitGPT`.
 
-    ``afrac`` is the fraction that AbsTopK keeps at each of ``afrac_loctypes`` (``None``: no AbsTopK
-    anywhere); k = int(afrac · width). ``d_pos_emb`` set means that positions are concatenated to the inputs
-    of attention and MLP instead of being added to the embedding. ``extra`` keeps fields that were read and
-    don't change the mathematics, so that saving gives them back.
+    Attributes:
+        afrac: The fraction that AbsTopK keeps at each location of ``afrac_loctypes`` (names with commas between them):
+            k = int(afrac · width). None means that there is no AbsTopK.
+        d_pos_emb: Width of the position embeddings if these are concatenated to the inputs of attention and MLP; None
+            if they are added to the token embeddings.
+        extra: Fields that were read and do not change the mathematics. They are kept so that saving gives them back.
+
+    Raises:
+        ValueError: A field is outside its range; the message names it and what is allowed.
+
+    Example:
+        >>> from scalpel import CircuitGPTConfig
+        >>> config = CircuitGPTConfig(n_layer=2, n_head=4, d_model=32, afrac=0.25, afrac_loctypes="attn_in,mlp_neuron")
+        >>> config.d_mlp, config.k_at("mlp_neuron", config.d_mlp), config.k_at("mlp_out", 32)
+        (128, 32, None)
     """
 
     block_size: int = 1024
@@ -161,21 +172,23 @@ class CircuitGPTConfig:
         return self.d_model + (self.d_pos_emb or 0)
 
     def k_at(self, location: str, width: int) -> int | None:
-        """How many entries AbsTopK keeps at ``location``, or None where it is off."""
+        """Compute how many entries AbsTopK keeps at ``location``; None where it is off."""
         if location not in self.topk_locations:
             return None
         assert self.afrac is not None
         return int(self.afrac * width)
 
     @classmethod
-    def from_dict(cls, given: Mapping[str, Any]) -> "CircuitGPTConfig":
-        """Read a ``beeg_config.json``; an unknown field that could change the mathematics is an error naming
-        it.
+    def from_dict(cls, stored: Mapping[str, Any]) -> "CircuitGPTConfig":
+        """Read the fields of a ``beeg_config.json``.
+
+        Raises:
+            ValueError: A field is unknown and could change the mathematics, or has a value outside its range.
         """
         own = {f.name for f in fields(cls)} - {"extra"}
         known: dict[str, Any] = {}
         extra: dict[str, Any] = {}
-        for key, value in given.items():
+        for key, value in stored.items():
             name = "d_mlp" if key == "n_mlp" else key
             if name in own:
                 if name in known and known[name] != value:
@@ -194,23 +207,22 @@ class CircuitGPTConfig:
                 extra[name] = value  # a switch that is off changes nothing, whatever it is called
             else:
                 raise ValueError(
-                    f"unknown config field {name!r} = {value!r}: it may change what the model computes, so "
-                    "the "
+                    f"unknown config field {name!r} = {value!r}: it may change what the model computes, so the "
                     "checkpoint is refused. Remove the field if you know that it is harmless."
                 )
         return cls(**known, extra=extra)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, harmless extras included."""
+        """Give all fields, harmless extras included."""
         own = asdict(self)
         return {**own.pop("extra"), **own}
 
     def to_public_dict(self) -> dict[str, Any]:
-        """The fields of ``beeg_config.json``: those of the published class, which refuses any other."""
+        """Give the fields of ``beeg_config.json``: those of the published class, which refuses all others."""
         return {name: value for name, value in self.to_dict().items() if name not in self.extra or name in _SWITCHES}
 
     def unknown_fields(self) -> dict[str, Any]:
-        """Extras that no published code has; they are here because they are off."""
+        """Give the extra fields that no published code has. They were accepted because they are off."""
         return {
             name: value
             for name, value in self.extra.items()
@@ -219,5 +231,5 @@ class CircuitGPTConfig:
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if not any(value == each and type(value) is type(each) for each in allowed):
+    if not any(value == choice and type(value) is type(choice) for choice in allowed):
         raise ValueError(f"config field {name!r} has {value!r}; allowed: {', '.join(map(str, allowed))}")

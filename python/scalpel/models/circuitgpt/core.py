@@ -1,150 +1,34 @@
-"""CircuitGPT: the weight-sparse transformer of Gao et al. 2025 (arXiv 2511.13653), every variant of it.
+"""The core of CircuitGPT, the weight-sparse transformer of Gao et al. 2025 (arXiv 2511.13653), in every variant.
 
-The forward pass names each value at a hook (``0.attn.q``, ``1.mlp.post_act``, ..., ``final_resid``) and hands
-it to a *tap*, which may record it or give another in its place. Caching, interventions, ablation and
-Jacobians are all taps; the mathematics stands here once.
+It computes logits and shows every value on the way, by the name of its hook, to a *tap*. Caching, interventions,
+ablation and Jacobians are all taps, so the mathematics stands once: here and, for a single layer, in :mod:`.layers`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...hooks.inputs import Limits, checked_ids, positions_after_padding, real_tokens
-from ...hooks.masks import watched
+from ...hooks.names import hook_names
 from ...lanes import apply_linear
-from ...topk import keep_topk
-from ..fresh import MADE_IN, embedding, linear, sinusoids, zeros
-from .attention import allowed_keys, attend
+from ..fresh import embedding, linear, sinusoids, zeros
+from .attention import allowed_keys
 from .config import CircuitGPTConfig
+from .layers import Block, LayerInputs, Tap, norm
 
-Tap = Callable[[str, Tensor], Tensor]
-
-
-class _LayerNorm(nn.LayerNorm):
-    def __init__(self, width: int, bias: bool, device: torch.device) -> None:
-        super().__init__(width, eps=1e-5, bias=bias, device=device, dtype=MADE_IN)
-
-
-def _norm(config: CircuitGPTConfig, width: int, device: torch.device) -> nn.Module:
-    if config.rms_norm:
-        return nn.RMSNorm(width, device=device, dtype=MADE_IN)
-    return _LayerNorm(width, config.ln_bias, device)
-
-
-class _Sparsifier:
-    """AbsTopK at a named location, or nothing where the config leaves that location off."""
-
-    def __init__(self, config: CircuitGPTConfig) -> None:
-        self.config = config
-
-    def __call__(self, x: Tensor, location: str, name: str) -> Tensor:
-        k = self.config.k_at(location, x.shape[-1])
-        if k is None:
-            return x
-        watched(name, x, k)
-        return keep_topk(x, k)
-
-
-class _Sink(nn.Module):
-    """One slot per head that takes attention and gives nothing: logit ``sink_logit``, value zero."""
-
-    def __init__(self, n_head: int, device: torch.device) -> None:
-        super().__init__()
-        self.sink_logit = nn.Parameter(zeros(n_head, device=device))
-
-
-class Attention(nn.Module):
-    """Causal self-attention with an optional sink. Input (B, L, d_in), output (B, L, d_model)."""
-
-    def __init__(self, config: CircuitGPTConfig, device: torch.device) -> None:
-        super().__init__()
-        self.config = config
-        self.c_attn = linear(config.d_in, 3 * config.d_attn, config.bias, device)
-        self.c_proj = linear(config.d_attn, config.d_model, config.bias, device)
-        if config.sink:
-            self.attn_imp = _Sink(config.n_head, device)
-        self._sparsify = _Sparsifier(config)
-
-    def forward(self, x: Tensor, allowed: Tensor, tap: Tap, at: str) -> Tensor:
-        x = tap(f"{at}.act_in", self._sparsify(x, "attn_in", f"{at}.act_in"))
-        q, k, v = apply_linear(self.c_attn, x).split(self.config.d_attn, dim=-1)
-        k = tap(f"{at}.k", self._sparsify(k, "attn_k", f"{at}.k"))
-        q = tap(f"{at}.q", self._sparsify(q, "attn_q", f"{at}.q"))
-        v = tap(f"{at}.v", self._sparsify(v, "attn_v", f"{at}.v"))
-        sink = self.attn_imp.sink_logit if self.config.sink else None
-        y = tap(f"{at}.y", attend(q, k, v, self.config.n_head, allowed, sink))
-        return self._sparsify(apply_linear(self.c_proj, y), "attn_out", f"{at}.resid_delta")
-
-
-class MLP(nn.Module):
-    """One hidden layer. Input (B, L, d_in), output (B, L, d_model)."""
-
-    def __init__(self, config: CircuitGPTConfig, device: torch.device) -> None:
-        super().__init__()
-        assert config.d_mlp is not None
-        self.config = config
-        self.c_fc = linear(config.d_in, config.d_mlp, config.bias, device)
-        self.c_proj = linear(config.d_mlp, config.d_model, config.bias, device)
-        self.activation = F.gelu if config.activation_type == "gelu" else F.relu
-        self._sparsify = _Sparsifier(config)
-
-    def forward(self, x: Tensor, tap: Tap, at: str) -> Tensor:
-        x = tap(f"{at}.act_in", self._sparsify(x, "mlp_in", f"{at}.act_in"))
-        before = apply_linear(self.c_fc, x)
-        if self.config.activation_type == "relu":
-            watched(f"{at}.post_act", before, None)
-        x = tap(f"{at}.post_act", self._sparsify(self.activation(before), "mlp_neuron", f"{at}.post_act"))
-        return self._sparsify(apply_linear(self.c_proj, x), "mlp_out", f"{at}.resid_delta")
-
-
-class Block(nn.Module):
-    """A layer: attention then MLP, each reading the normed residual and adding to it."""
-
-    def __init__(self, config: CircuitGPTConfig, device: torch.device) -> None:
-        super().__init__()
-        self.config = config
-        self.ln_1 = _norm(config, config.d_model, device)
-        self.attn = Attention(config, device)
-        self.ln_2 = _norm(config, config.d_model, device)
-        self.mlp = MLP(config, device)
-        if config.d_pos_emb is not None:
-            self.ln_p1 = _norm(config, config.d_pos_emb, device)
-            self.ln_p2 = _norm(config, config.d_pos_emb, device)
-        self._sparsify = _Sparsifier(config)
-
-    def forward(self, x: Tensor, positions: Tensor | None, allowed: Tensor, tap: Tap, at: str) -> Tensor:
-        x = tap(f"{at}.resid_in", x)
-        read = self.ln_1(x)
-        if positions is not None:
-            read = torch.cat([read, self.ln_p1(positions).expand(*read.shape[:-1], -1)], dim=-1)
-        delta = self.attn(read, allowed, tap, f"{at}.attn")
-        x = self._settle(x + tap(f"{at}.attn.resid_delta", delta), "resid_post_attn", at)
-        x = tap(f"{at}.resid_mid", x)
-        read = self.ln_2(x)
-        if positions is not None:
-            read = torch.cat([read, self.ln_p2(positions).expand(*read.shape[:-1], -1)], dim=-1)
-        delta = self.mlp(read, tap, f"{at}.mlp")
-        return self._settle(x + tap(f"{at}.mlp.resid_delta", delta), "resid_post_mlp", at)
-
-    def _settle(self, x: Tensor, location: str, at: str) -> Tensor:
-        if self.config.residual_activation_type == "relu":
-            watched(f"{at}.{location}", x, None)
-            x = x.relu()
-        return self._sparsify(x, location, f"{at}.{location}")
+__all__ = ["MODULE_PATHS", "CircuitCore"]
 
 
 class CircuitCore(nn.Module):
-    """The transformer itself: token ids in, logits (B, L, vocab) out, every value between them shown to a tap.
+    """The transformer itself: it computes logits from token ids and shows every value on the way to a tap.
 
-    Parameter names are those of the public checkpoints. ``config``, ``seed``, ``device`` and ``dtype`` are described at
-    :class:`scalpel.CircuitGPT`, which adds what one does with such a model.
+    The arguments are those of :class:`scalpel.CircuitGPT`, which adds what one does with such a model.
     """
 
-    # torch types what a container holds as Tensor | Module; the names below are what it is
+    # torch declares attributes of a module as Tensor | Module; these annotations are more precise
     transformer: Any
     final_logits_bias: Tensor
     bigram_table: Tensor | None
@@ -172,7 +56,7 @@ class CircuitCore(nn.Module):
                     "wte": embedding(config.vocab_size, config.d_model, made_on),
                     "wpe": embedding(config.block_size, config.d_pos_emb or config.d_model, made_on),
                     "h": nn.ModuleList(Block(config, made_on) for _ in range(config.n_layer)),
-                    "ln_f": _norm(config, config.d_model, made_on),
+                    "ln_f": norm(config, config.d_model, made_on),
                 }
             )
             self.lm_head = linear(config.d_model, config.vocab_size, False, made_on)
@@ -189,7 +73,7 @@ class CircuitCore(nn.Module):
         self.to(device=device, dtype=dtype)
 
     def _initialise(self) -> None:
-        """Normal weights of deviation 0.02, projections into the residual scaled by depth (GPT-2's rule)."""
+        """Draw normal weights of standard deviation 0.02, less in projections into the residual (GPT-2's rule)."""
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * max(1, self.config.n_layer)))
@@ -205,15 +89,24 @@ class CircuitCore(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.lm_head.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
         return self.lm_head.weight.dtype
 
     @property
     def hook_names(self) -> list[str]:
-        """Every hook in the order in which the forward pass reaches it: 11 a layer and ``final_resid``."""
+        """The names of all hooks, in the order in which the forward pass reaches them.
+
+        Example:
+            >>> from scalpel import CircuitGPT
+            >>> names = CircuitGPT.from_pretrained("bracket-mini").hook_names
+            >>> names[:3], names[-1], len(names)
+            (['0.resid_in', '0.attn.act_in', '0.attn.k'], 'final_resid', 23)
+        """
         return hook_names(self.config.n_layer)
 
     def forward(
@@ -224,14 +117,30 @@ class CircuitCore(nn.Module):
         *,
         tap: Tap | None = None,
     ) -> Tensor:
-        """Logits (B, L, vocab) of ``input_ids`` (B, L) of integers.
+        """Compute the logits of texts.
 
-        ``attention_mask``: (B, L) with 1 at real tokens, or (B, L, L) with 1 where a query may read a key;
-        causality always holds. No masked key enters any head, so batches of unequal length are exact on
-        either side of padding. ``position_ids`` (B, L) or (L,): by default each real token's rank in its row; under a
-        mask (B, L, L) its place behind the tokens in front that no query reads.
-        All of them may be on another device than the model; the logits are on the model's.
-        Raises ValueError for an empty text, one longer than ``block_size``, or an id outside the vocabulary.
+        Args:
+            input_ids: Token ids (B, L), integers. These and the following may be on another device than the model.
+            attention_mask: (B, L) with 1 at real tokens, or (B, L, L) with 1 where a query may read a key; attention is
+                causal in any case. No masked key enters any head, so texts have the logits that they have alone,
+                whichever side the padding is on.
+            position_ids: (B, L) or (L,). By default a real token's rank among the real tokens of its row; under a mask
+                (B, L, L), its place counted from the first token of the row that some query reads.
+            tap: A function from (name of a hook, value there) to the value to go on with, called at every hook in turn,
+                after the interventions that are in force.
+
+        Returns:
+            The logits (B, L, vocab), on the model's device.
+
+        Raises:
+            ValueError: A text is empty or longer than ``block_size``, or an id is outside the vocabulary.
+
+        Example:
+            >>> from scalpel import CircuitGPT
+            >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+            >>> ids, mask = model.tokenizer.batch(["[[1,2],3", "[4,5"])
+            >>> model(ids, mask).shape
+            torch.Size([2, 7, 512])
         """
         input_ids = self._checked_ids(input_ids)
         at = self._composed_tap(tap)
@@ -242,26 +151,54 @@ class CircuitCore(nn.Module):
         if not concatenated:
             x = x + positions
         for i, block in enumerate(self.transformer.h):
-            x = block(x, positions if concatenated else None, allowed, at, str(i))
-        x = at("final_resid", x)
-        logits = apply_linear(self.lm_head, self.transformer.ln_f(x)) + self.final_logits_bias.to(x.dtype)
+            x = block(x, LayerInputs(str(i), at, allowed, positions if concatenated else None))
+        return self.unembed(at("final_resid", x), input_ids)
+
+    def unembed(self, x: Tensor, input_ids: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
+        """Compute the logits from the residual stream after the last layer: the last stage of the forward pass.
+
+        Args:
+            x: The value at ``final_resid`` (..., d_model).
+            input_ids: The token ids (...) at the same places, which the bigram table reads.
+            tokens: The tokens whose logits are wanted; all if not given.
+
+        Returns:
+            The logits (..., vocab), or (..., number of tokens).
+
+        Example:
+            >>> import torch
+            >>> from scalpel import CircuitGPT
+            >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+            >>> ids, _ = model.tokenizer.batch(["[[1,2]"])
+            >>> logits, values = model.run_with_cache(ids, ["final_resid"])
+            >>> torch.equal(model.unembed(values["final_resid"], ids), logits)
+            True
+        """
+        x = self.transformer.ln_f(x)
+        if tokens is None:
+            logits, bias = apply_linear(self.lm_head, x), self.final_logits_bias
+        else:
+            tokens = list(tokens)  # a tuple would be an index of several dimensions
+            logits, bias = x @ self.lm_head.weight[tokens].T, self.final_logits_bias[tokens]
+        logits = logits + bias.to(x.dtype)
         if self.bigram_table is not None:
-            logits = logits + self.bigram_table[input_ids].to(x.dtype)
+            followers = self.bigram_table[input_ids]
+            logits = logits + (followers if tokens is None else followers[..., tokens]).to(x.dtype)
         return logits
 
     def _composed_tap(self, tap: Tap | None) -> Tap:
         chain = [*self._interventions, *([tap] if tap is not None else [])]
 
         def at(name: str, value: Tensor) -> Tensor:
-            for each in chain:
-                value = each(name, value)
+            for tap in chain:
+                value = tap(name, value)
             return value
 
         return at
 
     @property
     def token_limits(self) -> Limits:
-        """Which token ids the model takes."""
+        """The token ids and lengths that the model takes."""
         return Limits(self.config.vocab_size, self.config.block_size, self.device, others=False)
 
     def _checked_ids(self, input_ids: Tensor) -> Tensor:
@@ -289,16 +226,7 @@ class CircuitCore(nn.Module):
         return self.transformer.wpe(position_ids)
 
 
-def hook_names(n_layer: int) -> list[str]:
-    """Hook names of a model of ``n_layer`` layers, in the order of the forward pass."""
-    in_attention = ("act_in", "k", "q", "v", "y", "resid_delta")
-    in_mlp = ("act_in", "post_act", "resid_delta")
-    in_layer = ["resid_in", *(f"attn.{hook}" for hook in in_attention), "resid_mid"]
-    in_layer += [f"mlp.{hook}" for hook in in_mlp]
-    return [f"{i}.{hook}" for i in range(n_layer) for hook in in_layer] + ["final_resid"]
-
-
-# hook → the module whose output, or with ":in" input, has its value; {i} is the layer
+# The module whose output, or input where the path ends in ":in", is the value of a hook; {i} stands for the layer.
 MODULE_PATHS = {
     "resid_in": "transformer.h.{i}:in",
     "attn.act_in": "transformer.h.{i}.attn.c_attn:in",

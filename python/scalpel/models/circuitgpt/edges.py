@@ -1,8 +1,8 @@
 """The edge list of a :class:`scalpel.CircuitGPT`: every non-zero weight of every matrix, as a table.
 
-Nodes carry the names of hooks: ``0.attn.act_in:12`` → ``0.attn.q:5``. Beside them stand ``token:ID``,
-``position:P``, ``logits:ID``, and ``position_embedding:C`` where positions are concatenated: that channel
-enters every ``act_in`` as channel d_model + C, after its norm.
+Nodes are named after hooks: ``0.attn.act_in:12`` → ``0.attn.q:5``. Other nodes are ``token:ID``, ``position:P`` and
+``logits:ID``. Where positions are concatenated, there is also ``position_embedding:C``: after its norm, that channel
+enters every ``act_in`` as channel d_model + C.
 """
 
 from collections.abc import Iterator
@@ -26,11 +26,11 @@ COLUMNS = ("src", "dst", "weight", "layer", "param")
 
 @dataclass(frozen=True)
 class EdgeTable:
-    """Edges in columns. Names are held once and edges hold codes, about 18 bytes an edge.
+    """Edges in columns, ordered by parameter, then by row and column of its matrix.
 
-    ``src_code`` and ``dst_code`` index ``nodes``, ``param_code`` indexes ``params``. ``layer`` is -1 for the
-    embeddings, the head and the bigram table. Biases and norm weights connect no two nodes and aren't edges.
-    Ordered by parameter, then by row and column of its matrix.
+    Each name is held once and edges hold codes, so that an edge takes about 18 bytes. ``src_code`` and ``dst_code``
+    index ``nodes``, and ``param_code`` indexes ``params``. ``layer`` is -1 for the embeddings, the head and the bigram
+    table. Biases and norm weights connect no two nodes, so they are no edges.
     """
 
     nodes: NDArray[np.object_]
@@ -46,12 +46,12 @@ class EdgeTable:
 
     @cached_property
     def src(self) -> NDArray[np.object_]:
-        """Names of the nodes that edges come from (number of edges,)."""
+        """Names of the nodes where edges begin (number of edges,)."""
         return self.nodes[self.src_code]
 
     @cached_property
     def dst(self) -> NDArray[np.object_]:
-        """Names of the nodes that edges go to (number of edges,)."""
+        """Names of the nodes where edges end (number of edges,)."""
         return self.nodes[self.dst_code]
 
     @cached_property
@@ -60,11 +60,11 @@ class EdgeTable:
         return self.params[self.param_code]
 
     def to_dict(self) -> dict[str, NDArray[Any]]:
-        """Column name to array: src, dst, weight, layer, param."""
+        """Give the columns by name: src, dst, weight, layer, param."""
         return {name: getattr(self, name) for name in COLUMNS}
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """The table as a DataFrame whose name columns are categorical; needs pandas."""
+        """Convert to a DataFrame, whose columns of names are categorical; needs pandas."""
         import pandas
 
         def named(codes: NDArray[Any], names: NDArray[np.object_]) -> Any:
@@ -87,16 +87,15 @@ class EdgeTable:
 
 @torch.no_grad()
 def edges(model: CircuitCore) -> EdgeTable:
-    """All non-zero entries of the model's matrices; their number is the non-zeros of the matrices that it
-    uses.
+    """List all non-zero entries of the model's matrices: :meth:`scalpel.CircuitGPT.edges`.
 
-    Where the head is tied to the embedding the same entries stand twice, once for each use.
+    Where the head is tied to the embedding, the same entries stand twice, once for each use.
     """
     names: list[NDArray[np.object_]] = []
     starts: dict[str, int] = {}
 
     def code(hook: str, width: int) -> int:
-        """Code of channel 0 of a hook; its channels follow."""
+        """Get the code of a hook's channel 0; the codes of the other channels follow."""
         if hook not in starts:
             starts[hook] = sum(map(len, names))
             names.append(np.array([f"{hook}:{channel}" for channel in range(width)], dtype=object))
@@ -105,12 +104,12 @@ def edges(model: CircuitCore) -> EdgeTable:
     params: list[str] = []
     columns: dict[str, list[NDArray[Any]]] = {name: [] for name in ("src", "dst", "weight", "layer", "param")}
     for param, layer, matrix, src_hook, dst_hooks in _matrices(model):
-        # every matrix here is (out, in): rows are destinations, cut evenly among the hooks that they feed
+        # Every matrix is (out, in): its rows are destinations, divided evenly among the hooks that they feed.
         out, width = matrix.shape
-        each = out // len(dst_hooks)
-        dst_start = np.concatenate([code(hook, each) + np.arange(each) for hook in dst_hooks])
-        at = matrix.nonzero().cpu()
-        rows, cols = at[:, 0].numpy(), at[:, 1].numpy()
+        channels = out // len(dst_hooks)
+        dst_start = np.concatenate([code(hook, channels) + np.arange(channels) for hook in dst_hooks])
+        places = matrix.nonzero().cpu()
+        rows, cols = places[:, 0].numpy(), places[:, 1].numpy()
         columns["src"].append((code(src_hook, width) + cols).astype(np.int32))
         columns["dst"].append(dst_start[rows].astype(np.int32))
         columns["weight"].append(_numpy(matrix[matrix != 0]))
@@ -130,7 +129,7 @@ def edges(model: CircuitCore) -> EdgeTable:
 
 
 def _matrices(model: CircuitCore) -> Iterator[tuple[str, int, Tensor, str, tuple[str, ...]]]:
-    """(parameter, layer, matrix (out, in), source hook, destination hooks) of every matrix."""
+    """Yield (parameter, layer, matrix (out, in), source hook, destination hooks) of every matrix."""
     first = model.hook_names[0]
     added = model.config.d_pos_emb is None
     yield "transformer.wte.weight", -1, model.transformer.wte.weight.T, "token", (first,)

@@ -1,4 +1,4 @@
-"""Continuing a text, token by token."""
+"""Continuing texts token by token."""
 
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -22,17 +22,7 @@ def generate(
     stop: int | str | Collection[int | str] | None = None,
     processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
 ) -> Tensor:
-    """``input_ids`` (B, L) continued to (B, L + n), n at most ``max_new_tokens``.
-
-    ``temperature`` 0 takes the most likely token (ties: the lowest id); above 0 the softmax of logits /
-    temperature is sampled with ``seed``, among the ``top_k`` likeliest if given. ``stop``: tokens (ids, or
-    texts of one token) after which a row is done; a done row is filled with its stop token, and all rows
-    being done ends it. ``processors``: functions of (ids so far, logits (B, vocabulary)) that give the logits to go on
-    with, as transformers' logits processors do; :class:`scalpel.HoleGuard` is one. ``attention_mask`` (B, L): 1 at
-    real tokens; padding must stand on the left. Every step runs the whole prefix, there is no cache. ValueError if
-    L + ``max_new_tokens`` exceeds the context (nothing is cut off silently), for padding on the right, and for a
-    negative or infinite temperature.
-    """
+    """Continue texts token by token: :meth:`scalpel.CircuitGPT.generate`."""
     if max_new_tokens < 0 or not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
         raise ValueError(
             f"max_new_tokens is {max_new_tokens}, temperature {temperature}, top_k {top_k}; allowed: "
@@ -72,9 +62,9 @@ def generate(
 
 
 def _pick(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
-    """One id a row (B,)."""
+    """Pick the next token of each row (B,)."""
     if temperature == 0:
-        # argmax promises nothing about ties
+        # argmax makes no promise about ties
         ids = torch.arange(logits.shape[-1], device=logits.device)
         return torch.where(logits == logits.amax(-1, keepdim=True), ids, logits.shape[-1]).amin(-1)
     if top_k is None or top_k >= logits.shape[-1]:
@@ -84,7 +74,7 @@ def _pick(logits: Tensor, temperature: float, top_k: int | None, generator: torc
 
 
 def _drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """An index a row (B, 1), by the CPU's generator, so that a seed's draws don't depend on where the model is."""
+    """Draw an index for each row (B, 1), on the CPU, so that the draws of a seed do not depend on the device."""
     return torch.multinomial(probabilities.cpu(), 1, generator=generator).to(probabilities.device)
 
 

@@ -1,10 +1,10 @@
-"""Direct logit attribution: what each part of a model adds to a logit, summing to it exactly.
+"""Direct logit attribution: each part of a model gets a share of a logit, and the shares add up to it exactly.
 
-The residual stream at the end is the sum of what the embedding, the heads and the MLPs wrote. With the final
-norm's scale frozen at its value in this run, a logit is linear in those writes. AbsTopK and relu on the way
-(on a block's output or on the stream) are linear too once their masks are those of this run, and a write
-counts as far as all later masks let it through. So the parts add up to the logit, by algebra and not by
-approximation; what a part would do to the masks or to the scale is not in its share.
+The residual stream at the end is the sum of what the embedding, the heads and the MLPs wrote. With the scale of the
+final norm frozen at its value in this run, a logit is linear in those writes. AbsTopK and ReLU on the way (on a block's
+output or on the stream) are linear too once their masks are frozen, and a write counts as far as all later masks let it
+through. So the shares add up to the logit by algebra, not by approximation. The effect that a part has on the masks or
+on the scale is not in its share.
 """
 
 import operator
@@ -28,16 +28,15 @@ _HOOKS = r"\d+\.(resid_in|attn\.y|attn\.resid_delta|resid_mid|mlp\.post_act|mlp\
 
 @dataclass(frozen=True)
 class LogitAttribution:
-    """Parts of a logit, or of the difference of two, at one position of each of B prompts.
+    """Parts of a logit, or of the difference of two logits, at one position of each of B prompts.
 
-    The model has n layers of h heads.
-    ``total`` is the sum of ``embedding``, ``position``, ``heads``, ``mlps``, ``attn_bias``, ``mlp_bias``,
-    ``norm_bias``, ``final_bias``, ``bigram`` and ``interventions``. ``y`` and ``post_act`` split ``heads``
-    and ``mlps`` into channels and are not added again. Units: logits.
+    The model has n layers of h heads. Units: logits. ``total`` is the sum of ``embedding``, ``position``, ``heads``,
+    ``mlps``, ``attn_bias``, ``mlp_bias``, ``norm_bias``, ``final_bias``, ``bigram`` and ``interventions``. ``y`` and
+    ``post_act`` split ``heads`` and ``mlps`` into channels and are not added again.
     """
 
     embedding: Tensor  # (B,) the token at the position
-    position: Tensor  # (B,) its position; zero where positions are concatenated, and so not in the stream
+    position: Tensor  # (B,) its position; zero where positions are concatenated, since they are then not in the stream
     heads: Tensor  # (B, n, h)
     mlps: Tensor  # (B, n)
     attn_bias: Tensor  # (B, n) bias of the projection into the stream
@@ -45,15 +44,15 @@ class LogitAttribution:
     norm_bias: Tensor  # (B,) bias of the final norm
     final_bias: Tensor  # (B,)
     bigram: Tensor  # (B,)
-    interventions: Tensor  # (B,) what hooks and ablations on the stream or on block outputs put there
-    y: Tensor  # (B, n, n_head · d_head) per channel of attn.y
-    post_act: Tensor  # (B, n, d_mlp) per neuron
+    interventions: Tensor  # (B,) what hooks and ablations on the stream or on block outputs added
+    y: Tensor  # (B, n, n_head · d_head) for each channel of attn.y
+    post_act: Tensor  # (B, n, d_mlp) for each neuron
     total: Tensor  # (B,) the logit, or the difference, as the model gives it
     tokens: tuple[int, ...]
-    positions: Tensor  # (B,) the columns that were looked at
+    positions: Tensor  # (B,) the column that was looked at in each prompt
 
     def parts(self) -> dict[str, Tensor]:
-        """Name to share (B,), summing to ``total``: ``head 0.3``, ``mlp 1``, ``attn_bias 0``, ..."""
+        """Give the shares (B,) by name (``head 0.3``, ``mlp 1``, ``attn_bias 0``); their sum is ``total``."""
         named = {"embedding": self.embedding, "position": self.position}
         for layer in range(self.mlps.shape[1]):
             for head in range(self.heads.shape[2]):
@@ -65,8 +64,9 @@ class LogitAttribution:
         return named | {name: getattr(self, name) for name in rest}
 
     def nodes(self) -> dict[str, Tensor]:
-        """Node name (``2.attn.y:17``, ``2.mlp.post_act:5``) to share (B,); the biases and embeddings aren't
-        nodes.
+        """Give the shares (B,) of nodes by name (``2.attn.y:17``, ``2.mlp.post_act:5``).
+
+        Biases and embeddings are no nodes.
         """
         named = {}
         for hook, shares in (("attn.y", self.y), ("mlp.post_act", self.post_act)):
@@ -76,12 +76,12 @@ class LogitAttribution:
         return named
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain lists and numbers."""
+        """Give all fields as plain lists and numbers."""
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
         return {name: value.tolist() if isinstance(value, Tensor) else list(value) for name, value in values}
 
     def to_pandas(self, nodes: bool = False) -> "pandas.DataFrame":
-        """A table with columns prompt, part (or node), value; needs pandas."""
+        """Make a table with the columns prompt, part (or node) and value; needs pandas."""
         import pandas
 
         named = self.nodes() if nodes else self.parts()
@@ -103,17 +103,10 @@ def logit_attribution(
     position: int = -1,
     **inputs: Any,
 ) -> LogitAttribution:
-    """Split a logit into what each head, MLP and node wrote, ablations in force included.
-
-    ``input_ids`` (B, L); ``tokens``: an id, or a text that is one token, or a pair ``(correct, wrong)`` for
-    the difference of their logits. ``position``: the column that is looked at; negative ones count back from
-    each row's last real token. ``inputs``: ``attention_mask``, ``position_ids``, ``fwd_hooks`` as in
-    ``run_with_cache``. ValueError for a text that isn't one token, an id outside the vocabulary, or a column
-    that isn't a real token.
-    """
+    """Split a logit into what each head, MLP and node contributes: :meth:`scalpel.CircuitGPT.logit_attribution`."""
     ids = _token_ids(model, tokens)
     input_ids = model._checked_ids(input_ids)
-    inputs |= {name: each.to(model.device) for name, each in inputs.items() if isinstance(each, Tensor)}
+    inputs |= {name: value.to(model.device) for name, value in inputs.items() if isinstance(value, Tensor)}
     logits, acts = run_with_cache(model, input_ids, _HOOKS, **inputs)
     assert logits is not None
     columns = _columns(input_ids, inputs.get("attention_mask"), position)
@@ -186,7 +179,7 @@ class _Backwards:
         return self._stream(name, f"{layer}.attn", direction) if hook == "resid_mid" else direction
 
     def _stream(self, name: str, block: str, direction: Tensor) -> Tensor:
-        """From the hook ``name`` on the stream to before the write of ``block`` (``0.attn``, ``0.mlp``)."""
+        """Go back from the hook ``name`` on the stream to before the write of ``block`` (``0.attn``, ``0.mlp``)."""
         layer, kind = block.split(".")
         before = self.at[f"{layer}.resid_in" if kind == "attn" else f"{layer}.resid_mid"]
         delta = self.at[f"{block}.resid_delta"]
@@ -224,12 +217,12 @@ class _Backwards:
         return torch.ones_like(value) if k is None else topk_mask(value, k).to(value.dtype)
 
     def _add(self, foreign: Tensor, direction: Tensor) -> None:
-        """What an intervention put on the stream: the recorded value less the one that was computed."""
+        """Count what an intervention added to the stream: the recorded value minus the computed one."""
         self.interventions = self.interventions + (foreign * direction).sum(-1)
 
 
 def _through_final_norm(model: CircuitCore, x: Tensor, unembed: Tensor) -> tuple[Tensor, Tensor]:
-    """The direction (B, d_model) that reads the logit from the stream, and the norm bias's share (B,)."""
+    """Find the direction (B, d_model) that reads the logit from the stream, and the share of the norm's bias (B,)."""
     norm = model.transformer.ln_f
     direction = (unembed * norm.weight).expand_as(x)
     if model.config.rms_norm:
@@ -242,10 +235,10 @@ def _through_final_norm(model: CircuitCore, x: Tensor, unembed: Tensor) -> tuple
 
 def _token_ids(model: LoadedCore, tokens: Token | tuple[Token, Token]) -> tuple[int, ...]:
     pair = isinstance(tokens, tuple | list)
-    given: tuple[Any, ...] = tuple(tokens) if isinstance(tokens, tuple | list) else (tokens,)
-    if pair and len(given) != 2:
-        raise ValueError(f"tokens has {len(given)} entries; give one token, or the pair (correct, wrong)")
-    return tuple(_token_id(model, token) for token in given)
+    chosen: tuple[Any, ...] = tuple(tokens) if isinstance(tokens, tuple | list) else (tokens,)
+    if pair and len(chosen) != 2:
+        raise ValueError(f"tokens has {len(chosen)} entries; give one token, or the pair (correct, wrong)")
+    return tuple(_token_id(model, token) for token in chosen)
 
 
 def _token_id(model: LoadedCore, token: Token) -> int:

@@ -7,14 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ...hooks.stopping import Stop
 from .core import CircuitCore
 
 Names = str | Iterable[str] | Callable[[str], bool]
 Hook = tuple[str, Callable[[Tensor, str], Tensor | None]]
-
-
-class _Stopped(Exception):
-    """Leaves the forward pass after the hook that was asked for."""
 
 
 def run_with_cache(
@@ -26,19 +23,7 @@ def run_with_cache(
     fwd_hooks: Sequence[Hook] = (),
     **inputs: Any,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """Run the model and keep the values at some hooks.
-
-    ``names``: a regex (matched from the start of a hook's name, as ``re.match`` does), a list of hook names,
-    or a callable of a name. ``stop_at``: a hook right after which the computation stops; the logits are then
-    None. ``fwd_hooks``: interventions as in :func:`run_with_hooks`, made before recording. ``inputs``:
-    ``attention_mask``, ``position_ids``.
-
-    Returns the logits (B, L, vocab) or None, and a dict of hook name to value (B, L, width), in the order of
-    the forward pass. The values are the tensors that the model goes on with: after ablations and
-    interventions, with their autograd history (use ``torch.no_grad()`` to save memory), rows at padding
-    included. Don't change them in place. ValueError for an unknown hook, for a regex
-    or a callable that matches none, and where nothing that was asked for comes before ``stop_at``.
-    """
+    """Run the model and keep the values at some hooks: :meth:`scalpel.CircuitGPT.run_with_cache`."""
     wanted = _chosen(model, names)
     order = model.hook_names
     if stop_at is not None:
@@ -55,27 +40,22 @@ def run_with_cache(
         if name in wanted:
             kept[name] = value
         if name == stop_at:
-            raise _Stopped
+            stop()
         return value
 
-    try:
+    with Stop() as stop:
         return model(input_ids, tap=tap, **inputs), kept
-    except _Stopped:
-        return None, kept
+    return None, kept
 
 
 def run_with_hooks(model: CircuitCore, input_ids: Tensor, fwd_hooks: Sequence[Hook], **inputs: Any) -> Tensor:
-    """Logits (B, L, vocab) with ``fn(value, name)`` called at each named hook, in the order given.
-
-    ``fn`` returns the value to go on with, of the same shape and dtype on the same device, or None to leave
-    it. Ablations that are in force come first: ``fn`` sees the value after them.
-    """
+    """Run the model with values changed at some hooks: :meth:`scalpel.CircuitGPT.run_with_hooks`."""
     logits: Tensor = model(input_ids, tap=_tap(model, fwd_hooks), **inputs)
     return logits
 
 
 def check_hooks(model: CircuitCore, names: Iterable[str]) -> None:
-    """ValueError that lists close matches and what there is, if a name isn't one of the model's hooks."""
+    """Raise a ValueError that lists close matches and all hooks if a name is not one of the model's hooks."""
     known = model.hook_names
     for name in names:
         if name not in known:
@@ -85,7 +65,7 @@ def check_hooks(model: CircuitCore, names: Iterable[str]) -> None:
 
 
 def hook_width(model: CircuitCore, name: str) -> int:
-    """Number of channels at a hook."""
+    """Count the channels at a hook."""
     config = model.config
     kind = name.partition(".")[2]
     if kind.endswith("act_in"):
@@ -138,15 +118,15 @@ def _tap(model: CircuitCore, fwd_hooks: Sequence[Hook]) -> Callable[[str, Tensor
     return tap
 
 
-def _replaced(name: str, value: Tensor, given: Any) -> Tensor:
-    if given is None:
+def _replaced(name: str, value: Tensor, returned: Any) -> Tensor:
+    if returned is None:
         return value
-    if not isinstance(given, Tensor):
-        raise TypeError(f"the hook at {name!r} returned {type(given).__name__}; a tensor or None is allowed")
-    if given.shape != value.shape or given.dtype != value.dtype or given.device != value.device:
+    if not isinstance(returned, Tensor):
+        raise TypeError(f"the hook at {name!r} returned {type(returned).__name__}; a tensor or None is allowed")
+    if returned.shape != value.shape or returned.dtype != value.dtype or returned.device != value.device:
         raise ValueError(
-            f"the hook at {name!r} returned shape {tuple(given.shape)}, {given.dtype} on {given.device}; it "
+            f"the hook at {name!r} returned shape {tuple(returned.shape)}, {returned.dtype} on {returned.device}; it "
             "must be "
             f"{tuple(value.shape)}, {value.dtype} on {value.device}, as it was given"
         )
-    return given
+    return returned

@@ -1,1 +1,1 @@
-"""Dense decoders of transformers: what a family's config and weights are, a file a family."""
+"""Dense decoders of the transformers library: how to read configs and weights, with one file for each family."""

@@ -1,9 +1,8 @@
-"""Which transformers models are dense decoders that the Jacobian engine knows, and what their hooks are called."""
+"""Which of transformers' models the Jacobian engine has rules for, and the names of their hooks."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,34 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from ...hooks.modules import plain_name, user_hooks
+from ...hooks.names import hook_names
 from . import gpt2, gpt_neox, llama
 from .decoder import Decoder, DecoderConfig, Family, check_head, check_layer
 
-# Elementwise and without parameters of their own.
+# Activations that work on each entry alone and have no parameters.
 ACTIVATIONS = ("gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish", "tanh")
 
 FAMILIES: tuple[Any, ...] = (gpt2, gpt_neox, llama)
 
-_IN_ATTENTION = ("attn.act_in", "attn.k", "attn.q", "attn.v", "attn.y", "attn.resid_delta")
-_IN_LAYER = ("resid_in", *_IN_ATTENTION, "resid_mid", "mlp.act_in", "mlp.post_act", "mlp.resid_delta")
-
-# TransformerLens's names of the same values. Its q, k, v and z have an axis for the heads; ours are flat.
-_TRANSFORMER_LENS = {
-    "hook_resid_pre": "resid_in",
-    "hook_resid_mid": "resid_mid",
-    "hook_resid_post": "after",
-    "attn.hook_q": "attn.q",
-    "attn.hook_k": "attn.k",
-    "attn.hook_v": "attn.v",
-    "attn.hook_z": "attn.y",
-    "hook_attn_out": "attn.resid_delta",
-    "mlp.hook_post": "mlp.post_act",
-    "hook_mlp_out": "mlp.resid_delta",
-}
-
 
 class ModuleWeights:
-    """A module's own parameters by name; those of compiled layers by the names that they had before."""
+    """A module's own parameters by name; those of compiled layers have the names from before compilation."""
 
     def __init__(self, model: nn.Module) -> None:
         named = model.named_parameters(remove_duplicate=False)
@@ -50,7 +33,7 @@ class ModuleWeights:
         return self._tensors[name].detach()
 
     def unread(self) -> list[str]:
-        """The parameters that nobody has asked for, under this name or another of theirs."""
+        """List the parameters that have not been read under any of their names."""
         return [name for name, tensor in self._tensors.items() if id(tensor) not in self._read]
 
     def rows(self, name: str, index: Tensor) -> Tensor:
@@ -61,34 +44,37 @@ class ModuleWeights:
 
 
 def family_of(architecture: str) -> Family | None:
-    """By the name of the model's class."""
+    """Return the family of the model class of this name, or None."""
     return next((family for family in FAMILIES if architecture in family.ARCHITECTURES), None)
 
 
 def family_of_model(model: nn.Module) -> Family | None:
-    """The same, of transformers' own classes."""
+    """Return the family of a model if its class is one of transformers' own, otherwise None."""
     return family_of(type(model).__name__) if type(model).__module__.startswith("transformers.models.") else None
 
 
 def supported() -> list[str]:
-    """The model classes that have a family."""
+    """List the names of the model classes that belong to a family."""
     return [name for family in FAMILIES for name in family.ARCHITECTURES]
 
 
 def decoder_of(model: nn.Module) -> Decoder | None:
-    """``model`` as a decoder; None where a rule could differ from what the model computes."""
-    found = decoder_or_reason(model)
-    return found if isinstance(found, Decoder) else None
+    """Return the model as a decoder, or None if a rule could differ from what the model computes."""
+    decoder = decoder_or_reason(model)
+    return decoder if isinstance(decoder, Decoder) else None
 
 
 def decoder_or_reason(model: nn.Module) -> Decoder | str:
-    """``model`` as a decoder, or what it is that the rules don't cover. Its forward pass is not compared here."""
+    """Return the model as a decoder, or a message that says what about it the rules don't cover.
+
+    Only its class, config and weights are looked at: the forward passes are compared elsewhere.
+    """
     family = family_of_model(model)
     if family is None:
         return f"{type(model).__name__} is none of {', '.join(supported())}"
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1 or not {device.type for device in devices} <= {"cpu", "cuda"}:
-        return f"the weights are on {', '.join(sorted(map(str, devices)))}: allowed are the CPU, or one GPU"
+        return f"the weights are on {', '.join(sorted(map(str, devices)))}; allowed: all on the CPU, or all on one GPU"
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if len(dtypes) != 1 or not dtypes <= {torch.float64, torch.float32, torch.bfloat16}:
         return "the weights are not all float64, all float32 or all bfloat16"
@@ -99,45 +85,58 @@ def decoder_or_reason(model: nn.Module) -> Decoder | str:
     if isinstance(config, str):
         return config
     weights = ModuleWeights(model)
-    rotary = next((each for name, each in model.named_buffers() if name.endswith("rotary_emb.inv_freq")), None)
-    if config.rotary is not None and rotary is not None:
-        config = replace(config, rotary=replace(config.rotary, inverse=rotary.detach().float()))
+    buffers = model.named_buffers()
+    inverse = next((buffer for name, buffer in buffers if name.endswith("rotary_emb.inv_freq")), None)
+    if config.rotary is not None and inverse is not None:
+        config = replace(config, rotary=replace(config.rotary, inverse=inverse.detach().float()))
     try:
         for i in range(config.layers):
             check_layer(config, family.layer(weights, i), i)
         check_head(config, *family.final(weights))
-        nothing = torch.zeros(1, 0, dtype=torch.int64, device=next(iter(devices)))
-        family.embed(weights, nothing, nothing)
+        no_ids = torch.zeros(1, 0, dtype=torch.int64, device=next(iter(devices)))
+        family.embed(weights, no_ids, no_ids)
     except (KeyError, ValueError) as error:
-        return f"its weights are not those of its config: {error}"
-    # An adapter, say, whose part begins at zero: it changes nothing yet, and may tomorrow.
-    buffers = [name for name in model.state_dict() if name not in weights and not _passed_over(name, family)]
-    if unread := [*weights.unread(), *(name for name in map(plain_name, buffers) if name not in weights)]:
+        return f"its weights are not those that its config describes: {error}"
+    # A tensor that no rule reads may be an adapter's that is still zero: comparing forward passes would not show it.
+    others = [name for name in model.state_dict() if name not in weights and not passed_over(name, family)]
+    if unread := [*weights.unread(), *(name for name in map(plain_name, others) if name not in weights)]:
         return f"it computes with {unread[0]!r}, which no rule reads"
     return Decoder(family, config, weights)
 
 
-def _passed_over(name: str, family: Family) -> bool:
-    return any(re.fullmatch(pattern, name) for pattern in family.PASSED_OVER)
+def passed_over(key: str, family: Family | None = None) -> bool:
+    """Tell whether a file may hold this tensor although the class has no place for it.
+
+    Args:
+        key: The tensor's name.
+        family: The family whose file says so, or None if any family's will do.
+    """
+    families = FAMILIES if family is None else (family,)
+    return any(re.fullmatch(pattern, key) for member in families for pattern in member.PASSED_OVER)
 
 
 def config_of(family: Family, config: Any, architecture: str) -> DecoderConfig | str:
-    """What the rules need to know, or what the config asks for that they don't cover."""
+    """Return what the rules need to know, or a message that says what in the config they don't cover."""
     if not getattr(config, "is_causal", True):
         return "the config says is_causal=False, and the rules are those of causal attention"
     attention = getattr(config, "_attn_implementation", None)
     if attention not in (None, "eager", "sdpa", "flash_attention_2", "flex_attention"):
-        return f"its attention is {attention!r}, and the rules are those of softmax attention"
+        return (
+            f"its attention implementation is {attention!r}, which may not compute the softmax attention of the rules"
+        )
     shape = family.read(config, architecture)
     if shape is None:
-        return "the config asks for positions or an attention that have no rules"
+        return "the config asks for a kind of positions or attention that has no rules"
     if shape.activation not in ACTIVATIONS:
         return f"its activation {shape.activation!r} is not one of {', '.join(ACTIVATIONS)}"
     return shape
 
 
 def marks_of(model: nn.Module) -> tuple[Any, ...]:
-    """What a forward pass depends on besides weights and inputs: modules, their numbers and switches, the config."""
+    """Collect what a forward pass depends on besides weights and inputs, so that a later change can be noticed.
+
+    That is each module with its numbers and switches, and the config.
+    """
     plain = (bool, int, float, str, type(None))
     modules = tuple(
         (
@@ -152,61 +151,17 @@ def marks_of(model: nn.Module) -> tuple[Any, ...]:
     return modules, repr(config.to_dict()), str(getattr(config, "_attn_implementation", None))
 
 
-# ---- names -------------------------------------------------------------------------------------
+# ---- hooks -------------------------------------------------------------------------------------
 
 
 def hooks_of(config: DecoderConfig) -> list[str]:
-    """Our hooks in the order of the forward pass, ``final_resid`` last."""
-    return hook_list(config.layers, config.parallel)
-
-
-def hook_list(layers: int, parallel: bool) -> list[str]:
-    names = [name for name in _IN_LAYER if not (parallel and name == "resid_mid")]
-    return [f"{i}.{name}" for i in range(layers) for name in names] + ["final_resid"]
+    """List a decoder's hooks in the order of the forward pass, ``"final_resid"`` last."""
+    return hook_names(config.layers, config.parallel)
 
 
 def hooks_of_model(model: nn.Module) -> list[str]:
-    """The same by transformers' config, whether or not there are rules; empty for another model."""
+    """List the hooks of a family's model, even if the rules don't cover its config; empty for any other model."""
     if family_of_model(model) is None:
         return []
     config: Any = model.config
-    return hook_list(config.num_hidden_layers, getattr(config, "use_parallel_residual", False))
-
-
-def _aliases(paths_of: dict[str, str], hooks: list[str], as_source: bool) -> Iterator[tuple[str, str]]:
-    """(another name, our hook)."""
-    ours, layers = set(hooks), 1 + int(hooks[-2].partition(".")[0]) if len(hooks) > 1 else 0
-    for i in range(layers):
-        following = f"{i + 1}.resid_in" if i + 1 < layers else "final_resid"
-        named = [(f"blocks.{i}.{name}", hook) for name, hook in _TRANSFORMER_LENS.items()]
-        paths = ((hook, path) for hook, path in paths_of.items() if hook != "final_resid")
-        # The input of the second norm has resid_mid's value, but a change there leaves the residual stream as it is.
-        named += [(path.format(i=i), hook) for hook, path in paths if not (as_source and hook == "resid_mid")]
-        for name, hook in named:
-            whole = following if hook == "after" else f"{i}.{hook}"
-            if whole in ours:
-                yield name, whole
-    yield paths_of["final_resid"], "final_resid"
-
-
-def hook_named(name: str, paths: dict[str, str], hooks: list[str], as_source: bool) -> str | None:
-    """The hook that ``name`` is: our own name, TransformerLens's or a module path; None where it is none.
-
-    ``paths``: hook → module path, as a family lists them; ``hooks``: ours, in order, ``final_resid`` last.
-    """
-    return name if name in hooks else dict(_aliases(paths, hooks, as_source)).get(name)
-
-
-def our_hook(name: str, family: Family, config: DecoderConfig, as_source: bool = False) -> str | None:
-    """:func:`hook_named` of a decoder."""
-    return hook_named(name, family.PATHS, hooks_of(config), as_source)
-
-
-def module_path(name: str, family: Family, hooks: list[str], as_source: bool = False) -> str:
-    """The module path of a hook by any name; ``name`` itself where it has none."""
-    hook = hook_named(name, family.PATHS, hooks, as_source)
-    if hook is None or (as_source and hook.endswith(".resid_mid")):
-        return name
-    layer = re.fullmatch(r"(\d+)\.(.*)", hook)
-    path = family.PATHS.get(layer[2] if layer else hook)
-    return name if path is None else path.format(i=layer[1] if layer else "")
+    return hook_names(config.num_hidden_layers, getattr(config, "use_parallel_residual", False))

@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019): learned positions, LayerNorm, one matrix for q, k and v, stored (in, out)."""
+"""GPT-2 (Radford et al. 2019): learned positions, LayerNorm, one matrix for q, k and v; matrices stored (in, out)."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ PATHS = {
     "after": "transformer.h.{i}",
     "final_resid": "transformer.ln_f:in",
 }
-PREFIX = "transformer"  # the public checkpoints have none
+PREFIX = "transformer"  # the names in the public checkpoints lack it
 ALSO_NAMED: dict[str, str] = {}
 PASSED_OVER = {
-    r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)": "the causal mask and what stood for minus infinity",
+    r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)": "the causal mask, and its number for minus infinity",
 }
 
 
@@ -49,19 +49,19 @@ def read(config: Any, architecture: str) -> DecoderConfig | None:
     )
 
 
-def _turned(get: Weights, name: str) -> Dense:
+def _transposed(get: Weights, name: str) -> Dense:
     return Dense(get(f"{name}.weight").T, get(f"{name}.bias"))
 
 
 def layer(get: Weights, i: int) -> DecoderLayer:
-    at = f"transformer.h.{i}"
+    path = f"transformer.h.{i}"
     return DecoderLayer(
-        norm1=norm_at(get, f"{at}.ln_1"),
-        norm2=norm_at(get, f"{at}.ln_2"),
-        qkv=(_turned(get, f"{at}.attn.c_attn"),),
-        out=_turned(get, f"{at}.attn.c_proj"),
-        up=(_turned(get, f"{at}.mlp.c_fc"),),
-        down=_turned(get, f"{at}.mlp.c_proj"),
+        norm1=norm_at(get, f"{path}.ln_1"),
+        norm2=norm_at(get, f"{path}.ln_2"),
+        qkv=(_transposed(get, f"{path}.attn.c_attn"),),
+        out=_transposed(get, f"{path}.attn.c_proj"),
+        up=(_transposed(get, f"{path}.mlp.c_fc"),),
+        down=_transposed(get, f"{path}.mlp.c_proj"),
     )
 
 

@@ -1,4 +1,7 @@
-"""GPT-NeoX and Pythia (Black et al. 2022; Biderman et al. 2023): partly rotary, attention and MLP in parallel."""
+"""GPT-NeoX and Pythia (Black et al. 2022; Biderman et al. 2023).
+
+Some channels of each head have rotary positions; attention and MLP read the same residual stream.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +25,11 @@ PATHS = {
     "final_resid": "gpt_neox.final_layer_norm:in",
 }
 PREFIX = "gpt_neox"
-# Files say embed_out, and so did the class before transformers 5.
+# Checkpoints call the output matrix embed_out, as the class itself did before transformers 5.
 ALSO_NAMED = {"embed_out.weight": "lm_head.weight", "lm_head.weight": "embed_out.weight"}
 PASSED_OVER = {
-    r"(gpt_neox\.)?layers\.\d+\.attention\.(bias|masked_bias)": "the causal mask and what stood for minus infinity",
-    r"(gpt_neox\.)?(layers\.\d+\.attention\.)?rotary_emb\.inv_freq": "the angles, which follow from the config",
+    r"(gpt_neox\.)?layers\.\d+\.attention\.(bias|masked_bias)": "the causal mask, and its number for minus infinity",
+    r"(gpt_neox\.)?(layers\.\d+\.attention\.)?rotary_emb\.inv_freq": "the rotary angles, which follow from the config",
 }
 
 
@@ -53,15 +56,15 @@ def read(config: Any, architecture: str) -> DecoderConfig | None:
 
 
 def layer(get: Weights, i: int) -> DecoderLayer:
-    at = f"gpt_neox.layers.{i}"
+    path = f"gpt_neox.layers.{i}"
     return DecoderLayer(
-        norm1=norm_at(get, f"{at}.input_layernorm"),
-        norm2=norm_at(get, f"{at}.post_attention_layernorm"),
-        qkv=(dense_at(get, f"{at}.attention.query_key_value"),),
+        norm1=norm_at(get, f"{path}.input_layernorm"),
+        norm2=norm_at(get, f"{path}.post_attention_layernorm"),
+        qkv=(dense_at(get, f"{path}.attention.query_key_value"),),
         by_head=True,
-        out=dense_at(get, f"{at}.attention.dense"),
-        up=(dense_at(get, f"{at}.mlp.dense_h_to_4h"),),
-        down=dense_at(get, f"{at}.mlp.dense_4h_to_h"),
+        out=dense_at(get, f"{path}.attention.dense"),
+        up=(dense_at(get, f"{path}.mlp.dense_h_to_4h"),),
+        down=dense_at(get, f"{path}.mlp.dense_4h_to_h"),
     )
 
 
@@ -70,6 +73,6 @@ def embed(get: Weights, ids: Tensor, positions: Tensor) -> Tensor:
 
 
 def final(get: Weights) -> tuple[NormWeight, Dense]:
-    head = "lm_head.weight" if "lm_head.weight" in get else "embed_out.weight"  # transformers before 5
+    head = "lm_head.weight" if "lm_head.weight" in get else "embed_out.weight"  # the latter before transformers 5
     head = head if head in get else "gpt_neox.embed_in.weight"
     return norm_at(get, "gpt_neox.final_layer_norm"), Dense(get(head))

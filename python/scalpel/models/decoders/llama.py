@@ -1,7 +1,7 @@
-"""Llama (Touvron et al. 2023) and those of its shape: Mistral, Qwen2, Qwen3.
+"""Llama (Touvron et al. 2023) and the models of the same structure: Mistral, Qwen2, Qwen3.
 
-RMSNorm, rotary positions, grouped-query attention, a gated MLP. Qwen2 has biases at q, k and v, Qwen3 a norm of
-each head of q and k, Mistral and some Qwen layers a sliding window.
+They have RMSNorm, rotary positions, grouped-query attention and a gated MLP. Qwen2 adds biases to q, k and v; Qwen3
+normalises each head of q and k; Mistral and some layers of Qwen models attend in a sliding window.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PATHS = {
 PREFIX = "model"
 ALSO_NAMED: dict[str, str] = {}
 PASSED_OVER = {
-    r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq": "the angles, which follow from the config",
+    r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq": "the rotary angles, which follow from the config",
 }
 
 
@@ -58,7 +58,7 @@ def read(config: Any, architecture: str) -> DecoderConfig | None:
 
 
 def _windows(config: Any, architecture: str) -> tuple[int | None, ...]:
-    """A layer's window. Which of the config's fields count is another matter in every class."""
+    """Return the window of each layer; each class reads other fields of the config for it."""
     layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
     if architecture == "LlamaForCausalLM":
         return (None,) * layers
@@ -68,17 +68,17 @@ def _windows(config: Any, architecture: str) -> tuple[int | None, ...]:
 
 
 def layer(get: Weights, i: int) -> DecoderLayer:
-    at = f"model.layers.{i}"
-    attn = f"{at}.self_attn"
+    path = f"model.layers.{i}"
+    attention = f"{path}.self_attn"
     return DecoderLayer(
-        norm1=norm_at(get, f"{at}.input_layernorm"),
-        norm2=norm_at(get, f"{at}.post_attention_layernorm"),
-        qkv=tuple(dense_at(get, f"{attn}.{name}_proj") for name in "qkv"),
-        q_norm=get(f"{attn}.q_norm.weight") if f"{attn}.q_norm.weight" in get else None,
-        k_norm=get(f"{attn}.k_norm.weight") if f"{attn}.k_norm.weight" in get else None,
-        out=dense_at(get, f"{attn}.o_proj"),
-        up=(dense_at(get, f"{at}.mlp.gate_proj"), dense_at(get, f"{at}.mlp.up_proj")),
-        down=dense_at(get, f"{at}.mlp.down_proj"),
+        norm1=norm_at(get, f"{path}.input_layernorm"),
+        norm2=norm_at(get, f"{path}.post_attention_layernorm"),
+        qkv=tuple(dense_at(get, f"{attention}.{name}_proj") for name in "qkv"),
+        q_norm=get(f"{attention}.q_norm.weight") if f"{attention}.q_norm.weight" in get else None,
+        k_norm=get(f"{attention}.k_norm.weight") if f"{attention}.k_norm.weight" in get else None,
+        out=dense_at(get, f"{attention}.o_proj"),
+        up=(dense_at(get, f"{path}.mlp.gate_proj"), dense_at(get, f"{path}.mlp.up_proj")),
+        down=dense_at(get, f"{path}.mlp.down_proj"),
     )
 
 

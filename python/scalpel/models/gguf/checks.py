@@ -1,7 +1,7 @@
-"""Whether transformers reads all of what a GGUF file says.
+"""Checks that transformers reads everything that a GGUF file says.
 
-Its reader drops a tensor that has no place, and metadata that it doesn't know (a scaling of the positions, say), in
-silence. The package gguf and the file's own header say what there is.
+Its reader silently drops a tensor that has no place and metadata that it does not know, such as a scaling of the
+positions. The package gguf and the file's own header tell what there is.
 """
 
 from __future__ import annotations
@@ -14,12 +14,17 @@ from ..decoders.strict import Expected
 from ..weight_files import CheckpointError, some
 from .header import Header
 
-# Metadata of an architecture that changes nothing of what a model computes, or that the tensors' shapes repeat.
+# Metadata of an architecture that does not affect what a model computes, or that the tensors' shapes imply.
 _HARMLESS = ("feed_forward_length", "rope.scaling.finetuned", "rope.scaling.original_context_length", "pooling_type")
 _OTHERWISE = "The model would compute something else than it was made for"
 
 
 def check_whole(header: Header) -> None:
+    """Check that all tensors lie inside the file.
+
+    Raises:
+        CheckpointError: If the file is cut short, or a tensor is stored in an unknown way.
+    """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     size = header.path.stat().st_size
@@ -37,7 +42,11 @@ def check_whole(header: Header) -> None:
 
 
 def check_metadata(header: Header, config: Any, shape: DecoderConfig) -> None:
-    """CheckpointError where the metadata says what the config, as transformers made it, does not."""
+    """Check that the metadata agree with the config that transformers made of them.
+
+    Raises:
+        CheckpointError: If they do not.
+    """
     said = header.of_architecture()
     windows = set(shape.windows) or {None}
     right: dict[str, Any] = {
@@ -62,7 +71,9 @@ def check_metadata(header: Header, config: Any, shape: DecoderConfig) -> None:
     }
     if shape.rotary is not None:
         right["rope.freq_base"] = config.rope_parameters["rope_theta"]
-        said.setdefault("rope.freq_base", 10000.0)  # what llama.cpp takes where a file doesn't say it; so are these
+        said.setdefault(
+            "rope.freq_base", 10000.0
+        )  # llama.cpp's default where a file does not say it; so are the next three
     said.setdefault("attention.head_count_kv", said.get("attention.head_count"))
     said.setdefault("attention.key_length", shape.width // shape.heads)
     said.setdefault("attention.sliding_window", None)
@@ -86,9 +97,10 @@ def check_metadata(header: Header, config: Any, shape: DecoderConfig) -> None:
 
 
 def _advice(lacking: bool) -> str:
-    """What to do; ``lacking``: nothing is wrong but that the file lacks something, as a damaged one may.
+    """Say what to do; ``lacking`` means that the only fault is that something is missing, as in a damaged file.
 
-    A whole file is the same after another download, and transformers' reader passes over the same of it.
+    A complete file would be the same after another download, and transformers' reader would ignore the same parts of
+    it.
     """
     if lacking:
         return f"{_OTHERWISE}: download the file again, or use the model's safetensors, if they are published"
@@ -98,17 +110,21 @@ def _advice(lacking: bool) -> str:
     )
 
 
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, float) and isinstance(other, int | float) and not isinstance(other, bool):
-        return math.isclose(one, other, rel_tol=1e-6)  # the file's are float32
-    return bool(one == other)
+def _same(stored: Any, other: Any) -> bool:
+    if isinstance(stored, float) and isinstance(other, int | float) and not isinstance(other, bool):
+        return math.isclose(stored, other, rel_tol=1e-6)  # the file holds float32
+    return bool(stored == other)
 
 
 def check_tensors(header: Header, expected: Expected, shape: DecoderConfig) -> None:
-    """CheckpointError where a tensor of the file has no place in the model, or the model needs one that isn't there."""
+    """Check that the file's tensors are those of the model.
+
+    Raises:
+        CheckpointError: If a tensor of the file has no place in the model, or the model needs one that is missing.
+    """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    kind = next((each for each, name in MODEL_ARCH_NAMES.items() if name == header.architecture), None)
+    kind = next((number for number, name in MODEL_ARCH_NAMES.items() if name == header.architecture), None)
     if kind is None:
         raise CheckpointError(f"the package gguf knows no architecture {header.architecture!r}: install a newer one")
     names = get_tensor_name_map(kind, shape.layers)
@@ -123,9 +139,9 @@ def check_tensors(header: Header, expected: Expected, shape: DecoderConfig) -> N
     if extra := sorted(header.tensors.keys() - wanted.keys()):
         said.append(f"transformers would drop {some(extra)}")
     for name in sorted(wanted.keys() & header.tensors.keys()):
-        found = header.tensors[name].shape
-        if found not in (wanted[name], wanted[name][::-1]):  # GPT-2's matrices are turned
-            said.append(f"{name!r} has shape {found}, by the config {wanted[name]}")
+        shape_in_file = header.tensors[name].shape
+        if shape_in_file not in (wanted[name], wanted[name][::-1]):  # GPT-2's matrices are transposed
+            said.append(f"{name!r} has shape {shape_in_file}, by the config {wanted[name]}")
     if said:
         why = ""
         if "rope_freqs.weight" in extra:

@@ -1,6 +1,6 @@
-"""What a GGUF file says before its weights: metadata, and each tensor's name, shape, kind and place.
+"""The header of a GGUF file: its metadata, and the name, shape, storage kind and place of each tensor.
 
-The format is that of ggml's docs/gguf.md, versions 2 and 3, little-endian. Nothing here needs another package, so a
+The format is that of ggml's docs/gguf.md, versions 2 and 3, little-endian. This module needs no other package, so a
 file can be recognised, and refused, without any.
 """
 
@@ -23,7 +23,13 @@ _MOST_DIMENSIONS = 4
 
 
 class StoredTensor(NamedTuple):
-    """One tensor of the file; ``shape`` as torch has it, the slowest dimension first."""
+    """A tensor of the file.
+
+    Attributes:
+        shape: Its shape in torch's order, the slowest dimension first.
+        kind: ggml's number for how it is stored.
+        begin: Its offset from the start of the tensors.
+    """
 
     shape: tuple[int, ...]
     kind: int  # ggml's number of how it is stored
@@ -32,7 +38,14 @@ class StoredTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """``facts``: the metadata; a list of texts is left as its length. ``begin``: where the tensors start."""
+    """What precedes the tensors in a GGUF file.
+
+    Attributes:
+        path: The file.
+        facts: The metadata; a list of texts is represented by its length.
+        tensors: The tensors, by name.
+        begin: Where the tensors start.
+    """
 
     path: Path
     facts: dict[str, Any]
@@ -41,23 +54,25 @@ class Header:
 
     @property
     def architecture(self) -> str:
+        """The name of the architecture."""
         return str(self.facts["general.architecture"])
 
     def of_architecture(self) -> dict[str, Any]:
-        """The metadata that describes the architecture, without its name in front."""
+        """Return the metadata that describes the architecture, without the architecture's name in front."""
         front = f"{self.architecture}."
         return {key.removeprefix(front): value for key, value in self.facts.items() if key.startswith(front)}
 
     def kinds(self) -> Counter[int]:
-        """How many tensors are stored in which way."""
+        """Count how many tensors are stored in each way."""
         return Counter(tensor.kind for tensor in self.tensors.values())
 
 
 def read_header(path: Path) -> Header:
-    """The header of the GGUF file at ``path``.
+    """Read the header of a GGUF file.
 
-    Raises CheckpointError for what is no GGUF file, is cut short, or is of another version; OSError where it can't be
-    read.
+    Raises:
+        CheckpointError: If it is not a GGUF file, is cut short, or has another version.
+        OSError: If it cannot be read.
     """
     with path.open("rb") as file:
         if file.read(4) != MAGIC:

@@ -1,7 +1,7 @@
-"""Models in GGUF files, the format of llama.cpp: dequantised into plain models of transformers.
+"""Models in GGUF files, the format of llama.cpp, dequantised into plain models of transformers.
 
-transformers' own reader does the reading; what it would pass over in silence (a tensor without a place, a scaling of
-the positions) is looked for here, and refused. Needs the extra ``gguf``. To keep a model as safetensors, which can be
+transformers' own reader reads the file. What it would silently ignore (a tensor that has no place, a scaling of the
+positions) is detected here and refused. This needs the extra ``gguf``. To keep a model as safetensors, which can be
 streamed::
 
     from scalpel.models.gguf import plain_model, tokenizer
@@ -24,66 +24,49 @@ import torch
 
 from ..decoders.families import config_of
 from ..decoders.strict import Expected, check_loaded, expected_by
+from ..gguf_files import HOW_TO_JOIN, gguf_in
 from ..tokenizer import Tokenizer
-from ..weight_files import WEIGHT_FILES, CheckpointError, check_link, some
+from ..weight_files import CheckpointError
 from .checks import check_metadata, check_tensors, check_whole
-from .header import MAGIC, Header, read_header
+from .header import Header, read_header
 
-__all__ = ["gguf_in", "plain_model", "stored_as", "tokenizer"]
+__all__ = ["plain_model", "stored_as", "tokenizer"]
 
 _NAME = "model.gguf"
-_JOIN = "Parts of one model are joined with llama.cpp's llama-gguf-split --merge"
-_HOW = "from scalpel.models.gguf import plain_model"
 
-# How text is cut before merging, by the name that llama.cpp gives it, where transformers goes by GPT-2's cut.
+# How text is split before merging, by llama.cpp's names, where transformers would always split it as GPT-2 does.
 _CUT_AS_GPT2 = ("gpt-2", "gpt2", "jais", "mpt", "olmo")
-_CUT_AT_DIGITS = ("codeshell", "command-r", "exaone", "refact", "smollm", "starcoder")  # each digit alone, then GPT-2's
-
-
-def gguf_in(path: str | Path) -> Path | None:
-    """The GGUF file that ``path`` stands for: a file, or a folder with one and no other weights. None where it stands
-    for something else.
-
-    Raises CheckpointError for a folder with several, and for a file named .gguf, or a link named so, that leads to
-    nothing.
-    """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        if any((path / name).is_file() for name in WEIGHT_FILES):
-            return None
-        named = sorted(each for each in path.iterdir() if each.suffix.lower() == ".gguf")
-        found = [each for each in named if each.is_file() or not each.exists()]  # a link that leads nowhere counts
-        if len(found) > 1:
-            raise CheckpointError(
-                f"{path} holds {len(found)} GGUF files, {some(each.name for each in found)}: give one of them. {_JOIN}"
-            )
-        if not found:
-            return None
-        check_link(found[0])
-        return found[0]
-    if path.is_file():
-        return path if path.suffix.lower() == ".gguf" or _begins_as_gguf(path) else None
-    if path.suffix.lower() == ".gguf":
-        check_link(path)
-        raise CheckpointError(f"there is no file {path}")
-    return None
+_CUT_AT_DIGITS = (
+    "codeshell",
+    "command-r",
+    "exaone",
+    "refact",
+    "smollm",
+    "starcoder",
+)  # each digit alone, then as GPT-2
 
 
 def plain_model(path: str | Path) -> Any:
-    """The model in a GGUF file as transformers' plain class in float32, in evaluation mode.
+    """Read the model in a GGUF file as transformers' plain class in float32, in evaluation mode.
 
-    What transformers itself returns for such a file counts as quantised and refuses to be saved. This is the same
-    model without that mark: ``save_pretrained`` writes it, and whatever takes a model of transformers' takes it.
+    What transformers itself returns for such a file counts as quantised and cannot be saved. This is the same model
+    without that mark: ``save_pretrained`` writes it, and it can be used wherever a model of transformers can.
 
     Args:
-        path: a GGUF file, or a folder with one.
+        path: A GGUF file, or a folder with one.
 
     Returns:
         A ``LlamaForCausalLM`` or another class that :func:`scalpel.jacobian` has rules for.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged, or its model can't be read exactly.
-        ImportError: transformers, gguf or accelerate is missing.
+        CheckpointError: If there is no such file, it is damaged, or its model cannot be read exactly.
+        ImportError: If transformers, gguf or accelerate is missing.
+
+    Example:
+        >>> from scalpel.models.gguf import plain_model
+        >>> model = plain_model("model.gguf")
+        >>> type(model).__name__, model.dtype
+        ('Qwen2ForCausalLM', torch.float32)
     """
     file = _file(path)
     header = read_header(file)
@@ -96,18 +79,23 @@ def plain_model(path: str | Path) -> Any:
 
 
 def tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a GGUF file.
+    """Read the tokenizer in a GGUF file.
 
     Args:
-        path: a GGUF file, or a folder with one.
+        path: A GGUF file, or a folder with one.
 
     Returns:
         The tokenizer; its ``save(folder)`` writes a tokenizer.json.
 
     Raises:
-        CheckpointError: there is no such file, it has no tokenizer, or doesn't say how text is cut in a way that is
-            known here.
-        ImportError: transformers or gguf is missing.
+        CheckpointError: If there is no such file, it has no tokenizer, or it does not name a known way to split text.
+        ImportError: If transformers or gguf is missing.
+
+    Example:
+        >>> from scalpel.models.gguf import tokenizer
+        >>> reader = tokenizer("model.gguf")
+        >>> reader.decode(reader.encode("abba"))
+        'abba'
     """
     file = _file(path)
     header = read_header(file)
@@ -123,7 +111,7 @@ def tokenizer(path: str | Path) -> Tokenizer:
                 folder, gguf_file=_NAME, trust_remote_code=False, local_files_only=True
             )
         inner = read.backend_tokenizer
-    except Exception as error:  # transformers raises many kinds; each means that it can't be read
+    except Exception as error:  # transformers raises errors of many kinds; each means that the file can't be read
         raise CheckpointError(
             f"transformers can't read the tokenizer in {file}: {type(error).__name__}: {error}"
         ) from error
@@ -133,46 +121,36 @@ def tokenizer(path: str | Path) -> Tokenizer:
 
 
 def stored_as(path: str | Path) -> str:
-    """How the tensors of a GGUF file are stored, the most frequent first: "210 Q4_1, 61 F32, 1 Q8_0"."""
+    """Summarize how the tensors of a GGUF file are stored.
+
+    Args:
+        path: A GGUF file, or a folder with one.
+
+    Returns:
+        The counts, the most frequent kind first, such as "210 Q4_1, 61 F32, 1 Q8_0".
+
+    Raises:
+        CheckpointError: If there is no such file, or it is damaged.
+
+    Example:
+        >>> from scalpel.models.gguf import stored_as
+        >>> stored_as("model.gguf")
+        '27 F32'
+    """
     from gguf import GGMLQuantizationType
 
     kinds = read_header(_file(path)).kinds().most_common()
     return ", ".join(f"{count} {GGMLQuantizationType(kind).name}" for kind, count in kinds)
 
 
-def no_stream(file: Path) -> CheckpointError:
-    """Why a GGUF file isn't streamed, and what can be done."""
-    return CheckpointError(
-        f"{file} is a GGUF, which can't be streamed: transformers dequantises it, and reads it whole. Analyse it in "
-        f"memory (scalpel analyze without --stream), or save it as safetensors first: {_HOW}, then "
-        "plain_model(FILE).save_pretrained(FOLDER), and give FOLDER"
-    )
-
-
-def no_circuitgpt(file: Path) -> CheckpointError:
-    """Why a GGUF file isn't read as a CircuitGPT, and what can be done."""
-    return CheckpointError(
-        f"{file} is a GGUF, which holds a dense transformer and no CircuitGPT: give it to scalpel analyze, or read it "
-        f"({_HOW}) and give plain_model(FILE) to scalpel.jacobian, scalpel.collect or scalpel.lyapunov"
-    )
-
-
 # ---- reading -------------------------------------------------------------------------------------
 
 
 def _file(path: str | Path) -> Path:
-    found = gguf_in(path)
-    if found is None:
+    file = gguf_in(path)
+    if file is None:
         raise CheckpointError(f"{path} is neither a GGUF file nor a folder with one and no other weights")
-    return found
-
-
-def _begins_as_gguf(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(4) == MAGIC
-    except OSError:
-        return False
+    return file
 
 
 def _check_packages() -> None:
@@ -188,20 +166,20 @@ def _check_packages() -> None:
 
 @contextmanager
 def _alone(file: Path) -> Iterator[Path]:
-    """A folder with nothing but the file, as _NAME: what may lie beside it, an adapter say, would be read, too."""
+    """Give a folder that holds only the file, as _NAME, because transformers would also read an adapter beside it."""
     with tempfile.TemporaryDirectory(prefix="scalpel-gguf-") as folder:
         os.symlink(file.resolve(), Path(folder) / _NAME)
         yield Path(folder)
 
 
 def _expected(header: Header, folder: Path) -> Expected:
-    """What the model's class has with the config that transformers makes of the metadata, which must say the same."""
+    """Find what the model's class expects with transformers' config, and check that the file's metadata agree."""
     from transformers import AutoConfig
 
     file = header.path
     parts = header.facts.get("split.count")
     if isinstance(parts, int) and parts > 1:
-        raise CheckpointError(f"{file} is one of {parts} parts of a model. {_JOIN}")
+        raise CheckpointError(f"{file} is one of {parts} parts of a model. {HOW_TO_JOIN}")
     try:
         config = AutoConfig.from_pretrained(folder, gguf_file=_NAME, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # as above
@@ -222,7 +200,7 @@ def _read(file: Path, folder: Path, expected: Expected) -> Any:
 
     options: dict[str, Any] = {}
     try:
-        from transformers import GgufConfig  # transformers of 2026 may leave the weights quantised
+        from transformers import GgufConfig  # newer releases of transformers would leave the weights quantised
 
         options["quantization_config"] = GgufConfig(dequantize=True)
     except ImportError:
@@ -232,7 +210,7 @@ def _read(file: Path, folder: Path, expected: Expected) -> Any:
         model, info = auto.from_pretrained(
             folder,
             gguf_file=_NAME,
-            config=expected.config,  # read already, with a vocabulary that takes seconds
+            config=expected.config,  # already read; reading it again takes seconds because of the vocabulary
             dtype=torch.float32,
             trust_remote_code=False,
             local_files_only=True,
@@ -250,7 +228,7 @@ def _read(file: Path, folder: Path, expected: Expected) -> Any:
 
 
 def _without_quantisation(model: Any, name: str) -> Any:
-    """The same weights in a new model of the same class, whose config doesn't say that it was quantised."""
+    """Move the weights into a new model of the same class whose config does not say that it was quantised."""
     config = deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -261,7 +239,7 @@ def _without_quantisation(model: Any, name: str) -> Any:
         plain: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     plain.load_state_dict(model.state_dict(), strict=True, assign=True)
     plain.tie_weights()
-    for path, buffer in model.named_buffers():  # the rotary angles, which no state dict holds
+    for path, buffer in model.named_buffers():  # the rotary angles, which are not in the state dict
         owner, _, leaf = path.rpartition(".")
         setattr(plain.get_submodule(owner), leaf, buffer)
     return plain.eval()
@@ -271,7 +249,7 @@ def _without_quantisation(model: Any, name: str) -> Any:
 
 
 def _set_cut(inner: Any, cut: Any, file: Path) -> None:
-    """Let ``inner`` cut text as the file says that its merges were learnt."""
+    """Make ``inner`` split text in the way for which, as the file says, its merges were learnt."""
     from tokenizers import pre_tokenizers
 
     if cut in _CUT_AT_DIGITS:

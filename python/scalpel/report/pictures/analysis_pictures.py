@@ -3,7 +3,7 @@
 import math
 from typing import TYPE_CHECKING, Any
 
-from .picture import Picture
+from .figures import Picture
 from .spectra_pictures import spectra_pictures
 
 if TYPE_CHECKING:

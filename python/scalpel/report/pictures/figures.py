@@ -19,6 +19,7 @@ None and NaN mean that there is no such measurement; they leave a gap and are ne
 import io
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
 
@@ -35,7 +36,7 @@ from .layered import draw_layered
 from .maps import draw_map, draw_region
 from .style import RC, VARIABLES
 
-__all__ = ["KINDS", "alt_text", "draw", "to_svg"]
+__all__ = ["KINDS", "Picture", "alt_text", "draw", "to_svg"]
 
 _DRAW = {
     "region": draw_region,
@@ -50,6 +51,21 @@ KINDS = tuple(_DRAW)
 
 _SVG = "{http://www.w3.org/2000/svg}"
 _XLINK = "{http://www.w3.org/1999/xlink}"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure with its place on a page.
+
+    Attributes:
+        name: What its SVG's ids begin with, unique on the page.
+        part: The part of the page in which it stands.
+        figure: Its data, of one of the kinds above.
+    """
+
+    name: str
+    part: str
+    figure: dict[str, Any]
 
 
 def draw(figure: Mapping[str, Any], *, title: bool = False) -> Figure:

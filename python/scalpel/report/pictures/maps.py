@@ -133,7 +133,7 @@ def _rows(axes: Axes, labels: list[str]) -> None:
 
 
 def _runs(where: np.ndarray) -> list[tuple[int, float, float]]:
-    """Row, start and end of each stretch of true cells, a cell being centred on its number."""
+    """Row, start and end of each stretch of true cells, a cell being centered on its number."""
     found = []
     for row, cells in enumerate(where):
         turns = np.flatnonzero(np.diff(np.concatenate(([False], cells, [False])).astype(int)))

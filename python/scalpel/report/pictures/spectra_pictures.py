@@ -4,7 +4,7 @@ import math
 import re
 from typing import Any
 
-from .picture import Picture
+from .figures import Picture
 
 __all__ = ["spectra_pictures"]
 

@@ -1,1 +1,1 @@
-"""Machines out of models: whether a model acts, on words over some letters, like a finite machine."""
+"""Extraction of finite machines from models."""

@@ -1,14 +1,31 @@
-"""Exact bounds of a share (C. Clopper and E. Pearson, 1934)."""
+"""Exact bounds on a share (C. Clopper and E. Pearson, 1934)."""
 
-from scipy.stats import beta
+from scipy.stats import binomtest
 
 __all__ = ["clopper_pearson"]
 
 
 def clopper_pearson(hits: int, trials: int, alpha: float = 0.05) -> tuple[float, float]:
-    """Bounds (low, high) that hold the share with a probability of at least 1 - alpha; (0, 1) without trials.
+    """Bounds that hold the share with a probability of at least 1 - alpha.
 
     For several shares at once divide alpha by their number (Bonferroni), and the bounds hold together.
+
+    Args:
+        hits: How many of the trials had the outcome whose share is sought.
+        trials: How many there were.
+        alpha: The probability, at most, that the share lies outside.
+
+    Returns:
+        (low, high); (0, 1) without trials.
+
+    Raises:
+        ValueError: ``hits`` is not between 0 and ``trials``, or ``alpha`` not between 0 and 1.
+
+    Example:
+        >>> from scalpel.semigroup.extraction.bounds import clopper_pearson
+        >>> low, high = clopper_pearson(0, 10)
+        >>> round(low, 3), round(high, 3)
+        (0.0, 0.308)
     """
     if not 0 <= hits <= trials:
         raise ValueError(f"{hits} hits of {trials} trials; hits run from 0 to the trials")
@@ -16,6 +33,5 @@ def clopper_pearson(hits: int, trials: int, alpha: float = 0.05) -> tuple[float,
         raise ValueError(f"alpha is {alpha}; it must be between 0 and 1")
     if trials == 0:
         return 0.0, 1.0
-    low = 0.0 if hits == 0 else float(beta.ppf(alpha / 2, hits, trials - hits + 1))
-    high = 1.0 if hits == trials else float(beta.ppf(1 - alpha / 2, hits + 1, trials - hits))
-    return low, high
+    interval = binomtest(hits, trials).proportion_ci(confidence_level=1 - alpha, method="exact")
+    return float(interval.low), float(interval.high)

@@ -41,22 +41,47 @@ def extract(
     seed: int = 0,
     progress: Callable[[str, float], None] | None = None,
 ) -> Extraction:
-    """A Moore machine (Q, δ, o) that ``model`` acts like on words over ``alphabet``, with its bounds; or a refusal.
+    """Extract a Moore machine (Q, δ, o) that a model acts like on words over an alphabet, or refuse to.
 
-    ``model``: a CircuitGPT, which after prefix + word + suffix chooses among ``answers``; or a function from a list of
-    words (tuples of names) to as many outputs. ``alphabet``, ``answers``: texts, or name → text; an answer is a single
-    token. ``valid(word)``: whether a word, a tuple of names, may be asked at all; what isn't valid is a state of its
-    own.
+    Prefixes of up to N = ``horizon``, 2N and 4N letters are divided into classes that no continuation of up to as many
+    letters distinguishes. The machine is then tested on new words: pairs of prefixes of one class, swapped caches, and
+    words that repeat a piece. The same seed gives the same result.
 
-    Prefixes of up to N = ``horizon``, 2N and 4N letters are cut into classes that no continuation of up to as many
-    letters tells apart, from about ``prefixes`` of them each; ``tolerance`` is the share of errors passed over,
-    ``limit`` the most classes. Then the machine is tried on new words: ``pairs`` pairs of prefixes a cell (as many as
-    the bounds need, 160 at least, if not given), swapped caches, words that repeat a piece. ``most_conflict``: what the
-    bounds may be for a finite machine. ``nulls``: measure them too. The same seed gives the same result.
-    ``progress(what, done)``: called before each part.
+    Args:
+        model: A CircuitGPT, which chooses among ``answers`` after prefix + word + suffix; or a function that takes a
+            list of words (tuples of names) and returns as many outputs.
+        alphabet: The letters' texts, or a mapping from names to texts.
+        answers: The answers' texts, or a mapping from names to texts; each is a single token. None for a function.
+        prefix: Text in front of each word, for a CircuitGPT.
+        suffix: Text after each word, for a CircuitGPT.
+        valid: A function that says whether a word, a tuple of names, may be asked at all. What is not valid becomes a
+            state of its own. None allows every word.
+        horizon: N, the length of the shortest of the three kinds of prefixes.
+        prefixes: About how many prefixes to learn from at each length.
+        pairs: How many pairs of prefixes to test for each cell of state and letter. None takes as many as the bounds
+            need, at least 160.
+        tolerance: The share of errors that is ignored while learning.
+        most_conflict: The largest bounds that a finite machine may have.
+        limit: The largest number of classes.
+        nulls: Whether to measure the nulls, too.
+        seed: The seed of all random choices.
+        progress: A function that is called before each part with its description and the fraction done.
 
-    Returns an :class:`.extraction.Extraction`. ValueError where words of 8N letters don't fit the context, where an
-    answer is split by the tokenizer, or for options out of range.
+    Returns:
+        The machine with its bounds, or a refusal with its reasons.
+
+    Raises:
+        ValueError: If an option is out of range, or answers are missing.
+        Refused: If words of 8N letters do not fit the context, or the tokenizer splits an answer.
+
+    Example:
+        >>> def parity(words):
+        ...     return [word.count("a") % 2 for word in words]
+        >>> extraction = scalpel.semigroup.extract(parity, ["a", "b"], horizon=2, prefixes=32, nulls=False)
+        >>> extraction.verdict, extraction.machine.states
+        ('finite', 2)
+        >>> extraction.semigroup().groups()[0].name
+        'Z_2'
     """
     begun = time.monotonic()
     questions = questions_of(model, alphabet, answers, prefix, suffix, valid)
@@ -66,10 +91,9 @@ def extract(
     candidates = []
     for i, length in enumerate((horizon, 2 * horizon, 4 * horizon)):
         report(f"classes of prefixes of up to {length} letters", 0.1 + 0.15 * i)
-        found = learn(questions, length, prefixes=prefixes, tolerance=tolerance, limit=limit, rng=rng)
-        candidates.append(found)
+        candidates.append(learn(questions, length, prefixes=prefixes, tolerance=tolerance, limit=limit, rng=rng))
     growth = tuple(Growth(c.horizon, c.classes, c.capped, len(c.prefixes)) for c in candidates)
-    # Where the classes grow to the end, the candidate of the shortest words shows where it breaks.
+    # If the number of classes keeps growing, the candidate of the shortest words shows where it breaks.
     level = candidates[1].classes == candidates[2].classes
     candidate = candidates[-1] if level else candidates[0]
     pairs = max(160, _needed(candidate, most_conflict)) if pairs is None else pairs
@@ -104,7 +128,7 @@ def extract(
             report("nulls", 0.8)
             known["nulls"] = _nulls(questions, candidate, min(pairs, 64), 4 * horizon, rng)
             if isinstance(model, CircuitGPT):
-                # more classes than a few times the machine's are growth, whatever their number
+                # More classes than a few times the machine's count as growth, however many there are.
                 few = min(limit, 4 * candidate.machine.states)
                 options = known["options"] | {"nulls": False, "valid": valid, "limit": few, "pairs": min(pairs, 64)}
                 other = extract(untrained(model), **options)
@@ -126,7 +150,7 @@ def extract(
 
 
 def _needed(candidate: Candidate, most_conflict: float) -> int:
-    """Pairs a cell for bounds of ``most_conflict`` in all cells at once where one in a hundred pairs conflicts."""
+    """Compute how many pairs per cell bring all bounds below ``most_conflict`` if one in a hundred pairs conflicts."""
     cells = len(candidate.states) * len(candidate.machine.letters)
     pairs = 16
     while clopper_pearson(pairs // 100, pairs, 0.05 / cells)[1] > max(most_conflict, 0.02):
@@ -150,29 +174,29 @@ def _check(
         raise ValueError(f"limit is {limit}; it must be 1 or more")
     for name, share in (("tolerance", tolerance), ("most_conflict", most_conflict)):
         if not 0 <= share < 1:
-            raise ValueError(f"{name} is {share}; it is a share from 0 up to, and without, 1")
+            raise ValueError(f"{name} is {share}; it must be at least 0 and below 1")
     if not any(questions.is_valid((letter,)) for letter in range(len(questions.letters))):
-        raise ValueError("no letter is valid after the empty word: is valid= given words as tuples of names?")
+        raise ValueError("no letter is valid after the empty word: valid= receives words as tuples of names")
     longest = questions.longest()
     if longest is not None and 8 * horizon > longest:
         raise Refused(
-            f"horizon {horizon} asks words of up to {8 * horizon} letters (prefixes of 4N and continuations as long), "
-            f"and the context holds {longest}; give a horizon of at most {longest // 8}"
+            f"horizon {horizon} needs words of up to {8 * horizon} letters (prefixes of 4N and continuations as long), "
+            f"and the context holds {longest}; use a horizon of at most {longest // 8}"
         )
 
 
 def _try(
     questions: Questions, candidate: Candidate, pairs: int, horizon: int, rng: np.random.Generator
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """All trials: what the verdict is made from, and what the extraction shows."""
+    """Run all trials, and return what decides the verdict and what the extraction shows."""
     own = by_state(questions, candidate, 2 * pairs, horizon, rng)
-    conflict, pairs_found = conflicts(questions, candidate, own)
+    conflict, conflicting = conflicts(questions, candidate, own)
     right, wrong = fidelity(questions, candidate, pairs, horizon, rng)
     differ, triples = congruence(questions, candidate, own, pairs, horizon, rng)
     swaps = None
     if isinstance(questions, ModelQuestions):
         swaps = interchange(questions, candidate, own, pairs, horizon, rng)
-    # each word that repeats a piece, and half of it
+    # Each word that repeats a piece, and the first half of it.
     long = list(pumped(questions, 2 * horizon))
     repeated = list(dict.fromkeys(word[:end] for word in long for end in (len(word) // 2, len(word))))
     strange = _disagreeing(questions, candidate, repeated)
@@ -185,7 +209,7 @@ def _try(
         "counterexamples": tuple(_shown(questions, candidate, [*wrong, *strange])),
         "conflicts": tuple(
             {"u": _text(questions, u), "v": _text(questions, v), "letter": questions.letters[a]}
-            for u, v, a in sorted(pairs_found, key=lambda t: len(t[0]) + len(t[1]))[:_SHOWN]
+            for u, v, a in sorted(conflicting, key=lambda t: len(t[0]) + len(t[1]))[:_SHOWN]
         ),
         "incongruent": tuple(
             {"u": _text(questions, u), "v": _text(questions, v), "continuation": _text(questions, w)}
@@ -202,7 +226,7 @@ def _disagreeing(questions: Questions, candidate: Candidate, words: Sequence[Wor
 
 
 def _shown(questions: Questions, candidate: Candidate, words: Sequence[Word]) -> list[dict[str, Any]]:
-    """The shortest counterexamples as names, with what model and machine say."""
+    """Return the shortest counterexamples as names, with the outputs of model and machine."""
     shortest = sorted(set(words), key=lambda word: (len(word), word))[:_SHOWN]
     said = [questions.output(number) for number in questions.ask(shortest)]
     return [
@@ -217,7 +241,7 @@ def _shown(questions: Questions, candidate: Candidate, words: Sequence[Word]) ->
 
 
 def _text(questions: Questions, word: Word) -> str:
-    """A word as text, runs of a letter as powers."""
+    """Write a word as text, with repeated letters as powers."""
     names = questions.names(word)
     parts: list[list[Any]] = []
     for name in names:
@@ -232,7 +256,7 @@ def _nulls(
     questions: Questions, candidate: Candidate, pairs: int, horizon: int, rng: np.random.Generator
 ) -> dict[str, Any]:
     own = by_state(questions, candidate, 2 * pairs, horizon, rng)
-    found = {"shuffled_labels": null.shuffled_labels(questions, candidate, own.words, rng)}
+    measured = {"shuffled_labels": null.shuffled_labels(questions, candidate, own.words, rng)}
     if isinstance(questions, ModelQuestions):
-        found["random_nodes"] = null.random_nodes(questions, candidate, own.words, rng)
-    return found
+        measured["random_nodes"] = null.random_nodes(questions, candidate, own.words, rng)
+    return measured

@@ -1,9 +1,10 @@
-"""Interchange: put the whole cache of one prefix in the place of another's, and go on.
+"""Interchange: replace the whole cache of one prefix by another's, and continue.
 
-A causal transformer's state after a prefix is its cache, every layer's keys and values, together with the position. So
-caches of prefixes of one length are swapped, and the output after a continuation is read: for prefixes of one class it
-should stay as it was; for prefixes of two classes it should become what the machine says of the other. A swap of all
-keys and values is a run of the other prefix, up to rounding: this is congruence at equal length, with real caches.
+After a prefix, the state of a causal transformer is its cache, that is the keys and values of every layer, together
+with the position. So caches of prefixes of equal length are swapped, and the output after a continuation is read. For
+two prefixes of one class it should stay the same; for prefixes of two classes it should become what the machine says of
+the other prefix. Swapping all keys and values is a run of the other prefix, up to rounding: this tests congruence at
+equal length, with real caches.
 """
 
 from collections.abc import Sequence
@@ -24,8 +25,15 @@ __all__ = ["Interchange", "after_swap", "interchange"]
 
 @dataclass(frozen=True)
 class Interchange:
-    """Counts of swaps: outputs that stayed (``same``: one class), that became the machine's word for the other prefix
-    (``other``: two classes), and of the latter those that had to change for it (``flips``).
+    """Counts of swaps and of their outcomes.
+
+    Attributes:
+        same: Swaps within a class that left the output as it was.
+        same_trials: Swaps within a class.
+        other: Swaps between classes after which the output was the machine's for the other prefix.
+        other_trials: Swaps between classes.
+        flips: Swaps between classes that had to change the output, and did.
+        flip_trials: Swaps between classes that had to change the output.
     """
 
     same: int
@@ -50,17 +58,17 @@ class Interchange:
 def interchange(
     questions: ModelQuestions, candidate: Candidate, sample: Sample, pairs: int, horizon: int, rng: Generator
 ) -> Interchange:
-    """About ``pairs`` swaps within and as many between classes, of prefixes of equal length in tokens.
+    """Swap the caches of about ``pairs`` pairs within classes and as many between classes, of equal length in tokens.
 
-    Continuations have up to ``horizon`` letters and are valid after both; a third of them is empty where a
-    suffix follows, which reads the cache.
+    Continuations have up to ``horizon`` letters and are valid after both prefixes. If a suffix follows, which reads the
+    cache, a third of the continuations are empty.
     """
     machine = candidate.machine
     groups: dict[int, list[tuple[Word, int]]] = {}
     for state, words in sample.words.items():
         for word in words:
             groups.setdefault(len(questions.ids(word, suffix=False)), []).append((word, state))
-    # Disjoint pairs, so that the counts are of independent trials; a prefix may stand in one of either kind.
+    # Disjoint pairs, so that trials are independent; a prefix may be in one pair of each kind.
     within: list[tuple[Word, Word, int, int]] = []
     between: list[tuple[Word, Word, int, int]] = []
     for members in groups.values():
@@ -75,7 +83,7 @@ def interchange(
             u, v, p, q = group[i]
             bare = bool(questions.suffix) and rng.random() < 1 / 3
             w = () if bare else continuation(questions, u, v, horizon, rng)
-            if w or questions.suffix:  # a token of its own must read the cache: u's last one has read u's
+            if w or questions.suffix:  # another token must read the cache, because u's last token has read u's own
                 kept.append((u, v, p, q, w))
     before = questions.ask([u + w for u, _, _, _, w in kept]).tolist()
     swapped = after_swap(questions, [(u, v, w) for u, v, _, _, w in kept])
@@ -97,8 +105,8 @@ def interchange(
 
 @torch.no_grad()
 def after_swap(questions: ModelQuestions, triples: Sequence[tuple[Word, Word, Word]]) -> list[int]:
-    """Numbers of the outputs after u·w when the keys and values at u's positions are v's, for triples (u, v, w)."""
-    found = []
+    """Return the output after u·w with the keys and values at u's positions replaced by v's, for each (u, v, w)."""
+    answers = []
     step = 64
     for i in range(0, len(triples), step):
         part = triples[i : i + step]
@@ -108,12 +116,12 @@ def after_swap(questions: ModelQuestions, triples: Sequence[tuple[Word, Word, Wo
         _, cache = questions.model.run_with_cache(donors, names=r"\d+\.attn\.[kv]$")
 
         def put(value: Tensor, name: str, cache: dict[str, Tensor] = cache, ends: Tensor = ends) -> Tensor:
-            given = cache[name]
-            at = torch.arange(given.shape[1], device="cpu") < ends[:, None]
+            donated = cache[name]
+            at = torch.arange(donated.shape[1], device="cpu") < ends[:, None]
             value = value.clone()
-            value[:, : given.shape[1]][at] = given[at]
+            value[:, : donated.shape[1]][at] = donated[at]
             return value
 
         logits = questions.model.run_with_hooks(ids, [(name, put) for name in cache])
-        found += questions.choose(logits[torch.arange(len(part), device="cpu"), last])
-    return found
+        answers += questions.choose(logits[torch.arange(len(part), device="cpu"), last])
+    return answers

@@ -1,8 +1,9 @@
-"""Learning a candidate machine: classes of prefixes that no continuation tried so far tells apart.
+"""Learning a candidate machine: classes of prefixes that no continuation tried so far distinguishes.
 
-An observation table as in D. Angluin (1987), refined by one continuation at a time as R. Rivest and R. Schapire (1993)
-do, for a teacher who errs now and then: a class is split only where more than a tolerated share of its members
-disagree about a continuation, and the rarest classes, together a tolerated share of the prefixes, are strays.
+The observation table of D. Angluin (1987), refined by one continuation at a time as in R. Rivest and R. Schapire
+(1993), for a teacher who sometimes errs: a class is split only where more than a tolerated share of its members
+disagree about a continuation, and the rarest classes, together a tolerated share of the prefixes, are treated as
+strays.
 """
 
 from collections import Counter
@@ -17,17 +18,22 @@ from .words import random_words, short_words
 
 __all__ = ["Candidate", "Row", "learn"]
 
-_ALWAYS = 2  # letters: states that only such short words reach are rare among prefixes, and no strays
+_ALWAYS = 2  # letters; states that only such short words reach are rare among prefixes, but not strays
 Row = tuple[int, ...]  # the outputs after a prefix followed by each continuation
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What was found over prefixes of up to ``horizon`` letters.
+    """A machine learned from prefixes of up to ``horizon`` letters.
 
-    ``continuations``: what tells the classes apart, the empty one first. ``states``: row → the machine's state.
-    ``classes``: how many rows cover all but the tolerated share of the prefixes, and all of the shortest. ``capped``:
-    there were more classes than the limit, and the search stopped; ``prefixes``: those that it was learned from.
+    Attributes:
+        horizon: The length of the longest prefixes.
+        continuations: What distinguishes the classes; the empty continuation comes first.
+        states: The machine's state for each row.
+        machine: The machine.
+        classes: How many rows cover all but the tolerated share of the prefixes, and all of the shortest ones.
+        capped: Whether the search stopped because there were more classes than the limit.
+        prefixes: The prefixes that it was learned from.
     """
 
     horizon: int
@@ -42,12 +48,12 @@ class Candidate:
         return rows_of(questions, words, self.continuations)
 
     def rho(self, questions: Questions, words: Sequence[Word]) -> np.ndarray:
-        """ρ of each word: the machine's state, or -1 for a stray."""
+        """Compute ρ of each word: the machine's state, or -1 for a stray."""
         return np.array([self.states.get(row, -1) for row in self.rows(questions, words)], dtype=np.int64)
 
 
 def rows_of(questions: Questions, words: Sequence[Word], continuations: Sequence[Word]) -> list[Row]:
-    """Each word's outputs after the word and every continuation."""
+    """Ask for the outputs after each word followed by every continuation."""
     asked = questions.ask([word + end for word in words for end in continuations])
     return [tuple(row) for row in asked.reshape(len(words), len(continuations)).tolist()]
 
@@ -55,9 +61,9 @@ def rows_of(questions: Questions, words: Sequence[Word], continuations: Sequence
 def learn(
     questions: Questions, horizon: int, *, prefixes: int, tolerance: float, limit: int, rng: np.random.Generator
 ) -> Candidate:
-    """A candidate from about ``prefixes`` prefixes of up to ``horizon`` letters, with continuations as long.
+    """Learn a candidate from about ``prefixes`` prefixes of up to ``horizon`` letters, with continuations as long.
 
-    ``tolerance``: the share of errors that is passed over; ``limit``: the most classes.
+    ``tolerance`` is the share of errors that is ignored, and ``limit`` the largest number of classes.
     """
     pool = short_words(questions, horizon, prefixes // 2)
     pool = list(dict.fromkeys([*pool, *random_words(questions, horizon, prefixes - len(pool), rng)]))
@@ -76,8 +82,9 @@ def learn(
 
 
 def _covering(rows: Sequence[Row], tolerance: float, always: Sequence[Row]) -> list[Row]:
-    """The fewest rows that cover all but a share ``tolerance`` of the prefixes, and those of ``always``, which come
-    first: the empty word's is the first of them.
+    """Find the fewest rows that cover all but a share ``tolerance`` of the prefixes, and all rows of ``always``.
+
+    Those of ``always`` come first, and that of the empty word is the first of them.
     """
     counts = Counter(rows)
     kept = list(dict.fromkeys(always))
@@ -99,9 +106,9 @@ def _closed(
     continuations: Sequence[Word],
     limit: int,
 ) -> list[Row]:
-    """With the kept classes those that most members of one are led to by a letter: rare states, and no strays."""
+    """Add to the kept classes those to which a letter leads most members of one: rare states, which are not strays."""
     known, counts = set(kept), Counter(rows)
-    for row in kept:  # which grows on the way
+    for row in kept:  # kept grows meanwhile
         if len(kept) > limit:
             break
         own = [word for word, its in zip(pool, rows, strict=True) if its == row]
@@ -123,10 +130,11 @@ def _split(
     longest: int,
     tolerance: float,
 ) -> Word | None:
-    """The continuation about which the members of a class disagree most often, where more than tolerated, or where one
-    of the shortest words does.
+    """Find the continuation about which the members of a class disagree most often.
+
+    It counts only if they disagree more than is tolerated, or if one of the shortest words does.
     """
-    best, found = 0, None
+    most, split = 0, None
     members = {row: [word for word, own in zip(pool, rows, strict=True) if own == row] for row in kept}
     for letter in range(len(questions.letters)):
         known = set(continuations)
@@ -140,9 +148,9 @@ def _split(
                 differs = column != outputs[counts.argmax()]
                 minority = int(differs.sum())
                 decisive = any(len(own[i]) <= _ALWAYS for i in np.flatnonzero(differs))
-                if minority > best and (decisive or minority > tolerance * len(column)):
-                    best, found = minority, continuation
-    return found
+                if minority > most and (decisive or minority > tolerance * len(column)):
+                    most, split = minority, continuation
+    return split
 
 
 def _machine(
@@ -152,7 +160,10 @@ def _machine(
     kept: Sequence[Row],
     continuations: Sequence[Word],
 ) -> tuple[MooreMachine, dict[Row, int]]:
-    """Each class goes where most of its members go; what isn't valid is a state of its own, which nothing leaves."""
+    """Build the machine: each class leads where most of its members lead.
+
+    What is not valid becomes a state of its own, which no letter leaves.
+    """
     invalid = (INVALID,) * len(continuations)
     number = {row: i for i, row in enumerate(kept)}
     table: list[list[int]] = []
@@ -182,7 +193,7 @@ def _machine(
 
 
 def _met(machine: MooreMachine) -> list[int]:
-    """The states as a breadth-first walk from the start meets them; those that it doesn't meet come last."""
+    """List the states in breadth-first order from the start, followed by those that cannot be reached."""
     order = [machine.start]
     for state in order:
         order += [t for t in dict.fromkeys(machine.transitions[state]) if t not in order]
@@ -190,5 +201,5 @@ def _met(machine: MooreMachine) -> list[int]:
 
 
 def _nearest(row: Row, kept: Sequence[Row]) -> Row:
-    """The class that answers most continuations alike; a stray has to go somewhere."""
+    """Find the class with the most equal answers, because a stray has to lead somewhere."""
     return max(kept, key=lambda other: sum(a == b for a, b in zip(row, other, strict=True)))

@@ -1,4 +1,4 @@
-"""Nulls of an extraction: what conflict there would be if the classes meant nothing."""
+"""Nulls of an extraction: how much conflict there would be if the classes meant nothing."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ REPEATS = 10
 def shuffled_labels(
     questions: Questions, candidate: Candidate, prefixes: Mapping[int, Sequence[Word]], rng: Generator
 ) -> dict[str, Any]:
-    """The conflict rate when the prefixes' classes are dealt out anew among them: mean and least of some shuffles."""
+    """Measure conflict with classes randomly permuted among the prefixes: mean and minimum of some shuffles."""
     words = [word for own in prefixes.values() for word in own]
     labels = np.repeat(list(prefixes), [len(own) for own in prefixes.values()])
     after = _after(questions, candidate, words)
@@ -32,10 +32,10 @@ def shuffled_labels(
 def random_nodes(
     questions: ModelQuestions, candidate: Candidate, prefixes: Mapping[int, Sequence[Word]], rng: Generator
 ) -> dict[str, Any]:
-    """The conflict rate when classes are read off nodes drawn at random, as many classes as the machine has.
+    """Measure conflict with classes computed from random nodes, as many classes as the machine has.
 
-    The values of NODES nodes at a prefix's last token are cut into classes by k-means, and so are those after one more
-    letter. Low figures here mean that low conflict is no evidence: any partition of the activations would do.
+    The values of NODES nodes at the last token of each prefix, and after one more letter, are clustered by k-means. If
+    conflict is low here, low conflict is no evidence, because any partition of the activations would show it.
     """
     words = [word for own in prefixes.values() for word in own]
     letters = range(len(questions.letters))
@@ -59,7 +59,7 @@ def _after(questions: Questions, candidate: Candidate, words: Sequence[Word]) ->
 
 
 def _conflict(labels: np.ndarray, after: Sequence[Sequence[Any]], rng: Generator) -> float:
-    """The mean over (class, letter) of the share of disjoint pairs of a class whose successors differ."""
+    """Compute the mean, over classes and letters, of the share of disjoint pairs in a class whose successors differ."""
     shares = []
     for label in np.unique(labels):
         own = rng.permutation(np.flatnonzero(labels == label))
@@ -82,16 +82,16 @@ def _draw(questions: ModelQuestions, rng: Generator) -> list[tuple[str, int]]:
 def _values(
     questions: ModelQuestions, words: Sequence[Word], draws: Sequence[Sequence[tuple[str, int]]]
 ) -> list[np.ndarray]:
-    """Each draw's nodes (words, nodes) at each word's last token, without the suffix; one pass for all draws."""
+    """Record the nodes of each draw (words, nodes) at the last token of each word, without the suffix, in one pass."""
     rows = [questions.ids(word, suffix=False) for word in words]
-    found = [np.empty((len(rows), len(nodes))) for nodes in draws]
+    recorded = [np.empty((len(rows), len(nodes))) for nodes in draws]
     hooks = list(dict.fromkeys(name for nodes in draws for name, _ in nodes))
     for batch in batches([len(row) for row in rows]):
         ids, last = pad([rows[i] for i in batch])
         at = torch.arange(len(batch), device="cpu")
         _, cache = questions.model.run_with_cache(ids, names=hooks)
         ends = {name: value[at, last] for name, value in cache.items()}
-        for values, nodes in zip(found, draws, strict=True):
+        for values, nodes in zip(recorded, draws, strict=True):
             for column, (name, channel) in enumerate(nodes):
                 values[batch, column] = ends[name][:, channel].cpu().numpy()
-    return found
+    return recorded

@@ -1,4 +1,4 @@
-"""Asking: what does a model answer after a word? Each word is asked once."""
+"""Questions: what does a model answer after a word? Each word is asked only once."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -14,11 +14,11 @@ from ...tasks.refused import Refused
 __all__ = ["INVALID", "NOT_VALID", "FunctionQuestions", "ModelQuestions", "Questions", "Word"]
 
 Word = tuple[int, ...]
-INVALID = -1  # the number of the output after a word that isn't valid; nobody is asked
+INVALID = -1  # the number of the output after a word that is not valid, which is never asked
 
 
 class _NotValid:
-    """What stands for the output after a word that isn't valid: no output of anybody's equals it."""
+    """Stands for the output after a word that is not valid; it differs from every real output."""
 
     def __repr__(self) -> str:
         return "not valid"
@@ -29,16 +29,18 @@ _TOKENS_AT_ONCE = 16_384
 
 
 class Questions(ABC):
-    """Words over ``letters`` in, numbers of ``outputs`` out. Subclasses answer; this remembers.
+    """Numbers of ``outputs`` for words over ``letters``. Subclasses answer, and this class remembers the answers.
 
-    ``valid`` says of a word, given as names, whether it may be asked at all; a word that goes on from one that isn't
-    valid isn't valid either.
+    ``valid`` says whether a word, given as names, may be asked at all. A word that continues one that is not valid is
+    not valid, either.
     """
 
     def __init__(self, letters: Sequence[str], valid: Callable[[tuple[str, ...]], bool] | None) -> None:
         self.letters = tuple(letters)
         if not self.letters or len(set(self.letters)) != len(self.letters):
-            raise ValueError(f"alphabet is {list(letters)}; give one letter or more, each of its own name")
+            raise ValueError(
+                f"alphabet is {list(letters)}; it must hold at least one letter, and the names must differ"
+            )
         self._valid = valid
         self._known: dict[Word, int] = {}
         self._validity: dict[Word, bool] = {(): True}
@@ -46,7 +48,7 @@ class Questions(ABC):
 
     @property
     def asked(self) -> int:
-        """Distinct words asked so far."""
+        """The number of different words asked so far."""
         return len(self._known)
 
     def names(self, word: Word) -> tuple[str, ...]:
@@ -61,7 +63,7 @@ class Questions(ABC):
         return self._validity[word]
 
     def ask(self, words: Sequence[Word]) -> np.ndarray:
-        """Numbers of the outputs after the words, int64 (words,); INVALID after one that isn't valid."""
+        """Return the numbers of the outputs after the words, int64 (words,); INVALID after a word that is not valid."""
         new = list(dict.fromkeys(w for w in words if w not in self._known))
         askable = [word for word in new if self.is_valid(word)]
         self._known.update((word, INVALID) for word in new if not self.is_valid(word))
@@ -70,20 +72,20 @@ class Questions(ABC):
         return np.array([self._known[word] for word in words], dtype=np.int64)
 
     def output(self, number: int) -> Hashable:
-        """The value of an output's number; NOT_VALID for INVALID."""
+        """Return the output with a number; NOT_VALID for INVALID."""
         return NOT_VALID if number == INVALID else self.outputs[number]
 
     def longest(self) -> int | None:
-        """Letters of the longest word that can be asked; None without a limit."""
+        """Return the length of the longest word that can be asked; None without a limit."""
         return None
 
     @abstractmethod
     def _answers(self, words: Sequence[Word]) -> list[int]:
-        """Numbers of the outputs after valid words that were not asked before."""
+        """Return the numbers of the outputs after valid words that were not asked before."""
 
 
 class FunctionQuestions(Questions):
-    """A function from a list of words (tuples of names) to as many outputs (hashable)."""
+    """Questions to a function that takes a list of words (tuples of names) and returns as many hashable outputs."""
 
     def __init__(
         self,
@@ -95,30 +97,38 @@ class FunctionQuestions(Questions):
         self._function = function
 
     def _answers(self, words: Sequence[Word]) -> list[int]:
-        given = list(self._function([self.names(word) for word in words]))
-        if len(given) != len(words):
-            raise ValueError(f"the function gave {len(given)} outputs for {len(words)} words; give one a word")
-        return [self._number(output) for output in given]
+        outputs = list(self._function([self.names(word) for word in words]))
+        if len(outputs) != len(words):
+            raise ValueError(
+                f"the function returned {len(outputs)} outputs for {len(words)} words; it must return one per word"
+            )
+        return [self._number(output) for output in outputs]
 
     def _number(self, output: Hashable) -> int:
         try:
             hash(output)
         except TypeError:
             raise TypeError(
-                f"the function gave {output!r}, which can't be hashed; give text, numbers or tuples"
+                f"the function returned {output!r}, which cannot be hashed; return text, numbers or tuples"
             ) from None
         if output != output:
-            raise ValueError(f"the function gave {output!r}, which isn't equal to itself; an output must be")
+            raise ValueError(
+                f"the function returned {output!r}, which is not equal to itself; outputs must be comparable"
+            )
         if output not in self.outputs:
             self.outputs.append(output)
         return self.outputs.index(output)
 
 
 class ModelQuestions(Questions):
-    """A CircuitGPT: the likeliest of the answer tokens after prefix, word and suffix.
+    """Questions to a CircuitGPT: the most likely of the answer tokens after prefix, word and suffix.
 
-    ``alphabet``: name → text (or a list of texts, each its own name); ``answers``: name → text, each a single token.
-    Letters are encoded one by one. Refused where the tokenizer splits an answer.
+    ``alphabet`` and ``answers`` map names to texts, or list texts, which are then their own names. Each answer is a
+    single token. Letters are encoded one by one.
+
+    Raises:
+        Refused: If there is no tokenizer, or it splits an answer.
+        ValueError: If there are fewer than two different answers, or a word could be an empty text.
     """
 
     outputs: list[Hashable]
@@ -159,31 +169,31 @@ class ModelQuestions(Questions):
         self.suffix = tokenizer.encode(suffix) if suffix else []
         empty = [name for name, text in texts.items() if not text]
         if empty:
-            raise ValueError(f"the letter {empty[0]!r} has no text; give each letter some")
+            raise ValueError(f"the letter {empty[0]!r} has no text; every letter needs one")
         self.tokens = [tokenizer.encode(text) for text in texts.values()]
         if not self.prefix and not self.suffix:
-            raise ValueError("the empty word would be an empty text; give a prefix or a suffix")
+            raise ValueError("the empty word would be an empty text; pass a prefix or a suffix")
 
     def longest(self) -> int:
         room = self.model.config.block_size - len(self.prefix) - len(self.suffix)
         return room // max(map(len, self.tokens))
 
     def ids(self, word: Word, suffix: bool = True) -> list[int]:
-        """The word's tokens, prefix and suffix included."""
+        """Return the word's tokens, including the prefix and the suffix."""
         inner = [token for letter in word for token in self.tokens[letter]]
         return [*self.prefix, *inner, *(self.suffix if suffix else [])]
 
     def choose(self, logits: torch.Tensor) -> list[int]:
-        """Numbers of the likeliest answers, logits (..., vocab)."""
-        given = logits[..., self.answer_ids].cpu()
-        if not bool(torch.isfinite(given).all()):
-            raise Refused("the model's logits of the answers aren't finite; it has no answer")
-        chosen: list[int] = (given if self.shift is None else given + self.shift).argmax(-1).tolist()
+        """Return the numbers of the most likely answers for logits (..., vocab)."""
+        scores = logits[..., self.answer_ids].cpu()
+        if not bool(torch.isfinite(scores).all()):
+            raise Refused("the model's logits of the answers aren't finite, so it has no answer")
+        chosen: list[int] = (scores if self.shift is None else scores + self.shift).argmax(-1).tolist()
         return chosen
 
     @torch.no_grad()
     def answer(self, ids: Sequence[int]) -> Hashable:
-        """The likeliest answer after a whole prompt's token ids."""
+        """Return the most likely answer after the token ids of a whole prompt."""
         return self.outputs[
             self.choose(self.model(torch.tensor([list(ids)], dtype=torch.int64, device="cpu"))[:, -1])[0]
         ]
@@ -193,16 +203,16 @@ class ModelQuestions(Questions):
         if not self.suffix:
             return self._answers_along(words)
         rows = [self.ids(word) for word in words]
-        found = [0] * len(rows)
+        answers = [0] * len(rows)
         for batch in batches([len(row) for row in rows]):
             padded, last = pad([rows[i] for i in batch])
             logits = self.model(padded)[torch.arange(len(batch), device="cpu"), last]
             for i, answer in zip(batch, self.choose(logits), strict=True):
-                found[i] = answer
-        return found
+                answers[i] = answer
+        return answers
 
     def _answers_along(self, words: Sequence[Word]) -> list[int]:
-        """Without a suffix, one pass over a word answers for all its prefixes: the model is causal."""
+        """Answer for all prefixes of a word in one pass, because without a suffix a causal model allows that."""
         single = all(len(tokens) == 1 for tokens in self.tokens)
         if not single:
             rows = [self.ids(word) for word in words]
@@ -224,18 +234,18 @@ class ModelQuestions(Questions):
 
 
 def batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Numbers of rows of like length, together at most so many tokens that memory stays small."""
+    """Group the indices of rows of similar length into batches whose memory stays small."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    found: list[list[int]] = []
+    groups: list[list[int]] = []
     for i in order:
-        if not found or (len(found[-1]) + 1) * lengths[i] > _TOKENS_AT_ONCE:
-            found.append([])
-        found[-1].append(i)
-    return found
+        if not groups or (len(groups[-1]) + 1) * lengths[i] > _TOKENS_AT_ONCE:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
 
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids (rows, longest) filled on the right with 0, place of each row's last token): causality hides the filling."""
+    """Pad rows on the right with 0, which causality hides, and return them with each row's last position."""
     longest = max(map(len, rows))
     padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], dtype=torch.int64, device="cpu")
     return padded, torch.tensor([len(row) - 1 for row in rows], dtype=torch.int64, device="cpu")
@@ -249,13 +259,13 @@ def questions_of(
     suffix: str,
     valid: Callable[[tuple[str, ...]], bool] | None,
 ) -> Questions:
-    """Questions to a CircuitGPT, or to a function of words."""
+    """Make the questions for a CircuitGPT, or for a function of words."""
     if isinstance(model, CircuitGPT):
         if answers is None:
-            raise ValueError("answers is missing: the texts, a token each, among which the model chooses")
+            raise ValueError("answers is missing: pass the texts, a token each, among which the model chooses")
         return ModelQuestions(model, alphabet, answers, prefix=prefix, suffix=suffix, valid=valid)
     if not callable(model):
         raise TypeError(f"model is {type(model).__name__}; it must be a CircuitGPT or a function of words")
     if answers is not None or prefix or suffix:
-        raise ValueError("answers, prefix and suffix are for a CircuitGPT; a function gives its outputs itself")
+        raise ValueError("answers, prefix and suffix are for a CircuitGPT; a function returns its outputs itself")
     return FunctionQuestions(model, list(alphabet), valid)

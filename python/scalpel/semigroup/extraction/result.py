@@ -1,4 +1,4 @@
-"""What an extraction gives: a machine with its bounds, or a refusal with its reasons."""
+"""The result of an extraction: a machine with its bounds, or a refusal with its reasons."""
 
 import json
 from collections.abc import Sequence
@@ -19,8 +19,13 @@ Verdict = Literal["finite", "counter", "refused"]
 
 @dataclass(frozen=True)
 class Growth:
-    """Classes found over ``prefixes`` prefixes of up to ``horizon`` letters; ``capped``: at least so many, the search
-    stopped.
+    """The number of classes of prefixes up to one length.
+
+    Attributes:
+        horizon: The length, in letters.
+        classes: The number of classes.
+        capped: Whether the search stopped because there were too many, so that there are at least so many classes.
+        prefixes: The number of prefixes.
     """
 
     horizon: int
@@ -31,14 +36,43 @@ class Growth:
 
 @dataclass(frozen=True)
 class Extraction:
-    """Whether a model acts on words like a finite machine, and the figures that say so.
+    """Whether a model acts on words like a finite machine, and the measurements that show it.
 
-    ``verdict``: "finite" (up to ``horizon`` letters and as many again), "counter" (more classes at each doubling), or
-    "refused"; ``reasons``: what speaks against "finite", empty where nothing does. ``machine``: None unless finite.
-    ``candidate``: the machine that was tried, on words of up to four times ``candidate_horizon`` letters where the
-    classes grow. ``conflict``, ``fidelity``, ``congruence``: see :mod:`.trials`; ``interchange``: see
-    :mod:`.interchange`. ``pumped``: (wrong, asked) of words that repeat a piece. ``counterexamples``: words on which
-    model and candidate differ, shortest first. ``conflicts``: (u, v, letter), ``incongruent``: (u, v, continuation).
+    Attributes:
+        verdict: "finite" (up to ``horizon`` letters and as many again), "counter" (more classes at each doubling of the
+            length), or "refused".
+        reasons: What contradicts "finite"; empty if nothing does.
+        machine: The machine, or None unless the verdict is "finite".
+        candidate: The machine that was tested; None if there were too many classes.
+        candidate_horizon: The length of the prefixes that the candidate was learned from.
+        horizon: The length of the longest prefixes.
+        growth: The number of classes at each of the three lengths.
+        continuations: The continuations that distinguish the classes.
+        conflict: How often two prefixes of one class lead to different classes; see :mod:`.trials`.
+        fidelity: How often the model's output is the machine's; see :mod:`.trials`.
+        congruence: How often continuations of two prefixes of one class differ; see :mod:`.trials`.
+        interchange: The results of swapping caches; see :mod:`.interchange`.
+        pumped: The numbers of wrong answers and of words, for words that repeat a piece.
+        counterexamples: Words on which model and candidate differ, the shortest first.
+        conflicts: Conflicts (u, v, letter), the shortest first.
+        incongruent: Triples (u, v, continuation) that differ, the shortest first.
+        nulls: What the same measures give for the nulls.
+        asked: The number of words that the model was asked about.
+        seconds: The time taken.
+        options: The options of the extraction.
+
+    Example:
+        >>> def parity(words):
+        ...     return [word.count("a") % 2 for word in words]
+        >>> extraction = scalpel.semigroup.extract(parity, ["a", "b"], horizon=2, prefixes=32, nulls=False)
+        >>> extraction.semigroup(["a"]).size
+        2
+        >>> extraction.summary()
+        'finite: classes 2 at 2, 2 at 4, 2 at 8; conflict 0.0%, below ...% in every cell; fidelity 100.0%; ...'
+        >>> extraction.to_dict()["machine"]["transitions"]
+        [[1, 0], [0, 1]]
+        >>> extraction.to_json()[:22]
+        '{"verdict": "finite", '
     """
 
     verdict: Verdict
@@ -63,13 +97,27 @@ class Extraction:
     options: dict[str, Any] = field(default_factory=dict)
 
     def semigroup(self, letters: Sequence[str] | None = None) -> TransformationSemigroup:
-        """The machine's transformation semigroup. ValueError where none was found; ``candidate`` is what was tried."""
+        """Build the machine's transformation semigroup.
+
+        Args:
+            letters: The names of some letters; None means all.
+
+        Returns:
+            The semigroup that their actions on the states generate.
+
+        Raises:
+            ValueError: If no machine was found; ``candidate.semigroup()`` is that of the machine that was tested.
+        """
         if self.machine is None:
             raise ValueError(f"no machine was found ({self.verdict}): {'; '.join(self.reasons)}")
         return self.machine.semigroup(letters)
 
     def summary(self) -> str:
-        """One line: the verdict and the figures that it rests on."""
+        """Summarize the verdict and the measurements that it rests on.
+
+        Returns:
+            One line of text.
+        """
         classes = ", ".join(f"{'≥ ' if g.capped else ''}{g.classes} at {g.horizon}" for g in self.growth)
         parts = [f"classes {classes}"]
         if self.conflict is not None:
@@ -79,11 +127,15 @@ class Extraction:
         if self.congruence is not None and any(trials for _, trials in self.congruence.cells.values()):
             parts.append(f"continuations that differ {self.congruence.value:.1%}")
         if self.machine is not None and len(set(map(str, self.machine.outputs)) - {"not valid"}) == 1:
-            parts.append("one answer whatever the word, so nothing was put to the test")
+            parts.append("one answer for every word, so nothing was tested")
         return f"{self.verdict}: {'; '.join(parts)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data."""
+        """Return everything as plain data.
+
+        Returns:
+            A dict of what JSON can hold.
+        """
         return {
             "verdict": self.verdict,
             "reasons": list(self.reasons),
@@ -108,7 +160,14 @@ class Extraction:
         }
 
     def to_json(self, indent: int | None = None) -> str:
-        """The extraction as JSON."""
+        """Return the extraction as JSON.
+
+        Args:
+            indent: The indentation; None puts everything on one line.
+
+        Returns:
+            The text.
+        """
         return json.dumps(plain(self.to_dict()), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
@@ -121,27 +180,27 @@ def judge(
     swaps: Interchange | None,
     pumped: tuple[int, int],
 ) -> tuple[Verdict, tuple[str, ...]]:
-    """The verdict and what speaks against "finite".
+    """Decide the verdict, and collect what contradicts "finite".
 
-    Finite iff the number of classes is the same at the three horizons, the bounds hold in every cell (conflict and
-    incongruence at most ``most_conflict``, fidelity at least 1 - ``most_conflict``), and the shares of swaps and of
-    words that repeat a piece do, as far as there are any. Counter iff each doubling finds more classes, all of them
-    (none of the first two counts is capped), and not nearly as many as there are prefixes, which noise does. Refused
-    otherwise.
+    "finite": the number of classes is the same at the three lengths, the bounds hold in every cell (conflict and
+    incongruence at most ``most_conflict``, fidelity at least 1 - ``most_conflict``), and so do the shares of swaps and
+    of words that repeat a piece, if there are any. "counter": each doubling of the length finds more classes, none of
+    the first two counts is capped, and there are far fewer classes than prefixes, because noise gives nearly as many.
+    "refused": otherwise.
     """
     counts = [g.classes for g in growth]
     reasons = []
     if len(set(counts)) > 1 or growth[-1].capped:
-        found = ", ".join(f"{g.classes}{' or more' if g.capped else ''} at {g.horizon}" for g in growth)
+        counted = ", ".join(f"{g.classes}{' or more' if g.capped else ''} at {g.horizon}" for g in growth)
         hint = ""
         if counts[1] == counts[2] and not growth[2].capped:
-            hint = f"; it does from {growth[1].horizon} on: give horizon={growth[1].horizon}"
-        reasons.append(f"the number of classes doesn't level off: {found} letters{hint}")
+            hint = f"; it does from {growth[1].horizon} on: use horizon={growth[1].horizon}"
+        reasons.append(f"the number of classes does not level off: {counted} letters{hint}")
     for rate, what in ((conflict, "conflict"), (congruence, "the share of continuations that differ")):
         if rate is not None and rate.worst > most_conflict:
             reasons.append(f"{what} may be {rate.worst:.1%} in a cell; {most_conflict:.1%} is allowed{_power(rate)}")
     if fidelity is not None and fidelity.least < 1 - most_conflict:
-        reasons.append(f"fidelity may be {fidelity.least:.1%} in a state; {1 - most_conflict:.1%} is asked")
+        reasons.append(f"fidelity may be {fidelity.least:.1%} in a state; {1 - most_conflict:.1%} is required")
     if swaps is not None:
         for hits, trials, what in (
             (swaps.same, swaps.same_trials, "within a class left the output"),
@@ -151,7 +210,7 @@ def judge(
                 reasons.append(f"only {hits} of {trials} swaps {what}")
     wrong, asked = pumped
     if asked and wrong > most_conflict * asked:
-        reasons.append(f"{wrong} of {asked} words that repeat a piece are answered otherwise than by the machine")
+        reasons.append(f"{wrong} of {asked} words that repeat a piece are answered differently by the machine")
     if not reasons:
         return "finite", ()
     growing = all(a.classes < b.classes for a, b in pairwise(growth)) and not any(g.capped for g in growth[:2])
@@ -160,5 +219,5 @@ def judge(
 
 
 def _power(rate: Rate) -> str:
-    """What to say where a bound is high although nothing was found."""
-    return "; nothing speaks for that, so give more pairs" if rate.shown == 0 else ""
+    """Point out that a bound is high although no trial speaks for it."""
+    return "; no trial shows that, so use more pairs" if rate.shown == 0 else ""

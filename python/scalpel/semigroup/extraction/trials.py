@@ -1,4 +1,4 @@
-"""Trials of a candidate on words that it wasn't learned from: conflict, fidelity, congruence."""
+"""Trials of a candidate on words that it was not learned from: conflict, fidelity and congruence."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -18,12 +18,14 @@ _ROUNDS = 8
 
 @dataclass(frozen=True)
 class Rate:
-    """A share with its bounds, in cells that are weighted alike.
+    """A share with its bounds, over cells of equal weight.
 
-    ``cells``: name → (hits, trials). ``value``: the mean of the cells' shares. ``low``, ``high``: the means of bounds
-    that hold for all cells at once with 95 % (Clopper-Pearson, Bonferroni); ``worst``: the highest bound of a cell.
-    Cells in ``census`` were not sampled: all words that there are were tried, and their share is exact. Other cells
-    without trials count as unknown, from 0 to 1.
+    Cells in ``census`` were not sampled: all words that exist were tried, so their share is exact. Other cells without
+    trials count as unknown, from 0 to 1. Bounds hold for all cells together with 95 % (Clopper-Pearson, Bonferroni).
+
+    Attributes:
+        cells: The numbers of hits and of trials in each cell.
+        census: The cells that were not sampled.
     """
 
     cells: Mapping[str, tuple[int, int]]
@@ -38,29 +40,33 @@ class Rate:
 
     @property
     def value(self) -> float:
+        """The mean of the cells' shares."""
         shares = [hits / trials for hits, trials in self.cells.values() if trials]
         return float(np.mean(shares)) if shares else float("nan")
 
     @property
     def low(self) -> float:
+        """The mean of the cells' lower bounds."""
         return float(np.mean([low for low, _ in self._bounds()])) if self.cells else 0.0
 
     @property
     def high(self) -> float:
+        """The mean of the cells' upper bounds."""
         return float(np.mean([high for _, high in self._bounds()])) if self.cells else 1.0
 
     @property
     def worst(self) -> float:
+        """The highest upper bound of a cell."""
         return max((high for _, high in self._bounds()), default=1.0)
 
     @property
     def shown(self) -> float:
-        """The highest lower bound of a cell: what the trials show for certain, in some cell."""
+        """The highest lower bound of a cell, which the trials establish for some cell."""
         return max((low for low, _ in self._bounds()), default=0.0)
 
     @property
     def least(self) -> float:
-        """The lowest bound of a cell."""
+        """The lowest lower bound of a cell."""
         return min((low for low, _ in self._bounds()), default=0.0)
 
     def to_dict(self) -> dict[str, object]:
@@ -73,24 +79,30 @@ class Rate:
 
 @dataclass(frozen=True)
 class Sample:
-    """State → distinct prefixes with ρ(prefix) that state; in ``census`` states these are all that there are."""
+    """Different prefixes for each state ρ(prefix); for the states in ``census`` they are all that exist."""
 
     words: dict[int, list[Word]]
     census: frozenset[int] = frozenset()
 
 
-def by_state(questions: Questions, candidate: Candidate, each: int, horizon: int, rng: np.random.Generator) -> Sample:
-    """Up to ``each`` prefixes of up to ``horizon`` letters a state that the candidate wasn't learned from.
+def by_state(
+    questions: Questions, candidate: Candidate, per_state: int, horizon: int, rng: np.random.Generator
+) -> Sample:
+    """Collect up to ``per_state`` new prefixes of up to ``horizon`` letters for each state.
 
-    Words that the machine leads there are tried, half of them drawn at random and half aimed. Where the machine leads
-    no more than ``each`` words to a state, all of them are taken, learned from or not. States that no prefix was found
-    for are there with an empty list.
+    New means that the candidate was not learned from them.
+
+    Words that the machine leads to a state are tried: half of them are drawn at random, and half are drawn for that
+    state. If the machine leads no more than ``per_state`` words to a state, all of them are taken, including
+    those learned from. A state for which no prefix was found has an empty list.
     """
-    found: dict[int, list[Word]] = {state: [] for state in _asked(candidate)}
-    few, census = _few(questions, candidate, each, horizon, rng)
+    prefixes: dict[int, list[Word]] = {state: [] for state in _asked(candidate)}
+    few, census = _few(questions, candidate, per_state, horizon, rng)
     seen, asked_few = set(candidate.prefixes), False
     for _ in range(_ROUNDS):
-        wanting = {s: each - len(words) for s, words in found.items() if len(words) < each and s not in few}
+        wanting = {
+            s: per_state - len(words) for s, words in prefixes.items() if len(words) < per_state and s not in few
+        }
         chosen = _led_to(questions, candidate, wanting, horizon, seen, rng) if wanting else []
         if not asked_few:
             chosen += [word for words in few.values() for word in words]
@@ -98,27 +110,29 @@ def by_state(questions: Questions, candidate: Candidate, each: int, horizon: int
         if not chosen:
             break
         for word, state in zip(chosen, candidate.rho(questions, chosen).tolist(), strict=True):
-            if state in found and (len(found[state]) < each or state in census):
-                found[state].append(word)
-    return Sample(found, census)
+            if state in prefixes and (len(prefixes[state]) < per_state or state in census):
+                prefixes[state].append(word)
+    return Sample(prefixes, census)
 
 
 def _few(
-    questions: Questions, candidate: Candidate, each: int, horizon: int, rng: np.random.Generator
+    questions: Questions, candidate: Candidate, per_state: int, horizon: int, rng: np.random.Generator
 ) -> tuple[dict[int, list[Word]], frozenset[int]]:
-    """The words of states that few words lead to: all where they are at most ``each``, which is a census, and else
-    ``each`` new ones of at most eight times as many, which drawing again and again would find slowly.
+    """Collect the words of states that few words lead to.
+
+    If at most ``per_state`` words lead to a state, all of them are taken, which is a census. If at most eight times
+    as many do, ``per_state`` new ones of them are taken, which drawing at random would find slowly.
     """
     few, census = {}, []
     for state in _asked(candidate):
-        words = all_words_to(candidate.machine, state, horizon, 8 * each)
+        words = all_words_to(candidate.machine, state, horizon, 8 * per_state)
         if words is None:
             continue
         words = [word for word in words if questions.is_valid(word)]
-        if len(words) <= each:
+        if len(words) <= per_state:
             census.append(state)
         else:
-            words = [words[i] for i in rng.permutation(len(words)) if words[i] not in candidate.prefixes][:each]
+            words = [words[i] for i in rng.permutation(len(words)) if words[i] not in candidate.prefixes][:per_state]
         few[state] = words
     return few, frozenset(census)
 
@@ -131,7 +145,7 @@ def _led_to(
     seen: set[Word],
     rng: np.random.Generator,
 ) -> list[Word]:
-    """Valid words, not ``seen``, that the machine leads to each state: up to as many as are wanted there."""
+    """Find valid words, not yet ``seen``, that the machine leads to each state, up to the number wanted there."""
     left = dict(wanting)
     chosen = []
     drawn = random_words(questions, horizon, sum(wanting.values()), rng)
@@ -148,17 +162,21 @@ def _led_to(
 
 
 def _asked(candidate: Candidate) -> list[int]:
-    """The states that prefixes can have: all but that of what isn't valid."""
+    """List the states that prefixes can have: all but the state of what is not valid."""
     machine = candidate.machine
     return [state for state in candidate.states.values() if machine.outputs[state] is not NOT_VALID]
 
 
 def conflicts(questions: Questions, candidate: Candidate, sample: Sample) -> tuple[Rate, list[tuple[Word, Word, int]]]:
-    """ε = P(ρ(ua) ≠ ρ(va) | ρ(u) = ρ(v), u ≠ v) in cells (state, letter), over disjoint pairs; and each (u, v, a) in
-    conflict. In a census the share of prefixes whose successor isn't that of most.
+    """Measure ε = P(ρ(ua) ≠ ρ(va) | ρ(u) = ρ(v), u ≠ v) for each state and letter, over disjoint pairs.
+
+    In a census it is the share of prefixes whose successor is not the most frequent one.
+
+    Returns:
+        The rate, and each (u, v, a) in conflict.
     """
     cells: dict[str, tuple[int, int]] = {}
-    found = []
+    conflicting = []
     for state, words in sample.words.items():
         for letter, name in enumerate(questions.letters):
             after = candidate.rows(questions, [(*word, letter) for word in words])
@@ -172,20 +190,24 @@ def conflicts(questions: Questions, candidate: Candidate, sample: Sample) -> tup
                 differ = [(words[i], words[i + 1]) for i in pairs if after[i] != after[i + 1]]
                 trials = len(pairs)
             cells[f"{state} {name}"] = (len(differ), trials)
-            found += [(u, v, letter) for u, v in differ]
+            conflicting += [(u, v, letter) for u, v in differ]
     census = frozenset(f"{state} {name}" for state in sample.census for name in questions.letters)
-    return Rate(cells, census), found
+    return Rate(cells, census), conflicting
 
 
 def fidelity(
-    questions: Questions, candidate: Candidate, each: int, horizon: int, rng: np.random.Generator
+    questions: Questions, candidate: Candidate, per_state: int, horizon: int, rng: np.random.Generator
 ) -> tuple[Rate, list[Word]]:
-    """How often the model says what the machine says, by the state that the machine is in; and where it doesn't."""
-    few, census = _few(questions, candidate, each, horizon, rng)
+    """Measure how often the model's output is the machine's, for each state of the machine.
+
+    Returns:
+        The rate, and the words on which they differ.
+    """
+    few, census = _few(questions, candidate, per_state, horizon, rng)
     groups: dict[int, list[Word]] = {state: list(few.get(state, [])) for state in _asked(candidate)}
     seen = set(candidate.prefixes)
     for _ in range(_ROUNDS):
-        wanting = {s: each - len(words) for s, words in groups.items() if len(words) < each and s not in few}
+        wanting = {s: per_state - len(words) for s, words in groups.items() if len(words) < per_state and s not in few}
         for word in _led_to(questions, candidate, wanting, horizon, seen, rng) if wanting else ():
             groups[candidate.machine.state(word)].append(word)
     cells: dict[str, tuple[int, int]] = {}
@@ -201,14 +223,17 @@ def fidelity(
 def congruence(
     questions: Questions, candidate: Candidate, sample: Sample, pairs: int, horizon: int, rng: np.random.Generator
 ) -> tuple[Rate, list[tuple[Word, Word, Word]]]:
-    """How often ρ(u) = ρ(v) and yet u·w and v·w have different outputs, w a random continuation of 1 to ``horizon``
-    letters, valid after both; in cells by state; and the triples that do.
+    """Measure how often ρ(u) = ρ(v), but the outputs after u·w and v·w differ, for each state.
 
-    Pairs are disjoint; in a census, where prefixes are few, ``pairs`` of them are drawn, each with a w of its own. A
-    state of a single prefix has none, and one that nothing valid follows no continuation: they have nothing to fail.
+    The continuation w is random, has 1 to ``horizon`` letters and is valid after both. Pairs are disjoint. In a census,
+    where prefixes are few, ``pairs`` pairs are drawn, each with its own w. A state with a single prefix has no pairs,
+    and a state that nothing valid follows has no continuations, so these cannot fail.
+
+    Returns:
+        The rate, and each (u, v, w) that differs.
     """
     cells: dict[str, tuple[int, int]] = {}
-    found = []
+    differing = []
     exempt = {str(state) for state in sample.census if len(sample.words[state]) < 2}
     for state, words in sample.words.items():
         couples = list(zip(words[::2], words[1::2], strict=False))
@@ -219,15 +244,15 @@ def congruence(
         triples = [(u, v, w) for u, v, w in tried if w]
         if couples and not triples:
             exempt.add(str(state))
-        one = questions.ask([u + w for u, _, w in triples])
-        other = questions.ask([v + w for _, v, w in triples])
-        cells[str(state)] = (int((one != other).sum()), len(triples))
-        found += [triple for triple, a, b in zip(triples, one, other, strict=True) if a != b]
-    return Rate(cells, frozenset(exempt)), found
+        after_u = questions.ask([u + w for u, _, w in triples])
+        after_v = questions.ask([v + w for _, v, w in triples])
+        cells[str(state)] = (int((after_u != after_v).sum()), len(triples))
+        differing += [triple for triple, a, b in zip(triples, after_u, after_v, strict=True) if a != b]
+    return Rate(cells, frozenset(exempt)), differing
 
 
 def continuation(questions: Questions, u: Word, v: Word, horizon: int, rng: np.random.Generator) -> Word:
-    """Random letters that keep both words valid; the empty word where there are none."""
+    """Draw random letters that keep both words valid; the empty word if there are none."""
     letters = len(questions.letters)
     weights = rng.dirichlet(np.ones(letters)) + 1e-3
     w: Word = ()

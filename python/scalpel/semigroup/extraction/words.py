@@ -1,4 +1,4 @@
-"""Words to ask: short ones, and long ones from many different distributions."""
+"""Words to ask about: short ones, and long ones from many different distributions."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -12,27 +12,27 @@ __all__ = ["all_words_to", "pumped", "random_words", "short_words", "words_to"]
 
 
 def short_words(questions: Questions, longest: int, most: int) -> list[Word]:
-    """All valid words, the shortest first, up to ``most`` of them and ``longest`` letters."""
-    found: list[Word] = []
+    """List all valid words, the shortest first, up to ``most`` words and ``longest`` letters."""
+    words: list[Word] = []
     for length in range(longest + 1):
         for word in product(range(len(questions.letters)), repeat=length):
-            if len(found) == most:
-                return found
+            if len(words) == most:
+                return words
             if questions.is_valid(word):
-                found.append(word)
+                words.append(word)
         if len(questions.letters) ** (length + 1) > 64 * most:
             break
-    return found
+    return words
 
 
 def random_words(questions: Questions, longest: int, count: int, rng: np.random.Generator) -> list[Word]:
-    """Valid words whose length is uniform up to ``longest``.
+    """Draw valid words whose length is uniform up to ``longest``.
 
-    Each has frequencies of letters of its own, from even to nearly a single letter, so that what counts letters is led
-    far from the start: with even frequencies, random words never are.
+    Each word has its own frequencies of letters, from uniform to nearly a single letter, so that a counter of letters
+    is led far from the start. Random words with uniform frequencies never do that.
     """
     letters = len(questions.letters)
-    found = []
+    words = []
     for _ in range(count):
         weights = rng.dirichlet(np.full(letters, 0.5)) + 1e-3
         word: Word = ()
@@ -42,19 +42,19 @@ def random_words(questions: Questions, longest: int, count: int, rng: np.random.
                 break
             share = weights[open_] / weights[open_].sum()
             word = (*word, open_[int(rng.choice(len(open_), p=share))])
-        found.append(word)
-    return found
+        words.append(word)
+    return words
 
 
 def words_to(machine: MooreMachine, state: int, longest: int, count: int, rng: np.random.Generator) -> list[Word]:
-    """``count`` words of up to ``longest`` letters that lead a machine to ``state``; none where no word does.
+    """Draw ``count`` words of up to ``longest`` letters that lead a machine to ``state``, or none if no word does.
 
-    A length is drawn evenly from those that words exist of, then a word of that length with the probability that its
-    letters' frequencies, drawn for each word, give it. The weights of all ways from each state to the end are counted
-    backwards, so no word has to be thrown away.
+    The length is drawn uniformly from those for which such words exist. The word is then drawn with the probability
+    that its letters' frequencies, which are drawn for each word, give it. The weights of all paths from each state to
+    the end are summed backwards, so that no word is rejected.
     """
     table = np.array(machine.transitions)
-    found: list[Word] = []
+    words: list[Word] = []
     for _ in range(count):
         weights = rng.dirichlet(np.ones(len(machine.letters))) + 1e-3
         ways = [np.eye(machine.states)[state]]
@@ -70,19 +70,19 @@ def words_to(machine: MooreMachine, state: int, longest: int, count: int, rng: n
             letter = int(rng.choice(len(share), p=share / share.sum()))
             word.append(letter)
             at = int(table[at, letter])
-        found.append(tuple(word))
-    return found
+        words.append(tuple(word))
+    return words
 
 
 def all_words_to(machine: MooreMachine, state: int, longest: int, most: int) -> list[Word] | None:
-    """Every word of up to ``longest`` letters that leads a machine to ``state``; None where more than ``most`` do."""
+    """List every word of up to ``longest`` letters that leads to ``state``; None if there are more than ``most``."""
     table = np.array(machine.transitions)
     ways = [np.eye(machine.states)[state]]
     for _ in range(longest):
         ways.append(ways[-1][table].sum(1))
     if sum(way[machine.start] for way in ways) > most:
         return None
-    found: list[Word] = []
+    words: list[Word] = []
     for length in range(longest + 1):
         open_: list[tuple[Word, int]] = [((), machine.start)]
         for left in range(length, 0, -1):
@@ -92,14 +92,14 @@ def all_words_to(machine: MooreMachine, state: int, longest: int, most: int) -> 
                 for letter, target in enumerate(machine.transitions[at])
                 if ways[left - 1][target] > 0
             ]
-        found += [word for word, at in open_ if at == state]
-    return found
+        words += [word for word, at in open_ if at == state]
+    return words
 
 
 def pumped(questions: Questions, longest: int) -> Iterator[Word]:
-    """Valid words x·yⁿ of ``longest`` letters or a little less, for x and y of up to two letters.
+    """Yield valid words x·yⁿ of about ``longest`` letters, for x and y of up to two letters.
 
-    Repetition is where a bounded memory fails first.
+    A bounded memory fails on repetitions first.
     """
     pieces = short_words(questions, 2, 64)
     for x, y in product(pieces, [piece for piece in _all(questions, 2) if piece]):

@@ -1,4 +1,4 @@
-"""What the report's pages share: their templates and their style."""
+"""The templates and the style that all pages share."""
 
 import jinja2
 
@@ -8,7 +8,7 @@ __all__ = ["environment_and_style"]
 
 
 def environment_and_style() -> tuple[jinja2.Environment, str]:
-    """The templates, in which a name that isn't given is an error, and the text of style.css."""
+    """The environment of the templates, in which an undefined name is an error, and the text of style.css."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("scalpel.report"),
         autoescape=True,

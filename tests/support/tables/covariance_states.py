@@ -84,7 +84,7 @@ def covariance_bound(x: Tensor, center: bool, gpu: bool | None, splits: list[int
     blocks = x.split(1024) if gpu is None else [part for part in x.tensor_split(splits or []) if len(part)]
     mean = x.double().mean(dim=0) if center else torch.zeros(x.shape[1], dtype=torch.float64)
     bound = len(blocks) * _FLOAT64 * sizes(x.double() - mean)
-    for block in blocks:  # centered by its own mean, and folded in in float64
+    for block in blocks:  # centered by its own mean, and joined in float64
         mean = block.double().mean(dim=0) if center else torch.zeros(x.shape[1], dtype=torch.float64)
         apart = block.double() - mean
         bound += (len(x) + 2) * _FLOAT64 * sizes(apart)

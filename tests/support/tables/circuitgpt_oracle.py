@@ -78,8 +78,8 @@ def norm(config: dict[str, Any], weights: dict[str, Vector], name: str, x: Vecto
     weight = weights[f"{name}.weight"]
     if config["rms_norm"]:
         return x / math.sqrt(math.fsum(x * x) / len(x) + np.finfo(np.float64).eps) * weight
-    centred = x - math.fsum(x) / len(x)
-    y = centred / math.sqrt(math.fsum(centred * centred) / len(x) + 1e-5) * weight
+    centered = x - math.fsum(x) / len(x)
+    y = centered / math.sqrt(math.fsum(centered * centered) / len(x) + 1e-5) * weight
     return y + weights[f"{name}.bias"] if f"{name}.bias" in weights else y
 
 

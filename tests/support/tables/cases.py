@@ -1,4 +1,4 @@
-"""The cases that every op runs on every target (test_cases.py), and the hard rows behind them.
+"""The cases that every op runs on every target (tests/unit/topk/test_cases.py), and the hard rows behind them.
 
 ``tolerance`` is the largest allowed difference from the twin in reference/, relative to the twin's largest entry; 0
 means equal to the bit.

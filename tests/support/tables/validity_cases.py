@@ -52,7 +52,7 @@ def flip_of_row(x: Tensor, t: Tensor, k: int | None) -> float:
 def flips_of_masks(
     model: scalpel.CircuitGPT, ids: Tensor, source: str, v: Tensor, at: Any = None, taken: Any = None, **inputs: Any
 ) -> list[tuple[float, str]]:
-    """The (step, name) of each mask after ``source``. The tangents come from two backward passes."""
+    """The (step, name) of each mask after ``source``, with tangents from two backward passes, not a forward one."""
     chosen = select(at, ids.shape[1], "source")
     seen: list[tuple[str, Tensor, int | None]] = []
 
