@@ -1,4 +1,4 @@
-"""What a model can do: accuracies on held-out files tell who can do which task, with an interval by file."""
+"""A model's abilities: accuracies on held-out files show which tasks it can do, with an interval over files."""
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ __all__ = ["one_thread"]
 
 
 class Oracle(torch.nn.Module):
-    """Says the quote that was opened last: it can do one of the tasks, and knows nothing of the others."""
+    """Answers with the last quote that was opened: it can do one of the tasks and none of the others."""
 
     def __init__(self):
         super().__init__()

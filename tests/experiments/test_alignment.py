@@ -1,4 +1,4 @@
-"""Alignment: eigenvectors, gradients and directions against known answers, and the verdict both ways."""
+"""The alignment experiment: eigenvectors, gradients and directions with known answers, and both verdicts."""
 
 import json
 from functools import cache
@@ -31,7 +31,7 @@ def orthogonal(seed=0):
 
 
 def gradient(deviations, seed=1, prompts=24, length=40):
-    """Rows whose covariance has these deviations along the first rows of orthogonal()."""
+    """Rows whose covariance has the given standard deviations along the first rows of orthogonal()."""
     scale = np.full(WIDTH, 0.01)
     scale[: len(deviations)] = deviations
     return (np.random.default_rng(seed).standard_normal((prompts, length, WIDTH)) * scale) @ orthogonal()
@@ -121,7 +121,7 @@ def test_directions_of_the_averager_are_its_channels():
 
 
 def judged(order=(0, 1, 2), deviations=(4, 3, 2), r2=0.9, noise=0.0, untrained_cos=None):
-    """The verdict for generators that lie along these components of a known gradient."""
+    """The verdict for generators with the given components along a known gradient."""
     rng = np.random.default_rng(3)
     own = {}
     for claim, row in zip(CLAIMS, order, strict=True):
@@ -139,9 +139,9 @@ def judged(order=(0, 1, 2), deviations=(4, 3, 2), r2=0.9, noise=0.0, untrained_c
 def test_the_verdict_can_come_out_every_way():
     assert judged() == "reproduced"
     assert judged(noise=0.05) == "reproduced"  # |cos| of about 0.9
-    assert judged(order=(1, 0, 2)) == "not reproduced"  # exchanged
+    assert judged(order=(1, 0, 2)) == "not reproduced"  # v1 and v2 are exchanged
     assert judged(order=(0, 1, 50)) == "not reproduced"
-    assert judged(deviations=(3, 3, 2)) == "not reproduced"  # v1 and v2 aren't told apart
+    assert judged(deviations=(3, 3, 2)) == "not reproduced"  # v1 and v2 cannot be distinguished
     assert judged(noise=3.0) == "not reproduced"
     assert judged(untrained_cos=0.999) == "indistinguishable"
     assert judged(r2=0.3) == "not testable here"
@@ -162,7 +162,7 @@ def test_the_averager_has_one_component_and_so_no_second():
 
     result = result_of("averager")
     pairs = result.measured["pairs"]
-    # All of its gradient lies along what the head reads: the mean is v1, and v2 has nothing.
+    # The whole gradient lies along what the head reads: the mean is v1, and nothing is left for v2.
     assert pairs["mean"]["cos_with_each"][0] > 0.99 and not pairs["mean"]["resolved"]
     assert result.verdict == "not reproduced"
     assert json.loads(result.to_json())["prediction"]["pairs"]["mean"] == "v2"

@@ -1,4 +1,4 @@
-"""The causes of a failure are found where they are known, and what isn't one isn't."""
+"""The causes experiment finds known causes of a failure, and rejects what is not a cause."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,8 @@ def test_early_and_late_have_the_same_tokens_in_another_order():
     )
     texts = [small_tokenizer().decode(cell.ids[0]) for cell in (early, late)]
     assert texts[0].rindex("[") < texts[1].rindex("[")
-    assert int(early.filler[0].sum()) == pytest.approx(int(late.filler[0].sum()), abs=8)  # heads differ in length
+    # The beginnings of the lists differ in length.
+    assert int(early.filler[0].sum()) == pytest.approx(int(late.filler[0].sum()), abs=8)
 
 
 def test_a_cell_without_room_says_so():
@@ -62,7 +63,7 @@ def test_the_constructed_head_is_found_to_be_a_mean_with_its_theta(sink):
     assert head.name == "0.0" and head.share == pytest.approx(1, abs=0.01)
     found = calibration.calibrate(model, (2, 3, 4), prompts=8, head=head)
     law = found.law()
-    # u is in the head's own units; θ in units of one bracket is what was built in.
+    # u is in the head's own units; measured in units of one bracket, θ is the value that was built in.
     assert found.theta / law.u[laws.OPEN] == pytest.approx(THETA, rel=0.01)
     assert found.by_intervention()["weighted"] == pytest.approx(
         {k: k / THETA - (sink or 0) for k in (2, 3, 4)}, rel=0.02
@@ -73,7 +74,8 @@ def test_the_constructed_head_is_found_to_be_a_mean_with_its_theta(sink):
     assert verdict["mean"], verdict
     assert measures["sigma"] == pytest.approx(sink or 0.0, abs=0.01)
     crossing = head_measures.crossing(measures, found.theta)
-    assert crossing == pytest.approx(2 / THETA - (sink or 0), abs=4)  # linear between the lengths read
+    # Interpolated linearly between the measured lengths.
+    assert crossing == pytest.approx(2 / THETA - (sink or 0), abs=4)
 
 
 def test_a_law_from_one_length_foretells_the_others():
@@ -139,12 +141,12 @@ def test_a_mean_is_restored_by_taking_the_filler_away():
     assert result.verdict == "reproduced", result.measured["summary"]
     assert result.measured["right"]["as it is"] == 0 and result.measured["right"]["filler not read"] == 1
     shares = result.measured["factors"]["share"]
-    assert shares["log n"] > 0.2 and shares["late"] < 0.02  # a mean knows no order
-    assert shares["closed"] > 0.1  # to a mean a closed bracket is evidence too
+    assert shares["log n"] > 0.2 and shares["late"] < 0.02  # a mean ignores the order
+    assert shares["closed"] > 0.1  # for a mean, a closed bracket is evidence too
 
 
 def test_a_model_that_goes_by_length_is_not_restored_by_count():
-    # 1 / n > θ: what counts is the start token alone; nothing of the depth.
+    # The model decides by 1 / n > θ: only the start token counts, and the depth does not.
     result = experiments.run("causes", circuit(0.02, evidence="<s>"), prompts=8, offsets=16)
     assert result.verdict == "not testable here"
     result = experiments.run("causes", untrained(circuit()), prompts=8, offsets=16, nulls=())
@@ -158,8 +160,8 @@ def test_a_law_whose_filler_helps_has_no_critical_length():
         u = np.array([0, 0, 1, 1, 0, element, element], dtype=float)
         return laws.WeightedLaw(np.ones(7), u, 1.0, theta, small_tokenizer())
 
-    assert law(0.0).critical_length(counts) < counts.sum()  # fails already, by so many tokens
-    assert np.isinf(law(0.9).critical_length(counts))  # filler says "two" itself
+    assert law(0.0).critical_length(counts) < counts.sum()  # the critical length is already exceeded
+    assert np.isinf(law(0.9).critical_length(counts))  # the filler alone exceeds θ
     helped = laws.WeightedLaw(np.ones(7), np.array([0, -9.0, 1, 1, 0, 0.6, 0.6]), 1.0, 0.5, small_tokenizer())
     assert helped.surplus(counts) < 0 < helped.per_token()
     assert np.isnan(helped.critical_length(counts)) and helped.tokens_left(small_tokenizer().encode("x = [[a")) <= 0

@@ -1,4 +1,4 @@
-"""Collapse: measures with a known answer, controls that catch what a mask does alone, a study that could say either."""
+"""The collapse experiment: measures with known answers, controls for the effect of a mask alone, and both verdicts."""
 
 import json
 from dataclasses import replace
@@ -68,7 +68,8 @@ def test_a_planted_collapse_is_found_and_the_moments_are_not_mixed():
     found = one(rows_of(exact(spectrum, basis)))
     assert (found.top1, found.top3) == (pytest.approx(0.6, abs=1e-5), pytest.approx(0.9, abs=1e-5))
     assert found.effective_rank == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-5)
-    # A mean of squared length 90 along the last direction: nothing to the covariance, nine tenths of the second moment.
+    # A mean of squared length 90 along the last direction leaves the covariance unchanged and is nine tenths of the
+    # second moment.
     far = rows_of(exact(spectrum, basis, mean=basis[5] * np.sqrt(90)))
     assert one(far).top1 == pytest.approx(0.6, abs=1e-4)
     assert one(far, "pre.raw.second").top1 == pytest.approx(90.25 / 100, abs=1e-4)
@@ -107,7 +108,7 @@ def ranks(rows):
 
 def test_a_random_mask_lowers_the_rank_and_shuffled_supports_show_that_it_is_the_mask():
     gradient = RNG(6).standard_normal((4000, 32))
-    mask = RNG(7).random(gradient.shape) < np.geomspace(0.9, 0.01, 32)  # channels unequally often kept
+    mask = RNG(7).random(gradient.shape) < np.geomspace(0.9, 0.01, 32)  # channels are kept with unequal frequency
     own, other = ranks(rows_of(gradient, mask=mask))
     assert own["post.raw.centered"].effective_rank > 31 and own["pre.raw.centered"].effective_rank < 20
     assert other["pre.raw.centered"].effective_rank == pytest.approx(own["pre.raw.centered"].effective_rank, rel=0.05)
@@ -115,7 +116,7 @@ def test_a_random_mask_lowers_the_rank_and_shuffled_supports_show_that_it_is_the
 
 def test_supports_that_go_by_the_gradient_collapse_it_and_shuffled_ones_do_not():
     gradient = RNG(8).standard_normal((4000, 32))
-    own, other = ranks(rows_of(gradient, mask=gradient > 0))  # what passes points one way
+    own, other = ranks(rows_of(gradient, mask=gradient > 0))  # the kept values point in one direction
     assert own["pre.raw.second"].top1 == pytest.approx((0.5 + 31 / (2 * np.pi)) / 16, rel=0.03)
     assert own["pre.raw.second"].effective_rank < 0.8 * other["pre.raw.second"].effective_rank
     assert other["pre.raw.second"].top1 < 0.04 and own["post.raw.second"].top1 < 0.04
@@ -134,7 +135,7 @@ def test_dead_channels_are_taken_off_before_ranks_are_compared():
     a, b = found["full"]["h"]["pre.raw.centered"], found["half"]["h"]["pre.raw.centered"]
     assert (a.live, b.live, a.equal_channels, b.equal_channels) == (32, 16, 16, 16)
     assert a.effective_rank > 1.9 * b.effective_rank and a.equal_rank == pytest.approx(b.equal_rank, rel=0.01)
-    # Nor do channels that are dead in both count as alignment.
+    # Channels that are dead in both models must not count as alignment either.
     activation = RNG(15).standard_normal((8000, 32)) * (np.arange(32) < 16)
     assert abs(one(rows_of(half.post, activation)).area) < 0.4
 
@@ -213,7 +214,7 @@ def test_a_model_that_always_says_one_bracket_has_no_generator():
     assert constant["]"].after == 1 and all(constant[letter].acts <= 0.5 for letter in "x[]")
     right = collapse_generators.acting_of(dict.fromkeys(words, True))
     assert all(one.acts == one.after == 1 for one in right.values())
-    # Without the letter "[" alone: a model that misses an open list right behind its bracket.
+    # Only the letter "[" is missing: the model misses an open list directly after its bracket.
     misses = collapse_generators.acting_of({w: not w or w[-1] != "[" for w in words})
     assert misses["["].acts == 0 and misses["x"].after == 1
 
@@ -284,12 +285,14 @@ def test_a_stored_study_comes_back_and_a_stale_one_is_named(content, tmp_path):
 
 
 def planted(content, rank, area):
-    """The study with the topk arm's ranks multiplied, and its scores raised, at the last step, a little by seed."""
+    """The study, with the ranks of the topk arm multiplied and its scores raised at the last step, slightly per
+    seed.
+    """
     changed = json.loads(json.dumps(content))
     for number, seed in enumerate(changed["seeds"].values()):
         for step, found in seed.items():
             of = {c: found["conditions"][c]["pre.unit.centered"] for c in ("topk", *CONTROLS)}
-            score = found["conditions"]["dense"]["post.unit.centered"]  # without a mask, that of "pre" too
+            score = found["conditions"]["dense"]["post.unit.centered"]  # without a mask, the rank of "pre" changes too
             for condition, kept in of.items():
                 last = step == "6" and condition == "topk"
                 kept["equal_rank"] = [10 * (rank * (1 + 0.01 * number) if last else 1)] * 8

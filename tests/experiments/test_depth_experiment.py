@@ -1,4 +1,4 @@
-"""The cascade of layers: known products, and models in which the directions do die, or can't."""
+"""The depth experiment: known products, and models whose directions do vanish or cannot."""
 
 import json
 from functools import cache
@@ -30,9 +30,9 @@ def config_of(**options):
 
 
 def killing():
-    """Blocks that take away the four longest channels of what they read: after two, next to nothing moves.
+    """Blocks that remove the four longest channels of their input; after two blocks hardly anything varies.
 
-    Each MLP writes -c · norm(x) with c the root mean square of every x there, through an AbsTopK of four.
+    Each MLP writes -c · norm(x), where c is the root mean square of every x there, through an AbsTopK of four.
     """
     model = CircuitGPT(config_of(afrac=0.5, afrac_loctypes="mlp_out", activation_type="relu"))
     sizes = torch.arange(1.0, 9.0)
@@ -65,7 +65,7 @@ def result_of(kind):
     [
         ("killing", "reproduced"),
         ("random", "not reproduced"),
-        ("on the stream", "indistinguishable"),  # at most k by arithmetic, and so has the untrained model
+        ("on the stream", "indistinguishable"),  # the rank is at most k by construction, in the untrained model too
         ("no TopK", "not testable here"),
         ("one layer", "not reproduced"),
     ],
@@ -81,10 +81,10 @@ def test_verdicts(kind, verdict):
 
 def test_what_is_measured_of_the_killing_model():
     measured, null = result_of("killing").measured, result_of("killing").null
-    # x̂ x̂ᵀ alone is left where the channels were taken away, once in each layer
+    # Where the channels are removed, only x̂ x̂ᵀ remains, once in each layer.
     assert measured["survivors"]["0.001"] == 2 and measured["k"] == 4
     assert [row["rank"] for row in measured["layers"]] == [5, 5]
-    assert null["survivors"]["rotated"] == 5  # layers of rank five that meet at random keep five
+    assert null["survivors"]["rotated"] == 5  # a product of random layers of rank five has rank five
     assert null["survivors"]["untrained"] == 8
     assert measured["survivors_without_the_residual_path"] <= 4
     assert measured["log_volume_per_direction_and_layer"] == -np.inf
@@ -97,7 +97,8 @@ def test_topk_bounds_what_is_added_and_the_residual_path_keeps_the_rank():
         assert 0 < row["rank_attention"] <= row["live_attention"] == 4
         assert 0 < row["rank_mlp"] <= row["live_mlp"] == 4
         assert row["rank_added"] <= 8
-    assert result_of("on the stream").measured["layers"][0]["rank"] <= 4  # unless the TopK is on the residual itself
+    # Except with the TopK on the residual stream itself.
+    assert result_of("on the stream").measured["layers"][0]["rank"] <= 4
 
 
 def test_sweeps_and_the_dense_product_agree_from_last_to_last():
@@ -109,7 +110,7 @@ def test_sweeps_and_the_dense_product_agree_from_last_to_last():
     swept = cascade.sweep_exponents(model, texts, 3, 0)
     dense = np.stack([np.log(one.values[:3]) / 2 for one in cascade.cascades(model, texts, ranks=False)])
     assert swept["last"] == pytest.approx(dense, abs=1e-4)
-    assert (swept["all"][:, 0] >= swept["last"][:, 0] - 1e-6).all()  # the last token is among all
+    assert (swept["all"][:, 0] >= swept["last"][:, 0] - 1e-6).all()  # the last token is one of all tokens
 
 
 def test_products_of_any_size():

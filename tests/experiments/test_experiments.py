@@ -1,4 +1,4 @@
-"""Experiments come out as they should on models whose algorithm is known by construction."""
+"""Experiments give the correct verdict on models whose algorithm is known by construction."""
 
 import json
 from functools import cache
@@ -62,7 +62,7 @@ def test_lengths_outside_what_was_asked(lengths, status, value):
 
 
 def noisy(p, seed=0, prompts=64):
-    """Answers drawn with probability p(n), each for itself."""
+    """Independent answers that are correct with probability p(n)."""
     x = np.tile(np.arange(1, 401), (prompts, 1))
     return c.Curve(x, np.random.default_rng(seed).random(x.shape) < p(x))
 
@@ -70,9 +70,9 @@ def noisy(p, seed=0, prompts=64):
 @pytest.mark.parametrize(
     ("p", "status"),
     [
-        (lambda n: np.where(n < 100, 0.98, 0.47), "none"),  # sinks to one half and stays
-        (lambda n: np.where((n > 100) & (n < 160), 0.1, 0.97), "none"),  # dips and comes back
-        (lambda n: np.where(n < 100, 0.05, 0.95), "none"),  # rises: no failure length
+        (lambda n: np.where(n < 100, 0.98, 0.47), "none"),  # falls to one half and stays there
+        (lambda n: np.where((n > 100) & (n < 160), 0.1, 0.97), "none"),  # falls and recovers
+        (lambda n: np.where(n < 100, 0.05, 0.95), "none"),  # rises, so there is no failure length
         (lambda n: np.full(n.shape, 0.8), "above"),
         (lambda n: 0.5 + 0.4 * np.cos(n / 15), "none"),
         (lambda n: 1 / (1 + np.exp((n - 150) / 30)), "crosses"),
@@ -104,7 +104,7 @@ def test_laws_from_two_lengths():
     assert laws["sink"][0](5) == pytest.approx(90) and laws["sink"][1]["sigma"] == pytest.approx(10)
     assert laws["constant"][0](9) == pytest.approx(40)
     assert laws["seed"][1]["theta"] == pytest.approx(13 / 210)
-    # A line that leaves zero upwards would need a negative sink: the sink's law then is the seed's.
+    # A line with a positive intercept would need a negative sink, so the sink law then equals the seed's law.
     assert c.fit_laws({2: 30.0, 3: 40.0})["sink"][1]["sigma"] == 0
 
 
@@ -115,7 +115,7 @@ def test_laws_from_two_lengths():
 def result_of(name, kind):
     model = {
         "mean": lambda: circuit(),
-        "late": lambda: circuit(0.032),  # k = 6 fails beyond the context, as the law says
+        "late": lambda: circuit(0.032),  # k = 6 fails beyond the context, as the law predicts
         "sink": lambda: circuit(0.04, sink=24.0),
         "length": lambda: circuit(0.02, evidence="<s>"),
         "untrained": lambda: untrained(circuit()),
@@ -129,7 +129,7 @@ def result_of(name, kind):
     if name != "distractors":
         options["controls"] = Controls({"untrained": untrained(model)})
     if kind == "mean" and name == "distractors":
-        model = circuit(0.06)  # right at depth 1 from 17 tokens on, and at k = 6 up to 100
+        model = circuit(0.06)  # right at depth 1 from 17 tokens, and at k = 6 up to 100
     return experiments.run(name, model, **FAST, **options)
 
 
@@ -139,7 +139,7 @@ def result_of(name, kind):
         ("mean", "reproduced"),
         ("late", "reproduced"),
         ("sink", "not reproduced"),
-        ("length", "not testable here"),  # says the same at both depths: it can't do the task
+        ("length", "not testable here"),  # answers the same at both depths, so it cannot do the task
         ("untrained", "not testable here"),
         ("never", "not testable here"),
     ],
@@ -150,7 +150,7 @@ def test_dilution_verdicts(kind, verdict):
 
 
 def test_without_a_calibrated_law_dilution_is_not_testable():
-    """Laws by intervention are there even where a calibration amount never crosses, as in the model without TopK."""
+    """Laws by intervention exist even if a calibration amount never crosses, as in the model without TopK."""
     x = np.tile(np.arange(10.0, 90, 4), (8, 1))
     crossing = c.critical(c.Curve(x, x < 50), np.random.default_rng(0))
     assert crossing.status == "crosses"
@@ -169,7 +169,7 @@ def test_the_sink_is_told_from_the_plain_mean():
     result = result_of("dilution", "sink")
     holds = result.measured["law_holds"]
     assert holds["sink"] and not holds["seed"]
-    # n* = k/θ - σ with the θ = 0.04 and σ = 24 that were built in
+    # n* = k/θ - σ, with θ = 0.04 and σ = 24 as built in.
     said = result.prediction["critical_length"]["sink"]
     assert said == pytest.approx({str(k): k / 0.04 - 24 for k in (4, 5, 6)}, abs=6)
 
@@ -193,14 +193,14 @@ def test_distractors_of_the_mean():
     n0, fewest = result.prediction["n0"], result.measured["fewest"]
     for name in ("comment words", "one letter"):
         assert fewest[name]["value"] == pytest.approx(6 / 0.06 - n0, abs=4), name
-    # "[]" brings evidence along, and so much of it that the circuit never flips: the law says so, and so it is.
+    # "[]" adds so much evidence of its own that the circuit never flips; the law predicts this, and it is what happens.
     assert result.prediction["d"]["matched []"] is None and fewest["matched []"]["status"] == "above"
     assert result.null["moved_least_accuracy"] == 1.0
 
 
 def test_a_crossing_between_two_coarse_steps_is_found():
     model = circuit(0.06)
-    result = experiments.run("distractors", model, k=2, step=40, elements=4, **FAST)  # fails at 2 / 0.06 = 33 tokens
+    result = experiments.run("distractors", model, k=2, step=40, elements=4, **FAST)  # it fails at 2 / 0.06 = 33 tokens
     n0 = result.prediction["n0"]
     assert 0 < 33 - n0 < 40
     assert result.measured["fewest"]["one letter"]["value"] == pytest.approx(33 - n0, abs=4)
@@ -222,7 +222,8 @@ def test_results_are_json_with_the_prediction_first():
     for result in (result_of("dilution", "mean"), experiments.run("minimal_simulator", None)):
         read = json.loads(result.to_json())
         provenance = read["provenance"]
-        # a clock may stand still, and test_the_order_is_enforced doesn't ask it
+        # Equal times are allowed, because a clock may not advance in between; test_the_order_is_enforced checks the
+        # order.
         assert provenance["predicted_at"] <= provenance["measuring_from"] <= provenance["measured_at"]
         assert set(read) == set(vars(result))
 
@@ -267,7 +268,7 @@ def test_the_minimal_simulator_is_exact_and_could_fail(monkeypatch):
     from scalpel.experiments.brackets import minimal_simulator
 
     assert minimal_simulator.run().verdict == "reproduced"
-    monkeypatch.setattr(minimal_simulator, "simulate", lambda k, n, theta: k >= theta * n)  # fails late, at equality
+    monkeypatch.setattr(minimal_simulator, "simulate", lambda k, n, theta: k >= theta * n)  # wrong at equality
     assert minimal_simulator.run().verdict == "not reproduced"
 
 

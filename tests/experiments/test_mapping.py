@@ -1,4 +1,4 @@
-"""Generator mapping finds what a hand-built model has, channel by channel, and nothing where there is nothing."""
+"""Generator mapping finds the known channels of a hand-built model, and nothing where there is nothing."""
 
 import json
 from dataclasses import replace
@@ -24,7 +24,7 @@ def averager(evidence="["):
 
 
 def stepper():
-    """The averager, whose MLP writes 1[m > θ] where evidence was, and whose head reads that alone."""
+    """The averager, whose MLP writes 1[m > θ] to the channel where the evidence was, and whose head reads only that."""
     plain = averager()
     config = replace(plain.config, d_mlp=2, activation_type="relu")
     model = CircuitGPT(config)
@@ -36,7 +36,7 @@ def stepper():
         mlp = model.transformer.h[0].mlp
         for parameter in mlp.parameters():
             parameter.zero_()
-        # relu(z + 1/2) - relu(z - 1/2) is a step of slope one around z = 0; the norm multiplies by √2.
+        # relu(z + 1/2) - relu(z - 1/2) is a step of slope one around z = 0, and the norm multiplies by √2.
         mlp.c_fc.weight[:, mean], mlp.c_fc.weight[:, one] = steep, -steep * THETA
         mlp.c_fc.bias[:] = torch.tensor([0.5, -0.5])
         mlp.c_proj.weight[step] = torch.tensor([1.0, -1.0])
@@ -51,7 +51,7 @@ def result_of(kind):
     model = {
         "averager": averager,
         "stepper": stepper,
-        "start": lambda: averager("<s>"),  # averages the start token: 1/n, whatever the brackets
+        "start": lambda: averager("<s>"),  # averages the start token: 1/n for any brackets
         "untrained": lambda: untrained(averager()),
     }[kind]()
     return experiments.run("mapping", model, **FAST)
@@ -72,7 +72,7 @@ def test_partial_r2_is_that_of_two_regressions():
     v = rows.pick(share(prompts.evidence))
     values = np.stack([v + 0.02 * rng.standard_normal(len(v)), rng.standard_normal(len(v)), 0 * v], 1)
     found = Scores.of(rows, rows.design.residuals(v[:, None]), values)
-    nuisance = rows.design._all  # a basis of what is nuisance, on every row
+    nuisance = rows.design._all  # a basis of the nuisance directions on every row
     for channel in range(2):
         y = values[:, channel]
         errors = []
@@ -107,11 +107,12 @@ def test_a_token_seen_in_no_fitted_row_leaves_the_prediction_finite():
 
 def test_the_averagers_channels_are_found_and_no_others():
     result = result_of("averager")
-    # Both embedding channels tell "[" from other tokens, and only what the head or the norm reads moves the answer.
+    # Both embedding channels distinguish "[" from other tokens, and only what the head or the norm reads changes the
+    # answer.
     assert mapped(result, "update") == ["0.attn.act_in:0", "0.attn.v:0", "0.resid_in:0", "0.resid_in:1"]
     assert mapped(result, "mean") == ["0.attn.resid_delta:2", "0.attn.y:0", "0.resid_mid:2", "final_resid:2"]
     assert mapped(result, "threshold") == []
-    assert result.verdict == "not reproduced"  # the threshold is in the answer, in no channel
+    assert result.verdict == "not reproduced"  # the threshold is applied in the answer, not in a channel
     assert result.measured["by_hook"]["0.attn.y"]["best_r2"]["mean"] > 0.999
     assert result.null["rate"]["rate"] == 0
     assert {f["outcome"] for f in result.measured["channels"] if f["node"] == "0.mlp.act_in:2"} == {

@@ -34,8 +34,11 @@ def config_of(**options):
 
 
 def built(along=0, successor=None):
-    """Every block adds one vector; embeddings differ along it (``along`` 0) or across it (1); token 3 follows all, or
-    ``successor`` says which follows which."""
+    """Every block adds one vector.
+
+    The embeddings differ along it (``along`` 0) or across it (1). Token 3 follows every token, or ``successor`` gives
+    the next token of each.
+    """
     model = CircuitGPT(config_of())
     added = torch.arange(1.0, WIDTH + 1)
     across = torch.tensor([2.0, -1.0] + [0.0] * (WIDTH - 2))
@@ -98,7 +101,7 @@ def test_what_is_measured_of_the_built_model():
     assert rows[0]["directions"] == 1 and rows[0]["settled"] == 1
     first = result.measured["first_component"][0]
     assert first["activations"]["cos"] == pytest.approx(1) and first["activations"]["p_rotated"] == 0.001
-    assert np.isnan(first["gradients"]["cos"])  # the logits don't read the residual, so nothing varies there
+    assert np.isnan(first["gradients"]["cos"])  # the logits ignore the residual, so nothing varies there
     end = result.measured["decoding"]
     assert end["one_token"] == 1 and end["distinct_cycles"] == 1 and set(end["period"]) == {1}
     assert result.measured["apparent"]["one_token"] == 1
@@ -149,7 +152,7 @@ def test_components_are_those_of_the_models_activations():
     assert shares[:5] == pytest.approx((sizes**2 / (sizes**2).sum())[:5], abs=1e-5)
     assert abs(components[0] @ axes[0]) == pytest.approx(1, abs=1e-5)
     assert found["gradients"].counts.tolist() == [4, 3, 5]
-    again = found["activations"].components(np.array([1, 1]))[1][0]  # one prompt twice is that prompt
+    again = found["activations"].components(np.array([1, 1]))[1][0]  # repeating a prompt changes nothing
     alone = rows[1] - rows[1].mean(axis=0)
     assert abs(again @ np.linalg.svd(alone)[2][0]) == pytest.approx(1, abs=1e-5)
 
@@ -167,5 +170,5 @@ def test_closeness_knows_the_first_component_from_others_and_from_chance():
         closeness(axis, moments, rng, draws=99, resamples=2)["p_rotated"] for axis in rng.standard_normal((40, 12))
     ]
     assert np.mean(np.array(chance) <= 0.2) == pytest.approx(0.2, abs=0.15)
-    # one entry alone is as near as its place: exchanged between twelve channels, one in twelve hits
+    # A vector with a single entry is matched whenever the exchange of twelve channels hits its place: once in twelve.
     assert first["p_shuffled"] == pytest.approx(1 / 12, abs=0.03)

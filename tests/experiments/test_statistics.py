@@ -1,4 +1,4 @@
-"""The statistics of all experiments, against scipy's and against figures by hand."""
+"""The statistics of all experiments, compared with scipy and with figures computed by hand."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def test_resamples_without_a_value_are_left_out():
     failed = np.array([True] + 5 * [False])
     score = np.arange(6.0)
     low, high = bootstrap(lambda drawn: auroc(score[drawn], failed[drawn]), 6, rng())
-    assert (low, high) == (0.0, 0.0)  # the failure has the lowest score in every resample that holds it
+    assert (low, high) == (0.0, 0.0)  # in every resample with the failure, it has the lowest score
     assert np.isnan(bootstrap(lambda drawn: float("nan"), 6, rng())).all()
     assert np.isnan(percentile_interval(np.array([]))).all()
 
@@ -56,7 +56,8 @@ def test_redrawn_prompts_and_weights_are_resamples():
     weights = draw_weights(5, rng(), 4000)
     assert weights.shape == (4000, 5) and (weights.sum(1) == 5).all()
     assert weights.mean(0) == pytest.approx(np.ones(5), abs=0.1)
-    assert weights.var(0) == pytest.approx(np.full(5, 4 / 5), abs=0.1)  # of a binomial count of 5 draws at 1/5
+    # The variance of a binomial count of 5 draws at 1/5.
+    assert weights.var(0) == pytest.approx(np.full(5, 4 / 5), abs=0.1)
 
 
 def test_rows_of_units_are_kept_together():

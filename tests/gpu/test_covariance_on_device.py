@@ -1,4 +1,4 @@
-"""The exact state of a GPU: by the stand-in, on CPU tensors, and on a GPU where there is one."""
+"""The exact covariance state on a device: the stand-in on CPU tensors, and a GPU where there is one."""
 
 import copy
 import pickle
@@ -22,7 +22,7 @@ from scalpel.covariance.on_device import OnDevice
 CPU = torch.device("cpu")
 NARROW = [torch.float16, torch.bfloat16, torch.float32]
 DTYPES = [*NARROW, torch.float64]
-where = CPU  # the device of the test that runs
+where = CPU  # the device of the running test
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def _kernels(gpu: Gpu) -> None:
 
 @pytest.fixture
 def everywhere(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], StreamingCovariance]:
-    """States that take the stand-in's tensors for those of a GPU."""
+    """States that treat the tensors of the stand-in as GPU tensors."""
     if not gpu.real:
         monkeypatch.setattr(on_device, "takes", lambda device: True)
     return StreamingCovariance
@@ -47,7 +47,7 @@ def on(x: Tensor, splits: list[int] | None = None, center: bool = True) -> OnDev
 
 
 def error(found: Tensor, expected: Tensor | np.ndarray) -> float:
-    """Relative, in the Frobenius norm."""
+    """The relative error in the Frobenius norm."""
     wanted = torch.as_tensor(expected).double().cpu()
     return float((found.double().cpu() - wanted).norm() / wanted.norm().clamp_min(1e-300))
 
@@ -72,10 +72,13 @@ ROWS = {
 }
 
 
-# Kinds of rows by dtype in full; centering, which comes before the products, meets each kind and each dtype.
+# Every kind of rows occurs with every dtype. Centering happens before the products, so it is only paired with each kind
+# and each dtype.
 @pytest.mark.parametrize(("name", "dtype", "center"), pairs([*ROWS], DTYPES, [True, False]), ids=str)
 def test_error_against_float64(name: str, dtype: torch.dtype, center: bool, gpu: Gpu) -> None:
-    """Few rows have few roundings: what a part of the split is worth shows there, and what a block is among many."""
+    """The error stays within the bound. A few rows show the error of the split itself, many rows that of adding
+    blocks.
+    """
     x = ROWS[name]().to(dtype)
     expected = reference.moments(x, center)
     state, exact = on(x, None, center), Exact(x.shape[1], center)
@@ -88,22 +91,23 @@ def test_error_against_float64(name: str, dtype: torch.dtype, center: bool, gpu:
 
 
 def test_sums_in_float32_are_short() -> None:
-    """Equal terms: every sum rounds the same way again and again, until it is settled or goes into float64.
+    """With equal terms every sum rounds in the same direction, until it is settled or added in float64.
 
-    m equal numbers c have partial sums 2c, 3c, ..., m c, so adding them is off by at most u c (m + 1) m / 2: of the
-    sum, u (m + 1) / 2. There are three such sums of 16: rows, steps, and settlings. One of all 256 steps would be off
-    by some 60 u: half of its terms are added to partial sums of one power of two, by up to half a unit of that each.
+    The partial sums of m equal numbers c are 2c, 3c, ..., m c, so adding them is off by at most u c (m + 1) m / 2,
+    which is u (m + 1) / 2 of the sum. There are three such sums of 16: of rows, of steps, and of settlings. A single
+    sum of all 256 steps would be off by some 60 u: half of its terms are added to partial sums between two powers of
+    two, each with an error of up to half a unit there.
     """
     x = (1 + torch.rand(64, generator=torch.Generator().manual_seed(0))).expand(4096, -1)
     found = on(x, None, False).covariance().cpu()
     expected = x[0].double()[:, None] * x[0].double()
     off = float((found / expected - 1).abs().max())
-    assert off < (3 * 17 / 2 + 5) * UNIT  # 5: what is left out of the split, and the small products' sums
+    assert off < (3 * 17 / 2 + 5) * UNIT  # 5: the parts left out of the split, and the sums of small products
 
 
 @pytest.mark.parametrize("center", [True, False])
 def test_bfloat16_products_are_exact(center: bool) -> None:
-    """Few rows of few digits: nothing is rounded, in float32 neither."""
+    """With few rows of few digits nothing is rounded, not even in float32."""
     x = torch.randint(-8, 9, (200, 30)).bfloat16()
     x[0] = -x[1:].float().sum(dim=0)  # the mean is 0
     x = x[1:] if not center else x
@@ -117,7 +121,7 @@ def test_the_fast_precision_rounds_once(gpu: Gpu) -> None:
     apart = (x - x.double().mean(dim=0).float()).bfloat16()
     expected = torch.from_numpy(reference.moments(apart, center=False).covariance)
     assert within(state.covariance(), expected, gram_bound(apart, 1, gpu.real) / len(x))
-    once = sizes(apart) / len(x) * 2 * 2.0**-8  # bfloat16's unit roundoff, on either side
+    once = sizes(apart) / len(x) * 2 * 2.0**-8  # the unit roundoff of bfloat16, for both factors
     assert within(state.covariance(), torch.from_numpy(reference.moments(x).covariance), once)
 
 
@@ -187,7 +191,8 @@ def test_nothing_is_shared_with_the_rows_or_the_caller() -> None:
 def test_rows_that_are_not_finite(row: int, value: float, dtype: torch.dtype) -> None:
     state, x = on(correlated(30, 5).to(dtype)), correlated(10, 5).to(dtype)
     before = state._moments
-    x[row:, 2] = torch.tensor(value, dtype=torch.float64).to(dtype)  # 2e150: an infinity unless float64
+    # 2e150 becomes infinite unless the dtype is float64.
+    x[row:, 2] = torch.tensor(value, dtype=torch.float64).to(dtype)
     assert state.update(x.to(where)) == row
     assert state._moments is before
     exact = Exact(5, True)
@@ -236,7 +241,7 @@ def test_merge_and_subtract(center: bool) -> None:
 
 
 def test_a_state_of_the_cpu_joins(everywhere: Callable[[int], StreamingCovariance]) -> None:
-    """What `moved` does between devices; by the stand-in, with the CPU as both."""
+    """Test how `moved` moves a state between devices; with the stand-in both devices are the CPU."""
     x = correlated(300, 9, shift=1.0)
     theirs = Exact(9, True)
     theirs.update(x[100:])
@@ -275,7 +280,7 @@ def test_everything_a_state_says(rows: int, everywhere: Callable[[int], Streamin
 
 
 def test_leading_eigenvectors_are_iterated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the last answer on, and found again after new rows; LAPACK isn't asked."""
+    """The iteration starts from the last answer and succeeds again after new rows; LAPACK is not called."""
     monkeypatch.setattr(on_device, "by_lapack", None)
     scale = torch.arange(1, 301).double() ** -0.7
     state = OnDevice(300, True, where)
@@ -312,10 +317,10 @@ def test_a_file_is_the_cpus(tmp_path: Path) -> None:
     loaded = StreamingCovariance.load(tmp_path / "state")
     assert isinstance(loaded._state, Exact)
     assert torch.equal(loaded.covariance(), state.covariance().cpu())
-    assert loaded._state.kind() == state._state.kind()  # processes with and without a GPU merge
+    assert loaded._state.kind() == state._state.kind()  # processes with and without a GPU can merge
 
 
-# ---- a GPU itself ------------------------------------------------------------------------------
+# ---- on a real GPU --------------------------------------------------------------------------------
 
 
 def test_a_state_follows_its_first_rows(gpu: Gpu, cuda: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""The package's way on a GPU, walked on a device that isn't there (elsewhere.py)."""
+"""The package's whole GPU path, tested on a simulated device (elsewhere.py)."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ from scalpel.cli import bench
 
 @pytest.fixture(autouse=True, params=["pretended", "cuda"])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The device that isn't there, and a GPU where there is one."""
+    """The simulated device, and a GPU where there is one."""
     if request.param == "cuda":
         if not (torch.cuda.is_available() and runs_on(DEVICE)):
             pytest.skip(NO_GPU)
@@ -95,7 +95,7 @@ def check_jacobian(model: Any, there: Any, ids: torch.Tensor, ends: tuple[str, .
 def test_the_jacobian_of_a_circuitgpt(case: str) -> None:
     model, there = build(case), elsewhere(build(case))
     ids = tokens(model)
-    check_jacobian(model, there, ids, (), ids)  # tokens go where the model is
+    check_jacobian(model, there, ids, (), ids)  # tokens move to the model's device
     expected = scalpel.lyapunov(model, ids, 3)
     found = scalpel.lyapunov(there, ids, 3)
     lanes.close(found.log_singular_values, expected.log_singular_values)
@@ -106,7 +106,7 @@ def test_the_jacobian_of_a_circuitgpt(case: str) -> None:
 def test_the_jacobian_of_a_decoder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(derivative, "_announced", False)
     with exact_norms(), warnings.catch_warnings():
-        warnings.filterwarnings("error", message="scalpel.jacobian differentiates")  # torch.func's announcement
+        warnings.filterwarnings("error", message="scalpel.jacobian differentiates")  # the warning for torch.func
         ids = ids_of()
         check_jacobian(model_of(name), elsewhere(model_of(name)), ids, ("0.resid_in", "final_resid"), elsewhere(ids))
 
@@ -176,7 +176,7 @@ class Stopped(Exception):
 
 
 def test_a_collection_goes_on_where_it_was(tmp_path: Path) -> None:
-    """States come from the disk to the CPU, and back to the model."""
+    """States are loaded from disk to the CPU, and move back to the model's device."""
     there, hooks = elsewhere(build("plain")), ["0.resid_in", "final_resid"]
     batches = [elsewhere(torch.randint(0, 13, (2, 9))) for _ in range(5)]
     whole = scalpel.collect(there, batches, hooks, save_every=2)
@@ -234,7 +234,7 @@ def test_the_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_prunes_a_circuit() -> None:
-    """The same masks and answers, from the same draws, wherever the model is."""
+    """The same draws give the same masks and answers on every device."""
     model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
     there = elsewhere(scalpel.CircuitGPT.from_pretrained("bracket-mini"))
     task = bracket_counting(model, 8, 0)
@@ -253,7 +253,7 @@ def test_what_prunes_a_circuit() -> None:
 
 
 def test_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cases and their checks on another device, but for the Jacobian's, whose peer is torch.func: that is not there."""
+    """The cases on another device, except the Jacobian's, which are compared with torch.func; it does not run there."""
     waits: list[str] = []
     monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a stand-in")
@@ -286,12 +286,12 @@ def test_an_analysis(
     )
     assert found["model"].pop("device") == "a stand-in"
     for each in (found, expected):
-        each["model"].pop("parameters")  # what is tied counts twice on this device, whose weights aren't moved in place
+        each["model"].pop("parameters")  # tied weights count twice here, because moving copies them
     assert found["model"] == expected["model"] and found["notes"] == expected["notes"]
     for side in ("trained", "untrained", "spectra"):
         close(found[side], expected[side])
     with pytest.raises(ValueError, match="device"):
-        analyze(folder, text, tmp_path / "cuda", **sizes)  # that folder is another device's
+        analyze(folder, text, tmp_path / "cuda", **sizes)  # that folder belongs to another device
 
 
 def test_torchruns_processes_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,7 +302,7 @@ def test_torchruns_processes_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def close(found: Any, expected: Any) -> None:
-    """Of plain data: the same, but for rounding."""
+    """Compare plain data: equal up to rounding."""
     if isinstance(expected, dict):
         assert found.keys() == expected.keys()
         for key in expected:

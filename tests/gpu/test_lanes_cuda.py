@@ -1,4 +1,4 @@
-"""The rules on lanes on a GPU, against their twins on the cases of lanes_cases.py; without a GPU, by the stand-in."""
+"""The rules on lanes on a GPU, against their twins on the cases of lanes_cases.py; without a GPU, on the stand-in."""
 
 from types import ModuleType
 from typing import Any
@@ -65,7 +65,7 @@ def test_many_keys_and_large_scores(gpu: Gpu) -> None:
         lanes.check_many_keys_and_large_scores()
 
 
-# What is seen without reading the GPU's memory; what an index holds is not looked at there.
+# The errors that are detected without reading GPU memory; the contents of an index are not checked there.
 SEEN = ("dtype", "lanes", "tokens", "index dtype", "strided", "scale", "half")
 
 
@@ -85,12 +85,12 @@ def test_tensors_of_two_devices_are_refused() -> None:
         weight.apply(x, None)
 
 
-# ---- what only a GPU can tell --------------------------------------------------------------------
+# ---- only on a real GPU ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", ["like_csp_yolo2", "positions_concatenated_rms", "plain"])
 def test_the_jacobian_of_a_model(case: str, cuda: torch.device) -> None:
-    """The whole engine, against torch.func; test_elsewhere.py walks it without a GPU."""
+    """The whole engine against torch.func; test_elsewhere.py tests it without a GPU."""
     model = build(case)
     ids = tokens(model)
     with torch_func(model):
@@ -104,7 +104,7 @@ def test_the_jacobian_of_a_model(case: str, cuda: torch.device) -> None:
 
 
 def test_the_rules_captured_in_a_graph(cuda: torch.device) -> None:
-    """Each op is captured, and replayed on other tangents."""
+    """Each op can be captured in a graph and replayed on other tangents."""
     with torch.device("cuda"):
         weight = lanes.SparseWeight.from_dense(lanes.sparse_matrix(48, 64, 0.2, torch.float32))
         norm = lanes.Norm.of(torch.nn.RMSNorm(48), torch.randn(20, 48))

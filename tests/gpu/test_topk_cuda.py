@@ -1,4 +1,4 @@
-"""TopK on a GPU: the bits of the CPU, on the same hard rows; where there is no GPU, by the stand-in."""
+"""TopK on a GPU gives the bits of the CPU on the same hard rows; without a GPU, the stand-in does."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from cuda_stand_in import Gpu
 
 OPS = ("topk_mask", "keep_topk", "topk_indices")
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# A warp a row, a block a row, what is in shared memory, and what neither holds.
+# Widths for one warp per row, one block per row, rows partly in shared memory, and rows that fit neither.
 WIDTHS = [1, 31, 32, 33, 100, 512, 600]
 WIDE = [1025, 2048, 4099]
 VERY_WIDE = [(20000, torch.float32), (65536, torch.bfloat16), (33000, torch.float64)]
@@ -26,7 +26,7 @@ def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def check(x: torch.Tensor, k: int, by: str, device: str, expected: dict[str, torch.Tensor] | None = None) -> None:
-    """The three ops to the bit, with poisoned outputs."""
+    """Check the three ops to the bit, with outputs that start as garbage."""
     for op in OPS:
         right = CPU[op](x, k, by) if expected is None else expected[op]
         there = x.to(device)
@@ -84,7 +84,7 @@ def test_rows_beyond_the_registers(width: int, dtype: torch.dtype, gpu: Gpu) -> 
 
 
 def wide_rows(width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows whose keys are spread out, in a tail, in few values, in one, and the largest and least of all."""
+    """Rows whose keys are spread out, in a tail, of few values, of one value, and the largest and smallest of all."""
     normal = torch.randn(width)
     tail = torch.where(torch.rand(width) < 1e-3, normal * 1e4, normal)
     rows = [normal, tail, torch.randint(-9, 9, (width,)).float(), torch.ones(width), torch.zeros(width)]
@@ -152,7 +152,7 @@ def test_errors_are_the_cpus(gpu: Gpu) -> None:
         scalpel.keep_topk(wide[:, :8], 2, out=wide[:, 1:])
 
 
-# ---- what only a GPU can tell --------------------------------------------------------------------
+# ---- only on a real GPU ---------------------------------------------------------------------------
 
 
 def test_derivatives(cuda: torch.device) -> None:
@@ -163,7 +163,9 @@ def test_derivatives(cuda: torch.device) -> None:
 
 
 def test_on_streams_that_are_not_the_default(cuda: torch.device) -> None:
-    """Each waits for a slow product of its own stream: what ran on another would read too early."""
+    """Each call waits for a slow product on its own stream; a call on the wrong stream would read its input too
+    early.
+    """
     streams = [torch.cuda.Stream() for _ in range(4)]
     found = []
     for seed, stream in enumerate(streams):

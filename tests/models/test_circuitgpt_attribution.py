@@ -1,4 +1,4 @@
-"""Logit attribution adds up, and its parts are what zeroing them in a linear readout says."""
+"""The parts of a logit attribution add up, and each equals the effect of zeroing it in a linear readout."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from circuitgpt_cases import CASES, build, one_thread, tokens  # noqa: F401
 def test_parts_sum_to_the_logit(name):
     model = build(name)
     ids = tokens(model, batch=3)
-    with torch.no_grad():  # as the attribution runs: with gradients, attention rounds otherwise
+    with torch.no_grad():  # like the attribution: with gradients, attention rounds differently
         logits = model(ids)
     for wanted, position in ((4, -1), ((2, 7), 3)):
         result = model.logit_attribution(ids, wanted, position=position)

@@ -1,4 +1,4 @@
-"""Checkpoints: equal bits after saving and loading, the hub's format, and a refusal that names the cause."""
+"""Checkpoints: identical bits after saving and loading, the hub's format, and refusals that name the cause."""
 
 import json
 import pickle
@@ -16,7 +16,7 @@ from scalpel.models.weight_files import write_weights
 
 
 def write(folder, config, weights, config_name="beeg_config.json"):
-    """A public folder that nothing has checked."""
+    """A public folder whose contents have not been checked."""
     folder.mkdir(exist_ok=True)
     (folder / config_name).write_text(json.dumps(config))
     torch.save(weights, folder / "final_model.pt")
@@ -25,7 +25,7 @@ def write(folder, config, weights, config_name="beeg_config.json"):
 
 @pytest.fixture
 def public(tmp_path):
-    """Writes the public folder of a case, with config fields and weights changed."""
+    """Write the public folder of a case, with changed config fields and weights."""
 
     def make(name="sink", drop=(), change=(), **config):
         model = build(name, torch.float32)
@@ -154,7 +154,7 @@ def test_the_hubs_format_loads(name, how, tmp_path):
     again = CircuitGPT.from_pretrained(hub_folder(tmp_path / "hub", model, how))
     ids = tokens(model)
     assert torch.equal(model(ids), again(ids))
-    again.save_pretrained(tmp_path / "public")  # and goes on in the public format, without the hub's fields
+    again.save_pretrained(tmp_path / "public")  # saved in the public format, without the hub's fields
     fields = json.loads((tmp_path / "public" / "beeg_config.json").read_text())
     assert not fields.keys() & {"unembed_rank", "afrac_ste", "model_type", "architectures"}
 
@@ -199,7 +199,7 @@ def test_shards_are_checked(tmp_path):
         CircuitGPT.from_pretrained(folder)
 
 
-# What is harmless is passed over, and said.
+# Harmless differences are ignored, with a warning.
 
 
 def test_old_configs_and_harmless_keys_load_with_notes(public):
@@ -247,7 +247,7 @@ def test_dtype_is_float32_unless_asked_or_stored_wider(public, tmp_path):
         CircuitGPT.from_pretrained(folder, dtype="float32")
 
 
-# What can't be honoured is refused.
+# Configurations that cannot be honoured are refused.
 
 WTE, QKV = "transformer.wte.weight", "transformer.h.1.attn.c_attn.weight"
 SINK = "transformer.h.1.attn.attn_imp.sink_logit"
@@ -316,7 +316,7 @@ class _Malice:
 
 @pytest.mark.parametrize("wrap", ["alone", "among_weights", "old_format", "bare_pickle", "hub"])
 def test_a_pickle_that_would_run_code_is_refused_unread(wrap, tmp_path, monkeypatch):
-    # the variable by which torch may be told to trust files must not matter
+    # The environment variable that makes torch trust files must have no effect.
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     trap = tmp_path / "created-by-the-checkpoint"
     weights = dict(build("plain", torch.float32).state_dict()) | {"evil": _Malice(trap)}
@@ -333,7 +333,7 @@ def test_a_pickle_that_would_run_code_is_refused_unread(wrap, tmp_path, monkeypa
     with pytest.raises(CheckpointError, match="not executed"):
         CircuitGPT.from_pretrained(folder)
     assert not trap.exists()
-    if wrap == "alone":  # the trap is a real one
+    if wrap == "alone":  # confirms that the trap works
         torch.load(path, weights_only=False).close()
         assert trap.exists()
 

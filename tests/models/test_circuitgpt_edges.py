@@ -1,4 +1,4 @@
-"""The edge list holds every non-zero weight once for each use, under the right names."""
+"""The edge list has every non-zero weight once per use, under the right names."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_count_and_values_are_those_of_the_matrices(name):
 
 
 def rebuilt(table, param, src, dst, shape):
-    """The matrix (out, in) back from the names of one source and one destination hook."""
+    """Rebuild the matrix (out, in) from the names of one source hook and one destination hook."""
     matrix = np.zeros(shape)
     for s, d, w, p in zip(table.src, table.dst, table.weight, table.param, strict=True):
         (a, i), (b, j) = s.rsplit(":", 1), d.rsplit(":", 1)

@@ -1,4 +1,4 @@
-"""The forward pass against the slow oracle, and batches of unequal length against one prompt at a time."""
+"""The forward pass against the slow oracle, and padded batches against single prompts."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_padding_changes_nothing(name, side, dtype, atol):
         real = mask[row].bool()
         alone = model(ids[row][real][None])[0]
         torch.testing.assert_close(together[row][real], alone, atol=atol, rtol=atol)
-        assert torch.equal(together[row][real], other[row][real])  # what the padding holds doesn't matter
+        assert torch.equal(together[row][real], other[row][real])  # the contents of the padding do not matter
 
 
 def test_a_mask_of_pairs_deletes_keys_for_one_query():
@@ -70,7 +70,7 @@ def test_the_fused_attention_is_the_differentiable_one(name):
 
 
 def sparse(model, density):
-    """The same model with most block weights zero."""
+    """The same model with most weights of its blocks set to zero."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".h." in name and parameter.dim() == 2:
@@ -89,7 +89,7 @@ def test_visiting_non_zeros_only_changes_nothing(name, density, monkeypatch):
         SparseWeight, "forward", lambda self, *given: calls.append(self.density) or forward(self, *given)
     )
     expected, hooks = model.run_with_cache(ids)
-    assert not calls  # there is a gradient to keep
+    assert not calls  # gradients are on, so the dense path runs
     with torch.no_grad():
         logits, acts = model.run_with_cache(ids)
     assert len(calls) >= 4 * model.config.n_layer if density < 0.1 else not calls
@@ -122,7 +122,7 @@ def test_the_sparse_copy_follows_the_weights(how):
 
 
 def test_forward_derivatives_exist_without_grad_mode():
-    """The fused kernel has no forward derivative, so it must not be taken for one."""
+    """The fused kernel has no forward derivative, so it must not be used under forward differentiation."""
     model = build("sink") if "sink" in CASES else build(next(iter(CASES)))
     ids = tokens(model)
     add = torch.zeros(*ids.shape, model.config.d_model, dtype=model.dtype)
@@ -147,7 +147,7 @@ def test_sinusoids_reach_from_four_tokens_to_the_context():
     torch.testing.assert_close(table[0], torch.tensor([0.0, 0, 0, 1, 1, 1]))
     torch.testing.assert_close(table[4, 0], torch.tensor(0.0), atol=1e-5, rtol=0)  # period 4
     torch.testing.assert_close(table[32, 5], torch.tensor(-1.0), atol=1e-5, rtol=0)  # period 64
-    assert torch.equal(sinusoids(64, 5)[:, 4], torch.zeros(64))  # odd: the last column is padding
+    assert torch.equal(sinusoids(64, 5)[:, 4], torch.zeros(64))  # an odd number: the last column is padding
     assert sinusoids(64, 1).shape == (64, 1)
 
 

@@ -1,4 +1,4 @@
-"""Recording, interventions and ablation, and that they compose in the order that is promised."""
+"""Recording, interventions and ablation, and the promised order in which they compose."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -88,7 +88,7 @@ def test_hooks_see_and_change_values_in_order(model, ids):
     assert (hooked - plain).abs().max() > 1e-3
     assert torch.equal(model(ids), plain)
     _, acts = model.run_with_cache(ids, ["0.attn.v"], fwd_hooks=[("0.attn.v", double)])
-    assert torch.equal(acts["0.attn.v"], seen[0][1] * 2)  # as the model uses them
+    assert torch.equal(acts["0.attn.v"], seen[0][1] * 2)  # in the form in which the model uses them
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_resampling_draws_real_tokens_and_keeps_nodes_together(model, ids):
 
     first = resampled(0)
     for row in first.flatten(0, 1):
-        assert (joint == row).all(-1).any()  # both hooks from the same token of the reference
+        assert (joint == row).all(-1).any()  # both hooks take the same token of the reference
     assert torch.equal(first, resampled(0)) and not torch.equal(first, resampled(1))
 
 
@@ -173,7 +173,7 @@ def test_ablations_nest_and_end_whatever_happens(model, ids):
         with pytest.raises(KeyError), model.ablate("1.attn.v", kind="zero"):
             raise KeyError
         assert torch.equal(model(ids), outer)
-        # a reference is run without what is in force
+        # The reference runs without the active interventions.
         with model.ablate("0.attn.v:1", kind="mean", reference=ids):
             mean = model(ids)
     assert torch.equal(model(ids), plain)
@@ -182,7 +182,7 @@ def test_ablations_nest_and_end_whatever_happens(model, ids):
     first, second = model.ablate("0.attn.v", kind="zero"), model.ablate("1.attn.v", kind="zero")
     first.__enter__()
     second.__enter__()
-    first.__exit__(None, None, None)  # out of order
+    first.__exit__(None, None, None)  # left in the wrong order
     with_second = model(ids)
     second.__exit__(None, None, None)
     with model.ablate("1.attn.v", kind="zero"):
@@ -196,11 +196,11 @@ def test_an_ablation_can_be_entered_again(model, ids, kind):
     with model.ablate("1.attn.v", kind=kind, reference=ids):
         ablated = model(ids)
     assert not torch.equal(ablated, plain)
-    for _ in range(2):  # one after the other
+    for _ in range(2):  # used one after the other
         with again as same:
             assert same is model and torch.equal(model(ids), ablated)
         assert torch.equal(model(ids), plain)
-    with again, again:  # inside itself: until the outermost is left
+    with again, again:  # nested in itself: active until the outermost ends
         with pytest.raises(KeyError), again:
             assert torch.equal(model(ids), ablated)
             raise KeyError
@@ -209,7 +209,7 @@ def test_an_ablation_can_be_entered_again(model, ids, kind):
     other = model.ablate("1.attn.v", kind="mean", reference=(ids + 1) % 13)
     with again, other:
         _, inner = model.run_with_cache(ids, ["1.attn.v"])
-        with again:  # what is entered last comes last
+        with again:  # the context entered last applies last
             assert torch.equal(model(ids), ablated)
         assert torch.equal(model.run_with_cache(ids, ["1.attn.v"])[1]["1.attn.v"], inner["1.attn.v"])
     assert torch.equal(again(model)(ids), ablated)  # as a decorator
@@ -247,7 +247,7 @@ def test_watches_can_be_entered_again(model, ids):
         seen.clear()
         model(ids)
         assert set(seen) == {"outer"}
-        with ThreadPoolExecutor(1) as pool:  # what a thread enters is its own
+        with ThreadPoolExecutor(1) as pool:  # a context affects only the thread that enters it
             assert pool.submit(told, inner, outer, inner).result() == {"inner"}
     assert told() == set()
 
@@ -316,8 +316,8 @@ def test_masks_are_watched() -> None:
     with watch_masks(lambda name, x, k: seen.__setitem__((name, k is None), (x, k))):
         _, recorded = model.run_with_cache(ids)
     count = len(seen)
-    model(ids)  # outside, nobody watches
-    assert len(seen) == count == 2 * (10 + 2)  # ten TopKs a layer, and a ReLU after each block
+    model(ids)  # outside the context nothing is recorded
+    assert len(seen) == count == 2 * (10 + 2)  # ten TopKs per layer, and a ReLU after each block
     for (name, relu), (x, k) in seen.items():
         if not relu and name in recorded:
             assert torch.equal(scalpel.keep_topk(x, k), recorded[name])

@@ -1,4 +1,4 @@
-"""The tokenizer, and continuing a text."""
+"""The tokenizer, and text generation."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""GGUF files as models: what they hold is what is computed with, or they are refused."""
+"""GGUF files are read as models that compute with exactly what the file holds, or they are refused."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_heads_of_a_width_that_transformers_does_not_read(tmp_path: Path) -> Non
 
 
 def blocks(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Q8_0: of 32 numbers in a row, a float16 scale and a byte each; and the numbers that these are."""
+    """Encode in Q8_0 (per 32 numbers, a float16 scale and 32 bytes); return the bytes and the decoded numbers."""
     each = weight.reshape(-1, 32)
     scale = (np.abs(each).max(axis=1) / 127).astype(np.float16)
     whole = np.round(each / scale.astype(np.float32)[:, None]).clip(-127, 127).astype(np.int8)
@@ -83,7 +83,7 @@ def blocks(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_blocks_are_dequantised(tmp_path: Path) -> None:
-    """The values are those of the format's definition, a scale times whole numbers, and nothing is left quantised."""
+    """The values follow the definition of the format, a scale times integers, and nothing stays quantised."""
     model = llama()
     tensors, kinds = tensors_of(model), {}
     turned = tensors["blk.1.ffn_up.weight"]
@@ -99,7 +99,7 @@ def test_blocks_are_dequantised(tmp_path: Path) -> None:
 
 
 def test_transformers_is_asked_to_dequantise(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Left to itself, it keeps the blocks of the architectures that it has a kernel for, of which there may be more."""
+    """By default transformers may keep quantised blocks for the architectures for which it has a kernel."""
     import transformers
 
     if not hasattr(transformers, "GgufConfig"):
@@ -117,7 +117,9 @@ def test_transformers_is_asked_to_dequantise(file: Path, monkeypatch: pytest.Mon
 
 
 def test_what_transformers_could_not_load_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second lock: without the first, which reads the file's header, a weight would be drawn at random."""
+    """The second safeguard: without the first, which reads the file's header, a weight would be initialised
+    randomly.
+    """
     monkeypatch.setattr(scalpel.models.gguf.model, "check_tensors", lambda *_: None)
     left = {name: array for name, array in tensors_of(llama()).items() if name != "blk.1.ffn_up.weight"}
     with pytest.raises(CheckpointError, match=r"lacks 'model\.layers\.1\.mlp\.up_proj\.weight'"):
@@ -125,7 +127,7 @@ def test_what_transformers_could_not_load_is_refused(tmp_path: Path, monkeypatch
 
 
 def test_nothing_random_and_nothing_of_the_place(file: Path, tmp_path: Path) -> None:
-    """Two readings give one config and one hash, whatever lies beside the file, and no random number is drawn."""
+    """Reading twice gives the same config and hash, whatever lies beside the file, and draws no random number."""
     state = torch.get_rng_state()
     first = load(file)
     assert torch.equal(torch.get_rng_state(), state)
@@ -159,7 +161,8 @@ def test_a_foreign_default_device_and_dtype(file: Path) -> None:
 def test_its_own_tokenizer(file: Path, tmp_path: Path) -> None:
     found = tokenizer(file)
     spelt = [found.id_to_token(i) for i in found.encode("abc  12 12<|end|>")]
-    assert spelt == ["ab", "c", "ĠĠ", "1", "2", "Ġ", "1", "2", "<|end|>"]  # each digit alone, the rest as GPT-2
+    # Each digit is a token of its own, the rest is as in GPT-2.
+    assert spelt == ["ab", "c", "ĠĠ", "1", "2", "Ġ", "1", "2", "<|end|>"]
     assert found.decode(found.encode("abc  12")) == "abc  12"
     assert max(found.encode("".join(TOKENS[:13]) + "<|end|>")) == len(TOKENS) - 1
     found.save(tmp_path)
@@ -182,7 +185,7 @@ def test_the_command_needs_no_tokenizer(file: Path, tmp_path: Path) -> None:
 
 
 def test_text_that_is_cut_in_an_unknown_way(tmp_path: Path) -> None:
-    """Such a file is still a model, for text that comes with a tokenizer of its own."""
+    """Such a file can still be used as a model, for text with a separate tokenizer."""
     file = write(tmp_path / "tiny.gguf", tensors_of(llama()), cut="as-nobody-does")
     text = tmp_path / "text.txt"
     text.write_text(text_of(40))
@@ -215,7 +218,7 @@ def test_a_folder_with_one(file: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"2 GGUF files, 'big-00001-of-00002.gguf', 'big-0.*--merge"):
         load(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
-    assert gguf_in(tmp_path) is None  # a folder of safetensors, which has copies beside them
+    assert gguf_in(tmp_path) is None  # a folder of safetensors with GGUF copies beside them
     with pytest.raises(CheckpointError, match=r"there is no file .*nothing\.gguf"):
         load(tmp_path / "nothing.gguf")
     with pytest.raises(CheckpointError, match="neither a GGUF file nor a folder with one"):
@@ -223,7 +226,7 @@ def test_a_folder_with_one(file: Path, tmp_path: Path) -> None:
 
 
 def test_a_link_that_leads_nowhere(file: Path, tmp_path: Path) -> None:
-    """As a cache leaves it whose file was removed: the folder is still one with a GGUF."""
+    """A link whose target was removed, as in a cleaned cache: the folder still counts as one with a GGUF."""
     folder = tmp_path / "folder"
     folder.mkdir()
     link = folder / "model.gguf"
@@ -237,7 +240,7 @@ def test_a_link_that_leads_nowhere(file: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"2 GGUF files, 'model\.gguf', 'other\.gguf'"):
         load(folder)
     same_weights(plain_model(folder / "other.gguf"), llama())
-    (folder / "nested.gguf").mkdir()  # a folder is no file, whatever its name
+    (folder / "nested.gguf").mkdir()  # a folder is not a file, whatever its name
     link.unlink()
     same_weights(plain_model(folder), llama())
 
@@ -298,7 +301,7 @@ def test_metadata_that_transformers_passes_over(facts: dict[str, Any], words: li
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_advice_that_can_help(facts: dict[str, Any], words: str, helps: bool, tmp_path: Path) -> None:
-    """What transformers' reader passes over, it passes over in a fresh download, too."""
+    """Metadata that transformers' reader ignores are ignored in a fresh process too."""
     with pytest.raises(CheckpointError) as error:
         plain_model(write(tmp_path / "tiny.gguf", tensors_of(llama()), facts))
     said = str(error.value)
@@ -306,7 +309,7 @@ def test_advice_that_can_help(facts: dict[str, Any], words: str, helps: bool, tm
 
 
 def test_what_a_file_need_not_say(tmp_path: Path) -> None:
-    """llama.cpp's defaults, which have to be transformers' too."""
+    """The defaults of llama.cpp, which must equal those of transformers."""
     facts = {"rope.freq_base": None, "rope.dimension_count": None, "attention.head_count_kv": 2, "vocab_size": None}
     model = llama(rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
     found = plain_model(write(tmp_path / "tiny.gguf", tensors_of(model), facts))
@@ -369,7 +372,7 @@ def test_damaged_files(file: Path, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=word):
             plain_model(broken)
     generator = np.random.default_rng(0)
-    for end in generator.integers(4, header.begin, size=60):  # a header that ends anywhere
+    for end in generator.integers(4, header.begin, size=60):  # a header that is cut off at any byte
         broken.write_bytes(whole[:end])
         with pytest.raises(CheckpointError):
             plain_model(broken)

@@ -1,4 +1,4 @@
-"""Models and batches that look like the usual ones and are not: right, or refused with the reason."""
+"""Models and batches that look ordinary but are not: they are handled correctly, or refused with the reason."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def covariance(model: Any, batch: Any, hook: str, **options: Any) -> Tensor:
 
 
 def slope(model: Any, ids: Tensor, J: Any, tangent: Tensor) -> Tensor:
-    """Of the logits along a tangent at the embedding, by central differences through the model alone."""
+    """The derivative of the logits along a tangent at the embedding, by central differences through the model alone."""
     embedded = model.get_input_embeddings()(ids)
     step = 1e-6
     ahead, behind = (model(inputs_embeds=embedded + sign * step * tangent).logits for sign in (1, -1))
@@ -46,7 +46,9 @@ def slope(model: Any, ids: Tensor, J: Any, tangent: Tensor) -> Tensor:
 
 
 def test_positions_that_grow_with_the_text() -> None:
-    """A model that notes for how long a text its frequencies are made: the note goes with the frequencies."""
+    """Some models record the text length for which their frequencies were computed; that record must follow the
+    frequencies.
+    """
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0}
     make = _llama_like("Llama", rope_parameters=rope, max_position_embeddings=8)
 
@@ -109,7 +111,7 @@ def test_a_part_that_begins_at_zero_is_no_reason_to_trust_the_rules(kind: str) -
             return plain(self, x) + self.steer
 
     mlp.__class__ = Steered
-    scalpel.jacobian(model, ids, "0.resid_in", "logits")  # the same numbers as without
+    scalpel.jacobian(model, ids, "0.resid_in", "logits")  # adding zeros changes nothing yet
     with torch.no_grad():
         mlp.steer.add_(3.0)
     found = scalpel.jacobian(model, ids, "0.resid_in", "logits").primal
@@ -135,7 +137,7 @@ def test_an_adapter_on_a_tied_output_matrix() -> None:
 
 
 def test_gradients_of_frozen_weights_whose_embeddings_ask_for_them() -> None:
-    """As adapters are trained: nothing needs a gradient but what comes in."""
+    """As when adapters are trained: no weight needs a gradient, only the input does."""
     model, ids = model_of("gpt2"), ids_of()
     expected = covariance(model, ids, "1.resid_in.grad")
     model.enable_input_require_grads()
@@ -157,9 +159,9 @@ def test_gradients_of_an_inference_mode_model_from_several_threads() -> None:
 
 
 def test_checkpointing_through_torch_func() -> None:
-    """The embedding's hook asks for gradients, which no transform of torch.func allows."""
+    """The hook at the embedding requests gradients, which no transform of torch.func allows."""
     model, ids = model_of("llama").requires_grad_(True), ids_of()
-    ends = ("model.layers.0", "model.layers.1.mlp.up_proj")  # the second is no hook of the rules
+    ends = ("model.layers.0", "model.layers.1.mlp.up_proj")  # the second is not a hook of the rules
     expected = scalpel.jacobian(model, ids, *ends)
     assert isinstance(expected._source.run, ModulePass)
     V = torch.randn(2, *expected.source_shape, dtype=torch.float64)
@@ -258,7 +260,7 @@ def test_axes_in_another_order_and_values_without_tokens() -> None:
 
 def test_tables_of_positions_of_something_else() -> None:
     class Seeing(nn.Module):
-        """A language model beside a tower that counts the patches of an image."""
+        """A language model with a vision tower that counts the patches of an image."""
 
         def __init__(self) -> None:
             super().__init__()

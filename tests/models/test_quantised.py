@@ -1,4 +1,4 @@
-"""Folders whose weights are quantised: dequantised whole, or refused; never computed as if they were plain."""
+"""Folders with quantised weights are dequantised completely or refused, and never read as if they were plain."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def test_a_null_quantisation_is_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("quantised", [ONLINE, {"quant_method": "unheard-of"}], ids=["bitnet", "unheard-of"])
 def test_a_model_that_stays_quantised_is_refused_in_memory(quantised: dict[str, Any], tmp_path: Path) -> None:
-    """Weights that are rounded while the model runs look like any others: its class, names and dtypes are plain."""
+    """Weights that are quantised at run time cannot be recognised by class, names or dtypes, all of which are
+    ordinary.
+    """
     pytest.importorskip("accelerate")
     saved(tmp_path, quantization_config=quantised)
     said = refused(tmp_path)
@@ -58,7 +60,7 @@ def test_a_model_that_stays_quantised_is_refused_in_memory(quantised: dict[str, 
 
 @pytest.fixture
 def eighths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Weights:
-    """A folder of float8 and its scales, which transformers dequantises where there is no GPU."""
+    """A folder of float8 weights and scales, which transformers dequantises where there is no GPU."""
     pytest.importorskip("accelerate")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     quantised = {"quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -90,7 +92,7 @@ def test_a_folder_that_is_dequantised_whole(eighths: Weights, tmp_path: Path) ->
 def test_a_quantised_folder_that_is_not_whole(
     change: Callable[[Weights], Weights], words: list[str], eighths: Weights, tmp_path: Path
 ) -> None:
-    """Its names are the quantisation's own, so only what transformers reports of loading can say it."""
+    """Its tensor names belong to the quantisation, so only transformers' loading report can reveal it."""
     put(change(eighths), tmp_path)
     with pytest.raises(CheckpointError) as error:
         load(tmp_path)

@@ -1,4 +1,4 @@
-"""The shipped models are what their cards say, and the whole suite runs on them."""
+"""The shipped models match their cards, and the whole suite of experiments runs on them."""
 
 import json
 import re
@@ -56,10 +56,11 @@ def test_what_each_control_leaves_out(model):
 
 @pytest.mark.slow
 def test_real_library_prompts_are_answered(monkeypatch):
-    """The card's accuracy, measured again; the interpreter's numpy and scipy may be other versions than the card's."""
+    """The accuracy on the card, measured again; the installed numpy and scipy may be other versions than the card's."""
     shipped = scalpel.CircuitGPT.from_pretrained("bracket-mini")
     questions, versions = held_out_questions()
-    monkeypatch.setattr(bracket_mini, "held_out_questions", lambda: (questions, versions))  # read once
+    # Cached, so that the files are read once.
+    monkeypatch.setattr(bracket_mini, "held_out_questions", lambda: (questions, versions))
     now, card = accuracy_card(shipped), shipped.card["accuracy"]
     assert now["all"] >= 0.95 and now["prompts_depth_2"] >= 25
     assert min(now["depth_1"], now["depth_2"]) >= 0.88
@@ -73,7 +74,7 @@ def test_real_library_prompts_are_answered(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PYTHON_NAMES)
 def test_python_small_does_what_its_card_says(name):
-    """Two of the three tasks on files of numpy and scipy, and no more; fewer prompts than the card's."""
+    """Two of the three tasks, on files of numpy and scipy only, with fewer prompts than the card."""
     shipped = scalpel.CircuitGPT.from_pretrained(name)
     assert shipped.card["matrices"] == density_table(shipped) and shipped.card["name"] == name
     assert bool(shipped.transformer.wpe.weight.any()) == (name == "python-small")
@@ -98,7 +99,7 @@ def test_the_controls_of_the_shipped_model():
     assert set(Controls.of(shipped).models) == {"untrained", "no-positions", "no-topk"}
 
 
-# Of each experiment as little as gives it something to measure: what it finds is asked in its own tests.
+# Each experiment gets the smallest options that give it something to measure; its findings are tested elsewhere.
 SHORT = {
     "minimal_simulator": {},
     "dilution": {"prompts": 6, "offsets": 160, "nulls": ("shuffled",)},
@@ -162,7 +163,7 @@ def readme_blocks() -> list[str]:
 
 
 def test_the_readme_example_runs():
-    """The first Python block of the README, as it stands, but for the long experiment at its end."""
+    """Run the first Python block of the README unchanged, except for the long experiment at its end."""
     names: dict = {}
     exec(readme_blocks()[0].split("result = ")[0], names)
     assert names["S"].shape == (4,) and names["values"].shape == (4,)
@@ -170,7 +171,7 @@ def test_the_readme_example_runs():
 
 
 def test_the_readme_example_of_the_algebra_runs():
-    """The fourth."""
+    """Run the fourth block."""
     names = {"scalpel": scalpel, "m": scalpel.CircuitGPT.from_pretrained("bracket-mini")}
     exec(readme_blocks()[3], names)
     assert names["S"].size == 3 and names["holes"].tolist() == [3]
@@ -182,7 +183,7 @@ def test_the_readme_example_of_the_algebra_runs():
 
 
 def test_the_readme_example_of_a_decoder_runs(tmp_path: Path):
-    """The second, on a tiny model."""
+    """Run the second block on a tiny model."""
     pytest.importorskip("transformers")
     model = model_of("llama").float()
     model.save_pretrained(tmp_path)
@@ -195,7 +196,7 @@ def test_the_readme_example_of_a_decoder_runs(tmp_path: Path):
 
 
 def test_the_readme_example_of_a_gguf_file_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The third, on a tiny file of the name that it has there."""
+    """Run the third block on a tiny file with the name used there."""
     for package in ("transformers", "gguf", "accelerate"):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""A folder of transformers' holds what its config describes, or it is refused, whichever way it is read."""
+"""A transformers folder contains what its config describes, or it is refused, by every reader."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_what_the_config_does_not_describe(
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_family(name: str, tmp_path: Path) -> None:
-    """One tensor less, one more, one of another shape."""
+    """One tensor is missing, one is additional, and one has another shape."""
     weights = saved(tmp_path, name)
     for key in (next(reversed(weights)), next(key for key in weights if ".1." in key and "bias" not in key)):
         put({each: tensor for each, tensor in weights.items() if each != key}, tmp_path)
@@ -68,14 +68,14 @@ def test_every_family(name: str, tmp_path: Path) -> None:
     for end in ("bias", "q_norm.weight", "gate.weight"):
         stem = "gpt_neox.layers.1.attention" if "neox" in name else "model.layers.1.self_attn"
         extra = f"{'transformer.h.1.attn.c_proj' if 'gpt2' in name else stem}.{end}"
-        if extra in weights or extra == "gpt_neox.layers.1.attention.bias":  # which is the causal mask
+        if extra in weights or extra == "gpt_neox.layers.1.attention.bias":  # this is the causal mask
             extra = f"{extra.removesuffix(end)}more.{end}"
         put(weights | {extra: torch.ones(2)}, tmp_path)
         assert f"holds '{extra}'" in refused(tmp_path)
 
 
 def test_one_of_a_kind_is_said_as_one(tmp_path: Path) -> None:
-    """One layer, and one tensor beyond those that are named."""
+    """One layer, and one tensor beyond the listed ones."""
     weights = saved(tmp_path, num_hidden_layers=1)
     assert "By the config it has 1 layer, numbered 0" in refused(tmp_path)
     saved(tmp_path)
@@ -177,7 +177,7 @@ def test_a_shard_that_is_not_complete(tmp_path: Path) -> None:
 
 
 def old_gpt2(weights: Weights) -> Weights:
-    """As the public checkpoints are: no prefix, causal masks beside the weights."""
+    """Tensors named as in the public checkpoints: no prefix, and causal masks beside the weights."""
     mask = torch.randn(1, 1, 16, 16)
     masks = {f"h.{i}.attn.{name}": mask for i in range(3) for name in ("bias", "masked_bias")}
     return {name.removeprefix("transformer."): tensor for name, tensor in weights.items()} | masks
@@ -223,7 +223,7 @@ def renamed_neox(weights: Weights) -> Weights:
     ],
 )
 def test_harmless_left_overs(name: str, change: Callable[[Weights], Weights], tmp_path: Path) -> None:
-    """Both readers give the model that was saved, though its file says more, or says it in other names."""
+    """Both readers return the saved model, even though its file has more tensors or other names."""
     put(change(saved(tmp_path, name)), tmp_path)
     model = model_of(name)
     found, streamed = load(tmp_path), load(tmp_path, stream=True)
@@ -238,7 +238,7 @@ def test_harmless_left_overs(name: str, change: Callable[[Weights], Weights], tm
 
 
 def same_layers(model: Any, folder: Path) -> None:
-    """The stream's values are the class's own hidden states."""
+    """The values of the stream equal the hidden states of the class."""
     with exact_norms(), torch.no_grad():
         states = model(ids_of(), output_hidden_states=True).hidden_states
     layers = list(stream_layers(folder, ids_of()))
@@ -251,7 +251,7 @@ def same_layers(model: Any, folder: Path) -> None:
 def test_the_stream_follows_the_config_and_not_the_file(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Were the extras let through, what the class has no place for would still not be applied."""
+    """If the extra tensors were accepted, those without a place in the class would still not be applied."""
     weights, extra = saved(tmp_path, name), r".*(o_proj|down_proj|dense|query_key_value|proj)\.bias|.*[qk]_norm\.weight"
     heads = {"gpt2": "transformer.h.{}.", "gpt_neox": "gpt_neox.layers.{}."}
     at = heads.get(name.partition(",")[0], "model.layers.{}.").format(1)
@@ -267,7 +267,7 @@ def test_the_stream_follows_the_config_and_not_the_file(
 
 
 def test_what_no_rule_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A later transformers may give a class more than its rules know."""
+    """A later version of transformers may give a class more modules than the rules know."""
     saved(tmp_path, "qwen3")
     monkeypatch.setattr(llama, "final", lambda get: (get("model.norm.weight"), None))
     with pytest.raises(CheckpointError, match=r"'lm_head\.weight', which no rule reads"):
@@ -324,7 +324,7 @@ def test_a_foreign_default_device(tmp_path: Path) -> None:
 
 
 def test_what_transformers_reports() -> None:
-    """The second lock, of quantised folders the only one."""
+    """The second safeguard, which is the only one for quantised folders."""
     nothing = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
     check_loaded(nothing, "LlamaForCausalLM", "here")
     check_loaded(nothing | {"unexpected_keys": {"transformer.h.0.attn.masked_bias"}}, "GPT2LMHeadModel", "here")

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, Q4_1 dequantised: read, saved, streamed, and its Jacobian against torch.func's."""
+"""SmolLM2-135M-Instruct, dequantised from Q4_1: read, saved and streamed, and its Jacobian compared with torch.func."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def ids_of(tokenizer: Tokenizer, text: str, count: int | None = None) -> Tensor:
 
 
 def residuals(model: Any, ids: Tensor, layers: range) -> list[Tensor]:
-    """(1, L, width): what enters each of ``layers``, as transformers computes it."""
+    """The input (1, L, width) of each of ``layers``, as transformers computes it."""
     found: list[Tensor] = []
     modules = [model.model.layers[i] for i in layers]
     handles = [each.register_forward_pre_hook(lambda _, given: found.append(given[0])) for each in modules]
@@ -57,7 +57,7 @@ def test_it_says_paris(smollm2: Any, smollm2_tokenizer: Tokenizer) -> None:
 
 
 def test_text_is_cut_as_it_was_trained(smollm2_tokenizer: Tokenizer) -> None:
-    """Each digit alone, spaces before it too; what begins a chat is one token."""
+    """Each digit is a token of its own, with a space before it too, and the start of a chat is one token."""
     spelt = [smollm2_tokenizer.id_to_token(i) for i in smollm2_tokenizer.encode("in  2024<|im_start|>")]
     assert spelt == ["in", "ĠĠ", "2", "0", "2", "4", "<|im_start|>"]
     assert smollm2_tokenizer.decode(smollm2_tokenizer.encode(TEXT)) == TEXT
@@ -110,7 +110,7 @@ def test_a_key_that_is_missing(folder: Path) -> None:
 def test_an_analysis_takes_the_file_alone(
     smollm2: Any, smollm2_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the tokenizer in it. Reading the weights a second time would take as long as all the rest."""
+    """Save the folder with its tokenizer. Reading the weights again would take as long as everything else."""
     monkeypatch.setattr(source, "plain_model", lambda file: {smollm2_gguf: smollm2}[file])
     found = source.load(smollm2_gguf)
     assert found.facts["name"] == "SmolLM2-135M-Instruct.Q4_1" and found.facts["layers"] == LAYERS
@@ -125,8 +125,10 @@ def test_an_analysis_takes_the_file_alone(
 
 
 def residual_after(model: Any, exact: bool) -> Callable[[Tensor], Tensor]:
-    """The layers from FIRST on, written out from the weights: (L, width) → (L, width). ``exact``: norms in float64;
-    else, as transformers computes them, in float32."""
+    """The layers from FIRST on, written out from the weights: (L, width) → (L, width).
+
+    ``exact`` computes the norms in float64; otherwise they are float32, as in transformers.
+    """
     weights, config = dict(model.named_parameters()), model.config
     heads, kv, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
 
@@ -135,7 +137,7 @@ def residual_after(model: Any, exact: bool) -> Callable[[Tensor], Tensor]:
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + config.rms_norm_eps)
         return weights[f"{name}.weight"] * y.to(x.dtype)
 
-    def turned(x: Tensor) -> Tensor:  # (heads, L, size); the angles are float32's, as transformers has them
+    def turned(x: Tensor) -> Tensor:  # (heads, L, size); the angles are float32, as in transformers
         inverse = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, size, 2).float() / size)
         angle = torch.arange(x.shape[1]).float()[:, None] * inverse
         cos, sin = angle.cos().double(), angle.sin().double()
@@ -174,7 +176,7 @@ def in_float64(smollm2: Any) -> Iterator[Any]:
 def test_its_jacobian_is_that_of_torch_func(
     exact: bool, allowed: float, in_float64: Any, smollm2_tokenizer: Tokenizer
 ) -> None:
-    """12 tokens, from layer 15 to the end, in float64."""
+    """The Jacobian of 12 tokens from layer 15 to the end, in float64."""
     ids = ids_of(smollm2_tokenizer, TEXT, 12)
     assert ids.shape == (1, 12)
     draw = torch.Generator().manual_seed(0)

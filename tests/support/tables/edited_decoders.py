@@ -1,4 +1,4 @@
-"""Edits of transformers models after which they may no longer compute what the rules of their family say."""
+"""Edits of transformers models, after which a model may no longer compute what its family's rules compute."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _one_more_layer(model: Any) -> None:
     layer = copy.deepcopy(model.transformer.h[1])
     layer.attn.layer_idx = 3
     model.transformer.h.append(layer)
-    model.config.use_cache = False  # transformers' cache has as many layers as the config says
+    model.config.use_cache = False  # transformers' cache takes its number of layers from the config
 
 
 EDITS: dict[str, tuple[str, Callable[[Any], Any]]] = {

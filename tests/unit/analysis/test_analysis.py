@@ -1,4 +1,4 @@
-"""scalpel analyze: its figures against the library's own, and the command."""
+"""scalpel analyze: the figures against the library's own results, and the command."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_means_and_intervals_over_chunks() -> None:
 
 
 def test_intervals_cover_what_they_say() -> None:
-    """Of means of eight draws, 95 in a hundred intervals hold the true mean; a percentile bootstrap's 89 do."""
+    """For means of eight draws, 95 of 100 intervals contain the true mean; a percentile bootstrap reaches only 89."""
     drawn = np.random.default_rng(0).normal(size=(8, 20000))
     found = summarise([{"x": row.tolist()} for row in drawn])["x"]
     covered = np.mean((np.array(found["low"]) <= 0) & (np.array(found["high"]) >= 0))

@@ -1,4 +1,4 @@
-"""scalpel analyze: what it keeps, what memory does to it, and what it refuses."""
+"""scalpel analyze: what it keeps in its folder, the effect of the memory limit, and what it refuses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from scalpel.report.analysis import render_analysis, write_analysis
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The ids of every chunk that is measured."""
+    """Record the ids of every chunk that is measured."""
     calls: list[tuple[int, ...]] = []
     real = chunks.measure
 
@@ -46,7 +46,7 @@ def test_a_stopped_analysis_goes_on(
     measured.clear()
 
     def stopped(*given: Any) -> Any:
-        if len(measured) == 3:  # the trained model at the second chunk is measured, the untrained is not
+        if len(measured) == 3:  # killed after the trained model's second chunk, before the untrained model's
             raise KeyboardInterrupt
         return counting(*given)
 
@@ -66,7 +66,7 @@ def test_a_stopped_analysis_goes_on(
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     measured.clear()
     assert analyze(circuit, text, tmp_path / "out", **SIZES | {"chunks": 2}).trained != again.trained
-    assert measured == []  # fewer chunks of the same analysis are there already
+    assert measured == []  # the folder already holds fewer chunks of the same analysis
 
 
 def test_another_analysis_is_not_mixed_in(circuit: Path, text: Path, tmp_path: Path, measured: list[Any]) -> None:
@@ -127,7 +127,7 @@ def test_chunks_shrink_when_memory_runs_out(
     assert "Means mix chunks of 12 and 8 tokens" in render_analysis(analysis)
     L = lyapunov(CircuitGPT.from_pretrained(circuit), ids_of(text, 1, 12, 8), 4)
     assert [chunk(tmp_path / "out", 1)["trained"]["exponents"]] == lists(L.exponents)
-    # a later run knows
+    # A later run reuses the lengths that were found.
     seen.clear()
     assert analyze(circuit, text, tmp_path / "out", **SIZES).to_json() == analysis.to_json() and seen == []
 
@@ -164,7 +164,7 @@ def test_no_memory_for_the_untrained_model(
     assert analysis.shrunk == []
 
 
-# Forked for every run that is killed, since a process takes long to start.
+# Each run that is killed is a forked process, because starting a new process is slow.
 KILLED = """
 import os, signal, sys
 from scalpel.analysis import analyze, chunks

@@ -1,4 +1,4 @@
-"""How often an analysis runs the model: each chunk goes through each layer once."""
+"""The number of forward passes of an analysis: each chunk passes through each layer once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from scalpel.jacobians.rows import trace
 def test_each_chunk_goes_through_a_circuitgpt_once(
     untrained: bool, circuit: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its norms tell: two in each of two layers. The one before the logits is of no figure."""
+    """The calls of its norms show that: there are two in each of two layers. No figure needs the norm before the
+    logits.
+    """
     norms: list[nn.Module] = []
     plain = nn.RMSNorm.forward
 
@@ -37,7 +39,7 @@ def test_each_chunk_goes_through_a_circuitgpt_once(
 def test_each_chunk_goes_through_a_decoder_once(
     stream: bool, llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for the first, of which the part that is compared with transformers' own forward pass goes through, too."""
+    """An exception is the first chunk, because part of it is also compared with transformers' own forward pass."""
     tokens: list[int] = []
     through = trace.through_layer
 

@@ -1,4 +1,4 @@
-"""scalpel analyze: spectra of activations and gradients, and the same shared out by torchrun."""
+"""scalpel analyze: spectra of activations and gradients, and the same distributed by torchrun."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_what_is_said_and_what_is_refused(circuit: Path, longer: Path, tmp_path:
 
 @pytest.mark.slow
 def test_torchrun_shares_the_work(circuit: Path, longer: Path, tmp_path: Path) -> None:
-    world = 3  # one more than there are chunks
+    world = 3  # one process more than there are chunks
     out, alone = tmp_path / "out", tmp_path / "alone"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     command += ["-m", "scalpel", "analyze", str(circuit), "--text", str(longer), "--out", str(out), "--json"]
@@ -146,7 +146,7 @@ def test_states_are_those_of_the_report(circuit: Path, longer: Path, tmp_path: P
     assert states() == dict.fromkeys(STREAMS, 128)
     kept = next((tmp_path / "out").glob("spectra-*.json"))
     for path in (tmp_path / "out").glob("spectra-*.json"):
-        path.write_text(path.read_text()[:-9])  # a file that was cut is measured again
+        path.write_text(path.read_text()[:-9])  # a truncated file is measured again
     assert run(stretches=16).to_json() == first.to_json()
     run(stretches=0, fresh=True)
     assert not kept.exists() and not (tmp_path / "out" / "states").exists()

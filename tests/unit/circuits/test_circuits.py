@@ -1,4 +1,4 @@
-"""Circuits: tasks, masks, what pruning finds beside its controls, graphs, and what a circuit closes over."""
+"""Circuits: tasks, masks, pruning and its controls, graphs, and the closure of a circuit."""
 
 import json
 from dataclasses import asdict, replace
@@ -43,7 +43,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def found(model, tmp_path_factory):
-    """A quick search, too short for a small circuit; its means are over the task's prompts."""
+    """A quick search that is too short to find a small circuit. Its mean ablations use the task's prompts."""
     task = bracket_counting(model, 48, 9)
     folder = tmp_path_factory.mktemp("prune")
     options = {"reference": (task.ids, task.mask), "target": 0.45, "prompts": 64, "schedule": QUICK}
@@ -135,7 +135,7 @@ def test_the_refit_is_the_best_scale_and_shift():
     for scale, shift in ((1.02, 0.0), (0.98, 0.0), (1.0, 0.05), (1.0, -0.05)):
         moved = logits.double() * best.scale * scale + torch.tensor(best.shift) + torch.tensor([shift, 0.0])
         assert float(F.cross_entropy(moved, labels)) >= best.loss - 1e-9
-    assert refit(-logits, labels).scale < 1e-2  # a sign is never turned round
+    assert refit(-logits, labels).scale < 1e-2  # the scale never becomes negative
     assert refit(torch.zeros(10, 2), torch.tensor([0, 1] * 5)).loss == pytest.approx(np.log(2))
 
 
@@ -143,7 +143,7 @@ def test_the_refit_is_the_best_scale_and_shift():
 def test_keeping_and_removing_are_what_ablate_does(kind):
     model = build("like_csp_yolo2")
     task = Task.of("t", [tokens(model, 1, 6, seed=i)[0].tolist() for i in range(4)], [0, 1, 0, 1], (2, 5))
-    reference = [[3]]  # of one token, so that a drawn value is its only one
+    reference = [[3]]  # of one token, so that resampling has a single value to draw
     stand_in = substitute(model, kind, reference, node_hooks(model))
     every = [f"{name}:{c}" for name, width in nodes_at(model).items() for c in range(width)]
     kept = every[::3]
@@ -162,7 +162,7 @@ def test_keeping_and_removing_are_what_ablate_does(kind):
 
 
 def test_masks_find_the_node_that_carries_the_answer():
-    """One neuron alone is read by the two answers; every other node is noise to them."""
+    """The two answers read a single neuron; for them every other node is noise."""
     model = build("plain", torch.float32)
     with torch.no_grad():
         model.transformer.h[1].mlp.c_proj.weight.zero_()
@@ -233,8 +233,8 @@ def test_a_stopped_search_goes_on_and_another_is_refused(model, found):
 def test_what_it_closes_over_is_measured_beside_what_nothing_does(found):
     closure = found[0].closure
     assert set(closure["rates"]) == {"x", "[", "]"}
-    assert closure["whole_size"] == 8  # the machine's three states and what isn't valid
-    assert set(closure["rates"]["["]["cells"]) == {"0"}  # a row may be opened only between rows
+    assert closure["whole_size"] == 8  # counts the machine's three states and an invalid one
+    assert set(closure["rates"]["["]["cells"]) == {"0"}  # a row can only be opened between rows
     for letter, rate in closure["rates"].items():
         nothing = closure["rates_of_nothing"][letter]["worst_cell"]
         assert (letter in closure["letters"]) == (rate["worst_cell"] <= 0.05 < nothing)
@@ -266,7 +266,7 @@ def test_new_prompts_are_new(model):
     seen = {old.prompt(row) for row in range(len(old))}
     prompts = [new.prompt(row) for row in range(len(new))]
     assert len(set(prompts)) == len(prompts) < 600 and not seen & set(prompts)
-    assert (torch.bincount(new.groups) % 2 == 0).all()  # pairs stay whole
+    assert (torch.bincount(new.groups) % 2 == 0).all()  # pairs stay together
     with pytest.raises(ValueError, match="seen before"):
         old.unseen(old)
 
@@ -277,7 +277,7 @@ def test_a_resumed_search_draws_what_an_unbroken_one_does(tmp_path):
     options = {"ablation": "resample", "reference": (task.ids, task.mask), "target": 0.6, "prompts": 48}
     options["schedule"] = Schedule(steps=8, batch=8)
 
-    def make(*given):  # of a name that has no words: what a circuit closes over isn't measured
+    def make(*given):  # this name has no words, so the closure is not measured
         return replace(bracket_counting(*given), name="brackets")
 
     whole = prune(model, make, seeds=2, **options)

@@ -1,4 +1,4 @@
-"""Per-node ablation effects: batched from the hook on, against one whole pass a node."""
+"""Ablation effects per node: computed in batches from the hook on, and compared with one full pass per node."""
 
 from dataclasses import replace
 
@@ -18,8 +18,10 @@ def task_of(model, lengths=(6, 3, 1)):
 
 
 def one_pass_a_node(model, task, kind, reference, step=1):
-    """The slow way: ``ablate`` and a whole forward pass for every ``step``-th node, {hook: {channel: (prompts,
-    answers)}}."""
+    """Compute the effects slowly, with ``ablate`` and a full forward pass for every ``step``-th node.
+
+    Returns {hook: {channel: (prompts, answers)}}.
+    """
     found = {}
     _, values = model.run_with_cache(task.ids)
     for hook, value in values.items():
@@ -34,7 +36,7 @@ def one_pass_a_node(model, task, kind, reference, step=1):
 
 @pytest.mark.parametrize(("name", "kind"), [*((name, "mean") for name in CASES), ("like_csp_yolo2", "zero")])
 def test_every_hook_of_every_variant(name, kind):
-    """Every node of one variant, and of the others every third: what is alike within a hook says the same."""
+    """Check every node of one variant, and every third node of the others, since nodes of one hook share their code."""
     model = build(name)
     task = task_of(model)
     reference = [[1, 2, 3, 4], [7, 8, 9]]
@@ -54,7 +56,7 @@ def test_resampled_values_come_from_the_reference():
     model = build("like_csp_yolo2")
     task = task_of(model, lengths=(5, 5))
     once = ablation_effects(model, task, kind="resample", reference=[[3]], hooks=["0.attn.v"])
-    # a reference of one token leaves nothing to chance
+    # A reference of one token leaves no choice to draw from.
     expected = one_pass_a_node(model, task, "resample", [[3]])["0.attn.v"]
     for channel, values in expected.items():
         np.testing.assert_allclose(once.hooks["0.attn.v"][channel], values, atol=1e-9)
@@ -114,7 +116,8 @@ def test_the_error_is_over_groups_of_prompts():
     paired = Task.of("t", rows, [0, 0, 1, 1, 0, 0], (2, 5), [0, 0, 1, 1, 2, 2])
     single = Task.of("t", rows[::2], [0, 1, 0], (2, 5))
     one, other = (ablation_effects(model, t, kind="zero", hooks="0.attn.v").standard_error() for t in (paired, single))
-    np.testing.assert_allclose(one["0.attn.v"], other["0.attn.v"], rtol=1e-9)  # a copy of each prompt tells nothing new
+    # Copies of the prompts add no information.
+    np.testing.assert_allclose(one["0.attn.v"], other["0.attn.v"], rtol=1e-9)
     alone = Task.of("t", rows[:1], [0], (2, 5))
     assert np.isnan(ablation_effects(model, alone, kind="zero", hooks="0.attn.v").standard_error()["0.attn.v"]).all()
 

@@ -1,4 +1,4 @@
-"""The benchmark checks before it times, times all contenders, and says where it ran."""
+"""The benchmark verifies before it times, times all contenders, and reports its environment."""
 
 import json
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from scalpel.jacobians.operator import Jacobian
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Small sizes on a shared machine: threads that wait for each other would take most of the time."""
+    """Use small sizes: on a shared machine, threads that wait for each other would take most of the time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -48,7 +48,7 @@ def test_a_quick_run_gives_medians_and_ratios_as_json() -> None:
 
 
 def _wrong_keep(x: torch.Tensor, k: int, by: str = "magnitude", out: Any = None) -> torch.Tensor:
-    return out.copy_(x)  # keeps everything
+    return out.copy_(x)  # wrong on purpose: keeps everything
 
 
 def _wrong_update(self: StreamingCovariance, x: torch.Tensor) -> StreamingCovariance:
@@ -98,7 +98,7 @@ def test_every_contender_is_timed_in_every_round(monkeypatch: pytest.MonkeyPatch
     )
     monkeypatch.setattr(bench, "_repeats", lambda function, device: 1)
     bench._timed(case, rounds=3, device="cpu")
-    assert [calls[i] for i in (0, 3, 6)] == ["ours", "peer", "floor"]  # each round starts with another one
+    assert [calls[i] for i in (0, 3, 6)] == ["ours", "peer", "floor"]  # each round starts with another contender
     assert all(sorted(calls[i : i + 3]) == ["floor", "ours", "peer"] for i in (0, 3, 6))
 
 

@@ -1,4 +1,4 @@
-"""The command line: what is printed where, exit codes, and that help costs nothing."""
+"""The command line: output and its streams, exit codes, and help without loading the library."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def found() -> result.Result:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, found: result.Result) -> list[dict[str, Any]]:
-    """What the commands asked of the library, which answers without computing."""
+    """Record what the commands request of the library, and answer without computing."""
     calls: list[dict[str, Any]] = []
 
     def run_suite(model: str, **options: Any) -> suite.Suite:
@@ -261,7 +261,7 @@ def test_prune_writes_its_result_and_keeps_it_beside_the_model(monkeypatch: pyte
     monkeypatch.setattr(judge, "examine", partial(judge.examine, prompts=48, draws=2))
     folder, out = tmp_path / "model", tmp_path / "out"
     model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
-    del model.card["text"]  # the training text takes long to make
+    del model.card["text"]  # the training text is slow to generate
     model.save_pretrained(folder)
     words = ("--seeds", "1", "--prompts", "64", "--target", "0.6", "--out", out)
     done = invoke("prune", folder, *words, "--keep")
@@ -380,8 +380,8 @@ def test_an_error_of_the_librarys_own_is_no_fault_of_the_user(
 
 
 def test_what_the_library_raises_is_told_from_what_is_raised_inside_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An option out of range is one message; the same kind of error out of a function that was called is none."""
-    # the core raises it when it is first asked, which in this process has been long ago
+    """An option out of range gives a one-line message; the same type of error raised inside a function does not."""
+    # The core raises it when the target is first chosen, which has already happened in this process.
     monkeypatch.setattr(_core, "active_target", lambda: _core.force_target("abacus"))
     monkeypatch.setenv("SCALPEL_TARGET", "abacus")
     wrong = invoke("bench", "--quick")
@@ -389,14 +389,14 @@ def test_what_the_library_raises_is_told_from_what_is_raised_inside_it(monkeypat
     monkeypatch.delenv("SCALPEL_TARGET")
     option = invoke("experiment", "minimal_simulator", "-o", "k_max=0")
     assert option.exit_code == 2 and "'k_max' is 0" in option.stderr
-    # in a line of the library, and yet not by its own raise
+    # Raised in a line of the library, but not by a raise statement of its own.
     monkeypatch.setattr(minimal_simulator, "ThresholdCounter", int)
     with pytest.raises(ValueError, match="invalid literal for int"):
         invoke("experiment", "minimal_simulator")
 
 
 def test_an_option_of_an_experiment_in_the_suite_is_no_fault_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No option of ``scalpel run`` reaches an experiment: what the library raises there is the library's to mend."""
+    """No option of ``scalpel run`` is passed to an experiment, so an error from there is a fault of the library."""
     monkeypatch.setattr(suite, "_accuracy", lambda _: {})
     monkeypatch.setattr(suite, "names", lambda: ["dilution"])
     monkeypatch.setattr(suite, "run", lambda name, model, **_: scalpel.experiments.run(name, model, prompts=0))
@@ -423,12 +423,12 @@ bracket_mini.train_model = train_model
 from scalpel.cli.commands import app
 app(["train", "bracket-mini", "--out", {str(tmp_path)!r}])
 """
-    # What was started in the background ignores Ctrl-C, and so would its children.
+    # A process started in the background ignores Ctrl-C, and its children would inherit that.
     heard: dict[str, Any] = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     heard |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, "-c", code], **heard)
     assert process.stdout is not None
-    assert process.stdout.readline() == "started\n"  # within what a Ctrl-C ends
+    assert process.stdout.readline() == "started\n"  # in the group that a Ctrl-C interrupts
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command continues" in errors and "Traceback" not in errors

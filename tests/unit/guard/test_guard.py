@@ -1,4 +1,4 @@
-"""The guard counts right, acts once and in time, and its experiment comes out as the model's algorithm says."""
+"""The guard counts correctly, acts once and in time, and its experiment matches the model's algorithm."""
 
 import math
 import warnings
@@ -24,7 +24,7 @@ from scalpel.tasks.literals import literals_of
 
 __all__ = ["one_thread"]
 
-LAW = ThresholdCounter("1/10")  # two brackets are enough for 19 tokens
+LAW = ThresholdCounter("1/10")  # two brackets suffice for up to 19 tokens
 NESTED = "x = [[a, a"
 
 
@@ -94,7 +94,7 @@ def test_where_no_nested_list_is_open_nothing_can_fail(text):
 
 
 class Until:
-    """A law of another kind: fails at a length, whatever the evidence."""
+    """Another kind of law: it fails at a fixed length, whatever the evidence."""
 
     def __init__(self, length):
         self.length = length
@@ -111,7 +111,7 @@ def test_any_object_that_counts_tokens_is_a_law():
 
 
 class Backwards:
-    """A law that foretells the opposite of what happens."""
+    """A law that predicts the opposite of what happens."""
 
     def tokens_left(self, ids):
         return len(ids) - 40
@@ -149,7 +149,7 @@ def test_bad_prompts_and_a_model_without_text():
 
 
 def grow(watch, lengths=range(2, 14)):
-    """One generation, an element and its comma at a time; what the guard returned at each token."""
+    """One generation that adds an element and a comma at a time; returns what the guard reported at each token."""
     longest = grown(max(lengths))
     return [watch(longest[:, :n], torch.zeros(1, 9)) for n in range(grown(min(lengths)).shape[1], longest.shape[1] + 1)]
 
@@ -233,7 +233,7 @@ def test_it_is_a_logits_processor_of_transformers():
         pad_token_id=pad,
     )
     model = transformers.GPT2LMHeadModel(config).eval()
-    torch.nn.init.zeros_(model.transformer.wte.weight)  # it says token 0 for ever
+    torch.nn.init.zeros_(model.transformer.wte.weight)  # it always generates token 0
     batch, mask = tokenizer.batch(["x = [[a, a, a, a", "x = [[a", "x = [a, a"], side="left")
     batch = torch.where(mask == 1, batch, pad)
 
@@ -253,7 +253,7 @@ def test_it_is_a_logits_processor_of_transformers():
 
 
 def library(count=260):
-    """Nested lists as a library might hold them: rows of any number and length."""
+    """Nested lists as a library might contain them, with rows of any number and length."""
     rng = np.random.default_rng(3)
     lines = []
     for i in range(count):
@@ -295,10 +295,12 @@ def result_of_the_counter():
 @pytest.mark.parametrize(
     ("kind", "options", "verdict"),
     [
-        ("mean", {}, "reproduced"),  # the model runs the law
-        ("mean", {"law": Until(40)}, "indistinguishable"),  # length alone, under another name: no lead over it
-        ("mean", {"law": Backwards()}, "not reproduced"),  # the longer, the safer: worse than the length
-        ("length", {}, "not testable here"),  # says the same at both depths
+        ("mean", {}, "reproduced"),  # the model implements the law
+        # Only the length, under another name, so it cannot beat the length.
+        ("mean", {"law": Until(40)}, "indistinguishable"),
+        # Considers longer texts safer, so it is worse than the length.
+        ("mean", {"law": Backwards()}, "not reproduced"),
+        ("length", {}, "not testable here"),  # answers the same at both depths
         ("untrained", {}, "not testable here"),
         ("never", {}, "not testable here"),  # never fails
     ],
@@ -324,7 +326,7 @@ def test_the_counters_distance_is_perfect_on_a_counter_and_nothing_else_is(lists
     assert area["law"] > 0.99 > 0.97 > area["n"] and area["open"] < 0.97
     rates = result.measured["alarms_at_margin_0"]
     assert rates["law"]["missed"]["rate"] < 0.1 > rates["law"]["false"]["rate"]
-    assert rates["open"]["false"]["rate"] > 0.1  # closed rows are evidence here, and it doesn't count them
+    assert rates["open"]["false"]["rate"] > 0.1  # it does not count closed rows, which are evidence here
     null = result.null
     assert null["shuffled"]["high"] < 0.75 and null["shuffled"]["at_least_the_laws"] == 0
     assert null["rotated"]["auroc"] < 0.75

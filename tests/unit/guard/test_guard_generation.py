@@ -1,4 +1,6 @@
-"""HoleGuard under every way of generating: one crossing of one sequence is told once, and "stop" ends in its place."""
+"""HoleGuard with every generation method: it reports each crossing of a sequence once, and "stop" ends at that
+place.
+"""
 
 import copy
 from collections.abc import Callable
@@ -21,7 +23,7 @@ transformers = pytest.importorskip("transformers")
 
 __all__ = ["one_thread"]
 
-LAW = ThresholdCounter("1/10")  # two brackets are enough for 19 tokens
+LAW = ThresholdCounter("1/10")  # two brackets suffice for up to 19 tokens
 END, PAD = "~", "^"
 PROMPT = "x = [[a, a, a, b, a, a"  # 17 tokens
 LENGTH = 24
@@ -47,7 +49,7 @@ def llama(seed: int, layers: int = 1) -> Any:
 
 @cache
 def without_brackets() -> list[int]:
-    """Tokens that change what is open, and those that end a text: what is said is then inside from 20 tokens on."""
+    """The tokens that change what is open or end a text. Without them, a text is inside the hole from 20 tokens on."""
     tokenizer = small_tokenizer()
     marks = set("[](){}\"'#\n") | {END, PAD}
     return [i for i in range(tokenizer.vocab_size) if marks & set(tokenizer.decode([i]))]
@@ -72,7 +74,9 @@ def guarding(told: list[Distance]) -> HoleGuard:
 
 
 def crossings(row: Tensor, prompt: int) -> list[int]:
-    """Lengths from ``prompt`` on at which the counter begins to say no; the whole text is never asked about."""
+    """The lengths from ``prompt`` on at which the counter starts to answer no; the guard is never asked about the
+    full text.
+    """
     inside = [False]
     for n in range(prompt, len(row)):
         k = open_lists(small_tokenizer().decode(row[:n].tolist()))
@@ -102,7 +106,7 @@ def test_one_crossing_is_told_once_and_again_in_the_next_generation(way: str) ->
     for count in (1, 2):
         (row,) = say(watch, PROMPT, **WAYS[way]())
         assert crossings(row, prompt) == [20]
-        # A sampled candidate that isn't the likeliest token counts when the next round shows that it was kept.
+        # A sampled candidate that is not the most likely token counts once the next round shows that it was kept.
         assert len(told) == count and {one.n for one in told} <= set(range(20, 26 if "," in way else 21))
 
 
@@ -145,7 +149,7 @@ def test_stop_without_an_end_token_raises(way: str) -> None:
     ],
 )
 def test_rows_of_one_prompt(options: dict[str, Any], sequences: int) -> None:
-    """What differs is told of apart, what is still the same once."""
+    """Sequences that differ are reported separately, and sequences that are still equal once."""
     for text, expected in ((PROMPT, [20] * sequences), (PROMPT + ", a, a, a", [len(batch_of(PROMPT)[0][0]) + 6])):
         told: list[Distance] = []
         watch = guarding(told)
@@ -159,14 +163,14 @@ def test_prompts_of_several_lengths_cross_each_in_its_time() -> None:
     texts = ("x = [[a, a, a, b, a", "x = [[a", PROMPT + ", a, a, a", "x = [a, a")
     out = say(guarding(told), *texts)
     lengths = batch_of(*texts)[1].sum(1).tolist()
-    # the second is 10 tokens behind the first; the third is inside from the start, and the last is no nested list
+    # The second is 10 tokens behind the first, the third is inside from the start, and the last is not a nested list.
     found = [crossings(row[len(row) - n - LENGTH :], n) for row, n in zip(out, lengths, strict=True)]
     assert found == [[20], [20], [lengths[2]], []]
     assert sorted(one.n for one in told) == [20, 20, lengths[2]]
 
 
 class Script:
-    """A logits processor that makes the model say a given text after its prompt."""
+    """A logits processor that makes the model generate a given text after its prompt."""
 
     def __init__(self, prompt: str, text: str) -> None:
         self.ids = batch_of(prompt + text)[0][0].tolist()
@@ -174,7 +178,7 @@ class Script:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         at = input_ids.shape[1]
         if bool((scores == 1).all()):
-            return scores  # prompt lookup's own question: its candidates are to be tried, right or wrong
+            return scores  # from prompt lookup itself: accept any candidates
         out = torch.full_like(scores, -10.0)
         out[:, self.ids[at] if at < len(self.ids) else small_tokenizer().single(END)] = 10.0
         return out
@@ -182,7 +186,7 @@ class Script:
 
 @pytest.mark.parametrize("way", ["greedy", "prompt lookup"])
 def test_a_sequence_that_leaves_and_comes_back_is_told_of_twice(way: str) -> None:
-    """Candidates are copied from the prompt here, and mostly rejected: nested lists open in them, and close."""
+    """Candidates are copied from the prompt and mostly rejected; nested lists open and close in them."""
     prompt, text = "x = [[a, a], [a, b", ", a, b, a, b]]\nx = [[a, b, a, a, b"
     told: list[Distance] = []
     for count in (1, 2):
@@ -201,7 +205,7 @@ def test_our_own_generation() -> None:
     ids, mask = small_tokenizer().batch([PROMPT, "x = [[a"], side="left")
     scored: list[int] = []
 
-    def element(_: Tensor, scores: Tensor) -> Tensor:  # commas and elements, by turns
+    def element(_: Tensor, scores: Tensor) -> Tensor:  # commas and elements alternate
         scored.append(len(scores))
         out = torch.full_like(scores, -10.0)
         out[:, small_tokenizer().encode(", a")[len(scored) % 2]] = 10.0
@@ -212,13 +216,14 @@ def test_our_own_generation() -> None:
         assert [one.n for one in told] == [20, 20] * count
 
 
-# ---- what is told of, call by call -------------------------------------------------------------
+# ---- what is reported, call by call ------------------------------------------------------------
 
 
 def asked(kept: Crossings, row: str, inside: bool, after: str = "", says: str = "", lookup: bool = False) -> bool:
-    """Whether the only row of a call is told of: tokens as letters, and the candidates ``after`` it.
+    """Whether the only row of a call is reported. Tokens are letters, and ``after`` are the candidates that follow the
+    row.
 
-    The model says the first letter of ``says``, or else of ``after``.
+    The model generates the first letter of ``says``, or otherwise of ``after``.
     """
     whole = torch.tensor([[ord(c) for c in row + after]])
     scores = torch.ones(1, 256) if lookup else torch.arange(256.0)[None] / 256
@@ -231,16 +236,16 @@ def asked_of(*given: tuple[Any, ...]) -> list[bool]:
     return [asked(kept, *each) for each in given]
 
 
-DRAFTS = [("p", False), ("pa", False), ("pab", True)]  # "a", "b" and "c" are proposed
+DRAFTS = [("p", False), ("pa", False), ("pab", True)]  # these drafts propose "a", "b" and "c"
 CHECKED = [("p", False, "abc"), ("pa", False, "bc"), ("pab", True, "c"), ("pabc", True)]
 BUT_A_ALONE_IS_KEPT = [("p", False, "abc"), ("pa", False, "bc", "x"), ("pab", True, "c"), ("pabc", True)]
 
 
 def test_a_round_of_candidates() -> None:
     assert asked_of(*DRAFTS, *CHECKED) == [False, False, True] + [False] * 4
-    # nothing tells the first drafts from ordinary decoding: "b" is told of, and what comes in its place is not
+    # The first drafts look like ordinary decoding, so "b" is reported; its replacement then is not.
     assert asked_of(*DRAFTS, *BUT_A_ALONE_IS_KEPT, ("pax", True), ("paxy", True))[2:] == [True] + [False] * 6
-    # it is still outside where "b" had crossed, so its own crossing is another one
+    # The text is still outside where "b" had crossed, so its own crossing is another one.
     assert asked_of(*DRAFTS, *BUT_A_ALONE_IS_KEPT, ("pax", False), ("paxy", True))[-2:] == [False, False]
     proposed = [("pax", False), ("paxy", True), ("pax", False, "y"), ("paxy", True)]
     assert asked_of(*DRAFTS, *BUT_A_ALONE_IS_KEPT, *proposed)[-4:] == [False, False, False, True]
@@ -257,15 +262,15 @@ def test_later_proposals_are_told_of_when_they_are_kept(lookup: bool) -> None:
     thrown = [("pabx", False, "yz", "v"), ("pabxy", True, "z"), ("pabxyz", True)]
     assert asked_of(*begun, *drafts, *kept)[5:] == [False] * 3 + [True, False]
     assert not any(asked_of(*begun, *drafts, *thrown, *propose(("pabxv", False))))
-    # thrown away as far as the scores say, and yet sampled: the next round shows it
+    # The scores reject the draft, but sampling kept it, as the next round shows.
     assert asked_of(*begun, *drafts, *thrown, *propose(("pabxyz!", True)))[5:] == [False] * 5 + [True]
-    # no proposals any more: ordinary decoding goes on, and is told of at once, or when it is too long for a proposal
+    # Ordinary decoding continues without proposals. It is reported at once, or once it is too long to be a proposal.
     plain = [("pabx" + "w" * n, n > 0) for n in range(9)]
     assert asked_of(*begun, *plain)[5:] == [n == (1 if lookup else 5) for n in range(9)]
 
 
 def test_a_text_whose_tokens_are_known_is_no_candidate() -> None:
-    """The front of a longer row, of which nothing was proposed: someone walks along a text, whatever the model says."""
+    """A prefix of a known longer row without proposals: a caller steps through a text, whatever the model generates."""
     text, steps = "pabcdef", range(1, 7)
     walk = [(text[:n], n > 3, text[n:], "x") for n in steps]
     assert asked_of(*walk, *walk) == [n == 4 for n in steps] * 2

@@ -1,4 +1,4 @@
-"""What users give a model: padding on either side, masks of every shape, positions, and inputs that are refused."""
+"""Inputs from users: padding on either side, masks of every shape, positions, and inputs that are refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def text_of(model: Any) -> Tensor:
 
 
 def padded(ids: Tensor, side: str) -> tuple[Tensor, Tensor, slice]:
-    """A batch of two, the text with padding beside it and a text without, the mask, and where the first text is."""
+    """A batch of two texts, one of them padded; the mask; and the place of the first text."""
     filler, other = torch.full((1, PADDING), 7), torch.randint(0, 11, (1, TEXT + PADDING))
     blank, full = torch.zeros_like(filler), torch.ones_like(ids)
     if side == "left":
@@ -52,12 +52,12 @@ def padded(ids: Tensor, side: str) -> tuple[Tensor, Tensor, slice]:
 
 
 def four_dimensional(mask: Tensor, kind: str) -> Tensor:
-    """(B, 1, L, L): the same as a causal mask, as a user of transformers would write it."""
+    """The same mask as a causal mask (B, 1, L, L), as a user of transformers would write it."""
     length = mask.shape[1]
     allowed = torch.ones(length, length, dtype=torch.bool).tril() & mask.bool()[:, None, None, :]
     if kind == "itself":
         return allowed | torch.eye(length, dtype=torch.bool)
-    allowed = allowed | ~allowed.any(-1, keepdim=True)  # else the softmax of padding's queries would be 0 / 0
+    allowed = allowed | ~allowed.any(-1, keepdim=True)  # otherwise the softmax of padding queries would be 0 / 0
     if kind == "bool":
         return allowed
     lowest = torch.finfo(torch.float64).min
@@ -132,7 +132,7 @@ def test_a_mask_with_an_axis_for_queries(name: str, side: str, kind: str) -> Non
     other = scalpel.collect(
         model, [{"input_ids": batch, "attention_mask": mask}], ["1.resid_in", "1.resid_in.grad"], progress=False
     )
-    if kind == "itself":  # a token that reads itself is a token, and no padding
+    if kind == "itself":  # a token that reads itself is not padding
         assert found["1.resid_in"].count == 2 * (TEXT + PADDING)
         return
     for hook, state in found.items():
@@ -202,13 +202,13 @@ def test_a_model_that_counts_positions_itself_is_left_to_it() -> None:
     left = scalpel.collect(model, [{"input_ids": batch, "attention_mask": (batch != 1).long()}], [place])[place]
     assert left.count == TEXT
     torch.testing.assert_close(left.covariance(), alone.covariance(), rtol=1e-6, atol=1e-9)
-    assert limits_of(model).context == 18  # two places are kept for padding
+    assert limits_of(model).context == 18  # two positions are reserved for padding
 
 
 # ---- what is refused -----------------------------------------------------------------------------
 
 Call = Callable[[Any, Any], Any]
-PATHS = ("transformer.h.1.attn.c_attn", "transformer.h.1.mlp.c_proj")  # of which no rules know the first
+PATHS = ("transformer.h.1.attn.c_attn", "transformer.h.1.mlp.c_proj")  # the rules do not know the first
 FUNCTIONS: dict[str, Call] = {
     "jacobian by rules": lambda model, given: scalpel.jacobian(model, given),
     "jacobian by torch.func": lambda model, given: scalpel.jacobian(model, given, *PATHS),

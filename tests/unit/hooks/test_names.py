@@ -1,4 +1,4 @@
-"""Names of hooks: their order, the other names of the same values, and what an unknown name is told."""
+"""Names of hooks: their order, other names of the same values, and the error for an unknown name."""
 
 import pytest
 
@@ -57,7 +57,7 @@ def test_a_path_is_found_by_any_name_and_a_hook_without_one_keeps_its_own() -> N
         assert module_path(name, PATHS, hooks) == "h.1:in"
     for name in ("final_resid", "blocks.1.hook_resid_post", "h.1"):
         assert module_path(name, PATHS, hooks) == "ln_f:in"
-    assert module_path("0.attn.k", PATHS, hooks) == "0.attn.k"  # the value of no module
+    assert module_path("0.attn.k", PATHS, hooks) == "0.attn.k"  # no module computes this value
     assert module_path("h.0.other", PATHS, hooks) == "h.0.other"
 
 
@@ -65,7 +65,7 @@ def test_an_unknown_name_is_told_what_is_near() -> None:
     known_hook("0.attn.q", hook_names(2), "source", "a model")
     with pytest.raises(ValueError, match=r"unknown source '0\.atn\.q' for a model.*'0\.attn\.q'"):
         known_hook("0.atn.q", hook_names(2), "source", "a model")
-    with pytest.raises(ValueError, match=r"'0\.resid_in'"):  # nothing is near: the first ones are named
+    with pytest.raises(ValueError, match=r"'0\.resid_in'"):  # no name is similar, so the message lists the first ones
         known_hook("zzz", hook_names(2), "target", "a model")
     with pytest.raises(TypeError, match="hook is 3"):
         known_hook(3, hook_names(2), "hook", "a model")

@@ -1,4 +1,4 @@
-"""Models as people keep them: offloaded, checkpointed, hooked, made in inference mode."""
+"""Models in the states that users keep them in: offloaded, checkpointed, hooked, created in inference mode."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_offloaded_weights(where: str) -> None:
         torch.testing.assert_close(collected(model, ids), expected, rtol=1e-6, atol=1e-9)
         assert torch.equal(collected(model, ids, folder=states), collected(model, ids, folder=states))
         torch.testing.assert_close(products(model, ids), products(plain, ids), rtol=1e-7, atol=1e-9)
-        if where == "cpu":  # a weight is loaded anew for every layer of every product
+        if where == "cpu":  # each product loads the weights of every layer again
             options: dict[str, Any] = {"cumulative": False, "probes": 0, "draws": 1, "hooks": ENDS}
             found, before = (scalpel.lyapunov(each, ids[:1, :2], 1, **options).exponents for each in (model, plain))
             torch.testing.assert_close(found, before, rtol=1e-6, atol=1e-8)
@@ -90,12 +90,12 @@ def test_gradient_checkpointing(training: bool) -> None:
         found = products(model, ids, "model.layers.0", "model.layers.1.mlp.up_proj")
         torch.testing.assert_close(found, by_paths, rtol=1e-9, atol=1e-9)
         assert model.training == training
-        model.gradient_checkpointing_disable()  # which leaves the hook at the embeddings where it is
+        model.gradient_checkpointing_disable()  # this leaves the hook at the embeddings in place
     assert len(model.model.embed_tokens._forward_hooks) > 0
 
 
 def test_hidden_states_that_were_asked_for_once() -> None:
-    """transformers leaves a hook on every layer then, which changes no value: the rules stay the model's."""
+    """transformers then leaves a hook on every layer that changes no value, so the rules still apply."""
     model, ids = model_of("llama"), ids_of()
     expected = products(model, ids)
     model(ids, output_hidden_states=True)
@@ -104,7 +104,7 @@ def test_hidden_states_that_were_asked_for_once() -> None:
 
 
 class _Checkpointed(nn.Module):
-    """Checkpointing that a model does by itself, in evaluation mode, too."""
+    """Activation checkpointing by the model itself, also in evaluation mode."""
 
     def __init__(self, reentrant: bool) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ def test_a_model_that_counts_its_passes() -> None:
 
         def forward(self, input_ids: Tensor) -> Tensor:
             self.passes += 1
-            self.made = self.made + torch.ones(2)  # another tensor, of another shape
+            self.made = self.made + torch.ones(2)  # a different tensor with another shape
             return self.out(self.e(input_ids)) * self.passes * self.made.mean()
 
     model, ids = Counting(), ids_of() % 11
@@ -151,7 +151,7 @@ def test_a_model_that_counts_its_passes() -> None:
 
 
 def test_buffers_that_the_forward_pass_writes_to() -> None:
-    """Phi-3's long positions: which frequencies count depends on the text's length, and they are written in place."""
+    """Phi-3's long positions: the frequencies depend on the length of the text and are written in place."""
     import transformers
 
     rope = {
@@ -183,11 +183,11 @@ def test_buffers_that_the_forward_pass_writes_to() -> None:
     def keep(module: nn.Module, given: tuple[Tensor, ...]) -> None:
         held.append(given[0])
 
-    for length in (12, 6, 12):  # the first one's frequencies must not stay for the second
+    for length in (12, 6, 12):  # the second text must not use the first one's frequencies
         ids = ids_of(1, length)
         J = scalpel.jacobian(model, ids, "model.layers.0:in", "model.norm:in")
         tangent, cotangent = (torch.randn(J.source_shape, dtype=torch.float64) for _ in range(2))
-        model(ids_of(1, 12 if length == 6 else 6))  # nor the ones that a user's own pass leaves behind
+        model(ids_of(1, 12 if length == 6 else 6))  # nor those left by the user's own forward pass
         forward, back = J.jvp(tangent[None])[0], J.vjp(cotangent[None])[0]
 
         embedded = model.model.embed_tokens(ids).requires_grad_()
@@ -246,7 +246,7 @@ def test_weights_that_were_made_in_inference_mode(name: str) -> None:
 
 
 def test_what_torch_says_of_one_tangent() -> None:
-    """The independent value that the paths above are held to, taken once without the library's own passes."""
+    """The independent value with which these paths are compared, computed once without the library's own passes."""
     model, ids = model_of("gpt2"), ids_of(1, 4)
     J = scalpel.jacobian(model, ids, "transformer.h.1:in", "transformer.h.1")
     source = J.T.primal

@@ -1,4 +1,4 @@
-"""Compiled models, and models that several threads use at once."""
+"""Compiled models, and models used by several threads at once."""
 
 from __future__ import annotations
 

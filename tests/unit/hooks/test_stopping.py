@@ -1,4 +1,4 @@
-"""A forward pass can be left early, and only by the context that it was left through."""
+"""A forward pass can be stopped early, and only the context that stopped it catches the exception."""
 
 import pytest
 

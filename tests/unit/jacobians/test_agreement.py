@@ -1,4 +1,4 @@
-"""The first call on a decoder compares it with its family's rules: at the cost of a few tokens, and with full power."""
+"""The first call on a decoder compares it with its family's rules, on a few tokens but with full power."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from scalpel.jacobians.rows.decoder_pass import DecoderPass
 pytest.importorskip("transformers")
 
 DEPTH = 3
-LENGTHS = {"gpt2": 16, "gpt_neox": 30, "llama": 30, "mistral": 30, "qwen2": 30}  # about as far as positions go
+# Close to the largest supported position.
+LENGTHS = {"gpt2": 16, "gpt_neox": 30, "llama": 30, "mistral": 30, "qwen2": 30}
 
 
 @pytest.fixture(autouse=True)
@@ -32,11 +33,11 @@ def _quiet() -> Iterator[None]:
 
 
 def counted(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
-    """How many tokens go through each layer that runs: of transformers' code, and of ours."""
+    """Record the number of tokens that pass through each layer, of transformers' code and of ours."""
     own: list[int] = []
     ours: list[int] = []
     family = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-    rotated, through = family.apply_rotary_pos_emb, trace.through_layer  # each called once a layer
+    rotated, through = family.apply_rotary_pos_emb, trace.through_layer  # each is called once per layer
 
     def rotate(q: Tensor, *rest: Any, **options: Any) -> Any:
         own.append(q.shape[0] * q.shape[-2])
@@ -62,7 +63,7 @@ def test_the_first_call_runs_the_text_through_each_layer_once(
     own, ours = counted(name, monkeypatch)
     J = jacobian(model, ids, "1.resid_in", attention_mask=mask if padded else None)
     assert isinstance(J._source.run, DecoderPass)
-    # windows of 2 and 3 tokens are crossed by 10 and 11 tokens at the end
+    # To go past windows of 2 and 3 tokens, the last 10 and 11 tokens are needed.
     part = 7 + {"llama": 7, "mistral": 11, "qwen2": 10}[name] + 2 * padded
     assert own == [part] * DEPTH
     assert ours == [part] * DEPTH + [60] * DEPTH
@@ -80,7 +81,7 @@ def test_a_text_as_short_as_that_is_compared_as_it_is(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("edit", EDITS)
 def test_edits_show_in_a_part_of_a_longer_text(edit: str) -> None:
-    """Whatever the comparison decides, the values are those of the edited model."""
+    """Whatever the comparison decides, the values must be those of the edited model."""
     kind, change = EDITS[edit]
     model, ids = model_of(kind), ids_of(1, LENGTHS[kind])
     before = jacobian(model, ids, target="logits")
@@ -93,7 +94,7 @@ def test_edits_show_in_a_part_of_a_longer_text(edit: str) -> None:
 
 @pytest.mark.parametrize("way", ["the module's own", "its class"])
 def test_code_that_treats_positions_unlike_is_compared_on_all_of_the_text(way: str) -> None:
-    """Nothing of it shows at the ends of the text."""
+    """The difference does not appear at either end of the text."""
     model, ids = model_of("llama"), ids_of(1, 30)
     mlp = model.model.layers[DEPTH - 1].mlp
     plain = type(mlp).forward

@@ -1,4 +1,4 @@
-"""Models that were changed, and configs with switches: right through the rules or through torch.func, never wrong."""
+"""Modified models and configs with switches: correct through the rules or through torch.func, and never wrong."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def _exact() -> Iterator[None]:
 
 
 def check(model: Any) -> None:
-    """From the first layer's input to the last norm's, against plain autograd over the model as it is."""
+    """The Jacobian from the first layer's input to the last norm's, compared with plain autograd over the
+    unchanged model.
+    """
     family = family_of_model(model)
     assert family is not None
     source, target = family.PATHS["resid_in"].format(i=0), family.PATHS["final_resid"]
@@ -42,7 +44,7 @@ def check(model: Any) -> None:
 def test_an_edited_model_gives_what_it_computes(name: str) -> None:
     kind, edit = EDITS[name]
     model = model_of(kind)
-    before = jacobian(model, ids_of()).to_dense()  # what was found of the model before must not stand
+    before = jacobian(model, ids_of()).to_dense()  # earlier findings about the model must not be reused
     with torch.no_grad():
         edit(model)
     check(model)
@@ -70,7 +72,7 @@ def test_positions_without_rules(kind: str) -> None:
     config = transformers.LlamaConfig(**(model.config.to_dict() | {"rope_parameters": rope}))
     other = transformers.LlamaForCausalLM(config).double().eval().requires_grad_(False)
     assert decoder_of(other) is None
-    if kind == "dynamic":  # transformers' longrope writes to a buffer in its forward pass, which torch.func refuses
+    if kind == "dynamic":  # longrope writes to a buffer in its forward pass, which torch.func refuses
         check(other)
 
 
@@ -146,4 +148,4 @@ def test_tangents_are_left_alone_whatever_their_strides() -> None:
     first = J.jvp(V)
     kept = first.clone()
     J.jvp(2 * V)
-    assert torch.equal(first, kept)  # no result lies in memory that is used again
+    assert torch.equal(first, kept)  # no result shares memory that is reused

@@ -1,4 +1,4 @@
-"""Beside the exponents: growth of the residual, ranks by depth with their intervals, alignment, bounds by TopK."""
+"""The figures beside the exponents: growth of the residual, ranks and their intervals, alignment, bounds by TopK."""
 
 import math
 
@@ -50,14 +50,14 @@ def test_no_tail_leaves_the_certain_interval(power: int) -> None:
             s = torch.cat([head, tail])
             assert low <= effective_rank(s, power) <= high
             assert stable_low <= (s**2).sum() / s[0] ** 2 <= stable_high
-            # with the energy known exactly
+            # The same with an exactly known energy.
             energy = torch.stack([(tail**2).sum() / s[0] ** 2, torch.tensor(0.0)])[None]
             known = Spectra(head.log()[None], (size,), energy)
             narrow = known.effective_rank(of, certain=False)[0]
             assert low <= narrow[0] <= effective_rank(s, power) <= narrow[1] + 1e-12 and narrow[1] <= high + 1e-12
             assert narrow[1] < high - 0.1 or sharp < 10
             torch.testing.assert_close(known.stable_rank(certain=False)[0], ((s**2).sum() / s[0] ** 2).expand(2))
-        # both ends are attained
+        # Both bounds are attained.
         torch.testing.assert_close(low, effective_rank(head, power))
         torch.testing.assert_close(high, effective_rank(torch.cat([head, head[-1].expand(size - T)]), power))
     with pytest.raises(ValueError, match="of is 'energy'; allowed: 'singular', 'eigen'"):
@@ -92,11 +92,11 @@ def test_alignment_of_known_subspaces() -> None:
     torch.testing.assert_close(same.overlap, torch.tensor([1.0, 0.0]).double(), rtol=0, atol=1e-12)
     torch.testing.assert_close(same.cosines, torch.tensor([[1.0] * 3, [0.0] * 3]).double(), rtol=0, atol=1e-6)
     torch.testing.assert_close(same.expected, torch.full((2,), 1 / 3).double())
-    # what the first two do to each other is their squares; the third, cut to its own span, then ends it
+    # The product of the first two has squared values. The third layer, restricted to its own span, maps them to zero.
     pair = exponents_of(3, symmetric, symmetric)
     torch.testing.assert_close(pair.alignment.exponents, strong[:3].log(), rtol=0, atol=1e-12)
     assert bool((same.exponents == -math.inf).all())
-    # aligned layers stretch more than the same ones with random vectors, and a random product is as the null says
+    # Aligned layers stretch more than the same layers with random vectors, and a random product matches the null.
     assert bool((pair.alignment.null_exponents[:, 0] < pair.alignment.exponents[0]).all())
 
 
@@ -122,7 +122,7 @@ def test_the_corner_of_a_random_orthogonal_matrix(rows: int, columns: int, n: in
     rng = np.random.default_rng(0)
     blocks = np.stack([haar_block(rows, columns, n, rng) for _ in range(4000)])
     assert np.linalg.norm(blocks, 2, axis=(1, 2)).max() <= 1 + 1e-12
-    # moments of the Haar measure: E q² = 1/n, E q⁴ = 3/(n(n + 2)), E q = 0
+    # The moments of the Haar measure are E q² = 1/n, E q⁴ = 3/(n(n + 2)), E q = 0.
     np.testing.assert_allclose((blocks**2).mean(axis=0), 1 / n, atol=0.15 / n)
     np.testing.assert_allclose((blocks**4).mean(), 3 / (n * (n + 2)), rtol=0.1)
     np.testing.assert_allclose(blocks.mean(axis=0), 0, atol=5 / math.sqrt(4000 * n))
@@ -132,7 +132,7 @@ def test_the_corner_of_a_random_orthogonal_matrix(rows: int, columns: int, n: in
 
 @pytest.mark.parametrize("positions", [None, -1])
 def test_rank_bounds_of_topk(positions) -> None:
-    # 4 of 12 channels of the residual stream are left after each MLP
+    # The TopK keeps 4 of 12 channels of the residual stream after each MLP.
     count = 5 if positions is None else 1
     model = build("topk_resid_post_mlp")
     ids = tokens(model, 1, 5)
@@ -142,9 +142,9 @@ def test_rank_bounds_of_topk(positions) -> None:
     for layer in dense_layers(model, ids, True):
         assert torch.linalg.matrix_rank(at_tokens(layer, chosen, 5, 12)) <= 4 * count
     assert L.layers.sizes == (4 * count,) * 2
-    # the branches alone: there a TopK of the stream bounds nothing, one inside them does
+    # For the branches alone, a TopK on the stream gives no bound, but one inside the branches does.
     assert lyapunov(model, ids, 4, positions=positions, identity=False).rank_bounds == (None, None)
-    model = build("like_csp_yolo2")  # 3 of 12 channels at attn_in, attn_out, mlp_in and mlp_out
+    model = build("like_csp_yolo2")  # keeps 3 of 12 channels at attn_in, attn_out, mlp_in and mlp_out
     assert lyapunov(model, ids, 4, positions=positions).rank_bounds == (None, None)
     L = lyapunov(model, ids, 4, positions=positions, identity=False)
     assert L.rank_bounds == (6 * count,) * 2 and L.lost == (6 * count,) * 2
@@ -165,6 +165,6 @@ def test_no_bound_is_claimed_where_it_could_be_wrong() -> None:
     assert inner.rank_bounds == (None, None) and inner.hooks == ("0.resid_in", "0.resid_mid", "1.resid_mid")
     P = jacobian_dense(model, ids, "0.resid_in", "1.resid_mid")
     torch.testing.assert_close(inner.log_singular_values, logs(P, 2), rtol=0, atol=1e-10)
-    # all of the stream in one step: the least that any of its layers keeps
+    # For the whole stream in one step, the bound is the smallest number that any of its layers keeps.
     topk = build("topk_resid_post_attn")
     assert lyapunov(topk, ids, 2, hooks=["0.resid_in", "final_resid"]).rank_bounds == (16,)

@@ -20,7 +20,7 @@ EXACT = 1e-9
 
 
 def check(model: CircuitGPT, ids: Tensor, source: str, target: str, positions=None, **inputs) -> Tensor:
-    """Forward and backward products on every unit vector against the dense twin; gives the matrix."""
+    """Compare forward and backward products on every unit vector with the dense twin, and return the matrix."""
     dense = jacobian_dense(model, ids, source, target, positions, **inputs)
     scale = max(1e-3, float(dense.abs().max()))
     for through in (nullcontext(), torch_func(model)):
@@ -70,7 +70,7 @@ def test_other_names_of_a_hook(alias: str, hook: str) -> None:
     assert torch.equal(named.to_dense(), ours.to_dense())
     assert (jacobian(model, ids, hook, "blocks.1.hook_resid_post") @ jacobian(model, ids, alias, alias)).shape
     with pytest.raises(ValueError, match="unknown source 'transformer.h.1.ln_2:in'"):
-        jacobian(model, ids, "transformer.h.1.ln_2:in")  # a change there leaves the residual stream as it is
+        jacobian(model, ids, "transformer.h.1.ln_2:in")  # a change there does not affect the residual stream
 
 
 def test_no_layer() -> None:
@@ -84,10 +84,10 @@ def test_a_tangent_is_added_after_the_topk_unmasked_and_parallel_paths_are_fixed
     _, acts = model.run_with_cache(ids)
     off = int((acts["1.mlp.post_act"][0, 2] == 0).nonzero()[0])
     J = jacobian(model, ids, "1.mlp.post_act", "1.mlp.post_act")
-    assert torch.equal(J.to_dense(), torch.eye(J.shape[0], dtype=J.dtype))  # entries that TopK dropped included
+    assert torch.equal(J.to_dense(), torch.eye(J.shape[0], dtype=J.dtype))  # including entries that TopK dropped
     D = jacobian_dense(build("plain"), ids, "1.mlp.post_act", "final_resid", 2)
     assert bool((D[:, off] != 0).any())
-    # q moves, k and v stay: the value at v doesn't come into it
+    # Only q moves, so the value at v does not matter.
     into_v = jacobian(model, ids, "0.attn.q", "1.attn.v").to_dense()
     assert into_v.shape == (4 * 12, 4 * 12)
     with pytest.raises(ValueError, match="no path"):
@@ -115,7 +115,7 @@ def test_finite_differences_with_the_supports_fixed(case: str) -> None:
 def test_the_primal_is_what_the_hook_records() -> None:
     model = build("like_csp_yolo2")
     ids = tokens(model)
-    with torch.no_grad():  # with gradients, attention takes another kernel, which rounds otherwise
+    with torch.no_grad():  # with gradients, attention uses another kernel, which rounds differently
         logits, acts = model.run_with_cache(ids)
     for name in (*hook_names(2), "logits"):
         J = jacobian(model, ids, "0.resid_in", name, (None, [4, 1]))
@@ -134,11 +134,11 @@ def test_active_ablations_count_and_stay_with_the_operator() -> None:
         inside = jacobian(model, ids)
         dense = jacobian_dense(model, ids)
         assert float((inside.to_dense() - dense).abs().max()) < EXACT
-    assert float((inside.to_dense() - dense).abs().max()) < EXACT  # also after the context was left
+    assert float((inside.to_dense() - dense).abs().max()) < EXACT  # also after the context has ended
     assert not torch.allclose(free, dense)
     with model.ablate(["1.mlp.post_act:2"], kind="zero"), pytest.raises(ValueError, match="ablations"):
         jacobian(model, ids, "1.resid_in", "final_resid") @ jacobian_outside(model, ids)
-    with model.ablate(["0.attn.v:1"], kind="zero"):  # at the source: the tangent comes after it
+    with model.ablate(["0.attn.v:1"], kind="zero"):  # at the source, where the tangent is added after it
         J = jacobian(model, ids, "0.attn.v", "0.attn.y")
         assert bool(J.to_dense().reshape(-1, 2, 7, 12)[..., 1].any())
 
@@ -173,7 +173,7 @@ def test_padding(side: str) -> None:
     alone = jacobian(model, ids[1:, real], "0.resid_in", "logits").to_dense()
     half = (padded.shape[0] // 2, padded.shape[1] // 2)
     torch.testing.assert_close(padded[half[0] :, half[1] :], alone, rtol=EXACT, atol=1e-12)
-    assert not padded[: half[0], half[1] :].any()  # rows of the batch are apart
+    assert not padded[: half[0], half[1] :].any()  # rows of the batch are independent
     first, last = (0, 6) if side == "left" else (4, 6)
     if side == "left":
         with pytest.raises(ValueError, match="no path"):
@@ -300,14 +300,16 @@ def test_float32() -> None:
     J = jacobian(single, ids)
     assert J.dtype == J.primal.dtype == J.to_dense().dtype == torch.float32
     right = jacobian(double, ids).to_dense()
-    # some 150 sums and products one after the other, each rounded by 2^-24 at most
+    # About 150 sums and products follow one another, and each is rounded by at most 2^-24.
     assert float((J.to_dense().double() - right).norm() / right.norm()) <= 150 * 2.0**-24
 
 
 @pytest.mark.parametrize("case", ["plain", "topk_everywhere", "like_csp_yolo2"])
 def test_float32_layer_by_layer_with_the_masks_given(case: str) -> None:
-    """A TopK near a tie may fall the other way in float32 and the difference cascades: so each layer starts from the
-    same value in both, and what it keeps must agree."""
+    """Each layer starts from the same value in both precisions, and the kept entries must agree.
+
+    In float32 a TopK near a tie may choose differently, and the difference would cascade through the layers.
+    """
     single, double = build(case, torch.float32), build(case)
     double.load_state_dict(single.double().state_dict())
     single = single.float()

@@ -1,4 +1,4 @@
-"""Jacobians of transformers' decoders through their rules, against plain autograd over the models themselves."""
+"""Jacobians of transformers' decoders through their rules, compared with plain autograd over the models themselves."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from scalpel.reference.jacobian import jacobian_dense
 
 pytest.importorskip("transformers")
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
-# Weights and tangents of seven products in each of three layers are rounded by 2^-8 at most; errors that know nothing
-# of each other add up as a root.
+# The weights and tangents of seven products in each of three layers are rounded by at most 2^-8; independent errors
+# accumulate like a square root.
 BFLOAT16 = (2 * 7 * 3) ** 0.5 * 2.0**-8
 
 
@@ -32,7 +32,7 @@ def _exact() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with exact_norms(), warnings.catch_warnings():
-        # The announcement of torch.func, but for which the rules ran.
+        # The warning that torch.func is used; its absence shows that the rules ran.
         warnings.filterwarnings("error", message="scalpel.jacobian differentiates")
         yield
     torch.set_num_threads(threads)
@@ -96,7 +96,7 @@ def test_the_middle_of_a_layer_is_passed_by_all_paths(model: Any) -> None:
     first, second = jacobian(model, ids_of(), "1.resid_in", "1.resid_mid"), jacobian(model, ids_of(), "1.resid_mid")
     whole = jacobian(model, ids_of(), "1.resid_in")
     torch.testing.assert_close(second.to_dense() @ first.to_dense(), whole.to_dense(), **EXACT)
-    branch = path(model, "1.resid_mid")  # the norm's input: a source of another kind
+    branch = path(model, "1.resid_mid")  # the input of the norm, which is another kind of source
     with pytest.warns(UserWarning, match="torch.func"):
         announced(False)
         alone = jacobian(model, ids_of(), branch, "final_resid")
@@ -104,7 +104,7 @@ def test_the_middle_of_a_layer_is_passed_by_all_paths(model: Any) -> None:
 
 
 def test_within_attention(model: Any) -> None:
-    """q, k and v of GPT-2 and GPT-NeoX have no module of their own: against the chain through them."""
+    """GPT-2 and GPT-NeoX have no modules for q, k and v, so these are compared with the chain through them."""
     through = jacobian(model, ids_of(1, 4), "1.attn.act_in", "1.attn.y").to_dense()
     chain = torch.zeros_like(through)
     for name in "qkv":
@@ -122,7 +122,7 @@ def test_padding_and_positions(model: Any) -> None:
     batch = {"input_ids": ids, "attention_mask": mask, "position_ids": places}
     J = jacobian(model, batch, "0.resid_in", "final_resid", (None, -1))
     moved = J.to_dense().reshape(2, -1, *J.source_shape)
-    assert not moved[1, :, 1, :2].any()  # no padding token enters
+    assert not moved[1, :, 1, :2].any()  # no padding token takes part
     check(model, ids, "0.resid_in", "final_resid", attention_mask=torch.ones_like(ids))
 
 
@@ -162,7 +162,7 @@ def test_chunks_change_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_tiles_of_a_longer_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scalpel.jacobians.rows.attention._TILE_NUMBERS", 1)  # sixteen queries a tile
+    monkeypatch.setattr("scalpel.jacobians.rows.attention._TILE_NUMBERS", 1)  # a tile has sixteen queries
     model = model_of("mistral")
     check(model, ids_of(1, 32), "0.resid_in", "1.resid_in", ([3, 20], [5, 19, 23]))
 
@@ -219,7 +219,7 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="no path from '1.resid_in' to '0.resid_in'"):
         jacobian(model, ids_of(), "1.resid_in", "0.resid_in")
     with pytest.raises(ValueError, match=r"no path from '0.attn.y' to '0.mlp.post_act'"):
-        jacobian(model, ids_of(), "0.attn.y", "0.mlp.post_act")  # in parallel
+        jacobian(model, ids_of(), "0.attn.y", "0.mlp.post_act")  # with parallel branches
     with pytest.raises(ValueError, match="no path .* at position 3 .* position 2"):
         jacobian(model, ids_of(), positions=(3, 2))
     with pytest.raises(ValueError, match="unknown source '1.resid_mid'"):
@@ -247,7 +247,7 @@ def test_bfloat16(model: Any) -> None:
         assert 1e-5 < float((found - right).norm() / right.norm()) < BFLOAT16
     before = narrow.jvp(V)
     for parameter in model.parameters():
-        parameter.mul_(1.5)  # the copies must follow
+        parameter.mul_(1.5)  # the copies must be updated
     after = jacobian(model, ids_of(), precision="bfloat16").jvp(V)
     right = jacobian(model, ids_of()).jvp(V)
     assert float((after - right).norm() / right.norm()) < BFLOAT16
@@ -261,7 +261,7 @@ def test_a_bfloat16_model(model: Any) -> None:
     wide = jacobian(copy.deepcopy(model).double(), ids_of())
     V = torch.randn(4, *J.source_shape, generator=torch.Generator().manual_seed(0))
     right = wide.jvp(V.double())
-    # the values that the derivative is taken at are rounded, too, and a ReLU near 0 may fall to the other side
+    # The primal is rounded too, and a ReLU near 0 may choose the other side.
     allowed = 10 * BFLOAT16 if getattr(model.config, "activation_function", "") == "relu" else 2 * BFLOAT16
     assert float((J.jvp(V).double() - right).norm() / right.norm()) < allowed
 

@@ -66,7 +66,7 @@ def test_gpt2_with_padding_and_places(gpt2: nn.Module) -> None:
     mask[1, :2] = 0
     places = (mask.cumsum(-1) - 1).clamp(min=0)
     J = check(gpt2, IDS, "transformer.h.0:in", "logits", (None, -1), attention_mask=mask, position_ids=places)
-    assert not J.to_dense().reshape(2, 20, 2, 5, 8)[1, :, 1, :2].any()  # no padding token enters
+    assert not J.to_dense().reshape(2, 20, 2, 5, 8)[1, :, 1, :2].any()  # no padding token takes part
     beside = jacobian(gpt2, IDS, "transformer.h.0:in", "logits", (None, -1), attention_mask=mask, position_ids=places)
     assert torch.equal(beside.to_dense(), J.to_dense())
 
@@ -164,7 +164,7 @@ def test_user_hooks_come_first() -> None:
 
 
 class Odd(nn.Module):
-    """Tuples, keywords, dictionaries, one module run twice, and attention by the fused call."""
+    """A model with tuples, keywords and dictionaries, a module that runs twice, and the fused attention call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ def test_odd_inputs_and_outputs() -> None:
     expected = torch.autograd.functional.jacobian(rest, x * x).reshape(J.shape)
     torch.testing.assert_close(J.to_dense(), expected, **EXACT)
     torch.testing.assert_close(jacobian(model, (x, scale), "pair", "named").to_dense(), expected, **EXACT)
-    # 'shared' counts at its first run as a source, at its first run after the source as a target
+    # As a source, 'shared' means its first run; as a target, its first run after the source.
     first = jacobian(model, x, "shared", "shared")
     assert torch.equal(first.to_dense(), torch.eye(40, dtype=torch.float64))
     into_keyword = jacobian(model, x, "named:in", "named")

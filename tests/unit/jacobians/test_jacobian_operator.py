@@ -1,4 +1,4 @@
-"""The operator that scalpel.jacobian gives: products, transposes and compositions against the matrix."""
+"""The operator that scalpel.jacobian returns: products, transposes and compositions against the matrix."""
 
 import sys
 from contextlib import nullcontext
@@ -46,7 +46,8 @@ def test_attributes(J: Jacobian) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 300])
-@pytest.mark.parametrize("chunk", [None, 1, 16, 1000])  # None: the native rules, whose chunks are the lanes
+# None: the native rules, which process one set of lanes at a time.
+@pytest.mark.parametrize("chunk", [None, 1, 16, 1000])
 def test_any_number_of_tangents_in_any_chunks(model, ids, dense, count: int, chunk: int | None) -> None:
     if chunk == 1 and count > 17:
         return
@@ -131,7 +132,7 @@ def test_composition_at_positions() -> None:
     for other in ([1, 3], None, 3):
         with pytest.raises(ValueError, match="J1 to end where J2 starts"):
             jacobian(model, ids, "1.resid_in", "final_resid", (other, -1)) @ first
-    # all positions are the same whichever way they are said
+    # Selecting all positions gives the same operator however it is written.
     said = jacobian(model, ids, "1.resid_in", "final_resid", (slice(None), None))
     assert (said @ jacobian(model, ids, target=("1.resid_in"), positions=(None, list(range(7))))).shape
 
@@ -148,7 +149,7 @@ def test_what_cannot_be_composed(model, ids) -> None:
         second @ jacobian(model, ids, target="1.resid_in", attention_mask=torch.ones_like(ids))
     with pytest.raises(ValueError, match="function of '1.resid_in'"):
         second @ jacobian(model, ids, target=("1.resid_in", torch.sin))
-    assert (second @ jacobian(model, ids.clone(), target="1.resid_in")).shape == first.shape  # equal is enough
+    assert (second @ jacobian(model, ids.clone(), target="1.resid_in")).shape == first.shape  # equal values suffice
 
 
 def test_errors_name_what_was_given_and_what_is_allowed(J: Jacobian) -> None:

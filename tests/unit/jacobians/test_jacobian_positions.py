@@ -1,4 +1,4 @@
-"""Positions of scalpel.jacobian, and which ends have a path between them."""
+"""The positions argument of scalpel.jacobian, and which ends have a path between them."""
 
 import pytest
 import torch
@@ -73,8 +73,8 @@ def test_bad_positions(positions, error, words: str) -> None:
         ("0.attn.q", "0.attn.v", None),
         ("0.resid_in", "logits", (3, 2)),
         ("0.resid_in", "logits", ([5, 6], slice(0, 5))),
-        ("0.attn.q", "0.attn.y", (1, 2)),  # a query moves its own token only
-        ("1.resid_mid", "logits", (1, 2)),  # after the last attention tokens are apart
+        ("0.attn.q", "0.attn.y", (1, 2)),  # a query affects only its own token
+        ("1.resid_mid", "logits", (1, 2)),  # after the last attention, tokens are independent
         ("0.mlp.post_act", "0.mlp.post_act", (1, 2)),
     ],
 )
@@ -87,7 +87,7 @@ def test_no_path(source: str, target: str, positions) -> None:
 
 
 def test_the_wiring_is_the_one_that_the_gradients_show() -> None:
-    """Pairs of hooks and tokens: an error just where the dense twin is zero (nothing is zero by luck)."""
+    """Pairs of hooks and tokens raise an error exactly where the dense twin is zero (no entry is zero by chance)."""
     model = build("plain")
     ids = tokens(model, 1, 3)
     names = hook_names(2)[:12]
@@ -104,5 +104,6 @@ def test_the_wiring_is_the_one_that_the_gradients_show() -> None:
                     except ValueError:
                         assert not linked or (s == 0 == t and "attn" in source), (source, target, s, t)
                     else:
-                        # token 0 has one key, so its softmax is flat: a path of zero slope
+                        # Token 0 has a single key, so its softmax is constant: the path exists, and its derivative is
+                        # zero.
                         assert linked or (t == 0 and ".attn." in source), (source, target, s, t)

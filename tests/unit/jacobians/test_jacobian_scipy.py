@@ -103,7 +103,7 @@ def test_the_precision_is_js(dtype: torch.dtype) -> None:
         else:
             with pytest.raises(ValueError, match="1e.39.*float32.*3.4.*e.38.*scale"):
                 A @ huge
-    assert np.isnan((A @ np.full(J.shape[1], np.nan))[dense.any(axis=1)]).all()  # which is not out of range
+    assert np.isnan((A @ np.full(J.shape[1], np.nan))[dense.any(axis=1)]).all()  # this is not out of range
 
 
 @pytest.mark.parametrize(
@@ -134,9 +134,9 @@ def test_solvers_of_scipy_that_work_in_complex_numbers() -> None:
     near = eigs(A, k=2, sigma=shift, v0=b.real)[0]  # solves with A - shift, by complex products
     every = np.linalg.eigvals(dense)
     nearest = every[np.abs(every - shift).argmin()]
-    assert abs(nearest.imag) > 0.1  # of a pair, which eigs gives whole
+    assert abs(nearest.imag) > 0.1  # one eigenvalue of a pair, which eigs returns complete
     np.testing.assert_allclose(np.sort_complex(near), [nearest.conj(), nearest], rtol=1e-6)
-    values, vectors = eigs(A, k=3, v0=b.real)  # complex pairs: a vector is checked by a complex product
+    values, vectors = eigs(A, k=3, v0=b.real)  # complex pairs, so a vector is checked with a complex product
     np.testing.assert_allclose(A @ vectors, vectors * values, rtol=0, atol=1e-8)
 
 
@@ -160,4 +160,4 @@ def test_complex_tensors_are_refused_and_told_how(J: Jacobian, product: str, dty
     }[product]
     with pytest.raises(TypeError, match=rf"{dtype}.*float64.*\.real.*\.imag.*to_scipy") as caught:
         go()
-    assert f".to({J.dtype})" not in str(caught.value)  # which would drop the imaginary part
+    assert f".to({J.dtype})" not in str(caught.value)  # this would drop the imaginary part

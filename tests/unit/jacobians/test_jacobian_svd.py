@@ -51,7 +51,7 @@ def check(J: Jacobian, matrix: Tensor, k: int, close: float) -> None:
     assert float((S - true[:k]).abs().max()) <= close * scale
     unit = torch.eye(k, dtype=torch.float64)
     assert max(float((U.T @ U - unit).abs().max()), float((Vh @ Vh.T - unit).abs().max())) < 100 * close
-    # triples, not only values: both residuals
+    # Checks the triples and not only the values: both residuals must be small.
     loose = max(30 * close, 2e-9) * scale
     assert float((matrix @ Vh.T - U * S).norm(dim=0).max()) <= loose
     assert float((matrix.T @ U - Vh.T * S).norm(dim=0).max()) <= loose
@@ -141,7 +141,7 @@ def test_derivatives_that_are_not_finite() -> None:
 
 @pytest.mark.parametrize("name", ["circuit", "gpt2", "llama"])
 def test_sixteen_values_of_a_float32_model_are_those_of_float64(name: str) -> None:
-    """Within 1e-4 of a dense decomposition in float64, relative to each value."""
+    """The values are within 1e-4 of a dense decomposition in float64, relative to each value."""
     if name == "circuit":
         config = CircuitGPTConfig(
             **(BASE | {"n_layer": 3, "d_model": 48, "n_head": 4, "d_mlp": 96}), afrac=0.25, afrac_loctypes="mlp_neuron"

@@ -1,4 +1,4 @@
-"""scalpel.lyapunov against dense decompositions of the whole product, in float64 or in hundreds of digits."""
+"""scalpel.lyapunov against dense decompositions of the whole product, in float64 or with hundreds of digits."""
 
 import math
 import warnings
@@ -60,7 +60,7 @@ def test_a_circuitgpt_against_its_dense_product(case: str, positions, identity: 
         torch.testing.assert_close(L.layer_spectra[depth - 1].log(), logs(cut(layers[depth - 1]), T), rtol=0, atol=1e-9)
         reached = logs(cut(dense_product(layers[:depth])), T)
         torch.testing.assert_close(L.cumulative_spectra[depth - 1].log(), reached, rtol=0, atol=1e-9)
-    # the right vectors are those of the product: P v is as long as it should be, and they are orthonormal
+    # The right vectors belong to the product: they are orthonormal, and P v has the expected length.
     assert L.right.shape == (T, 2, len(chosen), model.config.d_model)
     V = L.right.flatten(1)
     torch.testing.assert_close(V @ V.T, torch.eye(T, dtype=torch.float64), rtol=0, atol=1e-10)
@@ -73,7 +73,7 @@ def test_every_singular_value_of_a_model() -> None:
     L = lyapunov(model, ids, 36)
     P = jacobian_dense(model, ids, "0.resid_in", "final_resid")
     torch.testing.assert_close(L.log_singular_values, logs(P, 36), rtol=0, atol=1e-9)
-    # all triples of each layer are known, so the layers that are cut to them are the layers
+    # All triples of each layer are known, so the layers restricted to them are the layers themselves.
     torch.testing.assert_close(L.alignment.exponents, L.exponents, rtol=0, atol=1e-9)
     torch.testing.assert_close(L.alignment.overlap, torch.ones(1, dtype=torch.float64))
     assert torch.equal(L.alignment.expected, torch.ones(1, dtype=torch.float64))
@@ -86,7 +86,7 @@ def test_one_layer_and_float32() -> None:
     true = logs(jacobian_dense(model, ids, "0.resid_in", "final_resid"), 4)
     torch.testing.assert_close(L.exponents, true, rtol=0, atol=1e-10)
     assert L.alignment.overlap.shape == (0,) and L.depth == 1
-    # with one layer there are no singular vectors to draw
+    # With one layer there are no singular vectors to draw.
     torch.testing.assert_close(L.alignment.null_exponents, true.expand(16, 4), rtol=0, atol=1e-10)
     single = lyapunov(model.float(), ids, 4)
     assert single.exponents.dtype == torch.float64 and single.right.dtype == torch.float32
@@ -116,7 +116,7 @@ def test_values_hundreds_of_orders_apart(n: int, depth: int, T: int) -> None:
             product = mpmath.matrix(matrix.tolist()) * product
         true = sorted((float(mpmath.log(s)) for s in mpmath.svd_r(product, compute_uv=False)), reverse=True)
     if n == T:
-        assert true[0] - true[-1] > 70  # far more than the 36 nats of float64's precision
+        assert true[0] - true[-1] > 70  # far beyond the precision of float64, 36 nats
     assert found.converged
     torch.testing.assert_close(found.logs, torch.tensor(true[:T], dtype=torch.float64), rtol=0, atol=1e-11)
 
@@ -137,8 +137,8 @@ def test_layers_that_undo_each_other() -> None:
     back = torch.diag(10.0 ** torch.arange(-9, 1, dtype=torch.float64))
     Q = orthogonal(10)
     L = exponents_of(10, steep @ Q.T, orthogonal(10, seed=1), orthogonal(10, seed=1).T, back)
-    # Each of four products and their factors is rounded, some ten terms at a time, relative to layers whose ends are
-    # 1e9 apart; without the graded product it would be the square of that, which float64 doesn't hold.
+    # Each of four products and their factors is rounded, with about ten terms each, relative to layers whose ends are
+    # 1e9 apart. Without the graded product it would be the square of that, which float64 cannot represent.
     rounding = 4 * 10 * 1e9 * torch.finfo(torch.float64).eps
     expected = torch.full((10,), -9 * math.log(10)).double()
     torch.testing.assert_close(L.log_singular_values, expected, rtol=0, atol=rounding)
@@ -151,11 +151,11 @@ def test_a_graded_product_keeps_relative_accuracy() -> None:
         factor = orthogonal(4, seed=i + 1).numpy() @ np.diag(values) @ orthogonal(4, seed=i).numpy().T
         product.extend(factor, 0.0)
     left, found = product.svd()
-    # a factor as stored is only known to eps of its largest value: 1e-16 / 1e-9 of its smallest
+    # A stored factor is accurate to eps times its largest value, which is 1e-16 / 1e-9 of its smallest.
     np.testing.assert_allclose(found, 100 * np.log(values), rtol=0, atol=1e-5)
     np.testing.assert_allclose(left.T @ left, np.eye(4), atol=1e-13)
     rng, rising, determinant = np.random.default_rng(0), GradedProduct(6), 0.0
-    for _ in range(40):  # the later diagonal entries are the larger ones: without pivots this loses three digits
+    for _ in range(40):  # later diagonal entries are larger: without pivoting this loses three digits
         factor = np.triu(rng.standard_normal((6, 6)))
         factor[np.diag_indices(6)] = np.exp(2 * rng.standard_normal(6)) * [0.1, 1, 1, 2, 3, 9]
         rising.extend(factor, 0.0)
@@ -176,7 +176,7 @@ def test_zero_singular_values() -> None:
     assert L.layers.zeros.tolist() == [0, 3, 0] and L.cumulative.zeros.tolist() == [0, 3, 3]
     assert not bool(L.exponents.isnan().any()) and bool((L.right[3:].norm(dim=1) == 0).all())
     assert not bool(L.frame_growth.isnan().any()) and bool((L.mean_frame_growth[3:] == -math.inf).all())
-    # no tail is left where a zero was seen: the interval closes on the true value
+    # Where a zero was found no tail remains, so the interval collapses to the true value.
     s = torch.linalg.svdvals(low @ random(8, 8, seed=2))[:3]
     torch.testing.assert_close(L.cumulative.effective_rank()[1], effective_rank(s).expand(2), rtol=0, atol=1e-9)
     nothing = exponents_of(3, random(8, 8), torch.zeros(8, 8).double(), random(8, 8, seed=1))
@@ -185,19 +185,19 @@ def test_zero_singular_values() -> None:
     assert bool((nothing.alignment.null_exponents == -math.inf).all()) and bool(nothing.alignment.overlap.isnan().all())
 
 
-# ---- how they are reached --------------------------------------------------------------------------
+# ---- how the exponents are computed ----------------------------------------------------------------
 
 
 def test_one_forward_sweep_is_not_the_answer() -> None:
     J = torch.diag(torch.tensor([4.0, 1.0], dtype=torch.float64))
     L = exponents_of(2, J, torch.eye(2).double())
     torch.testing.assert_close(L.exponents, torch.tensor([4.0, 1.0]).double().log() / 2, rtol=0, atol=1e-12)
-    # a unit vector q other than (1, 0) is stretched to sqrt(16 q₁² + q₂²) < 4
+    # A unit vector q other than (1, 0) is stretched to sqrt(16 q₁² + q₂²) < 4.
     q = torch.linalg.qr(random(2, 2))[0][:, 0]
     first = 0.5 * math.log(16 * float(q[0]) ** 2 + float(q[1]) ** 2)
     torch.testing.assert_close(L.frame_growth[0], torch.tensor([first, math.log(4) - first], dtype=torch.float64))
     assert float(L.exponents[0] - L.mean_frame_growth[0]) > 0.1
-    # what both share is the volume
+    # Both agree on the volume.
     torch.testing.assert_close(L.mean_frame_growth.sum(), L.exponents.sum())
 
 
@@ -237,7 +237,7 @@ def test_it_says_when_it_did_not_converge() -> None:
         L = lyapunov(model, ids, 3, tol=0.0, max_sweeps=2, cumulative=False)
     assert not L.converged and L.sweeps == 2
     with pytest.warns(RuntimeWarning, match="to 'final_resid'"), pytest.warns(RuntimeWarning, match="to '1.resid_in'"):
-        stuck = lyapunov(model, ids, 3, tol=0.0)  # rounding is where the residual stays, whatever the sweeps
+        stuck = lyapunov(model, ids, 3, tol=0.0)  # the residual stays at rounding level, whatever the number of sweeps
     assert not stuck.converged and 2 < stuck.sweeps < 200
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
@@ -336,7 +336,7 @@ def test_it_is_public() -> None:
 
 @pytest.mark.parametrize("kind", ["circuitgpt", "decoder"])
 def test_the_layers_share_one_forward_pass(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layer by layer they would take a number of layer passes that grows with the square of the depth."""
+    """The number of layer passes grows linearly with the depth; restarting for each layer would make it quadratic."""
     from scalpel.jacobians.entry import jacobians_between
     from scalpel.jacobians.rows import trace as dense_trace
     from scalpel.models.circuitgpt.layers import Block, LayerInputs

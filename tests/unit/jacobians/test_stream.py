@@ -1,4 +1,4 @@
-"""A decoder in a folder, a layer at a time, against the same model in memory."""
+"""A decoder read from a folder one layer at a time, compared with the same model in memory."""
 
 from __future__ import annotations
 
@@ -112,11 +112,11 @@ def test_what_can_not_be_read(tmp_path: Path) -> None:
 
 
 def test_whole_files_and_what_lies_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers leaves an index behind when it saves whole over shards, and reads the whole file."""
+    """When transformers saves one file over shards it leaves the index behind, and then reads the single file."""
     old, model = model_of("llama", seed=1), model_of("llama")
     saved(old, tmp_path)
     saved(model, tmp_path, "1GB")
-    monkeypatch.setattr("scalpel.models.decoders.folder._PIECE", 100)  # many reads for one tensor
+    monkeypatch.setattr("scalpel.models.decoders.folder._PIECE", 100)  # one tensor is read in many pieces
     V = torch.randn(2, 2, 6, 12, dtype=torch.float64)
     expected = jacobian(model, ids_of()).jvp(V)
     for layer in stream_layers(tmp_path, ids_of()):
@@ -163,7 +163,7 @@ def test_tangents_of_any_kind(tmp_path: Path) -> None:
             with ThreadPoolExecutor(4) as pool:
                 for each in pool.map(layer.jvp, [V.contiguous()] * 8):
                     torch.testing.assert_close(each, right, **EXACT)
-            layer.after.zero_()  # the user's own copy
+            layer.after.zero_()  # the user has its own copy
             with pytest.raises(TypeError, match="tangents are list"):
                 layer.jvp([1.0])  # type: ignore[arg-type]
     assert bool(right.any())

@@ -1,4 +1,4 @@
-"""How far a tangent flips no mask: against every pair of every row."""
+"""The distance along a tangent up to which no mask flips, compared with an oracle over every pair of every row."""
 
 import math
 from typing import Any
@@ -26,7 +26,7 @@ def test_against_every_pair_of_every_row(case: str) -> None:
     J = jacobian(model, ids, "0.resid_in", "logits")
     V = tangents(J, 2)
     found = [flips_of_masks(model, ids, "0.resid_in", v) for v in V]
-    assert all(math.isfinite(min(each)[0]) for each in found)  # the case has masks that flip
+    assert all(math.isfinite(min(each)[0]) for each in found)  # confirms that masks flip in this case
     check(J, V, found)
 
 
@@ -45,7 +45,7 @@ def test_masks_before_the_source_do_not_count(source: str) -> None:
     ("target", "names"),
     [
         ("0.attn.act_in", ["0.attn.act_in"]),
-        ("0.attn.q", ["0.attn.act_in", "0.attn.q"]),  # k's comes before it and is not read
+        ("0.attn.q", ["0.attn.act_in", "0.attn.q"]),  # the mask of k comes earlier and is not read
         ("0.attn.k", ["0.attn.act_in", "0.attn.k"]),
         ("0.attn.y", ["0.attn.act_in", "0.attn.q", "0.attn.k", "0.attn.v"]),
         (
@@ -65,7 +65,7 @@ def test_masks_that_the_target_reads(target: Any, names: list[str]) -> None:
 
 @pytest.mark.parametrize("ends", [([1], [2]), ([1, 3], [3]), (2, 2), ([3, 0], [1, 2])])
 def test_positions(ends: tuple[Any, Any]) -> None:
-    """One layer, so that beyond attention's keys only the target's own tokens count."""
+    """With one layer, only the target's own tokens and attention's keys matter."""
     model = build("topk_everywhere")
     ids = tokens(model, 2, 5)
     J = jacobian(model, ids, "0.resid_in", "1.resid_in", ends)
@@ -108,7 +108,7 @@ def test_padding_and_its_masks() -> None:
 
 
 def test_a_token_that_does_not_read_itself() -> None:
-    """Token 2 reads token 0 alone, but is its own query and has its own stream."""
+    """Token 2 reads only token 0, but it has its own query and its own stream."""
     model = build("topk_everywhere")
     ids = tokens(model, 2, 4)
     mask = torch.ones(2, 4, 4).tril()
@@ -155,7 +155,7 @@ def test_the_radius_is_a_length_along_the_tangent() -> None:
     V = tangents(J)
     one, other = J.validity_radius(V), J.validity_radius(-8 * V)
     torch.testing.assert_close(J.validity_radius(8 * V).radius, one.radius / 8, **CLOSE)
-    assert bool((other.radius * 8 != one.radius).any())  # the other way is another way
+    assert bool((other.radius * 8 != one.radius).any())  # the opposite direction has another radius
     assert (one.radius.dtype, one.radius.shape) == (torch.float64, (3,))
     assert (one.verified.dtype, one.flips.dtype) == (torch.bool, torch.bool)
 

@@ -1,4 +1,4 @@
-"""How far a tangent flips no mask: against the model run again, row by row, and what is refused."""
+"""The distance up to which no mask flips, compared with running the model again, row by row; and what is refused."""
 
 import math
 from contextlib import nullcontext
@@ -20,7 +20,7 @@ jacobian = scalpel.jacobian
 
 @pytest.mark.parametrize("case", ["relu", "topk_everywhere"])
 def test_on_a_linear_way_the_model_itself_flips_there(case: str) -> None:
-    """To ``attn.v`` from its input nothing is nonlinear but the mask, nor to a ReLU's neurons."""
+    """From its input to ``attn.v``, and to the neurons of a ReLU, nothing is nonlinear except the mask."""
     model = build(case)
     ids = tokens(model, 2, 4)
     ends = ("0.attn.act_in", "0.attn.v") if case == "topk_everywhere" else ("0.mlp.act_in", "0.mlp.post_act")
@@ -53,7 +53,7 @@ def test_mostly_the_model_run_again_agrees(case: str) -> None:
     result = J.validity_radius(V)
     assert result.verified.float().mean() >= 0.7 and result.flips.float().mean() >= 0.6
 
-    # what is reported is what the model does: supports beside the radius, by its own hooks
+    # The report matches the model: its own hooks show the supports on both sides of the radius.
     def masks(step: Tensor) -> list[Tensor]:
         found: list[Tensor] = []
         with (
@@ -71,8 +71,10 @@ def test_mostly_the_model_run_again_agrees(case: str) -> None:
 
 
 def small_relu(units: list[list[float]], bias: list[float]) -> Jacobian:
-    """From a stream (1, 0) through its RMS norm to neurons w·y/√2 + b: straight on, y/√2 is (1, s); in truth it is
-    (1, s) / √(1 + s²)."""
+    """A Jacobian from a stream (1, 0) through its RMS norm to neurons w·y/√2 + b.
+
+    Along the straight line y/√2 is (1, s), but in the model it is (1, s) / √(1 + s²).
+    """
     config = {"block_size": 2, "vocab_size": 2, "n_layer": 1, "n_head": 1, "d_model": 2, "d_mlp": len(units)}
     config |= {"rms_norm": True, "activation_type": "relu", "tied_unembed": False}
     model = scalpel.CircuitGPT(scalpel.CircuitGPTConfig.from_dict(config)).double()
@@ -90,12 +92,12 @@ def small_relu(units: list[list[float]], bias: list[float]) -> Jacobian:
 @pytest.mark.parametrize(
     ("units", "bias", "radius", "verified", "flips"),
     [
-        ([[0.0, -1.0]], [0.5], 0.5, True, False),  # s against s/√(1 + s²): the model is slower, flips at 0.58
-        ([[1.0, 0.0]], [-0.9], math.inf, False, False),  # a constant against 1/√(1 + s²): flips at 0.48 after all
-        ([[1.0, 0.0], [0.0, -1.0]], [-0.9, 0.9], 0.9, False, True),  # both: another mask flips before
-        ([[1.0, -2.0]], [0.0], 0.5, True, True),  # without a bias no norm matters
-        ([[0.0, 1.0]], [0.0], 0.0, True, False),  # at 0 exactly, and going up
-        ([[0.0, -1.0]], [0.0], math.inf, True, False),  # at 0 exactly, and going down
+        ([[0.0, -1.0]], [0.5], 0.5, True, False),  # s versus s/√(1 + s²): the model flips later, at 0.58
+        ([[1.0, 0.0]], [-0.9], math.inf, False, False),  # a constant versus 1/√(1 + s²): the model flips at 0.48
+        ([[1.0, 0.0], [0.0, -1.0]], [-0.9, 0.9], 0.9, False, True),  # both: another mask flips earlier
+        ([[1.0, -2.0]], [0.0], 0.5, True, True),  # without a bias the norm does not matter
+        ([[0.0, 1.0]], [0.0], 0.0, True, False),  # exactly 0, and rising
+        ([[0.0, -1.0]], [0.0], math.inf, True, False),  # exactly 0, and falling
     ],
 )
 def test_where_straight_on_is_wrong(
@@ -111,7 +113,7 @@ def test_where_straight_on_is_wrong(
     ("x", "t", "k", "step"),
     [
         ([3.0, 1.0], [-1.0, 0.0], 1, 2.0),
-        ([3.0, 1.0], [0.0, -1.0], 1, 4.0),  # through zero and on
+        ([3.0, 1.0], [0.0, -1.0], 1, 4.0),  # through zero and beyond
         ([-3.0, 1.0], [1.0, 0.0], 1, 2.0),
         ([3.0, 1.0], [1.0, 1.0], 1, math.inf),
         ([3.0, 1.0], [0.0, 0.0], 1, math.inf),
@@ -125,7 +127,8 @@ def test_where_straight_on_is_wrong(
         ([0.0, 0.0], [-1.0, 2.0], 1, 0.0),
         ([5.0, 0.0, 0.0], [-1.0, 0.0, 0.0], 2, math.inf),  # through zero, among zeros
         ([0.0, 5.0, 0.0], [0.0, -1.0, 0.0], 1, math.inf),
-        ([5.0, 2.0, 1.0, 0.0], [0.0, -1.0, 0.0, 8.0], 2, 2 / 9),  # the nearest in size is not the first
+        # The entry nearest in size is not the first to be overtaken.
+        ([5.0, 2.0, 1.0, 0.0], [0.0, -1.0, 0.0, 8.0], 2, 2 / 9),
     ],
 )
 def test_rows(x: list[float], t: list[float], k: int, step: float) -> None:

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md names files, functions and tests that exist."""
+"""CONTRIBUTING.md only names files, functions and tests that exist."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ PATHS = [quoted for quoted in QUOTED if re.fullmatch(r"[\w./<>]+(/|\.(py|cpp|h|i
 
 
 def files_named(path: str) -> list[Path]:
-    """The files at a path of the tables, whose names in <…> stand for any."""
+    """The files that match a path of the tables, in which names in <…> stand for any name."""
     pattern = re.sub(r"<\w+>", "*", path).rstrip("/")
     return [*ROOT.glob(pattern), *PACKAGE.glob(pattern)]
 

@@ -1,4 +1,4 @@
-"""The pages of figures in docs/ are what their benches make from the numbers beside them."""
+"""The pages of figures in docs/ equal what their benches write from the stored numbers."""
 
 import importlib
 import json
@@ -7,7 +7,7 @@ import pytest
 
 from places import ROOT
 
-# Each page, and the bench and the function that write it.
+# Each page, with the bench and the function that write it.
 PAGES = {
     "algebra": ("bench_algebra", "markdown"),
     "covariance": ("bench_covariance", "table"),

@@ -1,4 +1,4 @@
-"""Folders of finished work: what they hold is resumed, and what they do not hold is refused by name."""
+"""Folders of finished work: pieces they hold are resumed, and pieces of other work are refused by name."""
 
 import json
 
@@ -93,7 +93,7 @@ def test_a_piece_that_could_not_be_written_whole_is_absent(tmp_path):
         (draft / "half").write_text("")
         raise KeyboardInterrupt
     assert not pieces.path("a.bin").exists() and not pieces.path("b").exists()
-    with pieces.writing_folder("b") as draft:  # what the first attempt left is no obstacle, and no part of it
+    with pieces.writing_folder("b") as draft:  # the remains of the first attempt neither block nor enter the second
         (draft / "whole").write_text("")
     assert [path.name for path in pieces.path("b").iterdir()] == ["whole"]
 

@@ -1,4 +1,4 @@
-"""The report: every kind of picture, nothing from elsewhere, nothing unescaped, nothing half written."""
+"""The report: every kind of picture, no external resources, everything escaped, and no half-written file."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def result() -> Result:
 def test_every_kind_is_drawn_with_gaps_where_nothing_is_known(kind: str) -> None:
     svg = figures.to_svg(FIGURES[kind], "p")
     assert svg.startswith("<svg") and svg.endswith("</svg>")
-    assert "nan" not in re.sub(r">[^<]*<", "><", svg).lower()  # no NaN among the coordinates
+    assert "nan" not in re.sub(r">[^<]*<", "><", svg).lower()  # no coordinate is NaN
     assert "never" not in svg and "nowhere" not in svg
     assert f'aria-label="{FIGURES[kind]["title"]}' in svg
 
@@ -137,7 +137,7 @@ def test_names_keep_their_distance_and_their_order() -> None:
 
 
 class Page(HTMLParser):
-    """Counts what was opened and closed, and collects ids, links and text."""
+    """Count opened and closed tags, and collect ids, links and text."""
 
     VOID = frozenset({"meta", "br", "hr", "img", "link", "input"})
 
@@ -185,7 +185,7 @@ def test_a_cell_of_the_table_ends_at_a_clause():
     text = "k=2: 120 [110, 130]; k=3: 153 [137, 172]. Best law: none, off by far"
     assert page.brief(text, 25) == "k=2: 120 [110, 130] …"
     assert page.brief(text, 45) == "k=2: 120 [110, 130]; k=3: 153 [137, 172] …"
-    assert page.brief("a" * 50, 20) == "a" * 50  # nowhere to cut
+    assert page.brief("a" * 50, 20) == "a" * 50  # there is no place to break it
     assert page.brief("one two three four", 5) == "one two …"
 
 

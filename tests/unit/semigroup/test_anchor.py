@@ -1,4 +1,4 @@
-"""The anchor of an iterated map, on maps whose eigenvalues say what it is."""
+"""The anchor of an iterated map, on maps whose eigenvalues determine it."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def basis(n, seed=0):
 
 
 def linear(values, seed=0):
-    """x ↦ A x with A symmetric, of these eigenvalues; and its eigenvectors as rows."""
+    """The map x ↦ A x, with A symmetric with the given eigenvalues, and its eigenvectors as rows."""
     Q = basis(len(values), seed)
     A = Q @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ Q.T
     return (lambda x: x @ A.T), Q.T
@@ -42,7 +42,7 @@ def test_the_anchor_of_a_linear_map_is_its_first_eigenvector(radius):
     assert (found.directions @ vectors[0]).abs().numpy() == pytest.approx(1, abs=1e-9)
     assert found.concentration == pytest.approx(1)
     assert spectral_radius(function, found.directions[0], radius=radius) == pytest.approx(2.4 / 3, rel=1e-9)
-    ratio = found.turned[40] / found.turned[39]  # what the spectral radius says is what is seen
+    ratio = found.turned[40] / found.turned[39]  # the observed rate equals the spectral radius
     assert ratio == pytest.approx(0.8, rel=1e-3)
 
 
@@ -79,7 +79,7 @@ def test_a_quarter_turn_comes_back_as_its_opposite():
 
 
 def test_two_anchors_are_not_one():
-    def function(x):  # each half keeps what it leads in: two attracting directions, and where one starts decides
+    def function(x):  # there are two attracting directions, and the start decides which
         return x**3
 
     given = torch.tensor([[2.0, 1.0], [1.0, 2.0], [3.0, 1.0]], dtype=torch.float64)
@@ -113,7 +113,7 @@ def test_the_block_map_is_the_models_own_pass(options):
 
 
 def constant_block(model, vector):
-    """Blocks that add ``vector`` whatever they read."""
+    """Blocks that add ``vector`` to any input."""
     with torch.no_grad():
         for block in model.transformer.h:
             for parameter in block.parameters():
@@ -130,11 +130,12 @@ def test_a_block_that_adds_a_constant_leads_to_it():
     assert found.unique
     expected = (vector / vector.norm()).expand(3, 8) / 3**0.5
     assert torch.allclose(found.directions[0], expected, atol=1e-7)
-    # x + b over its norm: what lies across b shrinks by r / (r + ‖b‖), b on all three positions
+    # The map is x + b divided by its norm, with b on all three positions. Components orthogonal to b shrink by r / (r +
+    # ‖b‖).
     length = float(vector.norm()) * 3**0.5
     assert spectral_radius(function, found.directions[0], radius=2.0) == pytest.approx(2 / (2 + length))
     growth = norm_growth(function, torch.zeros(1, 3, 8, dtype=torch.float64), 5)[:, 0]
-    assert growth == pytest.approx(length * np.arange(6))  # no fixed point as it is: it grows for ever
+    assert growth == pytest.approx(length * np.arange(6))  # without normalisation there is no fixed point, only growth
 
 
 def test_the_radius_is_that_of_finite_differences():

@@ -1,4 +1,4 @@
-"""Extraction: finite machines come out, counters and noise don't, and the figures are what they are called."""
+"""Extraction finds finite machines, rejects counters and noise, and its figures mean what their names say."""
 
 import json
 from fractions import Fraction
@@ -42,7 +42,7 @@ def acting_like(machine):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_random_machines_are_found_again(seed):
-    """Outputs are only two, so that most states must be told apart by continuations."""
+    """There are only two outputs, so most states can only be distinguished by continuations."""
     machine = random_machine(seed)
     found = extract(acting_like(machine), ["a", "b"], seed=seed)
     assert found.verdict == "finite" and found.reasons == ()
@@ -87,7 +87,7 @@ def test_noise_is_refused_and_a_little_of_it_is_not_learned():
 
 
 def test_a_failure_beyond_the_horizon_is_seen_only_when_asked_for():
-    """The machine is true up to a length, and the length is stated."""
+    """The machine is correct up to a certain length, and that length is stated."""
 
     def breaks(words):
         return [(word.count("a") % 2) if len(word) < 40 else 0 for word in words]
@@ -207,7 +207,7 @@ def test_samples_are_balanced_new_and_right():
 
 
 def test_states_that_few_words_reach_are_tried_with_all_of_them():
-    """Only "" and "b" reach the first two states: nothing is left to sample, and nothing unknown."""
+    """Only "" and "b" reach the first two states, so nothing is left to sample and nothing is unknown."""
     machine = MooreMachine(("a", "b"), ((2, 1), (2, 2), (2, 3), (3, 2)), ("start", "b", "even", "odd"))
     questions = FunctionQuestions(acting_like(machine), ["a", "b"])
     rng = np.random.default_rng(0)
@@ -224,7 +224,7 @@ def test_states_that_few_words_reach_are_tried_with_all_of_them():
 
 
 def test_conflicts_and_infidelity_are_counted_where_they_are():
-    """A candidate learned up to four letters, tried on a model that leaves it at ten."""
+    """A candidate learned from words of up to four letters, tested on a model that departs from it at ten."""
 
     def breaks(words):
         return [word.count("a") % 2 if len(word) < 10 else "broken" for word in words]
@@ -254,7 +254,9 @@ def test_words():
 
 
 def test_words_that_lead_to_a_state():
-    """Into a corner that random words seldom find: any letter but the right one leads away for good."""
+    """The model has a state that random words seldom reach: any letter except the right one leaves the path for
+    good.
+    """
     corner = MooreMachine(("a", "b"), ((1, 2), (2, 0), (2, 2)), (0, 1, 2))
     rng = np.random.default_rng(0)
     for state, lengths in ((0, {0, 2, 4, 6, 8}), (1, {1, 3, 5, 7, 9}), (2, set(range(1, 10)))):
@@ -281,7 +283,7 @@ def test_the_verdict_follows_from_each_figure():
     assert judge(growing, 0.05, good, right, good, None, (0, 10))[0] == "counter"
     late = [Growth(4, 3, False, 99), Growth(8, 3, False, 99), Growth(16, 9, False, 99)]
     assert judge(late, 0.05, good, right, good, None, (0, 10))[0] == "refused"
-    # noise: nearly as many classes as prefixes, or counts that say only where the search stopped
+    # For noise there are nearly as many classes as prefixes, or the counts only reflect where the search stopped.
     full = [Growth(4, 30, False, 31), Growth(8, 60, False, 64), Growth(16, 63, True, 64)]
     stopped = [Growth(4, 3, False, 99), Growth(8, 9, True, 99), Growth(16, 10, True, 99)]
     assert judge(full, 0.05, good, right, good, None, (0, 10))[0] == "refused"
@@ -306,7 +308,7 @@ def test_one_answer_to_everything_is_said_to_be_no_test():
 
 
 def test_machines_with_many_states_are_found_whole():
-    """No class is common, and rare ones must not be taken for errors."""
+    """No class is common, and rare classes must not be mistaken for errors."""
     n = 14
 
     def counter(words):

@@ -1,4 +1,4 @@
-"""Extraction from CircuitGPTs: the shipped models of machines, swapped caches, and what a model can't be asked."""
+"""Extraction from CircuitGPTs: the shipped machine models, swapped caches, and models that cannot be queried."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_the_shipped_models_are_their_machines(name):
 
 
 def test_swapped_caches_are_the_other_prefix(mod3):
-    """A causal model with v's keys and values in u's place answers as after v: the whole state is the cache."""
+    """With its cache replaced by that of v, a causal model answers as after v: the cache is the whole state."""
     questions = ModelQuestions(mod3, ["a", "b"], ["0", "1", "2"])
     rng = np.random.default_rng(1)
     triples = [tuple(tuple(rng.integers(2, size=n).tolist()) for n in (6, 6, 4)) for _ in range(20)]

@@ -1,4 +1,4 @@
-"""Greedy decoding on models whose next token is written into a table: index and period are known."""
+"""Greedy decoding on models with a table of next tokens, for which index and period are known."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from scalpel.semigroup.greedy import apparent_period, brent, decode, greedy_orbi
 
 
 def follows(successor, block_size=16, **options):
-    """A model in which token i is followed by ``successor[i]``, whatever stands before."""
+    """A model in which ``successor[i]`` always follows token i."""
     config = CircuitGPTConfig(
         block_size=block_size,
         vocab_size=len(successor),
@@ -31,7 +31,7 @@ def follows(successor, block_size=16, **options):
     return model
 
 
-# 0 → 1 → 2 → 3 → 4 → 2 (tail of two, then a cycle of three); 5 → 5; 6 → 7 → 6
+# 0 → 1 → 2 → 3 → 4 → 2 has a tail of two and a cycle of three; 5 → 5; 6 → 7 → 6.
 SUCCESSOR = [1, 2, 3, 4, 2, 5, 7, 6]
 
 
@@ -46,7 +46,7 @@ def test_brent_on_a_known_orbit(index, period):
     limit = 3 * max(index, period, 1)
     assert brent(state, limit) == (index, period)
     assert max(asked) <= limit
-    assert brent(state, index + period - 1) is None  # nothing has come back yet
+    assert brent(state, index + period - 1) is None  # no state has repeated yet
 
 
 def test_index_and_period_of_a_table():
@@ -58,7 +58,7 @@ def test_index_and_period_of_a_table():
 
 
 def test_a_longer_window_first_has_to_forget():
-    # the window holds its prompt until that has fallen out: four more steps than the token itself needs
+    # The window contains the prompt until it has moved out, which takes four more steps than the tokens alone.
     found = greedy_orbits(follows(SUCCESSOR), [[0], [0, 0, 0, 0, 0]], window=5)
     assert found.index.tolist() == [6, 6] and found.period.tolist() == [3, 3]
 
@@ -101,8 +101,8 @@ def test_ragged_prompts_are_decoded_as_alone():
         ([9, 8] + [1, 2, 3] * 4, (2, 3)),
         ([5] * 12, (0, 1)),
         (list(range(20)), None),
-        (list(range(20)) + [1, 2] * 3, None),  # too little of the text
-        ([1, 2, 3] * 4 + [9], None),  # it has ended
+        (list(range(20)) + [1, 2] * 3, None),  # repeats in too little of the text
+        ([1, 2, 3] * 4 + [9], None),  # the repetition has ended
     ],
 )
 def test_apparent_period(text, expected):

@@ -1,4 +1,4 @@
-"""Moore machines: minimal forms, equivalence, what is no machine."""
+"""Moore machines: minimal forms, equivalence, and inputs that are not machines."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def test_minimized_merges_what_no_word_tells_apart_and_drops_what_none_reaches()
 
 
 def test_splitting_goes_on_until_words_of_any_length_agree():
-    # states that differ only after as many letters as there are states
+    # The states differ only after as many letters as there are states.
     n = 6
     chain = MooreMachine(("a",), tuple((min(i + 1, n - 1),) for i in range(n)), tuple(i == n - 1 for i in range(n)))
     assert chain.minimized().states == n

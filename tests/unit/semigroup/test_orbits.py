@@ -1,4 +1,4 @@
-"""Orbits on grids: against the slow twin, on both sides of the size from which numba takes over."""
+"""Orbits on grids against the slow twin, below and above the size from which numba is used."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from scalpel.semigroup import distances, orbit_shapes, orbits, reachable, unreac
 
 
 def grid(rows, columns, wrap):
-    """Two generators on a grid: one row down, one column right; at the edge they wrap or stay."""
+    """Two generators on a grid, one row down and one column right; at the edge they wrap around or stay."""
     row, column = np.divmod(np.arange(rows * columns), columns)
     down = (row + 1) % rows if wrap else np.minimum(row + 1, rows - 1)
     right = (column + 1) % columns if wrap else np.minimum(column + 1, columns - 1)

@@ -1,4 +1,4 @@
-"""Finite semigroups: published sizes, the slow twin, and what can't be a semigroup of maps."""
+"""Finite semigroups: published sizes, the slow twin, and inputs that are not semigroups of maps."""
 
 import sys
 
@@ -50,7 +50,7 @@ def test_both_cayley_graphs_multiply(generators):
 def test_greens_relations_are_the_twins(generators):
     elements = list(twin.closure(generators))
     if len(elements) > 60:
-        elements = []  # the twin takes cubic time; the published counts stand for these
+        elements = []  # the twin takes cubic time, so these rely on published counts
     s = TransformationSemigroup(generators)
     greens = s.greens()
     for relation in "RLHD" if elements else "":
@@ -78,7 +78,7 @@ def test_egg_boxes_hold_every_element_once(generators):
             assert len(set(greens.l[column.ravel()])) == 1
         if box.regular:
             assert box.group.any(0).all() and box.group.any(1).all()
-    # exactly one D-class, the minimal ideal, has nothing below it
+    # Exactly one D-class, the minimal ideal, has no class below it.
     assert sum(all(i not in box.above for box in boxes) for i in range(len(boxes))) == 1
 
 
@@ -133,7 +133,7 @@ def test_no_identity_is_adjoined_unless_asked():
     with_identity = TransformationSemigroup(constants, identity=True)
     assert with_identity.size == 3
     assert with_identity.word([0, 1]) == ("1",)
-    # a group's identity is a product already
+    # The identity of a group is already a product of its generators.
     assert TransformationSemigroup(cyclic(5), identity=True).size == 5
     with pytest.raises(ValueError, match="named '1'"):
         TransformationSemigroup({"1": [0]}, identity=True)

@@ -1,4 +1,4 @@
-"""ThresholdCounter: exact arithmetic, and the region it fails in."""
+"""ThresholdCounter: its exact arithmetic, and the region in which it fails."""
 
 from fractions import Fraction
 
@@ -18,7 +18,8 @@ def test_the_seeds_figures():
 
 
 def test_a_float_is_its_shortest_decimal():
-    # 2/20 > 0.1 is False exactly; the binary 0.1 is above 1/10 and would agree by luck, 0.7 is below 7/10 and not.
+    # In exact arithmetic 2/20 > 0.1 is False. The binary 0.1 is above 1/10 and would agree by luck; the binary 0.7 is
+    # below 7/10 and would not.
     assert not ThresholdCounter(0.7).decide(7, 10)
     assert ThresholdCounter(Fraction(0.7)).decide(7, 10)
     assert ThresholdCounter("3/20") == ThresholdCounter(0.15) == ThresholdCounter("0.15")
@@ -34,7 +35,7 @@ def test_critical_length_is_where_the_decision_turns(theta, sink, k, n):
     assert counter.decide(k, n) == (n < counter.critical_length(k))
 
 
-@settings(max_examples=25)  # each of 287 cells
+@settings(max_examples=25)  # each example checks 287 cells
 @given(theta=fractions, sink=st.integers(0, 5))
 def test_the_region_cell_by_cell(theta, sink):
     counter = ThresholdCounter(theta, sink)

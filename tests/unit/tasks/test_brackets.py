@@ -1,4 +1,4 @@
-"""The bracket task: real literals are read rightly, long lists ask where an element ends, answers are judged."""
+"""The bracket task: it reads real literals correctly, asks long lists at the end of an element, and judges answers."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def test_literals_are_read(source, depth, prompt):
         "x = [1, 2\n]\n",
         "x = f([1])\n",
         "x = [1]  # why\n",
-        "x = [a[0]]\n",  # the closers aren't all the list's
+        "x = [a[0]]\n",  # not all closing brackets belong to the list
         "x = a[[1]]\n",
         "x = [1]; y = 2\n",
         "x = [f(1)]\n",
@@ -86,7 +86,7 @@ with w: x = [16]
 
 
 def test_literals_of_every_statement_are_read_from_the_outside_inwards():
-    """The order decides what a model was trained on."""
+    """The order matters, because it determines what a model was trained on."""
     found = [int(one.leaves[0]) for one in literals_of(NESTED)]
     assert found == [1, 16, 7, 12, 3, 5, 6, 8, 13, 4, 10, 11, 14, 15]
 
@@ -166,14 +166,14 @@ def test_padding_does_not_change_an_answer():
 
 
 def since_last_bracket(text):
-    """Elements after the last bracket, opening or closing, in front of the question."""
+    """The number of elements between the last bracket, opening or closing, and the question."""
     body = text.rstrip("]\n")
     return body[max(body.rfind("["), body.rfind("]")) + 1 :].strip(" ,\n").count(",") + 1
 
 
 @pytest.mark.parametrize("cue", ["elements", "since_last_bracket", "head", "one_line", "rows"])
 def test_nothing_but_the_brackets_tells_the_depth(cue):
-    """In the training text P(depth | cue) is constant: a chi-square of independence over 12,000 texts."""
+    """In the training text P(depth | cue) is constant, by a chi-square test of independence over 12,000 texts."""
     from itertools import islice
 
     from scipy.stats import chi2_contingency

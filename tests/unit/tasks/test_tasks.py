@@ -1,4 +1,4 @@
-"""Tasks on held-out library files: what is asked is there in the file, and who can't answer is at chance."""
+"""Tasks on held-out library files: questions match the file, and a model that cannot answer is at chance."""
 
 import re
 from functools import cache
@@ -45,7 +45,7 @@ DOUBLE = 'import sys\n\nnames = [\'one\']\nnames = ["two", "three"]\nvalue = nam
 
 @pytest.fixture
 def files(monkeypatch):
-    """Two small files in the place of the installed packages'."""
+    """Two small files in place of the installed packages."""
     monkeypatch.setattr(held_out, "sources", lambda: (Source("a.py", PLAIN), Source("b.py", DOUBLE)))
     set_or_string._uses.cache_clear()
     yield
@@ -82,7 +82,7 @@ def test_a_window_begins_in_front_of_a_statement_and_ends_at_the_question():
         assert len(row) <= tokens and text.endswith("seen") and ("\n" + text) in PLAIN
         assert any(lines[i].startswith(text.split("\n")[0]) for i in starts)
         sizes.append(len(row))
-    assert sizes == sorted(sizes) and len(set(sizes)) > 3  # more room, more lines
+    assert sizes == sorted(sizes) and len(set(sizes)) > 3  # a longer window has more lines
     assert window(lines, starts, end, line, small_tokenizer(), 1) is None
 
 
@@ -126,7 +126,7 @@ def test_real_uses_are_the_first_that_add_to_what_was_made(files):
     uses = [
         (lines[made].strip(), lines[end[0]][: end[1]].strip(), label) for _, made, end, label in set_or_string._uses()
     ]
-    assert sorted(uses) == [("seen = set()", "seen", 0), ("text = ''", "text", 1)]  # other was set anew
+    assert sorted(uses) == [("seen = set()", "seen", 0), ("text = ''", "text", 1)]  # other was assigned again
 
 
 def test_prompts_of_sets_and_strings_end_with_the_name_that_was_made():

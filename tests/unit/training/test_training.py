@@ -1,4 +1,4 @@
-"""Training: the recipe's arithmetic, a stop that loses nothing, and a model folder with its card."""
+"""Training: the recipe's arithmetic, interruptions that lose nothing, and a model folder with its card."""
 
 import json
 from dataclasses import replace
@@ -25,7 +25,7 @@ def train_text(recipe, state_file, progress=None):
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Sums are the same bits in every run only for one number of threads."""
+    """Use a fixed number of threads, because sums are only reproducible to the bit for one number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -111,7 +111,7 @@ def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(tmp_path, monkeypatch)
 
     def prune_and_interrupt(*given):
         calls.append(1)
-        if len(calls) == 23:  # somewhere inside a step
+        if len(calls) == 23:  # at some point inside a step
             os.kill(os.getpid(), signal.SIGINT)
         prune_(*given)
 
