@@ -30,7 +30,7 @@ FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-DSCALPEL_BINDS_C
 LIBRARY = f"stand_in{sysconfig.get_config_var('EXT_SUFFIX')}"
 NO_GPU = "needs a GPU, and a build with nvcc"
 # The modules that look up which core a tensor needs.
-_ASKED = (scalpel.topk, scalpel.lanes, scalpel.covariance.on_device)
+_CALLERS = (scalpel.topk, scalpel.lanes, scalpel.covariance.on_device)
 
 
 BINDINGS = ("arrays", "cuda_module", "init_covariance_cuda", "init_jvp", "init_topk")
@@ -112,8 +112,8 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         yield Gpu("cuda", True)
         return
     module = request.getfixturevalue("stand_in")
-    for asked in _ASKED:
-        monkeypatch.setattr(asked, "core_of", _stands_in(module), raising=False)
+    for caller in _CALLERS:
+        monkeypatch.setattr(caller, "core_of", _stands_in(module), raising=False)
     yield Gpu("cpu", False)
 
 

@@ -22,7 +22,17 @@ DEVICE = torch.device("cuda", 0)
 _TAG = 1 << 62  # added to addresses on DEVICE, so that only a kernel of the device can read them
 _T = torch.Tensor
 # Operations that return numbers to Python, from any device.
-TOLD = {_T.tolist, _T.item, _T.__bool__, _T.__int__, _T.__float__, _T.__index__, _T.__complex__, torch.equal, _T.equal}
+TO_PYTHON = {
+    _T.tolist,
+    _T.item,
+    _T.__bool__,
+    _T.__int__,
+    _T.__float__,
+    _T.__index__,
+    _T.__complex__,
+    torch.equal,
+    _T.equal,
+}
 # Operations that may read a tensor of the other device: copies, and look-ups, whose indices may be on the CPU.
 MAY_MIX = {_T.copy_, _T.__getitem__, _T.__setitem__}
 ABOUT_THE_DEVICE = {_T.device.__get__, _T.is_cuda.__get__, _T.is_cpu.__get__, _T.data_ptr, _T.__repr__}  # type: ignore
@@ -81,8 +91,8 @@ class Factories(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        wrappers = {id(x.inner): x for x in given if isinstance(x, Elsewhere)}
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        wrappers = {id(x.inner): x for x in tensors if isinstance(x, Elsewhere)}
         named = [x for x in tree_leaves((args[1:], kwargs)) if isinstance(x, torch.device | str) and is_device(x)]
         if func in ABOUT_THE_DEVICE or not (wrappers or any(there(x) for x in named)):
             return func(*args, **kwargs)
@@ -92,12 +102,12 @@ class Factories(TorchFunctionMode):
         if generator is not None and generator.device.type == "cpu":
             raise RuntimeError(f"{func}: the generator is on the CPU, and the numbers would be on {DEVICE}")
         if wrappers and func not in MAY_MIX:
-            for x in given:
+            for x in tensors:
                 if not isinstance(x, Elsewhere) and x.dim() > 0 and func is not _T.to:
                     raise RuntimeError(f"{func}: all tensors should be on one device, but found cpu and {DEVICE}")
         if func in (_T.__getitem__, _T.__setitem__) and wrappers and not isinstance(args[0], Elsewhere):
             raise RuntimeError(f"{func}: indices and values should be on the CPU, as what is indexed; found {DEVICE}")
-        here = func is _T.cpu or (bool(named) and not any(there(x) for x in named)) or func in TOLD
+        here = func is _T.cpu or (bool(named) and not any(there(x) for x in named)) or func in TO_PYTHON
         here = here or (func is _T.copy_ and not isinstance(args[0], Elsewhere))
         found = func(*tree_map(bare, args), **tree_map(bare, kwargs))
         if here:
@@ -131,15 +141,15 @@ class Kernels:
         op = getattr(self._core, name)
         if not callable(op):
             return op
-        return lambda *args, **kwargs: op(*map(_read, args), **{key: _read(each) for key, each in kwargs.items()})
+        return lambda *args, **kwargs: op(*map(_read, args), **{key: _read(value) for key, value in kwargs.items()})
 
 
-def _read(given: Any) -> Any:
+def _read(argument: Any) -> Any:
     """Convert memory on DEVICE to what the core takes, with a real address. An address of the CPU is an error."""
-    if isinstance(given, tuple) and len(given) == 4 and isinstance(given[1], str):
-        assert given[0] == 0 or given[0] & _TAG, f"a kernel was given memory of the CPU: {given}"
-        return (given[0] & ~_TAG, *given[1:])
-    return type(given)(map(_read, given)) if isinstance(given, (list, tuple)) else given
+    if isinstance(argument, tuple) and len(argument) == 4 and isinstance(argument[1], str):
+        assert argument[0] == 0 or argument[0] & _TAG, f"a kernel was given memory of the CPU: {argument}"
+        return (argument[0] & ~_TAG, *argument[1:])
+    return type(argument)(map(_read, argument)) if isinstance(argument, (list, tuple)) else argument
 
 
 @contextmanager

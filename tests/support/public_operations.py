@@ -110,16 +110,16 @@ def hooked(g: Given) -> Tensor:
 
 
 def guarded(g: Given) -> Any:
-    told: list[Any] = []
-    guard = scalpel.HoleGuard(g.brackets, scalpel.semigroup.ThresholdCounter("1/8"), on_failure=told.append)
+    reports: list[Any] = []
+    guard = scalpel.HoleGuard(g.brackets, scalpel.semigroup.ThresholdCounter("1/8"), on_failure=reports.append)
     out = generate(g, processors=[guard])
     guard = scalpel.HoleGuard(g.brackets, scalpel.semigroup.ThresholdCounter("1/2"), on_failure="stop", eos_token_id=0)
-    return out, told, guard.distance("x = [[1, 2"), generate(g, processors=[guard])
+    return out, reports, guard.distance("x = [[1, 2"), generate(g, processors=[guard])
 
 
 def merged(g: Given, rank: int | None = None, **options: Any) -> scalpel.StreamingCovariance:
-    one, two = (scalpel.StreamingCovariance(8, rank, **options).update(part) for part in g.rows.split(20))
-    return one.merge(two)
+    first, second = (scalpel.StreamingCovariance(8, rank, **options).update(part) for part in g.rows.split(20))
+    return first.merge(second)
 
 
 def subtracted(g: Given) -> scalpel.StreamingCovariance:

@@ -31,7 +31,7 @@ def assert_close(a: StreamingCovariance, b: StreamingCovariance, tolerance: floa
 
 def same_bits(a: StreamingCovariance, b: StreamingCovariance) -> bool:
     """Compare copies of two states, so that rows that wait in either continue to wait."""
-    ours, theirs = (copy.deepcopy(each)._state.tensors() for each in (a, b))
+    ours, theirs = (copy.deepcopy(state)._state.tensors() for state in (a, b))
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 

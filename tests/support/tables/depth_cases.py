@@ -27,20 +27,20 @@ def network(*matrices: Tensor) -> tuple[nn.Sequential, Tensor, list[str]]:
         with torch.no_grad():
             layer.weight.copy_(matrix)
         layers.append(layer)
-    given = torch.zeros(1, matrices[0].shape[1], dtype=matrices[0].dtype)
-    return nn.Sequential(*layers), given, ["0:in", *(str(i) for i in range(len(matrices)))]
+    x = torch.zeros(1, matrices[0].shape[1], dtype=matrices[0].dtype)
+    return nn.Sequential(*layers), x, ["0:in", *(str(i) for i in range(len(matrices)))]
 
 
 def exponents_of(T: int, *matrices: Tensor, **options) -> scalpel.jacobians.depth.lyapunov.Lyapunov:
-    model, given, hooks = network(*matrices)
-    return lyapunov(model, given, T, hooks=hooks, **options)
+    model, x, hooks = network(*matrices)
+    return lyapunov(model, x, T, hooks=hooks, **options)
 
 
 def operators(matrices: list[Tensor]) -> list[Jacobian]:
     found = []
     for matrix in matrices:
-        model, given, _ = network(matrix)
-        found.append(jacobian(model, given, "0:in", "0"))
+        model, x, _ = network(matrix)
+        found.append(jacobian(model, x, "0:in", "0"))
     return found
 
 

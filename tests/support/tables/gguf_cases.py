@@ -192,8 +192,8 @@ def qwen(path: Path, version: int, **facts: Any) -> Any:
     for key, tensor in model.state_dict().items():
         stem, _, end = key.rpartition(".")
         tensors[f"{names[stem]}.{end}"] = tensor.numpy()  # q and k are not reordered
-    said = {"rope.dimension_count": None, "vocab_size": None}
+    metadata = {"rope.dimension_count": None, "vocab_size": None}
     if version == 3:
-        said |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
-    write(path, tensors, said | facts, architecture=name.lower(), cut="qwen2")
+        metadata |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
+    write(path, tensors, metadata | facts, architecture=name.lower(), cut="qwen2")
     return model

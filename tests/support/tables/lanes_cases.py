@@ -171,20 +171,20 @@ def check_attention(shape: tuple[Any, ...], dtype: torch.dtype) -> None:
         return tangent.view(batch, length, -1)
 
     for missing in (None, 0, 1, 2):
-        given = [None if i == missing else part for i, part in enumerate(moved)]
-        found = at.jvp(*given).values[..., SOME]
+        parts = [None if i == missing else part for i, part in enumerate(moved)]
+        found = at.jvp(*parts).values[..., SOME]
         rows = [
             [torch.zeros(tokens, w, dtype=dtype)] * len(SOME) if part is None else some(part)
-            for part, w in zip(given, widths, strict=True)
+            for part, w in zip(parts, widths, strict=True)
         ]
-        for t, each in enumerate(zip(*rows, strict=True)):
-            expected = reference_lanes.jvp(twin, (q, k, v), tuple(shaped(tangent) for tangent in each))
+        for t, inputs in enumerate(zip(*rows, strict=True)):
+            expected = reference_lanes.jvp(twin, (q, k, v), tuple(shaped(tangent) for tangent in inputs))
             close(shaped(found[..., t].contiguous()), expected)
     u = random_lanes(tokens, widths[0], None, dtype)
     cotangents = at.vjp(u, *(part.index for part in moved))
     back = [reference_lanes.vjp(twin, (q, k, v), shaped(t)) for t in some(u)]
     for i, (found_part, width) in enumerate(zip(cotangents, widths, strict=True)):
-        flat = [each[i].reshape(tokens, width) for each in back]
+        flat = [cotangent[i].reshape(tokens, width) for cotangent in back]
         close(found_part.values[..., SOME], reference_lanes.lanes_of(flat, found_part.index))
 
 

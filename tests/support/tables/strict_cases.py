@@ -23,8 +23,8 @@ Weights = dict[str, Tensor]
 def saved(folder: Path, name: str = "llama", **config: Any) -> Weights:
     model_of(name).save_pretrained(folder)
     letters(13).save(folder)
-    said = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(said | config))
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | config))
     return load_file(folder / "model.safetensors")
 
 
@@ -34,13 +34,13 @@ def put(weights: Weights, folder: Path) -> None:
 
 def refused(folder: Path) -> str:
     """Return what both readers report, and check that they agree."""
-    said = []
+    messages = []
     for stream in (False, True):
         with pytest.raises(CheckpointError) as error:
             load(folder, stream=stream)
-        said.append(str(error.value))
-    assert said[0] == said[1]
-    return said[0]
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+    return messages[0]
 
 
 def without(*ends: str) -> Callable[[Weights], Weights]:

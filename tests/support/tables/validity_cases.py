@@ -78,7 +78,7 @@ def flips_of_masks(
 
 def check(J: Jacobian, V: Tensor, found: list[list[tuple[float, str]]]) -> None:
     result = J.validity_radius(V)
-    least = [min(each, key=lambda pair: pair[0], default=(math.inf, "")) for each in found]
-    want = torch.tensor([step for step, _ in least], dtype=torch.float64)
-    torch.testing.assert_close(result.radius, want, **CLOSE)
-    assert result.first == [None if math.isinf(step) else name for step, name in least]
+    first = [min(flips, key=lambda pair: pair[0], default=(math.inf, "")) for flips in found]
+    expected = torch.tensor([step for step, _ in first], dtype=torch.float64)
+    torch.testing.assert_close(result.radius, expected, **CLOSE)
+    assert result.first == [None if math.isinf(step) else name for step, name in first]
