@@ -185,7 +185,7 @@ def test_nulls_that_were_not_asked_for_are_named():
 def test_bad_input():
     with pytest.raises(ValueError, match="three or more"):
         experiments.run("alignment", averager(), amounts=(1, 2))
-    with pytest.raises(ValueError, match="no null"):
+    with pytest.raises(ValueError, match="null 'sorted'.*untrained"):
         experiments.run("alignment", averager(), nulls=("sorted",))
     with pytest.raises(ValueError, match="splits an answer"):
         experiments.run("alignment", CircuitGPT.from_pretrained("mod3-mini"))

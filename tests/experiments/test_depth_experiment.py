@@ -142,7 +142,7 @@ def test_nulls_and_bad_options():
     model = CircuitGPT(config_of(afrac=0.5))
     result = experiments.run("depth", model, prompts=2, tokens=4, directions=1, nulls=["rotated"])
     assert set(result.null["survivors"]) == {"rotated", "topk_off"}
-    with pytest.raises(ValueError, match="no null"):
+    with pytest.raises(ValueError, match="null 'turned'.*untrained"):
         experiments.run("depth", model, nulls=["turned"])
     with pytest.raises(ValueError, match="prompts"):
         experiments.run("depth", model, prompts=1)

@@ -248,7 +248,7 @@ def test_the_order_is_enforced():
     with pytest.raises(RuntimeError, match="predict"):
         protocol.conclude(measured={}, interval={}, null={}, verdict="reproduced")
     protocol.predict({})
-    with pytest.raises(RuntimeError, match="second one"):
+    with pytest.raises(RuntimeError, match="x: a prediction was made already"):
         protocol.predict({})
     with pytest.raises(RuntimeError, match="measuring"):
         protocol.conclude(measured={}, interval={}, null={}, verdict="reproduced")

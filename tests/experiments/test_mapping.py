@@ -190,7 +190,7 @@ def test_the_verdict_follows_the_rule(by_claim, share_, null, loose, able, expec
         ({"prompts": 4.5}, "whole number"),
         ({"nulls": "untrained"}, "list of names"),
         ({"length": 40}, "at least"),
-        ({"nulls": ("permuted",)}, "no null"),
+        ({"nulls": ("permuted",)}, "null 'permuted'"),
         ({"draws": 5}, "draws"),
     ],
 )

@@ -190,7 +190,7 @@ def test_an_encoder_and_a_decoder_have_a_text_each() -> None:
     batch |= {"decoder_input_ids": ids_of(2, 4), "decoder_attention_mask": torch.tensor([[1] * 4, [1, 1, 0, 0]])}
     found = scalpel.collect(model, [batch], ["encoder.block.1", "decoder.block.1"], progress=False)
     assert [state.count for state in found.values()] == [9, 6]
-    with pytest.raises(ValueError, match="encoder and a decoder.*give loss="):
+    with pytest.raises(ValueError, match="encoder-decoder.*give loss="):
         covariance(model, batch, "decoder.block.1.grad")
 
 

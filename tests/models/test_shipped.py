@@ -138,7 +138,7 @@ def test_without_libsemigroups_the_report_says_what_it_leaves_out(monkeypatch):
     result = scalpel.experiments.run("machine", "parity-mini", prefixes=64, pairs=112)
     assert result.verdict == "reproduced" and set(result.figures) == {"machine", "growth"}
     (note,) = suite.left_out(suite.Suite([result], {}, 0.0))
-    assert note.startswith("Cayley graph and egg-box") and "[algebra]" in note
+    assert "Cayley graph" in note and "[algebra]" in note
 
 
 @pytest.mark.slow

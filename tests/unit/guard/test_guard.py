@@ -356,7 +356,7 @@ def test_areas_and_leads_against_sklearn():
 
 
 def test_bad_options_of_the_experiment(lists):
-    with pytest.raises(ValueError, match="no null 'random'"):
+    with pytest.raises(ValueError, match="null 'random'.*untrained, rotated"):
         experiments.run("guard", circuit(), nulls=["random"])
     with pytest.raises(ValueError, match="40 or more"):
         experiments.run("guard", circuit(), prompts=3)
