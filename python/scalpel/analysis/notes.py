@@ -16,6 +16,11 @@ def notes_of(
     beside: bool,
     spectra: dict[str, Any] | None,
 ) -> list[str]:
+    """Say what went otherwise than asked for, and what the figures cannot tell.
+
+    ``records``: those of the chunks. ``asked``: how many chunks were asked for. ``shrunk`` and ``cut_off``: when chunks
+    were made shorter, and which runs ended in the middle of one. ``beside``: whether an untrained model was measured.
+    """
     count = len(records)
     notes = []
     if count < asked:

@@ -33,10 +33,26 @@ _FORMAT = 2  # of the chunks' files: part of the key
 class Analysis:
     """The results of an analysis, as plain data.
 
-    ``trained``, ``untrained``: the figures of :func:`.measure.measure` as :func:`.summary.summarise` gives them;
-    ``untrained`` is None where there is no such model. ``spectra``: of activations and gradients, by model and stream;
-    see :mod:`.spectra`. ``chunks``: where each begins in the text's tokens, and how many it has. ``shrunk``: when
-    memory ran out, or runs were cut off from outside again and again. ``notes``: what a reader must know, in sentences.
+    Attributes:
+        model: What is known of the model: its name, format, size and config.
+        text: What is known of the text: the file, its tokens, and its tokenizer.
+        options: How it was analysed: length, chunks, tangents, seed and streaming.
+        chunks: Where each chunk begins in the text's tokens, and how many it has.
+        shrunk: Each time that chunks were made shorter, because memory ran out or because runs were cut off from
+            outside at the same chunk.
+        notes: What a reader must know, in sentences.
+        trained: The figures of :func:`.measure.measure`, summed up over chunks by :func:`.summary.summarise`.
+        untrained: The same of the untrained model; None where there is none.
+        spectra: Those of activations and gradients, by model and stream; see :mod:`.spectra`.
+        provenance: The versions, the commit and the machine that the figures come from.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from scalpel.analysis import analyze
+        >>> _ = Path("text.txt").write_text("abbaab" * 8)
+        >>> analysis = analyze("parity-mini", "text.txt", "out", length=8, chunks=1, tangents=2, stretches=0)
+        >>> analysis.to_json()[:10]
+        '{"model": '
     """
 
     model: dict[str, Any]
@@ -51,6 +67,14 @@ class Analysis:
     provenance: dict[str, Any]
 
     def to_json(self, indent: int | None = None) -> str:
+        """Write the results as JSON; a number that is not finite is null.
+
+        Args:
+            indent: Spaces by which nested values are indented; None for one line.
+
+        Returns:
+            The text.
+        """
         return json.dumps(plain(asdict(self)), indent=indent, allow_nan=False)
 
 
@@ -110,6 +134,14 @@ def analyze(
     Raises:
         ValueError: For input that doesn't fit.
         OSError: For what can't be read or written.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from scalpel.analysis import analyze
+        >>> _ = Path("text.txt").write_text("abbaab" * 8)
+        >>> analysis = analyze("parity-mini", "text.txt", "out", length=8, chunks=1, tangents=2, stretches=0)
+        >>> len(analysis.trained["exponents"]["mean"])
+        2
     """
     report = progress or (lambda what, done: None)
     for name, value, least in (("chunks", chunks, 1), ("tangents", tangents, 1), ("stretches", stretches, 0)):

@@ -32,8 +32,10 @@ _SAMPLES, _SAMPLE = 4, 1 << 13  # of each tensor of a streamed model: pieces has
 
 @dataclass
 class Source:
-    """A model to analyse. ``trained`` and ``untrained`` are None of a folder that is streamed; ``device``: where they
-    are, or each layer while it is there.
+    """A model to analyse.
+
+    ``trained`` and ``untrained`` are None for a folder that is streamed. ``device``: where they are, or each layer
+    while it is in memory.
 
     ``tokenizer``: the model's own, None where it has none; ``no_tokenizer`` then says why, where there is more to say.
     ``pair``: the cut of a byte-level BPE published as two files, where the model says which. ``facts``: what the report
@@ -54,8 +56,9 @@ class Source:
 
 
 def load(name: str | Path, stream: bool = False, device: str = "cpu") -> Source:
-    """The model of that name, folder, GGUF file or hub id; ``stream``: only its folder, one layer of which is ever in
-    memory. ``device``: where it is analysed.
+    """Find the model of a name, folder, GGUF file or hub id, and load it.
+
+    ``stream``: do not load it; its layers are read one at a time. ``device``: where it is analysed.
 
     Raises ValueError for a device that isn't there, and CheckpointError (a ValueError) for what isn't there, can't be
     read, or has no rules.
@@ -274,8 +277,10 @@ def _fingerprint(model: nn.Module) -> str:
 
 
 def _sampled(weights: FolderWeights, folder: Path) -> str:
-    """SHA-256 of the config, and of each tensor's name, shape, dtype and evenly spaced pieces: all of it would be a
-    read of a model too large for memory before anything is measured."""
+    """Return the SHA-256 of the config, and of each tensor's name, shape, dtype and evenly spaced pieces.
+
+    Hashing all of the weights would mean to read a model that is too large for memory before anything is measured.
+    """
     digest = hashlib.sha256(json.dumps(read_json(folder / "config.json"), sort_keys=True).encode())
     for name, place in sorted(weights.places.items()):
         digest.update(f"{name} {place.shape} {place.dtype}".encode())

@@ -35,8 +35,10 @@ Step = Callable[[str, float], None]
 
 
 class Spectra:
-    """What is measured, and where it is kept: ``<out>/spectra-….json`` when done, states of blocks until then, and
-    the states of the whole text in ``<out>/states``, which ``StreamingCovariance.load`` reads.
+    """What is measured, and where it is kept.
+
+    ``<out>/spectra-….json`` holds the figures once they are finished, and states of blocks are kept until then. The
+    states of the whole text are in ``<out>/states``, where ``StreamingCovariance.load`` reads them.
     """
 
     def __init__(

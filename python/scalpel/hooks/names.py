@@ -100,7 +100,10 @@ def module_path(name: str, paths: Mapping[str, str], hooks: Sequence[str], as_so
     """Find the module path at which a hook's value can be read, and replaced if ``as_source``.
 
     Args:
-        name: Any name of the hook; the other arguments are those of :func:`hook_named`.
+        name: Any name of the hook.
+        paths: The module path of each hook of a layer, as for :func:`hook_named`.
+        hooks: The names of all hooks, as for :func:`hook_named`.
+        as_source: Whether the value is to be replaced, and not only read.
 
     Returns:
         The module path; ``name`` as it was given if it names no hook, or a hook that is no module's value.

@@ -76,8 +76,11 @@ class ModulePass(Pass):
         )
 
     def _called(self) -> Any:
-        """The model's output. Buffers that its forward pass writes to are given as copies of what they were at the
-        start, made here, inside whatever transform this runs in: a transform forbids writing to what lies outside."""
+        """Return the model's output.
+
+        Buffers that its forward pass writes to are replaced by copies of what they were at the start. The copies are
+        made here, inside whatever transform this runs in, because a transform forbids writing to what lies outside it.
+        """
         arguments, keywords = self.inputs
         if not self._written:
             return self.model(*arguments, **keywords)

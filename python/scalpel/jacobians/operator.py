@@ -27,6 +27,12 @@ class Jacobian:
     A Jacobian never changes, so a copy of it, a deep one too, is itself. It can't be pickled, since it holds the model
     and its forward pass: give another process the model and the inputs, and call :func:`scalpel.jacobian` there.
 
+    Args:
+        push: Carries tangents (T, *source_shape) to the target.
+        pull: Carries cotangents (T, *target_shape) to the source.
+        source: The value, the hook and the positions at the source.
+        target: The same at the target.
+
     Example:
         >>> import scalpel, torch
         >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
@@ -35,6 +41,8 @@ class Jacobian:
         >>> K = scalpel.jacobian(model, ids, "1.resid_in", "final_resid")
         >>> v = torch.ones(J.shape[1])
         >>> torch.allclose((K @ J) @ v, K @ (J @ v))
+        True
+        >>> J.T.shape == J.H.shape == (J.shape[1], J.shape[0])
         True
         >>> U, S, Vh = J.svd(3)
         >>> torch.allclose(J @ Vh[0], S[0] * U[:, 0], atol=1e-4 * float(S[0]))
@@ -78,7 +86,7 @@ class Jacobian:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(m, n): numel(target), numel(source)."""
+        """The shape (m, n) of the matrix: numel(target), numel(source)."""
         return self._target.value.numel(), self._source.value.numel()
 
     @property
@@ -231,7 +239,15 @@ class Jacobian:
         return truncated_svd(self, k, seed=seed, tol=tol)
 
     def spectrum(self, k: int, *, seed: int = 0, tol: float | None = None) -> Tensor:
-        """Find the k largest singular values, (k,) descending, as :meth:`svd` does.
+        """Find the k largest singular values, as :meth:`svd` does.
+
+        Args:
+            k: How many, 0 ≤ k ≤ min(m, n).
+            seed: Seed of the random starting block.
+            tol: The largest residual relative to its value, as for :meth:`svd`.
+
+        Returns:
+            (k,), descending.
 
         Example:
             >>> import scalpel, torch
@@ -275,7 +291,10 @@ class Jacobian:
         return validity_radius(self._source, self._target, self._derived, V)
 
     def to_dense(self) -> Tensor:
-        """Make the matrix (m, n), for small cases: it takes min(m, n) products and m·n numbers of memory.
+        """Make the matrix, for small cases: it takes min(m, n) products and m·n numbers of memory.
+
+        Returns:
+            (m, n), of the operator's dtype and device.
 
         Example:
             >>> import scalpel, torch
@@ -300,6 +319,9 @@ class Jacobian:
 
         It has J's precision, at least float32. Complex vectors give complex products: J(x + iy) = Jx + iJy.
         :class:`scalpel.jacobians.scipy_operator.JacobianLinearOperator` says what it takes and refuses.
+
+        Returns:
+            The operator; its products are J's own.
 
         Example:
             >>> import scalpel, torch

@@ -54,8 +54,10 @@ class Pass:
         raise NotImplementedError
 
     def check_unchanged(self) -> None:
-        """RuntimeError if a weight, a buffer, a module or a hook changed since the pass was made: primal and tangents
-        would not fit together."""
+        """Raise RuntimeError if a weight, a buffer, a module or a hook has changed since the pass was made.
+
+        Primal and tangents would not fit together.
+        """
         if self._weights_mark() != self._weights:
             raise RuntimeError("the model's weights changed after this Jacobian was made: call scalpel.jacobian again")
         modules = list(self.model.modules())
@@ -84,8 +86,10 @@ class Pass:
         )
 
     def _weights_mark(self) -> tuple[tuple[int, int], ...]:
-        """Where each weight is and how often it was written to; nothing for an offloaded model, whose weights come and
-        go with every pass."""
+        """Return where each weight is and how often it was written to.
+
+        It is empty for an offloaded model, whose weights come and go with every pass.
+        """
         if self.offloaded:
             return ()
         return tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in self.model.parameters())

@@ -28,10 +28,25 @@ _WIDEST = 4  # over the residual stream's own width
 
 @dataclass
 class StreamedLayer:
-    """One layer between two values of the residual stream, (B, L, width) each; its products while it is in memory.
+    """One layer of a streamed model, with its products while it is in memory.
 
-    All tokens to all tokens, the identity path included. The products raise RuntimeError once the next layer has
-    been asked for, ValueError or TypeError for tangents of another shape or dtype.
+    Products go from all tokens to all tokens, the residual path included.
+
+    Attributes:
+        number: Which layer it is, from 0.
+        before: The residual stream before the layer, (B, L, width).
+        after: The residual stream after it, (B, L, width).
+
+    Example:
+        >>> import transformers
+        >>> from scalpel.jacobians.stream import stream_layers
+        >>> config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=11, n_positions=16)
+        >>> transformers.GPT2LMHeadModel(config).save_pretrained("tiny")
+        >>> for layer in stream_layers("tiny", torch.tensor([[1, 2, 3]])):
+        ...     V, U = torch.randn(2, 4, 1, 3, 8)
+        ...     print(layer.number, torch.allclose((layer.jvp(V) * U).sum(), (V * layer.vjp(U)).sum(), atol=1e-3))
+        0 True
+        1 True
     """
 
     number: int
@@ -41,11 +56,35 @@ class StreamedLayer:
     _one_at_a_time: threading.Lock = field(default_factory=threading.Lock, repr=False)  # the rules share buffers
 
     def jvp(self, V: Tensor) -> Tensor:
-        """T tangents of ``before``, (T, B, L, width), to those of ``after``."""
+        """Carry T tangents before the layer to those after it.
+
+        Args:
+            V: (T, B, L, width).
+
+        Returns:
+            (T, B, L, width).
+
+        Raises:
+            RuntimeError: The next layer has been asked for, and this one has left memory.
+            ValueError: The tangents have another shape or are on another device.
+            TypeError: They have another dtype, or are no tensor.
+        """
         return self._product(V, lambda rules, t: rules.push(t, lambda _, value: value, set()))
 
     def vjp(self, U: Tensor) -> Tensor:
-        """T cotangents of ``after`` to those of ``before``."""
+        """Carry T cotangents after the layer back to those before it.
+
+        Args:
+            U: (T, B, L, width).
+
+        Returns:
+            (T, B, L, width).
+
+        Raises:
+            RuntimeError: The next layer has been asked for, and this one has left memory.
+            ValueError: The cotangents have another shape or are on another device.
+            TypeError: They have another dtype, or are no tensor.
+        """
         return self._product(U, lambda rules, u: rules.pull(u, lambda _, value: value))
 
     def _product(self, tangents: Tensor, product: Callable[[DenseLayer, Tensor], Tensor | None]) -> Tensor:

@@ -118,8 +118,10 @@ class _Bidiagonalisation:
         return product
 
     def _extend(self, W: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Q, C, R with W = basis C + Q R, where [basis, Q] is orthonormal even if W adds fewer directions
-        than columns: the rest of Q is then random, and its rows of R are zero."""
+        """Find Q, C and R with W = basis C + Q R, where [basis, Q] is orthonormal.
+
+        If W adds fewer directions than it has columns, the rest of Q is random, and its rows of R are zero.
+        """
         C = basis.T @ W
         W = W - basis @ C
         again = basis.T @ W  # one projection leaves what rounding left; two are enough (Parlett 1998)

@@ -1,5 +1,4 @@
-"""How far a tangent may be followed before a mask flips: the step up to which a Jacobian stays the same linear map
-of TopKs and ReLUs.
+"""How far a tangent may be followed before the mask of a TopK or a ReLU flips.
 
 A Jacobian holds the masks of its primal fixed. Along a tangent the input of every mask moves as x + s·t, t being its
 own tangent; where that first gives another mask is a root per row, and the radius is the least of them.
@@ -45,23 +44,25 @@ _SMOOTH = (  # activations of transformers with no mask in them
 
 @dataclass(frozen=True, eq=False)
 class ValidityRadius:
-    """What :meth:`Jacobian.validity_radius` gives, for each of T tangents.
-
-    ``radius``: (T,), float64 on the CPU, in units of the tangent: the step s·V[t] at which the first mask flips, to
-    first order; inf where none ever does; 0 where a TopK's last kept entry is tied with one that is not and the
-    tangent breaks the tie, as it does at the zeros of sparse weights, and where a ReLU's input is 0 and moves.
-    ``first``: the mask that flips there, by the name that ``watch_masks`` gives it; None where the radius is
-    inf.
-    ``verified``: (T,) bool: the model, run again at 0.99 of the radius, has the masks that it has at the primal; for
-    a radius of inf, at a step as long as the source value (of length 1 where that is zero). Nothing to learn where
-    the radius is 0. A decoder whose activation is smooth has no mask to look at: True, and it is not run.
-    ``flips``: (T,) bool: run again at 1.01 of the radius, some mask is another. False for a radius of 0 or inf, which
-    have no such step.
+    """How far one may go along each of T tangents before a mask flips.
 
     The model between the masks is not linear, so the true step may be shorter (``verified`` is False) or longer
-    (``flips`` is False). Where both are True, a flip lies between the two steps; that there is none before the first
-    of them is then known at that step, not at each one on the way. A radius at which the values move by no more than
-    their rounding is rounding too, in float32 often: take the model in float64 there.
+    (``flips`` is False) than the radius. Where both are True, a mask flips between 0.99 and 1.01 of it. That none flips
+    on the way is known at 0.99 of the radius alone, and not at each shorter step. In float32 a radius may be so small
+    that the values move by no more than their rounding; it means nothing then: take the model in float64 there.
+
+    Attributes:
+        radius: (T,), float64 on the CPU, in units of the tangent: the step s·V[t] at which the first mask flips, to
+            first order. It is inf where none ever does. It is 0 where the last entry that a TopK keeps is tied with
+            one that it drops and the tangent breaks the tie, as happens at the zeros of sparse weights, and where the
+            input of a ReLU is 0 and moves.
+        first: The mask that flips there, by the name that ``watch_masks`` gives it; None where the radius is inf.
+        verified: (T,) bool: whether the model, run again at 0.99 of the radius, has the same masks. For a radius of
+            inf it is run at a step as long as the source value, or of length 1 where that is zero. Where the radius is
+            0 there is nothing to verify. A decoder with a smooth activation has no mask, so it is True and nothing is
+            run.
+        flips: (T,) bool: whether a mask is another one when the model is run again at 1.01 of the radius. False for a
+            radius of 0 or inf, which have no such step.
     """
 
     radius: Tensor
@@ -210,8 +211,9 @@ def relu_flip(x: Tensor, t: Tensor, before: float) -> float:
 
 
 def topk_flip(x: Tensor, t: Tensor, k: int, before: float) -> float:
-    """The least s > 0 where some row of |x + s·t| (rows, width) has another top k, or ``before`` where that is less.
-    0 < k < width.
+    """Find the least s > 0 where some row of |x + s·t| has another top k, or ``before`` where that is less.
+
+    x and t are (rows, width), and 0 < k < width.
 
     A row flips where the largest entry that is not kept, a convex function of s, passes the smallest that is kept,
     |x_i| + s·sign(x_i)·t_i, a concave one up to a zero of it: no entry is below zero, so a kept one that reaches it

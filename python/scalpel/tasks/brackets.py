@@ -1,6 +1,6 @@
-"""Bracket counting: after a list's last element, does one bracket close it, or do two?
+r"""Bracket counting: after a list's last element, does one bracket close it, or do two?
 
-A question stands right after an element, where the next token should be ``]\\n`` (depth 1) or ``]]\\n`` (depth 2).
+A question stands right after an element, where the next token should be ``]\n`` (depth 1) or ``]]\n`` (depth 2).
 A context is measured by n, the number of keys that the answer may attend to: every token of the prompt, including the
 start token and the statement's head. Because the model is causal, one pass over a long list asks the question after
 each of its elements.
@@ -121,7 +121,7 @@ def long_lists(
 
 @torch.no_grad()
 def preference(model: CircuitGPT, lists: LongLists, batch: int = 8) -> Tensor:
-    """Return logit("]]\\n") - logit("]\\n") at every question, float32 (prompts, questions); positive means depth 2."""
+    r"""Return logit("]]\n") - logit("]\n") at each question, float32 (prompts, questions); positive means depth 2."""
     assert model.tokenizer is not None
     ids = closers(model.tokenizer)
     differences = []

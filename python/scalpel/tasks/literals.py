@@ -1,7 +1,7 @@
-"""List literals in Python sources: real text to train on, and other real text to ask about.
+r"""List literals in Python sources: real text to train on, and other real text to ask about.
 
 A literal counts if it ends its statement and its line, and all closing brackets follow its last element directly, so
-that the token after the last element is ``]\\n``, ``]]\\n`` or ``]]]\\n``.
+that the token after the last element is ``]\n``, ``]]\n`` or ``]]]\n``.
 """
 
 import ast

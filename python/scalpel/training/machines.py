@@ -82,8 +82,10 @@ def machine_tokenizer(machine: MooreMachine) -> Tokenizer:
 
 @dataclass(frozen=True)
 class Words:
-    """A batch of words. ``ids`` is (batch, 1 + letters) and begins with the start token; ``answers`` has the same shape
-    and holds the token to predict after each.
+    """A batch of words.
+
+    ``ids`` is (batch, 1 + letters) and begins with the start token; ``answers`` has the same shape and holds the token
+    to predict after each.
     """
 
     ids: Tensor

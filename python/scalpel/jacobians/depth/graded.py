@@ -23,8 +23,10 @@ class GradedProduct:
         self.rows = np.eye(width)  # M (rank, width)
 
     def extend(self, factor: np.ndarray, floor: float) -> None:
-        """``factor`` (m, n) on the left of the product, (n, width). What of it is at most ``floor`` in size
-        counts as zero: those directions leave the product for good."""
+        """Multiply the product (n, width) by ``factor`` (m, n) from the left.
+
+        What is at most ``floor`` in size counts as zero: those directions leave the product for good.
+        """
         block = factor @ self.left
         if not len(self.logs):
             self.left = block
@@ -55,8 +57,10 @@ class GradedProduct:
 
 
 def _pivoted_qr(block: np.ndarray, logs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Q, R, order with block[:, order] = Q R, by Householder. The pivot is the longest column once the columns are
-    scaled by e^logs; the scaling itself changes no Householder vector."""
+    """Find Q, R and an order with block[:, order] = Q R, by Householder reflections.
+
+    The pivot is the longest column after the columns are scaled by e^logs; the scaling changes no Householder vector.
+    """
     m, n = block.shape
     R, Q, order = block.copy(), np.eye(m), np.arange(n)
     count = min(m, n)
@@ -78,8 +82,10 @@ def _pivoted_qr(block: np.ndarray, logs: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def _orthogonal_rows(logs: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """X orthogonal such that the rows of X · diag(e^logs) · rows are orthogonal, and the logarithms of their
-    lengths. ``rows`` are unit rows."""
+    """Find an orthogonal X such that the rows of X · diag(e^logs) · rows are orthogonal, and their log lengths.
+
+    ``rows`` have length 1.
+    """
     logs, rows = logs.copy(), rows.copy()
     turn = np.eye(len(logs))
     limit = _ORTHOGONAL * max(4, len(logs))

@@ -74,28 +74,30 @@ class Lyapunov:
 
     @property
     def exponents(self) -> Tensor:
-        """(T,), descending, nats per layer: (1/D) log σ_i(J_D … J_1)."""
+        """The exponents (T,), descending, in nats per layer: (1/D) log σ_i(J_D … J_1)."""
         return self.log_singular_values / self.depth
 
     @property
     def mean_frame_growth(self) -> Tensor:
-        """(T,): nats per layer, in the order of the frame, which need not descend."""
+        """The mean of ``frame_growth`` over the layers, (T,), in nats per layer; the order is the frame's."""
         return self.frame_growth.mean(dim=0)
 
     @property
     def layer_spectra(self) -> Tensor:
-        """(D, T): the singular values of each layer by itself, descending."""
+        """The singular values (D, T) of each layer by itself, descending."""
         return self.layers.values
 
     @property
     def cumulative_spectra(self) -> Tensor | None:
-        """(D, T): the singular values of J_l … J_1; their logarithms, which hold any range, are
-        ``cumulative.log_values``."""
+        """The singular values (D, T) of J_l … J_1; None where they were not asked for.
+
+        Their logarithms, which hold any range, are ``cumulative.log_values``.
+        """
         return None if self.cumulative is None else self.cumulative.values
 
     @property
     def log_norm_growth(self) -> float:
-        """Nats per layer by which the residual's norm grows: (1/D) log(‖h_D‖ / ‖h_0‖)."""
+        """The growth of the residual stream's norm in nats per layer: (1/D) log(‖h_D‖ / ‖h_0‖)."""
         return float(self.log_norms[-1] - self.log_norms[0]) / self.depth
 
     @property
@@ -106,11 +108,11 @@ class Lyapunov:
 
     @property
     def exponents_less_growth(self) -> Tensor:
-        """(T,): ``exponents`` − ``log_norm_growth``: growth relative to the state's own."""
+        """The exponents (T,) less ``log_norm_growth``: growth relative to that of the state itself."""
         return self.exponents - self.log_norm_growth
 
     @property
     def exponents_less_growth_without_first(self) -> Tensor | None:
-        """(T,): ``exponents`` − ``log_norm_growth_without_first``; None where nothing but position 0 is chosen."""
+        """The same without position 0 in the norm, (T,); None where nothing but position 0 is chosen."""
         growth = self.log_norm_growth_without_first
         return None if growth is None else self.exponents - growth

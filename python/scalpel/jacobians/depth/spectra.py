@@ -61,8 +61,10 @@ class Spectra:
         return torch.tensor(ranks, dtype=torch.float64, device="cpu")
 
     def stable_rank(self, certain: bool = True) -> Tensor:
-        """(D, 2) float64: the least and the most that Σ σ_i² / σ_1² can be (Rudelson and Vershynin 2007). 0 for a
-        zero map. ``certain`` as in :meth:`effective_rank`; here the estimate narrows both ends."""
+        """Bound Σ σ_i² / σ_1² (Rudelson and Vershynin 2007) from below and above: (D, 2) float64.
+
+        It is 0 for a zero map. ``certain`` is as in :meth:`effective_rank`; here the estimate narrows both ends.
+        """
         ranks = []
         for row, unseen, tail in self._rows(certain):
             seen = float((row**2).sum())
@@ -92,7 +94,7 @@ def _largest_tail(row: Tensor, unseen: int, tail: tuple[float, float] | None) ->
 
 
 def _exp_entropy(weights: Tensor, more: int, size: float) -> float:
-    """exp of the entropy of ``weights`` with ``more`` weights of ``size`` beside them."""
+    """Compute exp of the entropy of ``weights`` with ``more`` weights of ``size`` beside them."""
     total = float(weights.sum()) + more * size
     if total <= 0:
         return 0.0
@@ -128,8 +130,10 @@ Triples = tuple[Tensor, Tensor, Tensor]
 
 
 def measure_alignment(layers: list[Triples], floor: float, draws: int, seed: int) -> Alignment:
-    """:class:`Alignment` of layers given as (U (n, T), S (T,), Vh (T, n)). ``floor``: values of at most this much of a
-    layer's largest are zero."""
+    """Measure the :class:`Alignment` of layers given as (U (n, T), S (T,), Vh (T, n)).
+
+    ``floor``: values of at most this fraction of a layer's largest count as zero.
+    """
     width = len(layers[0][1])
     cut = []
     for U, S, Vh in layers:
@@ -200,7 +204,8 @@ def haar_block(rows: int, columns: int, n: int, rng: np.random.Generator) -> np.
 
 
 def rank_bound(model: Any, source: str, target: str, tokens: int, identity: bool) -> int | None:
-    """The most that the rank of a layer's map can be, of ``tokens`` tokens, by the TopKs and widths of a CircuitGPT;
+    """Bound the rank of a layer's map, of ``tokens`` tokens, by the TopKs and widths of a CircuitGPT.
+
     None where they set no bound below the width of the residual stream.
 
     With the identity path only a TopK on the residual stream itself bounds the rank: tokens · k, whichever of

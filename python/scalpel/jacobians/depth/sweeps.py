@@ -106,8 +106,11 @@ def _factors(chain: list[Jacobian], V: Tensor) -> Iterator[tuple[Tensor, Tensor,
 
 
 def swept(chain: list[Jacobian], V: Tensor) -> tuple[Tensor, np.ndarray]:
-    """One sweep of the orthonormal block V (n, p): the left singular vectors (m, r) of the chain's product with V and
-    the logarithms (r,) of its singular values, descending; r ≤ p is the rank."""
+    """Sweep the orthonormal block V (n, p) through the chain once.
+
+    Gives the left singular vectors (m, r) of the chain's product with V and the logarithms (r,) of its singular values,
+    descending; r ≤ p is the rank.
+    """
     if V.shape[1] == 0:
         return V.new_zeros(chain[-1].shape[0], 0), np.zeros(0)
     product = GradedProduct(V.shape[1])

@@ -117,7 +117,7 @@ class DenseLayer:
     def _joined(
         self, x: Tensor | None, dense: Dense, t: Tensor | None, name: str, hook: Hook, watched: set[str]
     ) -> Tensor | None:
-        """x plus the product, which is the hook ``name``."""
+        """Add the product, which is the value of the hook ``name``, to x."""
         if name not in watched and t is not None and x is not None and not self._kept_apart(name):
             return self._add_product(x, dense, t)
         delta = hook(name, None if t is None else self._product(dense, t, name.partition(".")[2]))
@@ -179,7 +179,7 @@ class DenseLayer:
         return out if kind == t.dtype else self.buffers(name, tuple(out.shape), t.dtype, t.device).copy_(out)
 
     def _add_product(self, x: Tensor, dense: Dense, t: Tensor) -> Tensor:
-        """x + W t, written over x."""
+        """Add W t to x in place."""
         if dense.weight.dtype != x.dtype:
             return x.add_(self._product(dense, t, "delta"))
         rows = x.view(-1, x.shape[-1])

@@ -49,7 +49,7 @@ class DenseNorm:
         return self._projected(scaled, scaled).mul_(self.rate)
 
     def _projected(self, t: Tensor, out: Tensor) -> Tensor:
-        """t less its part along normed and, for LayerNorm, its mean: a symmetric matrix."""
+        """Take from t its part along the normed value and, for LayerNorm, its mean: a symmetric matrix."""
         along = (t * self.normed).mean(-1, keepdim=True)
         if self.centered:
             torch.sub(t, t.mean(-1, keepdim=True), out=out)

@@ -74,10 +74,28 @@ class CircuitGPTConfig:
     """Shape and variants of a :class:`scalpel.CircuitGPT`.
 
     Attributes:
-        afrac: The fraction that AbsTopK keeps at each location of ``afrac_loctypes`` (names with commas between them):
-            k = int(afrac · width). None means that there is no AbsTopK.
+        block_size: The most tokens that a text may have.
+        vocab_size: The number of token ids.
+        n_layer: The number of layers; 0 is allowed.
+        n_head: The number of attention heads of a layer.
+        d_head: Width of one head; by default d_model / n_head.
+        d_model: Width of the residual stream.
+        d_mlp: The number of neurons of an MLP; by default 4 · d_model.
+        bias: Whether linear layers have biases.
+        ln_bias: Whether LayerNorms have biases; RMSNorms have none.
+        rms_norm: Whether norms are RMSNorm, and not LayerNorm.
+        residual_activation_type: What is applied to the residual stream after each block: "identity" or "relu".
+        activation_type: The activation of the neurons: "gelu" (the exact one) or "relu".
+        afrac: The fraction that AbsTopK keeps at each location of ``afrac_loctypes``: k = int(afrac · width). None
+            means that there is no AbsTopK.
+        afrac_loctypes: The locations of AbsTopK, names of ``ABS_TOPK_LOCATIONS`` with commas between them.
+        tied_unembed: Whether the output matrix is the embedding.
+        tokenizer_name: The name of the tokenizer that the model was trained with.
+        enable_bigram_table: Whether a table (vocab_size, vocab_size) of logits by the last token is added.
         d_pos_emb: Width of the position embeddings if these are concatenated to the inputs of attention and MLP; None
             if they are added to the token embeddings.
+        sinusoidal_cat_pos_emb: Whether concatenated positions are fixed sinusoids, and not learned.
+        sink: Whether each head has a learned logit that takes attention and gives nothing.
         extra: Fields that were read and do not change the mathematics. They are kept so that saving gives them back.
 
     Raises:
@@ -172,7 +190,15 @@ class CircuitGPTConfig:
         return self.d_model + (self.d_pos_emb or 0)
 
     def k_at(self, location: str, width: int) -> int | None:
-        """Compute how many entries AbsTopK keeps at ``location``; None where it is off."""
+        """Compute how many entries AbsTopK keeps at a location.
+
+        Args:
+            location: One of ``ABS_TOPK_LOCATIONS``.
+            width: The number of entries of a token's row there.
+
+        Returns:
+            int(afrac · width), or None where AbsTopK is off.
+        """
         if location not in self.topk_locations:
             return None
         assert self.afrac is not None
@@ -182,8 +208,19 @@ class CircuitGPTConfig:
     def from_dict(cls, stored: Mapping[str, Any]) -> "CircuitGPTConfig":
         """Read the fields of a ``beeg_config.json``.
 
+        Args:
+            stored: The fields as the file has them; ``n_mlp`` is another name of ``d_mlp``.
+
+        Returns:
+            The configuration. Switches of training and fields of the hub's format are kept in ``extra``.
+
         Raises:
             ValueError: A field is unknown and could change the mathematics, or has a value outside its range.
+
+        Example:
+            >>> config = scalpel.CircuitGPTConfig.from_dict({"d_model": 32, "n_head": 4, "n_mlp": 64, "flash": True})
+            >>> config.d_mlp, config.extra
+            (64, {'flash': True})
         """
         own = {f.name for f in fields(cls)} - {"extra"}
         known: dict[str, Any] = {}
@@ -213,16 +250,43 @@ class CircuitGPTConfig:
         return cls(**known, extra=extra)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give all fields, harmless extras included."""
+        """Give all fields, harmless extras included.
+
+        Returns:
+            Plain data that :meth:`from_dict` reads.
+
+        Example:
+            >>> config = scalpel.CircuitGPTConfig.from_dict({"d_model": 32, "n_head": 4, "flash": True})
+            >>> config.to_dict()["flash"], scalpel.CircuitGPTConfig.from_dict(config.to_dict()) == config
+            (True, True)
+        """
         own = asdict(self)
         return {**own.pop("extra"), **own}
 
     def to_public_dict(self) -> dict[str, Any]:
-        """Give the fields of ``beeg_config.json``: those of the published class, which refuses all others."""
+        """Give the fields of ``beeg_config.json``: those of the published class, which refuses all others.
+
+        Returns:
+            Plain data, without the fields that the hub's format adds.
+
+        Example:
+            >>> config = scalpel.CircuitGPTConfig.from_dict({"d_model": 32, "n_head": 4, "use_cache": True})
+            >>> "use_cache" in config.to_dict(), "use_cache" in config.to_public_dict()
+            (True, False)
+        """
         return {name: value for name, value in self.to_dict().items() if name not in self.extra or name in _SWITCHES}
 
     def unknown_fields(self) -> dict[str, Any]:
-        """Give the extra fields that no published code has. They were accepted because they are off."""
+        """Give the extra fields that no published code has.
+
+        Returns:
+            The fields by name; they were accepted because they are off.
+
+        Example:
+            >>> config = scalpel.CircuitGPTConfig.from_dict({"d_model": 32, "n_head": 4, "new_switch": False})
+            >>> config.unknown_fields()
+            {'new_switch': False}
+        """
         return {
             name: value
             for name, value in self.extra.items()

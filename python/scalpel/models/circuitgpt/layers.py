@@ -30,6 +30,7 @@ class _LayerNorm(nn.LayerNorm):
 
 
 def norm(config: CircuitGPTConfig, width: int, device: torch.device) -> nn.Module:
+    """Make the norm that the config asks for, LayerNorm or RMSNorm, of ``width`` channels."""
     if config.rms_norm:
         return nn.RMSNorm(width, device=device, dtype=PARAMETER_DTYPE)
     return _LayerNorm(width, config.ln_bias, device)

@@ -46,7 +46,7 @@ class CircuitGPT(LoadedCore):
     def run_with_cache(
         self, input_ids: Tensor, names: recording.Names = ".*", stop_at: str | None = None, **inputs: Any
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """Run the model and keep the values at some hooks.
+        r"""Run the model and keep the values at some hooks.
 
         Args:
             input_ids: Token ids (B, L), integers.
@@ -69,7 +69,7 @@ class CircuitGPT(LoadedCore):
         Example:
             >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
             >>> ids, mask = model.tokenizer.batch(["[[1,2],3", "[4,5"])
-            >>> logits, values = model.run_with_cache(ids, r"0\\.attn\\.[qk]", attention_mask=mask)
+            >>> logits, values = model.run_with_cache(ids, r"0\.attn\.[qk]", attention_mask=mask)
             >>> {name: tuple(value.shape) for name, value in values.items()}
             {'0.attn.k': (2, 7, 128), '0.attn.q': (2, 7, 128)}
         """
@@ -189,7 +189,9 @@ class CircuitGPT(LoadedCore):
         return edges.edges(self)
 
     def generate(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
-        """Continue texts token by token. Every step runs the whole prefix; no keys or values are cached.
+        """Continue texts token by token.
+
+        Every step runs the whole prefix; no keys or values are cached.
 
         Args:
             input_ids: Token ids (B, L), integers.
@@ -218,7 +220,9 @@ class CircuitGPT(LoadedCore):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> Self:
-        """Load a model, in evaluation mode. Nothing that comes with a checkpoint is executed.
+        """Load a model, in evaluation mode.
+
+        Nothing that comes with a checkpoint is executed.
 
         Args:
             source: The name of a shipped model, a folder in the public or the hub's format, or a hub id

@@ -29,6 +29,7 @@ PASSED_OVER = {
 
 
 def read(config: Any, architecture: str) -> DecoderConfig | None:
+    """Read the config of GPT-2; None where the model is another one than the rules describe."""
     if config.add_cross_attention:
         return None
     head_dim = config.n_embd // config.n_head
@@ -54,6 +55,7 @@ def _transposed(get: Weights, name: str) -> Dense:
 
 
 def layer(get: Weights, i: int) -> DecoderLayer:
+    """Collect the weights of layer ``i``."""
     path = f"transformer.h.{i}"
     return DecoderLayer(
         norm1=norm_at(get, f"{path}.ln_1"),
@@ -66,9 +68,11 @@ def layer(get: Weights, i: int) -> DecoderLayer:
 
 
 def embed(get: Weights, ids: Tensor, positions: Tensor) -> Tensor:
+    """Look up the residual stream (B, L, width) before the first layer."""
     return get.rows("transformer.wte.weight", ids) + get.rows("transformer.wpe.weight", positions)
 
 
 def final(get: Weights) -> tuple[NormWeight, Dense]:
+    """Collect the weights of the last norm and of the output matrix."""
     head = "lm_head.weight" if "lm_head.weight" in get else "transformer.wte.weight"
     return norm_at(get, "transformer.ln_f"), Dense(get(head))

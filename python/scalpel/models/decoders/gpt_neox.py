@@ -34,6 +34,7 @@ PASSED_OVER = {
 
 
 def read(config: Any, architecture: str) -> DecoderConfig | None:
+    """Read the config of GPT-NeoX; None where the model is another one than the rules describe."""
     from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 
     rotary = rotary_of(GPTNeoXRotaryEmbedding, config)
@@ -56,6 +57,7 @@ def read(config: Any, architecture: str) -> DecoderConfig | None:
 
 
 def layer(get: Weights, i: int) -> DecoderLayer:
+    """Collect the weights of layer ``i``."""
     path = f"gpt_neox.layers.{i}"
     return DecoderLayer(
         norm1=norm_at(get, f"{path}.input_layernorm"),
@@ -69,10 +71,12 @@ def layer(get: Weights, i: int) -> DecoderLayer:
 
 
 def embed(get: Weights, ids: Tensor, positions: Tensor) -> Tensor:
+    """Look up the residual stream (B, L, width) before the first layer."""
     return get.rows("gpt_neox.embed_in.weight", ids)
 
 
 def final(get: Weights) -> tuple[NormWeight, Dense]:
+    """Collect the weights of the last norm and of the output matrix."""
     head = "lm_head.weight" if "lm_head.weight" in get else "embed_out.weight"  # the latter before transformers 5
     head = head if head in get else "gpt_neox.embed_in.weight"
     return norm_at(get, "gpt_neox.final_layer_norm"), Dense(get(head))

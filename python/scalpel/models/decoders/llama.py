@@ -36,6 +36,7 @@ PASSED_OVER = {
 
 
 def read(config: Any, architecture: str) -> DecoderConfig | None:
+    """Read the config of the families of Llama; None where the model is another one than the rules describe."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     rotary = rotary_of(LlamaRotaryEmbedding, config)
@@ -68,6 +69,7 @@ def _windows(config: Any, architecture: str) -> tuple[int | None, ...]:
 
 
 def layer(get: Weights, i: int) -> DecoderLayer:
+    """Collect the weights of layer ``i``."""
     path = f"model.layers.{i}"
     attention = f"{path}.self_attn"
     return DecoderLayer(
@@ -83,9 +85,11 @@ def layer(get: Weights, i: int) -> DecoderLayer:
 
 
 def embed(get: Weights, ids: Tensor, positions: Tensor) -> Tensor:
+    """Look up the residual stream (B, L, width) before the first layer."""
     return get.rows("model.embed_tokens.weight", ids)
 
 
 def final(get: Weights) -> tuple[NormWeight, Dense]:
+    """Collect the weights of the last norm and of the output matrix."""
     head = "lm_head.weight" if "lm_head.weight" in get else "model.embed_tokens.weight"
     return norm_at(get, "model.norm"), Dense(get(head))
