@@ -33,6 +33,18 @@ class Spectrum(NamedTuple):
     vectors: Tensor
 
 
+class Eigen(NamedTuple):
+    """Eigenvalues of a covariance and their eigenvectors.
+
+    Attributes:
+        values: The eigenvalues (k,), in descending order.
+        vectors: The eigenvectors (k, dim), one per row.
+    """
+
+    values: Tensor
+    vectors: Tensor
+
+
 def by_lapack(covariance: Tensor) -> Spectrum:
     """Compute all eigenvalues and eigenvectors, in float64."""
     values, columns = torch.linalg.eigh(covariance)

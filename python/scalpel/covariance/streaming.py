@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from .._native import device_named
-from . import file, measures
-from .distributed import all_reduce
-from .eigen import fix_signs
-from .frequent_directions import FrequentDirections
+from .comparisons import Comparisons
+from .eigen import Eigen, fix_signs
 from .on_device import Precision, exact_on, moved
 from .rows import integer, integer_named, rows_of
 from .scikit_names import ScikitNames
-from .sketch import Sketch
+from .sketches.frequent_directions import FrequentDirections
+from .sketches.sketch import Sketch
+from .sketches.tracker import Tracker
 from .state import State
 from .summaries import Summaries
-from .tracker import Tracker
+from .transport import Transport
 
 __all__ = ["Eigen", "StreamingCovariance"]
 
@@ -30,19 +28,7 @@ Method = Literal["tracker", "frequent_directions"]
 _SKETCHES = {"tracker": Tracker, "frequent_directions": FrequentDirections}
 
 
-class Eigen(NamedTuple):
-    """Eigenvalues of a covariance and their eigenvectors.
-
-    Attributes:
-        values: The eigenvalues (k,), in descending order.
-        vectors: The eigenvectors (k, dim), one per row.
-    """
-
-    values: torch.Tensor
-    vectors: torch.Tensor
-
-
-class StreamingCovariance(Summaries, ScikitNames):
+class StreamingCovariance(Summaries, Comparisons, Transport, ScikitNames):
     """Accumulate the mean and covariance of rows that arrive in batches.
 
     **The exact state.** Rows wait until 1024 have arrived (before the first block: as many as there are columns) and
@@ -313,199 +299,6 @@ class StreamingCovariance(Summaries, ScikitNames):
         with self._reading() as state:
             values, vectors = state.spectrum(k)
         return Eigen(values.to(self._dtype), fix_signs(vectors.to(self._dtype)))
-
-    # ---- two states ----------------------------------------------------------------------------
-
-    def principal_angles(self, other: StreamingCovariance, k: int) -> torch.Tensor:
-        """Measure the angles between the leading eigenspaces of two states.
-
-        Two random spaces of k directions in dim >> k dimensions have angles near π/2.
-
-        Args:
-            other: A state of the same dim.
-            k: How many leading eigenvectors of each state span its space.
-
-        Returns:
-            The k principal angles (k,) in radians, in ascending order (Björck & Golub 1973).
-
-        Raises:
-            ValueError: If dim differs, k is out of range, or either state has no rows.
-
-        Example:
-            >>> first = scalpel.StreamingCovariance(dim=2).update(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
-            >>> second = scalpel.StreamingCovariance(dim=2).update(torch.tensor([[1.0, 1.0], [-1.0, -1.0]]))
-            >>> torch.rad2deg(first.principal_angles(second, k=1))
-            tensor([45.0000], dtype=torch.float64)
-        """
-        self._check_other(other, "compare with", same_kind=False)
-        k = self._directions(k)
-        with self._reading() as mine, other._reading() as theirs:
-            others = theirs.spectrum(k).vectors.to(mine.device)
-            return measures.principal_angles(mine.spectrum(k).vectors, others).to(self._dtype)
-
-    def contrast(self, other: StreamingCovariance, k: int, ridge: float = 1e-6) -> Eigen:
-        """Find the k directions in which this state varies most compared with another.
-
-        The directions solve A v = λ (B + ε·I) v, where A and B are the two covariances and ε = ridge · tr(B) / dim
-        keeps the values finite for directions that `other` lacks. (Fukunaga 1990, "Introduction to statistical pattern
-        recognition", section 2.3; for centered states a relative of contrastive PCA.) Needs memory for matrices of
-        dim².
-
-        Args:
-            other: A state of the same dim and center.
-            k: How many directions to return.
-            ridge: What is added to B, relative to its average eigenvalue.
-
-        Returns:
-            The values (k,) in descending order, which say how many times as much variance this state has in a
-            direction, and the directions (k, dim) of length 1, signed as those of `eigh`; they are not orthogonal.
-
-        Raises:
-            ValueError: If dim or center differ, k is out of range, ridge is not positive, or either state has no rows.
-
-        Example:
-            >>> wide = scalpel.StreamingCovariance(dim=2).update(torch.tensor([[1.0, 4.0], [-1.0, 4.0], [0.0, -8.0]]))
-            >>> round_ = scalpel.StreamingCovariance(dim=2).update(torch.tensor([[1.0, 1.0], [-1.0, 1.0], [0.0, -2.0]]))
-            >>> values, directions = wide.contrast(round_, k=1)
-            >>> round(float(values[0]), 3), directions[0].round(decimals=3).tolist()
-            (16.0, [0.0, 1.0])
-        """
-        self._check_other(other, "contrast with", same_kind=False)
-        if self.center != other.center:
-            raise ValueError(f"other has center={other.center}, this state has center={self.center}")
-        if not ridge > 0:
-            raise ValueError(f"ridge is {ridge}; it must be above 0")
-        k = self._directions(k)
-        with self._reading() as mine, other._reading() as theirs:
-            against = theirs.covariance().to(mine.device)
-            values, vectors = measures.contrast(mine.covariance(), against, k, ridge)
-        return Eigen(values.to(self._dtype), fix_signs(vectors.to(self._dtype)))
-
-    # ---- files and other processes -------------------------------------------------------------
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state to a file, in one step that leaves either the old file or the new one.
-
-        The format is safetensors with a versioned JSON header. The file holds sums over rows and no rows, so it can be
-        shared without the text they came from; but the sums of very few rows (see `count`) reveal the rows. Saving
-        makes waiting rows join.
-
-        Args:
-            path: The file to write.
-
-        Raises:
-            OSError: If the file cannot be written.
-
-        Example:
-            >>> state = scalpel.StreamingCovariance(dim=2).update(torch.eye(2))
-            >>> state.save("state.safetensors")
-            >>> scalpel.StreamingCovariance.load("state.safetensors").count
-            2
-        """
-        with self._lock:
-            header = {
-                "dim": self.dim,
-                "rank": self.rank,
-                "count": self.count,
-                "center": self.center,
-                "method": self.method,
-                "dtype": str(self._dtype).removeprefix("torch."),
-            }
-            file.write(path, header, self._state.tensors())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> StreamingCovariance:
-        """Read a state that `save` wrote, bit for bit.
-
-        The state is on the CPU, wherever it was before; `to` moves it.
-
-        Args:
-            path: The file to read.
-
-        Returns:
-            The state.
-
-        Raises:
-            ValueError: If the file is truncated, damaged or not a covariance state.
-            FileNotFoundError: If the file does not exist.
-
-        Example:
-            >>> scalpel.StreamingCovariance(dim=2).update(torch.eye(2)).save("state.safetensors")
-            >>> scalpel.StreamingCovariance.load("state.safetensors")
-            StreamingCovariance(dim=2, count=2, center=True)
-        """
-        header, tensors = file.read(path)
-        try:
-            file.check_header(header, tensors)
-            state = cls(
-                header["dim"],
-                rank=header["rank"],
-                method=header["method"] or "tracker",
-                center=header["center"],
-                dtype=getattr(torch, header["dtype"]),
-            )
-            file.check_tensors(tensors, state._state.tensors(), integer_named("count", header["count"]), state.dim)
-            state._state.restore(tensors)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{os.fspath(path)} is not a valid covariance state: {error}") from error
-        return state
-
-    def all_reduce(self, group: Any = None) -> StreamingCovariance:
-        """Merge the states of all processes of a torch.distributed group, in the order of their ranks.
-
-        Every process has to call it, and every process ends with the same bits. The bits depend on the number of
-        processes; they are within 1e-10 of those of one process that saw all rows (exact states, float64 rows).
-
-        Args:
-            group: The process group; None means the default one.
-
-        Returns:
-            This state, which now holds the rows of all processes.
-
-        Raises:
-            RuntimeError: If torch.distributed is not initialized.
-            ValueError: If the processes' states differ in dim, center, rank or method.
-
-        Example:
-            >>> import os, tempfile, torch.distributed as dist
-            >>> store = dist.FileStore(os.path.join(tempfile.mkdtemp(), "store"), 1)
-            >>> dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-            >>> scalpel.StreamingCovariance(dim=2).update(torch.eye(2)).all_reduce().count
-            2
-            >>> dist.destroy_process_group()
-        """
-        with self._lock:
-            self._state = all_reduce(self._state, group)
-        return self
-
-    def to(self, device: torch.device | str) -> StreamingCovariance:
-        """Copy an exact state to another device, where further rows will be.
-
-        The values are copied bit for bit. Waiting rows join first.
-
-        Args:
-            device: The device, as a torch.device or a name such as "cuda".
-
-        Returns:
-            The copy, or this state if it is on that device already.
-
-        Raises:
-            ValueError: If the state is a sketch, or the device does not exist or has no ops.
-
-        Example:
-            >>> state = scalpel.StreamingCovariance(dim=2)
-            >>> state.to("cpu") is state
-            True
-        """
-        place = device_named(device)
-        with self._lock:
-            if place == self._state.device:
-                return self
-            if self.rank is not None:
-                raise ValueError(f"a sketch can only be on the CPU; an exact state (rank=None) can be on {device}")
-            copy = self._of(*self._like())
-            copy._state = moved(self._state, place, self._precision)
-        return copy
 
     # ---- internals -----------------------------------------------------------------------------
 

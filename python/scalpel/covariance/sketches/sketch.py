@@ -8,9 +8,9 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from .._native import cpu_core, empty, memory_of
-from .eigen import Spectrum, complete, fix_signs
-from .state import State, Total
+from ..._native import cpu_core, empty, memory_of
+from ..eigen import Spectrum, complete, fix_signs
+from ..state import State, Total
 
 _KEPT = 2  # directions kept, and rows that may wait, for each direction requested
 _BLOCK = 1024  # rows that join at a time

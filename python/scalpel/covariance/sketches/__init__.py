@@ -1,0 +1,1 @@
+"""Sketches: states of a few directions, a file a kind."""
