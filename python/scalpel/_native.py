@@ -74,6 +74,32 @@ def memory_of_array(x: np.ndarray, name: str = "an array") -> Memory:
     return x.__array_interface__["data"][0], str(x.dtype), x.shape, strides
 
 
+def writeable(out: Any) -> torch.Tensor:
+    """Return a tensor that shares out's memory."""
+    if isinstance(out, torch.Tensor):
+        return out
+    if isinstance(out, np.ndarray):
+        if not out.flags.writeable:
+            raise ValueError("out must be writeable")
+        return torch.from_numpy(out)
+    shared = from_dlpack(out, "out")
+    if shared.data_ptr() != from_dlpack(out, "out").data_ptr():
+        raise TypeError(
+            f"out (a {type(out).__name__}) exports only a copy of itself through DLPack, so it cannot be written to"
+        )
+    return shared
+
+
+def from_dlpack(x: Any, name: str) -> torch.Tensor:
+    """Return a tensor that shares the memory of an array that supports DLPack."""
+    if not hasattr(x, "__dlpack__"):
+        raise TypeError(f"{name} is a {type(x).__name__}, which does not support DLPack")
+    try:
+        return torch.from_dlpack(x)
+    except Exception as error:  # other libraries raise errors of any kind
+        raise TypeError(f"{name} (a {type(x).__name__}) cannot be read through DLPack: {error}") from error
+
+
 def _is_elsewhere(x: torch.Tensor, name: str, on: torch.device | None) -> str:
     expected = "cpu" if on is None else str(on)
     if x.device.type == "meta":

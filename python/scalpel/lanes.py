@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._native import Memory, core_of, cpu_core, empty, memory_of
-from .topk import untraced
+from ._watching import untraced
 
 __all__ = ["LANES", "Attention", "Lanes", "Linear", "Norm", "SparseWeight", "apply_linear"]
 

@@ -16,11 +16,19 @@ from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
-from torch._ops import _len_torch_dispatch_stack_pre_dispatch
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
-from ._native import DTYPE_NAMES, check_device, core_of, cpu_core, empty, memory_of, memory_of_array
+from ._native import (
+    DTYPE_NAMES,
+    check_device,
+    core_of,
+    cpu_core,
+    empty,
+    from_dlpack,
+    memory_of,
+    memory_of_array,
+    writeable,
+)
+from ._watching import transformed, unwatched
 
 __all__ = ["AbsTopK", "keep_topk", "topk_indices", "topk_mask"]
 
@@ -211,7 +219,7 @@ def _call_tensor(op: str, x: torch.Tensor, k: int, by: str, out: Any) -> torch.T
         raise RuntimeError(
             "keep_topk with out= cannot be differentiated, but x or out requires grad; call it without out="
         )
-    if _transformed(x) or _transformed(out):
+    if transformed(x) or transformed(out):
         raise RuntimeError(
             f"{op} with out= cannot run under a torch.func transform or forward AD; call it without out="
         )
@@ -232,36 +240,11 @@ def _call_tensor(op: str, x: torch.Tensor, k: int, by: str, out: Any) -> torch.T
 
 def _call_dlpack(op: str, x: Any, k: int, by: str, out: Any) -> Any:
     """Run an op on an array of another library, through a tensor that shares its memory."""
-    result = _call_tensor(op, _from_dlpack(x, "x"), k, by, None if out is None else _writeable(out))
+    result = _call_tensor(op, from_dlpack(x, "x"), k, by, None if out is None else writeable(out))
     if out is not None:
         return out
     namespace = getattr(x, "__array_namespace__", None)
     return namespace().from_dlpack(result) if namespace is not None else result
-
-
-def _writeable(out: Any) -> torch.Tensor:
-    """Return a tensor that shares out's memory."""
-    if isinstance(out, torch.Tensor):
-        return out
-    if isinstance(out, np.ndarray):
-        if not out.flags.writeable:
-            raise ValueError("out must be writeable")
-        return torch.from_numpy(out)
-    shared = _from_dlpack(out, "out")
-    if shared.data_ptr() != _from_dlpack(out, "out").data_ptr():
-        raise TypeError(
-            f"out (a {type(out).__name__}) exports only a copy of itself through DLPack, so it cannot be written to"
-        )
-    return shared
-
-
-def _from_dlpack(x: Any, name: str) -> torch.Tensor:
-    if not hasattr(x, "__dlpack__"):
-        raise TypeError(f"{name} is a {type(x).__name__}, which does not support DLPack")
-    try:
-        return torch.from_dlpack(x)
-    except Exception as error:  # other libraries raise errors of any kind
-        raise TypeError(f"{name} (a {type(x).__name__}) cannot be read through DLPack: {error}") from error
 
 
 def _check_out(op: str, x: torch.Tensor, k: int, out: torch.Tensor) -> None:
@@ -392,41 +375,6 @@ def _define_out(op: str) -> Callable[[torch.Tensor, int, str, torch.Tensor], Non
 _OUT_OPS = {op: _define_out(op) for op in _RESULTS}
 _mask_op = _define("topk_mask")
 _indices_op = _define("topk_indices")
-
-
-def _transformed(x: torch.Tensor) -> bool:
-    """Whether x is inside a transform of torch.func or carries a tangent of forward AD."""
-    # Ask x itself: a compiled graph enters the level of forward AD without telling torch.autograd.forward_ad.
-    return torch._C._are_functorch_transforms_active() or torch._unpack_dual(x, level=0).tangent is not None
-
-
-def unwatched(x: torch.Tensor) -> bool:
-    """Whether x is a plain tensor in eager mode, so that no transform, mode, trace or profiler has to see the op.
-
-    Torch does not say whether an ExecutionTraceObserver is active, so such an observer does not see the plain call.
-    """
-    return untraced(x) and not torch.autograd._profiler_enabled()
-
-
-def untraced(x: torch.Tensor) -> bool:
-    """Whether nothing but a profiler could observe an op on x."""
-    return (
-        type(x) in (torch.Tensor, torch.nn.Parameter)
-        and (x.is_cpu or x.is_cuda)
-        and not _transformed(x)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and _len_torch_dispatch_stack_pre_dispatch() == 0
-        and not (torch._C._is_torch_function_mode_enabled() and _mode_watches())
-        and torch._C._get_tracing_state() is None
-    )
-
-
-def _mode_watches() -> bool:
-    """Whether a torch function mode would see the op.
-
-    A default device is such a mode, too, but it only decides where new tensors go.
-    """
-    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
 @torch.compiler.allow_in_graph

@@ -29,13 +29,12 @@ MAY_LACK_A_DTYPE = {
 }
 # Files that use addresses without passing them to a kernel.
 TAKES_ADDRESSES = {
-    "_native.py": "the gate",
+    "_native.py": "the gate, and whether an array gives its own memory through DLPack, or a copy",
     "jacobians/rows/narrow.py": "whether a weight is the same memory as before",
     "jacobians/passes.py": "whether a weight is the same memory as before",
     "lanes.py": "whether a weight is the same memory as before",
     "models/decoders/folder.py": "how far a new buffer of the CPU is from a multiple of a page",
     "models/weight_files.py": "whether two weights are tied",
-    "topk.py": "whether an array gives its own memory through DLPack, or a copy",
 }
 
 
