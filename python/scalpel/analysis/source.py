@@ -124,8 +124,8 @@ def _architecture(folder: Path) -> str | None:
     if (folder / CONFIG_FILES[0]).is_file() or not (folder / "config.json").is_file():
         return None
     names = read_json(folder / "config.json").get("architectures")
-    found = str(names[0]) if isinstance(names, list) and names else None
-    return None if found is None or "CircuitGPT" in found else found
+    architecture = str(names[0]) if isinstance(names, list) and names else None
+    return None if architecture is None or "CircuitGPT" in architecture else architecture
 
 
 def _circuitgpt(name: str | Path, device: torch.device) -> Source:

@@ -84,22 +84,22 @@ class Spectra:
             )
             # All blocks' states are held at once: on the CPU, which has the memory. Read from disk, they are there.
             here = isinstance(found_there, dict)
-            states.append({s: each.to("cpu") for s, each in found_there.items()} if here else found_there)
+            states.append({s: state.to("cpu") for s, state in found_there.items()} if here else found_there)
         if self.job.rank == 0:
             shutil.rmtree(whole, ignore_errors=True)  # of another question
             whole.mkdir(parents=True)
-        found = {}
+        figures = {}
         for stream in states[0]:
             step(f"{side}, spectrum at {stream}", 1.0)
-            found[stream] = self._figures([block[stream] for block in states], whole / f"{stream}.safetensors")
+            figures[stream] = self._figures([block[stream] for block in states], whole / f"{stream}.safetensors")
         if self.job.rank == 0:
-            self.pieces.write(kept, found)
+            self.pieces.write(kept, figures)
             replace_text(whole / _OF, name + "\n")
         self.job.gathered([])  # every process has read its blocks
         if self.job.rank == 0:
             for left in self.out.glob(f"blocks-{name}-*"):
                 shutil.rmtree(left, ignore_errors=True)
-        return found
+        return figures
 
     def _finished(self, name: str) -> dict[str, Any] | None:
         """None where nothing was measured, or the file is damaged: then it is measured again."""
@@ -124,7 +124,7 @@ class Spectra:
             whole.save(path)
         values = whole.eigenvalues()
         total = float(values.sum())
-        found: dict[str, Any] = {
+        figures: dict[str, Any] = {
             "count": whole.count,
             "dim": whole.dim,
             "variance": total,
@@ -153,14 +153,14 @@ class Spectra:
                     max(low, 0.0 if name in _TOPS else min(1.0, value)),
                     min(high, 1.0 if name in _TOPS else whole.dim),
                 )
-            found[name] = {"value": value, "low": low, "high": high}
-        return found
+            figures[name] = {"value": value, "low": low, "high": high}
+        return figures
 
 
 def _numbers(values: Tensor) -> dict[str, float]:
     total = float(values.sum())
-    found = {f"top_{k}": float(values[:k].sum()) / total if total > 0 else 0.0 for k in _SHARES}
-    return found | {
+    figures = {f"top_{k}": float(values[:k].sum()) / total if total > 0 else 0.0 for k in _SHARES}
+    return figures | {
         "effective_rank": effective_rank(values),
         "effective_rank_singular": effective_rank(values, of="singular"),
         "participation_ratio": participation_ratio(float((values / total).square().sum()) if total > 0 else 0.0),

@@ -48,8 +48,8 @@ class Case:
 
     def contender(self, who: Contender) -> Callable[[], Any]:
         """The function of one contender."""
-        found: Callable[[], Any] = getattr(self, who)
-        return found
+        function: Callable[[], Any] = getattr(self, who)
+        return function
 
 
 def cases(quick: bool = False, seed: int = 0, device: str = "cpu") -> list[Case]:
@@ -162,16 +162,16 @@ def jacobian_jvp(quick: bool = False, seed: int = 0, device: str = "cpu") -> Cas
 
     def through_torch_func(model: CircuitGPT, tangent: Tensor) -> Tensor:
         def final(delta: Tensor) -> Tensor:
-            found: list[Tensor] = []
+            values: list[Tensor] = []
 
             def add(value: Tensor, name: str) -> Tensor:
                 return value + delta
 
             def keep(value: Tensor, name: str) -> None:
-                found.append(value)
+                values.append(value)
 
             model.run_with_hooks(ids, fwd_hooks=[("0.resid_in", add), ("final_resid", keep)])
-            return found[0]
+            return values[0]
 
         at = torch.zeros_like(tangent[0])
         moved: Tensor = torch.func.vmap(lambda t: torch.func.jvp(final, (at,), (t,))[1])(tangent)
@@ -236,17 +236,17 @@ def run(
         todo = cases(quick, seed, device)
         for case in todo:
             case.check()
-        found = []
+        timings = []
         for i, case in enumerate(todo):
             report(f"timing {case.name}", i / len(todo))
-            found.append(_timed(case, rounds, device))
+            timings.append(_timed(case, rounds, device))
     report("done", 1.0)
     return {
         "quick": quick,
         "rounds": rounds,
         "seed": seed,
         "device": device,
-        "cases": found,
+        "cases": timings,
         "environment": environment(device),
     }
 

@@ -30,7 +30,7 @@ def pictures(analysis: "Analysis") -> list[Picture]:
     sides = [("", "line", analysis.trained)]
     if analysis.untrained is not None:
         sides.append((" untrained", "dashed", analysis.untrained))
-    found = [
+    pictures = [
         *_collapse(sides, bands),
         *_growth(sides, bands),
         *_ranks(sides, count),
@@ -38,7 +38,7 @@ def pictures(analysis: "Analysis") -> list[Picture]:
         *_active(analysis.trained, bands),
         *_margins(analysis.trained, count),
     ]
-    return [picture for picture in found if picture.figure["series"]]
+    return [picture for picture in pictures if picture.figure["series"]]
 
 
 Sides = list[tuple[str, str, dict[str, Any]]]
@@ -52,9 +52,9 @@ def _picture(name: str, part: str, title: str, summary: str, axes: tuple[str, st
 
 
 def _curve(label: str, x: list[int], leaf: Leaf, style: str, group: str) -> dict[str, Any]:
-    found = {"label": label, "x": x, "y": leaf["mean"], "style": style, "group": group}
+    curve = {"label": label, "x": x, "y": leaf["mean"], "style": style, "group": group}
     known = any(value is not None for value in leaf["low"])
-    return found | ({"low": leaf["low"], "high": leaf["high"]} if known else {})
+    return curve | ({"low": leaf["low"], "high": leaf["high"]} if known else {})
 
 
 def _column(leaf: Leaf, i: int) -> Leaf:
@@ -96,14 +96,14 @@ def _collapse(sides: Sides, bands: str) -> list[Picture]:
             if "products" in side:
                 leaf = _log10(_column(side["products"]["log_singular_values"], i))
                 products.append(_curve(label + suffix, list(range(D + 1)), _after_nothing(leaf), style, label))
-        each = {part: side["layers"]["log_singular_values"][part][-1] for part in _PARTS}
+        last_layer = {part: side["layers"]["log_singular_values"][part][-1] for part in _PARTS}
         last = (
             {part: side["products"]["log_singular_values"][part][-1] for part in _PARTS} if "products" in side else {}
         )
         name = suffix.strip() or "trained"
         if last:
             ends.append(_curve(f"all layers, {name}", list(range(1, T + 1)), _log10(last), style, "all"))
-        ends.append(_curve(f"last layer, {name}", list(range(1, T + 1)), _log10(each), style, "last"))
+        ends.append(_curve(f"last layer, {name}", list(range(1, T + 1)), _log10(last_layer), style, "last"))
     kept = [{"y": _ONE, "label": "length kept"}]
     dashed = " Dashed: untrained." if len(sides) > 1 else ""
     return [
@@ -209,7 +209,7 @@ def _growth(sides: Sides, bands: str) -> list[Picture]:
 
 
 def _ranks(sides: Sides, count: int) -> list[Picture]:
-    found = []
+    pictures = []
     over = f"the mean over {count} chunks of either end" if count > 1 else "of one chunk"
     for kind, title in (("stable", "Stable rank"), ("effective", "Effective rank")):
         for where, words in (("products", "of the first layers’ product, by depth"), ("layers", "of each layer")):
@@ -245,8 +245,8 @@ def _ranks(sides: Sides, count: int) -> list[Picture]:
                 hlines=_unless_shares(series),
             )
             if where == "products" or "products" not in sides[0][2]:
-                found.append(picture)
-    return found
+                pictures.append(picture)
+    return pictures
 
 
 def _unless_shares(series: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -261,12 +261,12 @@ def _log_of(value: float | None) -> float | None:
 
 def _by_layer(hooks: dict[str, Any]) -> dict[str, dict[int, Any]]:
     """{"attn.q": {0: …, 1: …}} of {"0.attn.q": …}; what belongs to no layer is left out."""
-    found: dict[str, dict[int, Any]] = {}
+    by_kind: dict[str, dict[int, Any]] = {}
     for hook, value in hooks.items():
         layer, _, kind = hook.partition(".")
         if layer.isdecimal():
-            found.setdefault(kind, {})[int(layer)] = value
-    return found
+            by_kind.setdefault(kind, {})[int(layer)] = value
+    return by_kind
 
 
 def _at_layers(values: dict[int, Leaf]) -> Leaf:
@@ -297,7 +297,7 @@ def _active(trained: dict[str, Any], bands: str) -> list[Picture]:
 
 
 def _margins(trained: dict[str, Any], count: int) -> list[Picture]:
-    found = []
+    pictures = []
     over = f", mean over {count} chunks" if count > 1 else ""
     kinds = (
         ("median", "relative_median", "in the median token row", "Half of the rows have less."),
@@ -315,5 +315,5 @@ def _margins(trained: dict[str, Any], count: int) -> list[Picture]:
         words += "analysis.json."
         axes = ("layer", "log₁₀ of the relative margin")
         title = f"Margins of the trained model’s TopKs, {title}"
-        found.append(_picture(f"margins-{name}", "masks", title, words, axes, series=series))
-    return found
+        pictures.append(_picture(f"margins-{name}", "masks", title, words, axes, series=series))
+    return pictures

@@ -59,19 +59,19 @@ def draw_curves(data: dict[str, Any]) -> Figure:
     return frame.figure
 
 
-def _checked(given: dict[str, Any]) -> dict[str, Any]:
-    label = str(given.get("label") or "")
-    style = given.get("style") or "line"
+def _checked(series: dict[str, Any]) -> dict[str, Any]:
+    label = str(series.get("label") or "")
+    style = series.get("style") or "line"
     if style not in _STYLES:
         raise ValueError(f"style of series {label!r} is {style!r}; allowed: {', '.join(_STYLES)}")
-    found: dict[str, Any] = {"label": label, "style": style, "group": str(given.get("group") or label)}
-    found["x"], found["y"] = array(given["x"]), array(given["y"])
+    curve: dict[str, Any] = {"label": label, "style": style, "group": str(series.get("group") or label)}
+    curve["x"], curve["y"] = array(series["x"]), array(series["y"])
     for name in ("low", "high"):
-        found[name] = found["y"] if given.get(name) is None else array(given[name])
-    found["interval"] = given.get("low") is not None or given.get("high") is not None
-    if found["x"].ndim != 1 or any(found[n].shape != found["x"].shape for n in ("y", "low", "high")):
+        curve[name] = curve["y"] if series.get(name) is None else array(series[name])
+    curve["interval"] = series.get("low") is not None or series.get("high") is not None
+    if curve["x"].ndim != 1 or any(curve[n].shape != curve["x"].shape for n in ("y", "low", "high")):
         raise ValueError(f"x, y, low and high of series {label!r} must be lists of the same length")
-    return found
+    return curve
 
 
 def _covers(upper: dict[str, Any], lower: dict[str, Any], limits: tuple[float, float]) -> bool:

@@ -67,12 +67,12 @@ def draw_eggbox(data: dict[str, Any]) -> Figure:
 
 def _levels(above: list[list[int]]) -> list[int]:
     """How many boxes stand above each on the longest way up."""
-    found: dict[int, int] = {}
+    levels: dict[int, int] = {}
 
     def level(i: int) -> int:
-        if i not in found:
-            found[i] = max((level(j) + 1 for j in above[i]), default=0)
-        return found[i]
+        if i not in levels:
+            levels[i] = max((level(j) + 1 for j in above[i]), default=0)
+        return levels[i]
 
     return [level(i) for i in range(len(above))]
 

@@ -134,11 +134,11 @@ def _rows(axes: Axes, labels: list[str]) -> None:
 
 def _runs(where: np.ndarray) -> list[tuple[int, float, float]]:
     """Row, start and end of each stretch of true cells, a cell being centered on its number."""
-    found = []
+    runs = []
     for row, cells in enumerate(where):
         turns = np.flatnonzero(np.diff(np.concatenate(([False], cells, [False])).astype(int)))
-        found += [(row, start - 0.5, end - 0.5) for start, end in zip(turns[::2], turns[1::2], strict=True)]
-    return found
+        runs += [(row, start - 0.5, end - 0.5) for start, end in zip(turns[::2], turns[1::2], strict=True)]
+    return runs
 
 
 def _tiles(axes: Axes, cells: list[Any], **look: Any) -> None:

@@ -24,22 +24,22 @@ def spectra_pictures(spectra: dict[str, Any] | None) -> list[Picture]:
     sides = [
         (name, style, spectra[name]) for name, style in (("trained", "line"), ("untrained", "dashed")) if spectra[name]
     ]
-    found = []
+    pictures = []
     for gradient, word, title in _KINDS:
         by_kind = _by_kind(sides[0][2], gradient)
         if not by_kind:
             continue
         few = len(by_kind) > 2  # hooks of many kinds: the ranks of each are lines enough
-        found.append(_ranks(sides, gradient, word, title, few, spectra))
+        pictures.append(_ranks(sides, gradient, word, title, few, spectra))
         if not few:
-            found.append(_shares(sides, gradient, word, title, spectra))
-        found.append(_spectrum(sides, gradient, word, title))
-    return [picture for picture in found if picture.figure["series"]]
+            pictures.append(_shares(sides, gradient, word, title, spectra))
+        pictures.append(_spectrum(sides, gradient, word, title))
+    return [picture for picture in pictures if picture.figure["series"]]
 
 
 def _by_kind(side: dict[str, Any], gradient: bool) -> dict[str, dict[int, str]]:
     """{"resid_in": {0: stream, 1: …}}; the final residual stream is what a next layer would read."""
-    found: dict[str, dict[int, str]] = {}
+    by_kind: dict[str, dict[int, str]] = {}
     last = max((int(stream.partition(".")[0]) for stream in side if stream.partition(".")[0].isdecimal()), default=-1)
     for stream in side:
         if stream.endswith(".grad") != gradient:
@@ -47,12 +47,12 @@ def _by_kind(side: dict[str, Any], gradient: bool) -> dict[str, dict[int, str]]:
         name = stream.removesuffix(".grad")
         layer = re.fullmatch(r"(\d+)\.(.+)", name)
         if layer:
-            found.setdefault(layer[2], {})[int(layer[1])] = stream
+            by_kind.setdefault(layer[2], {})[int(layer[1])] = stream
         elif name == "final_resid":
-            found.setdefault("resid_in" if "resid_in" in found else name, {})[last + 1] = stream
+            by_kind.setdefault("resid_in" if "resid_in" in by_kind else name, {})[last + 1] = stream
         else:
-            found.setdefault(name, {})[0] = stream
-    return found
+            by_kind.setdefault(name, {})[0] = stream
+    return by_kind
 
 
 def _basis(spectra: dict[str, Any], sides: Sides) -> str:
