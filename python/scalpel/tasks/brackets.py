@@ -51,7 +51,7 @@ def closers(tokenizer: Tokenizer) -> Closers:
 class LongLists:
     """Long lists that all hold the same evidence, with a question after each element.
 
-    Args:
+    Attributes:
         k: How many "[" stand in front of every question.
         depth: How many of them are open.
         ids: (prompts, length).

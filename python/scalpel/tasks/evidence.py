@@ -19,7 +19,7 @@ PLACES = ("early", "late")
 class Evidence:
     """Prompts of the same kind and length, each ending after an element, where the question is asked.
 
-    Args:
+    Attributes:
         ids: (prompts, n).
         positions: (prompts, n).
         filler: (prompts, n) bool, True at elements and commas, which say nothing about the depth.
@@ -83,8 +83,8 @@ def evidence_lists(
         last = min(3, elements - closed) if late else elements - closed
         in_rows = [len(part) for part in np.array_split(np.arange(elements - last), closed)] if closed else []
         pieces = [(start, False), (tokenizer.encode("x")[:1] * spare, False), (head, False), (bracket, False)]
-        for many in in_rows:
-            pieces += [(bracket, False), (_row(pool, many, comma, rng), True), (end, False)]
+        for row_length in in_rows:
+            pieces += [(bracket, False), (_row(pool, row_length, comma, rng), True), (end, False)]
         pieces += [(bracket * (opened - 1), False), (_row(pool, last, comma, rng), True)]
         rows.append([token for tokens, _ in pieces for token in tokens])
         masks.append([is_filler for tokens, is_filler in pieces for _ in tokens])

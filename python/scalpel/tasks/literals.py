@@ -18,7 +18,7 @@ MAX_DEPTH = 3
 class Literal:
     """A statement that ends in a list literal.
 
-    Args:
+    Attributes:
         head: The statement's text in front of the literal.
         body: The literal up to its last element, without the closing brackets.
         depth: How many brackets are open there.

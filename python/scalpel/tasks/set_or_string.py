@@ -47,7 +47,7 @@ def set_or_string_questions(tokenizer: Tokenizer, prompts: int, seed: int) -> Qu
     uses = _uses()
     for i in rng.permutation(len(uses)):
         number, made, end, label = uses[i]
-        lines, starts = _page(held_out.sources()[number])
+        lines, starts = _lines_and_starts(held_out.sources()[number])
         row = held_out.window(lines, starts, end, made, tokenizer, LONGEST - len(start))
         if row and len(by_answer[label]) < need and _asks(tokenizer, row, label, answers):
             by_answer[label].append(([*start, *row], number, True))
@@ -55,7 +55,7 @@ def set_or_string_questions(tokenizer: Tokenizer, prompts: int, seed: int) -> Qu
         for number, source in held_out.shuffled_sources(rng, MOST_CHARS):
             if min(map(len, by_answer)) >= need:
                 break
-            pair = _put(_places(source), tokenizer, LONGEST - len(start), rng)
+            pair = _put_statements(_source_file(source), tokenizer, LONGEST - len(start), rng)
             if pair is None or not all(_asks(tokenizer, row, label, answers) for label, row in enumerate(pair)):
                 continue
             for label, row in enumerate(pair):
@@ -136,35 +136,36 @@ def _names_in(scope: ast.AST) -> list[ast.Name]:
 
 
 @cache
-def _page(source: Source) -> tuple[list[str], tuple[int, ...]]:
+def _lines_and_starts(source: Source) -> tuple[list[str], tuple[int, ...]]:
+    """Return a file's lines, and the lines at which statements begin."""
     tree = held_out.parsed(source)
     return source.text.split("\n"), () if tree is None else held_out.statement_lines(tree)
 
 
 @cache
-def _places(source: Source) -> SourceFile | None:
+def _source_file(source: Source) -> SourceFile | None:
     return source_file(source.text)
 
 
-def _put(
-    page: SourceFile | None, tokenizer: Tokenizer, tokens: int, rng: np.random.Generator, tries: int = 4
+def _put_statements(
+    file: SourceFile | None, tokenizer: Tokenizer, tokens: int, rng: np.random.Generator, tries: int = 4
 ) -> tuple[list[int], list[int]] | None:
     """Return a window in which a set is made, and the same with a string; None if the file has no room for them."""
-    if page is None or len(page.places) < 3:
+    if file is None or len(file.places) < 3:
         return None
     for _ in range(tries):
-        i = int(rng.integers(len(page.places) - 1))
+        i = int(rng.integers(len(file.places) - 1))
         block: list[Place] = []
-        for later in page.places[i + 1 : i + 1 + MOST_BETWEEN]:
-            if later.indent < page.places[i].indent:
+        for later in file.places[i + 1 : i + 1 + MOST_BETWEEN]:
+            if later.indent < file.places[i].indent:
                 break
             block.append(later)
         if not block:
             continue
-        made, used = page.places[i], block[int(rng.integers(len(block)))]
-        begin = page.places[max(0, i - int(rng.integers(4)))].line
-        above = "".join(f"{line}\n" for line in page.lines[begin : made.line])
-        between = "".join(f"{line}\n" for line in page.lines[made.line : used.line])
+        made, used = file.places[i], block[int(rng.integers(len(block)))]
+        begin = file.places[max(0, i - int(rng.integers(4)))].line
+        above = "".join(f"{line}\n" for line in file.lines[begin : made.line])
+        between = "".join(f"{line}\n" for line in file.lines[made.line : used.line])
         names = [name for name in _NAMES if not re.search(rf"\b{name}\b", above + between)]
         if not names:
             continue
