@@ -108,7 +108,7 @@ class Work(Pieces):
         pieces: Patterns, relative to the folder, of what must not lie there without ``file``: nobody could say what
             it belongs to.
         leftovers: Patterns of everything that such work leaves there beside ``file``; as ``pieces`` if not given.
-        fresh: Remove the leftovers and begin anew.
+        fresh: Remove the leftovers, where ``file`` says that they belong to such work, and begin anew.
         own_names: Whether the leftovers' names are so particular that ``fresh`` may also remove them from a folder
             that has no ``file``.
         notes: Plain data that stands in ``file`` beside the key and changes while the work goes on.
@@ -153,14 +153,15 @@ class Work(Pieces):
         self._file, self._bare = self.folder / file, bare
         self.folder.mkdir(parents=True, exist_ok=True)
         before = self._before(fresh)
-        unknown = [] if self._file.is_file() else self._matching(pieces)
+        known = self._file.is_file()
+        unknown = [] if known else self._matching(pieces)
         if unknown and not (fresh and own_names):
             anew = way_out.anew if own_names else "remove it"
             raise ValueError(
                 f"{self.folder} holds {unknown[0].relative_to(self.folder)}, but no {file} that says of what: "
                 f"{way_out.elsewhere}, or {anew}"
             )
-        if fresh:
+        if fresh and (known or own_names):  # without the file, others' files may have such names
             for path in self._matching(pieces if leftovers is None else leftovers):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         if fresh or before is None:

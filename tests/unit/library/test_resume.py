@@ -57,6 +57,15 @@ def test_pieces_of_an_unknown_work_are_neither_adopted_nor_removed(tmp_path, fre
     assert (tmp_path / "towns" / "a.json").exists()
 
 
+def test_fresh_leaves_a_folder_without_a_key_as_it_was(tmp_path):
+    """Others' files may have the names of what such work leaves behind."""
+    for name in ("states/mine.txt", "blocks-2024/mine.txt", "spectra-of-stars.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    Store(tmp_path, {"seed": 0}, 8, fresh=True)
+    assert len([path for path in tmp_path.rglob("*") if path.is_file() and path.read_text() == "mine"]) == 3
+
+
 def test_names_that_only_such_work_uses_may_be_removed_without_a_key(tmp_path):
     census(tmp_path).write("towns/a.json", {"people": 3})
     (tmp_path / "census.json").unlink()

@@ -142,7 +142,7 @@ class CircuitTrace:
         return self._layers[number - self._first]
 
     def _tap(self, name: str, value: Tensor) -> Tensor:
-        after = self._intervene(name, value)
+        after = self._intervened(name, value)
         if after is not value and self._number(name) >= self._first:
             self.changed[name] = (lambda each: self._intervene(name, each), value)
         layer, place = self._kept_layer(name), name.partition(".")[2]
@@ -167,6 +167,13 @@ class CircuitTrace:
             if place in ("attn.q", "attn.k", "attn.v"):
                 self._heads[place] = after
         return after
+
+    def _intervened(self, name: str, value: Tensor) -> Tensor:
+        """Let the interventions act; a model that one of them runs is not this one, and is not watched."""
+        if not self.model._interventions:
+            return value
+        with watch_masks(_ignore), watch_activations(_ignore):
+            return self._intervene(name, value)
 
     def _watch_mask(self, name: str, x: Tensor, k: int | None) -> None:
         if self._see_mask is not None:
@@ -207,6 +214,10 @@ class CircuitTrace:
             return (x > 0).to(x.dtype)
         normal = 0.5 * (1 + torch.erf(x * 0.5**0.5))  # the exact GELU is x times this
         return normal + x * torch.exp(-0.5 * x * x) * (2 * torch.pi) ** -0.5
+
+
+def _ignore(*_: Any) -> None:
+    """Watch nothing."""
 
 
 def _tokens(x: Tensor) -> Tensor:
