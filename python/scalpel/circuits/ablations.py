@@ -53,7 +53,13 @@ def nodes_at(model: CircuitGPT) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Substitute:
-    """Values that replace deleted nodes, by hook: (width,) for all tokens, or (samples, width) to draw from."""
+    """Values that replace deleted nodes.
+
+    Attributes:
+        kind: The kind of ablation, "mean", "zero" or "resample".
+        values: The values at each hook, (width,) for all tokens, or (samples, width) to draw from.
+        generator: The source of the draws; None if nothing is drawn.
+    """
 
     kind: str
     values: dict[str, Tensor]
@@ -76,9 +82,21 @@ class Substitute:
 
 
 def substitute(model: CircuitGPT, kind: str, reference: Any, hooks: list[str], seed: int = 0) -> Substitute:
-    """Make the substitute of a kind, "mean", "zero" or "resample", over ``reference``, prompts as in ``model.ablate``.
+    """Make the values that replace deleted nodes at some hooks.
 
-    Without a reference, "mean" uses the means that came with the model.
+    Args:
+        model: The model.
+        kind: The kind of ablation, "mean", "zero" or "resample".
+        reference: The prompts for means and samples, as in ``model.ablate``. Without them, "mean" uses the means that
+            came with the model.
+        hooks: The names of the hooks.
+        seed: The seed of the draws.
+
+    Returns:
+        The values.
+
+    Raises:
+        ValueError: If there is no such kind.
     """
     if kind not in KINDS:
         raise ValueError(f"ablation kind is {kind!r}; allowed: {', '.join(KINDS)}")
@@ -99,13 +117,13 @@ def substitute(model: CircuitGPT, kind: str, reference: Any, hooks: list[str], s
 
 def digest(*stand_ins: Substitute) -> str:
     """Compute the SHA-256 of all values."""
-    total = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for stand_in in stand_ins:
-        total.update(stand_in.kind.encode())
+        sha256.update(stand_in.kind.encode())
         for name, values in stand_in.values.items():
-            total.update(name.encode())
-            total.update(values.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
+            sha256.update(name.encode())
+            sha256.update(values.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return sha256.hexdigest()
 
 
 def training_text(model: CircuitGPT) -> list[list[int]] | None:
@@ -125,7 +143,7 @@ def masked(masks: dict[str, Tensor], stand_in: Substitute) -> Tap:
         if name not in masks:
             return value
         mask = masks[name].to(value)
-        other = stand_in.at(name, value)
-        return other + mask * (value - other)
+        replacement = stand_in.at(name, value)
+        return replacement + mask * (value - replacement)
 
     return tap

@@ -1,8 +1,8 @@
 """The subsemigroup that a circuit closes over: the letters whose action survives when everything else is deleted.
 
 A_C = {a : δ_a with everything else ablated equals δ_a, conflict ≤ ε}, and the subsemigroup is ⟨A_C⟩. The machine is
-learned from the whole model on short words, among the task's answers. The circuit's answers are read with the shifts
-that were refitted for it.
+learned from the whole model on short words, with the task's answers as its outputs. When the circuit is asked, its
+logits get the shifts that were refitted for it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,10 +39,11 @@ def closes_over(
 ) -> dict[str, Any]:
     """Find the letters A_C of the circuit ``nodes``, and the sizes of ⟨A_C⟩ and of the whole machine's semigroup.
 
-    For prefixes u of up to ``horizon`` letters with ρ(u) = q in the whole model, 2 · ``pairs`` of them for each state,
-    the circuit's ρ(ua) is compared with δ(q, a), wherever a may follow. A letter is in A_C if the bound of the mismatch
-    is at most ``most_conflict`` in every such state, and if that is not so with no node kept at all: a constant answer
-    preserves the letters that lead to this answer, and closes over nothing.
+    For each state q, 2 · ``pairs`` prefixes u of up to ``horizon`` letters are drawn with ρ(u) = q in the whole model.
+    For each letter a that may follow, the circuit's ρ(ua) is compared with δ(q, a). A letter is in A_C if the bound of
+    the mismatch is at most ``most_conflict`` in every such state, and if this does not hold with no node kept at all. A
+    model without nodes gives a constant answer, which preserves the letters that lead to this answer but closes over
+    nothing.
 
     Returns:
         Plain data: ``letters``; ``rates`` by letter and state, and ``rates_of_nothing`` with no node kept;
@@ -52,20 +53,20 @@ def closes_over(
     rng = np.random.default_rng([seed, 77])
     whole = _questions(model, words, task)
     candidate = learn(whole, horizon, prefixes=prefixes, tolerance=0.02, limit=64, rng=rng)
-    own = by_state(whole, candidate, 2 * pairs, horizon, rng).words
-    rates, known = _rates(model, nodes, stand_in, task, words, candidate, own)
-    nothing, known_by_nothing = _rates(model, [], stand_in, task, words, candidate, own)
+    words_by_state = by_state(whole, candidate, 2 * pairs, horizon, rng).words
+    rates, known = _rates(model, nodes, stand_in, task, words, candidate, words_by_state)
+    rates_of_nothing, known_by_nothing = _rates(model, [], stand_in, task, words, candidate, words_by_state)
     letters = [
         letter
         for letter in whole.letters
-        if rates[letter].worst <= most_conflict < nothing[letter].worst and rates[letter].cells
+        if rates[letter].worst <= most_conflict < rates_of_nothing[letter].worst and rates[letter].cells
     ]
     return {
         "letters": letters,
         "states_kept": known,
         "states_kept_by_nothing": known_by_nothing,
         "rates": {letter: rate.to_dict() for letter, rate in rates.items()},
-        "rates_of_nothing": {letter: rate.to_dict() for letter, rate in nothing.items()},
+        "rates_of_nothing": {letter: rate.to_dict() for letter, rate in rates_of_nothing.items()},
         "machine": candidate.machine.to_dict(),
         "size": _size(candidate.machine, letters),
         "whole_size": _size(candidate.machine, list(whole.letters)),
@@ -79,12 +80,13 @@ def _rates(
     task: Task,
     words: Alphabet,
     candidate: Candidate,
-    own: Mapping[int, Sequence[Word]],
+    words_by_state: Mapping[int, Sequence[Word]],
 ) -> tuple[dict[str, Rate], float | None]:
-    """Measure how often the model with only ``nodes`` left leads elsewhere than the candidate, by letter and state.
+    """Measure how often a letter leads the model with only ``nodes`` kept to another state than the candidate.
 
     Returns:
-        The rates by letter, and the share of prefixes whose state the model still knows.
+        The rates by letter, each with a cell for each state, and the share of prefixes whose state the model still
+        knows.
     """
     alone = _questions(model, words, task)
     fitted = fit_of(model, nodes, stand_in, task)
@@ -92,18 +94,18 @@ def _rates(
     row_of = {state: row for row, state in candidate.states.items()}
     rates: dict[str, Rate] = {}
     with only(model, nodes, stand_in):
-        for a, letter in enumerate(alone.letters):
+        for number, letter in enumerate(alone.letters):
             cells = {}
-            for state, group in own.items():
-                target = candidate.machine.transitions[state][a]
+            for state, group in words_by_state.items():
+                target = candidate.machine.transitions[state][number]
                 if candidate.machine.outputs[target] is NOT_VALID:
                     continue
-                after = rows_of(alone, [(*word, a) for word in group], candidate.continuations)
+                after = rows_of(alone, [(*word, number) for word in group], candidate.continuations)
                 cells[str(state)] = (sum(row != row_of[target] for row in after), len(group))
             rates[letter] = Rate(cells)
         known = [
             row == row_of[state]
-            for state, group in own.items()
+            for state, group in words_by_state.items()
             for row in rows_of(alone, group, candidate.continuations)
         ]
     return rates, float(np.mean(known)) if known else None

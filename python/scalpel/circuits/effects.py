@@ -1,4 +1,4 @@
-"""What the ablation of each node does to the answers: all nodes of a model, in batched passes that can be resumed."""
+"""Measure what the ablation of each node does to the answers, in batched passes that can be resumed."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,8 +21,9 @@ from .task import Task, answer_logits
 
 __all__ = ["Effects", "ablation_effects"]
 
-_ELEMENTS = 1 << 22  # of the widest value of a batch: 16 MiB of float32, which still fits into a large cache
-_PREFIXES = 128  # in a pack; attention needs memory for their square
+# The most elements in the widest value of a batch of variants: 16 MiB of float32, which still fit into a large cache.
+_ELEMENTS = 1 << 22
+_PREFIXES = 128  # in a pack; the memory that attention needs grows with their square
 
 
 @dataclass(frozen=True)
@@ -159,15 +160,15 @@ def ablation_effects(
     for tail in tails:
         base[tail.prompts.rows] = tail.logits.cpu()
     key = {"model": identity(model), "task": task.digest(), "values": digest(stand_in), "seed": seed}
-    kept = _Kept(folder, key, names)
+    finished = _FinishedHooks(folder, key, names)
     report = progress or (lambda what, done: None)
     by_hook, widths = {}, [hook_width(model, name) for name in names]
     for i, name in enumerate(names):
         report(name, sum(widths[:i]) / sum(widths))
-        stored = kept.load(name)
+        stored = finished.load(name)
         if stored is None:
             stored = _hook(name, hook_width(model, name), tails, stand_in, base, seed)
-            kept.store(name, stored)
+            finished.store(name, stored)
         by_hook[name] = stored
     report("done", 1.0)
     return Effects(by_hook, base.numpy(), task.labels.numpy(), task.groups.numpy())
@@ -175,25 +176,25 @@ def ablation_effects(
 
 def _hook(name: str, width: int, tails: list[Tail], stand_in: Substitute, base: Tensor, seed: int) -> np.ndarray:
     """Compute the logits with each channel of a hook replaced, (width, prompts, answers)."""
-    out = base.repeat(width, 1, 1)
+    logits = base.repeat(width, 1, 1)
     generator = torch.Generator().manual_seed(seed)
     drawn = Substitute(stand_in.kind, stand_in.values, generator)
     for tail in tails:
         value = tail.values[name]
         change = (drawn.at(name, value).to(value.dtype) - value).T.contiguous()
         # A channel that would be replaced by its own value changes nothing.
-        live = change.any(1).nonzero()[:, 0]
+        changed = change.any(1).nonzero()[:, 0]
         widest = max(tail.model.config.d_mlp or 0, 3 * tail.model.config.d_attn, tail.model.config.d_model)
         step = max(1, _ELEMENTS // (len(value) * widest))
-        for i in range(0, len(live), step):
-            channels = live[i : i + step]
+        for i in range(0, len(changed), step):
+            channels = changed[i : i + step]
             replaced = tail.replaced(name, channels, change[channels])
-            out[channels[:, None].cpu(), tail.prompts.rows] = replaced.cpu()
-    return out.numpy()
+            logits[channels[:, None].cpu(), tail.prompts.rows] = replaced.cpu()
+    return logits.numpy()
 
 
-class _Kept:
-    """Finished hooks in a folder, or nothing kept where no folder is given."""
+class _FinishedHooks:
+    """Store the logits of finished hooks in a folder; without a folder, store nothing."""
 
     def __init__(self, folder: str | Path | None, key: dict[str, Any], hooks: Iterable[str]) -> None:
         way_out = WayOut("measurement of effects", "give another folder", "remove that one to begin anew")

@@ -1,6 +1,6 @@
-"""The loss of a circuit with the scale and shifts of its logits refitted.
+"""Compute the loss of a circuit after the scale and the shifts of its logits are refitted.
 
-Deletion changes scale and shifts, and neither is the task.
+The deletion of nodes changes the scale and the shifts, and neither is part of the task.
 """
 
 from dataclasses import dataclass
@@ -45,10 +45,10 @@ def refit(logits: Tensor, labels: Tensor) -> Fit:
     with torch.enable_grad():
         optimizer.step(closure)
     with torch.no_grad():
-        out = fitted()
+        logits_fitted = fitted()
         return Fit(
-            float(F.cross_entropy(out, labels)),
-            float((out.argmax(-1) == labels).double().mean()),
+            float(F.cross_entropy(logits_fitted, labels)),
+            float((logits_fitted.argmax(-1) == labels).double().mean()),
             float(10 * torch.sigmoid(raw)),
             tuple(shift.tolist()),
         )

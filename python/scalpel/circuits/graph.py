@@ -51,7 +51,7 @@ class CircuitGraph:
 
 
 def circuit_graph(model: CircuitGPT, nodes: Iterable[str]) -> CircuitGraph:
-    """Connect some nodes of a model by what joins them there.
+    """Find what connects some nodes of a model.
 
     Args:
         model: The model.
@@ -103,10 +103,10 @@ def _attention(model: CircuitGPT, kept: list[str]) -> list[tuple[str, str, str, 
         by_hook.setdefault(_hook(node), []).append(node)
     for layer in range(model.config.n_layer):
         q, k, v = (by_hook.get(f"{layer}.attn.{part}", []) for part in "qkv")
-        met = {_channel(node) for node in q} & {_channel(node) for node in k}
+        multiplied = {_channel(node) for node in q} & {_channel(node) for node in k}
         edges += [(a, b, "score", None) for a in k for b in q if _channel(a) == _channel(b)]
         for query in q:
-            if _channel(query) in met:
+            if _channel(query) in multiplied:
                 heads = [node for node in v if _channel(node) // width == _channel(query) // width]
                 edges += [(query, node, "mix", None) for node in heads]
     return edges

@@ -47,8 +47,8 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
         (tau,) = ctx.saved_tensors
-        s = torch.sigmoid(tau / ctx.temperature)
-        return grads[0] * s * (1 - s) / ctx.temperature, None
+        smooth = torch.sigmoid(tau / ctx.temperature)
+        return grads[0] * smooth * (1 - smooth) / ctx.temperature, None
 
 
 def learn_masks(
@@ -72,9 +72,9 @@ def learn_masks(
     scale = torch.zeros((), requires_grad=True, dtype=torch.float32, device="cpu")
     shift = torch.zeros(len(task.answers), requires_grad=True, dtype=torch.float32, device="cpu")
     optimizer = torch.optim.Adam([*taus.values(), scale, shift], lr=schedule.lr, betas=(0.9, 0.95))
-    weights = [p for p in model.parameters() if p.requires_grad]
-    for p in weights:
-        p.requires_grad_(False)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in weights:
+        weight.requires_grad_(False)
     try:
         for step in range(schedule.steps):
             for group in optimizer.param_groups:
@@ -97,6 +97,6 @@ def learn_masks(
             if progress is not None:
                 progress((step + 1) / schedule.steps)
     finally:
-        for p in weights:
-            p.requires_grad_(True)
+        for weight in weights:
+            weight.requires_grad_(True)
     return {name: tau.detach() for name, tau in taus.items()}

@@ -100,15 +100,15 @@ def prune(
     schedule = schedule or Schedule()
     if not nodes_at(model):
         raise Refused("the model has no layers, so it has no nodes to prune")
-    found_on = make(model, prompts, 2 * seed)
-    judged_on = make(model, prompts, 2 * seed + 1).unseen(found_on)
-    accuracy = check_able(model, judged_on)
+    search_task = make(model, prompts, 2 * seed)
+    held_out_task = make(model, prompts, 2 * seed + 1).unseen(search_task)
+    accuracy = check_able(model, held_out_task)
     notes = []
     if reference is None:
         report("reading the training text", 0.0)
         reference = training_text(model)
     if reference is None:
-        reference = (found_on.ids, found_on.mask)
+        reference = (search_task.ids, search_task.mask)
         notes.append("The model's training text can't be made again, so means and samples are over the task's prompts.")
     options = {
         "seeds": seeds,
@@ -117,21 +117,25 @@ def prune(
         "ablation": ablation,
         "seed": seed,
         "schedule": asdict(schedule),
-        "task": found_on.name,
+        "task": search_task.name,
     }
-    search = _Search(model, found_on, judged_on, reference, ablation, target, schedule, seed)
-    key = {"model": identity(model), "tasks": [found_on.digest(), judged_on.digest()], "stand_ins": search.digest()}
-    kept = _Kept(folder, key | {"options": options | {"seeds": None}})
+    search = _Search(model, search_task, held_out_task, reference, ablation, target, schedule, seed)
+    key = {
+        "model": identity(model),
+        "tasks": [search_task.digest(), held_out_task.digest()],
+        "stand_ins": search.digest(),
+    }
+    finished = _FinishedSeeds(folder, key | {"options": options | {"seeds": None}})
     circuits = []
     for i in range(seeds):
         report(f"seed {i + 1} of {seeds}", 0.95 * i / seeds)
-        circuit = kept.load(i)
+        circuit = finished.load(i)
         if circuit is None:
             circuit = search.run(i, partial(_share, report, i, seeds))
-            kept.store(circuit)
+            finished.store(circuit)
         circuits.append(circuit)
     reached = [circuit for circuit in circuits if circuit.reached]
-    best = min(reached, key=lambda c: (len(c.nodes), c.loss), default=None)
+    best = min(reached, key=lambda circuit: (len(circuit.nodes), circuit.loss), default=None)
     if best is None:
         notes.append(f"No seed reached the target of {target} nats; the whole model's loss is {search.model_loss:.3f}.")
     if search.model_loss > target:
@@ -140,16 +144,21 @@ def prune(
             "does the task better than the model, by leaving out what interferes."
         )
     closure: dict[str, Any] = {}
-    if best is not None and found_on.name in TASK_WORDS:
+    if best is not None and search_task.name in TASK_WORDS:
         report("what the circuit closes over", 0.97)
         closure = closes_over(
-            model, best.nodes, search.stand_ins[ablation].again(seed), found_on, TASK_WORDS[found_on.name], seed=seed
+            model,
+            best.nodes,
+            search.stand_ins[ablation].again(seed),
+            search_task,
+            TASK_WORDS[search_task.name],
+            seed=seed,
         )
     report("done", 1.0)
     return Pruning(
         model=str(model.card.get("name", "unnamed")),
         fingerprint=identity(model),
-        task=found_on.name,
+        task=search_task.name,
         ablation=ablation,
         target=target,
         accuracy=accuracy,
@@ -170,50 +179,61 @@ def _share(report: Callable[[str, float], None], seed: int, seeds: int, done: fl
 
 
 class _Search:
-    """What the searches with different seeds share."""
+    """Search for circuits of one model for one task, with different seeds.
+
+    The tasks, the values that replace deleted nodes, and the loss of the whole model are the same for all seeds.
+    """
 
     def __init__(
         self,
         model: CircuitGPT,
-        found_on: Task,
-        judged_on: Task,
+        search_task: Task,
+        held_out_task: Task,
         reference: Any,
         ablation: str,
         target: float,
         schedule: Schedule,
         seed: int,
     ) -> None:
-        self.model, self.found_on, self.judged_on = model, found_on, judged_on
+        self.model, self.search_task, self.held_out_task = model, search_task, held_out_task
         self.ablation, self.target, self.schedule, self.seed = ablation, target, schedule, seed
         hooks = node_hooks(model)
         self.stand_ins = {kind: substitute(model, kind, reference, hooks, seed) for kind in KINDS}
         self.widths = nodes_at(model)
         self.names = [f"{name}:{channel}" for name, width in self.widths.items() for channel in range(width)]
         with torch.no_grad():
-            self.model_loss = refit(answer_logits(model, judged_on), judged_on.labels).loss
+            self.model_loss = refit(answer_logits(model, held_out_task), held_out_task.labels).loss
 
     def digest(self) -> str:
         """Compute the SHA-256 of what replaces deleted nodes."""
         return digest(*self.stand_ins.values())
 
     def run(self, number: int, progress: Callable[[float], None]) -> SeedCircuit:
+        """Search with one seed, judge the circuit on held-out prompts, and measure its controls."""
         begun = time.monotonic()
         rng = np.random.default_rng([self.seed, number])
         draw = int(rng.integers(2**31))
         stand_in = self.stand_ins[self.ablation].again(draw)
-        taus = learn_masks(self.model, self.found_on, stand_in, self.schedule, draw, lambda done: progress(0.45 * done))
-        order = torch.cat(list(taus.values())).argsort(descending=True, stable=True)
-        count, loss = self._bisect(order, self.found_on)
-        kept = order[:count]
-        judged = {kind: self._measure(kept, kind, self.judged_on) for kind in KINDS}
-        removed = {kind: self._measure(kept, kind, self.judged_on, removed=True) for kind in KINDS}
-        nodes = tuple(self.names[i] for i in kept.tolist())
-        drawn = random_nodes_like(self.model, nodes, rng)
-        learned, judged_nonsense = nonsense(self.found_on, draw), nonsense(self.judged_on, draw)
-        other = learn_masks(
-            self.model, learned, stand_in.again(draw), self.schedule, draw, lambda done: progress(0.5 + 0.45 * done)
+        taus = learn_masks(
+            self.model, self.search_task, stand_in, self.schedule, draw, lambda done: progress(0.45 * done)
         )
-        elsewhere = torch.cat(list(other.values())).argsort(descending=True, stable=True)[:count]
+        order = torch.cat(list(taus.values())).argsort(descending=True, stable=True)
+        count, loss = self._bisect(order, self.search_task)
+        kept = order[:count]
+        judged = {kind: self._measure(kept, kind, self.held_out_task) for kind in KINDS}
+        removed = {kind: self._measure(kept, kind, self.held_out_task, removed=True) for kind in KINDS}
+        nodes = tuple(self.names[i] for i in kept.tolist())
+        random_nodes = random_nodes_like(self.model, nodes, rng)
+        search_nonsense, held_out_nonsense = nonsense(self.search_task, draw), nonsense(self.held_out_task, draw)
+        nonsense_taus = learn_masks(
+            self.model,
+            search_nonsense,
+            stand_in.again(draw),
+            self.schedule,
+            draw,
+            lambda done: progress(0.5 + 0.45 * done),
+        )
+        nonsense_nodes = torch.cat(list(nonsense_taus.values())).argsort(descending=True, stable=True)[:count]
         return SeedCircuit(
             seed=number,
             nodes=nodes,
@@ -222,9 +242,9 @@ class _Search:
             reached=loss <= self.target,
             kept=judged,
             removed=removed,
-            random=self._measure_named(drawn),
-            random_removed=self._measure_named(drawn, removed=True),
-            nonsense=self._measure(elsewhere, self.ablation, judged_nonsense),
+            random=self._measure_named(random_nodes),
+            random_removed=self._measure_named(random_nodes, removed=True),
+            nonsense=self._measure(nonsense_nodes, self.ablation, held_out_nonsense),
             seconds=time.monotonic() - begun,
         )
 
@@ -260,11 +280,11 @@ class _Search:
     def _measure_named(self, names: list[str], removed: bool = False) -> Measured:
         """Measure nodes by name, under the ablation of the search."""
         stand_in = self.stand_ins[self.ablation]
-        return measure(self.model, names, stand_in, self.judged_on, removed=removed, seed=self.seed)
+        return measure(self.model, names, stand_in, self.held_out_task, removed=removed, seed=self.seed)
 
 
-class _Kept:
-    """Finished seeds in a folder, or nothing kept where no folder is given."""
+class _FinishedSeeds:
+    """Store the circuits of finished seeds in a folder; without a folder, store nothing."""
 
     def __init__(self, folder: str | Path | None, key: dict[str, Any]) -> None:
         way_out = WayOut("search", "give another folder", "remove that one to begin anew")

@@ -1,13 +1,14 @@
-"""The rest of a forward pass from any hook on, for many variants of one node each, and only what the answer needs.
+"""The rest of a forward pass after one node was replaced, computed for many nodes at once.
 
-``model.ablate`` runs the whole model for every node. Here the pass without ablation is kept, and a node's change is
-taken up where it happens: a channel that a matrix reads changes the product by one column of it, a channel of q, k or
-v changes one head. From there on the model's own stages (:mod:`scalpel.models.circuitgpt.layers`) run for all variants
-side by side: each distinct prefix of the prompts once (see :mod:`.packing`), and in the last layer, where only the
-questions are read, only the questions' rows.
+``model.ablate`` runs the whole model for every node. A `Tail` runs the model once, keeps the values of all hooks, and
+starts each variant where its node is. A changed channel that a matrix reads adds a multiple of one of the matrix's
+columns to the product. A changed channel of q, k or v changes the output of one head. From there on, the model's own
+stages (:mod:`scalpel.models.circuitgpt.layers`) run for all variants side by side. They compute each distinct prefix of
+the prompts only once (see :mod:`.packing`), and in the last layer only the rows of the questions, because nothing else
+is read there.
 
-Shapes: G variants, N distinct prefixes, P prompts: (G, N, width), and (G, P, width) in the last layer once its keys and
-values are there; what no variant has changed yet is (1, N, width).
+Shapes: with G variants, N distinct prefixes and P prompts, a value is (G, N, width). In the last layer it is
+(G, P, width) once the keys and values are computed. A value that is still the same for all variants is (1, N, width).
 """
 
 import torch
@@ -23,10 +24,16 @@ __all__ = ["Tail"]
 
 
 class Tail:
-    """Answers' logits of packed prompts with one channel of a hook replaced.
+    """Compute the logits of the answers to packed prompts with one channel of a hook replaced.
 
-    ``values``: the value at every hook in the pass without ablation, (N, width) each; ``logits`` (P, answers) of that
-    pass.
+    Args:
+        model: The model.
+        prompts: The prompts, packed.
+        answers: The token ids to choose among.
+
+    Attributes:
+        values: The value at every hook in the pass without ablation, (N, width) each.
+        logits: The logits of the answers in that pass, (P, answers).
     """
 
     def __init__(self, model: CircuitGPT, prompts: Packed, answers: tuple[int, ...]) -> None:
@@ -39,7 +46,11 @@ class Tail:
         self.logits = self._answered(self._base("final_resid")[:, self.prompts.asked])[0]
 
     def _layer_inputs(self, layer: int) -> LayerInputs:
-        """What a layer's stages need; its values are nobody else's, and fresh memory costs more than a selection."""
+        """Return what the stages of a layer need besides the residual.
+
+        The stages may overwrite their own intermediate values, because nothing else reads these and allocating new
+        memory takes longer than the selection by AbsTopK itself.
+        """
         prompts, model = self.prompts, self.model
         positions = model.transformer.wpe.weight[prompts.depth] if model.config.d_pos_emb is not None else None
         last = layer == model.config.n_layer - 1
@@ -53,7 +64,13 @@ class Tail:
         )
 
     def replaced(self, hook: str, channels: Tensor, change: Tensor) -> Tensor:
-        """Logits (G, P, answers) with ``change`` (G, N), added to one channel a variant, ``channels`` (G,)."""
+        """Compute the logits (G, P, answers) of variants that each change one channel of a hook.
+
+        Args:
+            hook: The name of the hook.
+            channels: The channel that each variant changes, (G,).
+            change: What each variant adds to its channel at each prefix, (G, N).
+        """
         if hook == "final_resid":
             asked = self.prompts.asked
             return self._answered(_changed(self._base(hook)[:, asked], channels, change[:, asked]))
@@ -65,7 +82,7 @@ class Tail:
         return self._answered(x)
 
     def _after_layer(self, layer: int, place: str, channels: Tensor, change: Tensor) -> Tensor:
-        """The residual after a layer with one of the layer's own hooks changed."""
+        """Compute the residual after a layer in which one of its own hooks is changed."""
         block, inputs = self._block(layer), self._inputs[layer]
         if place == "resid_in":
             return block(_changed(self._base(f"{layer}.resid_in"), channels, change), inputs)
@@ -79,7 +96,7 @@ class Tail:
         return block.from_mlp(self._wanted(layer, "resid_mid"), delta, inputs)
 
     def _attention(self, layer: int, place: str, channels: Tensor, change: Tensor) -> Tensor:
-        """What attention adds to the residual with one of its hooks changed."""
+        """Compute what attention adds to the residual if one of its hooks is changed."""
         attention, inputs = self._block(layer).attn, self._inputs[layer]
         if place == "attn.act_in":
             product = _column(self._product(layer, place, attention.c_attn), attention.c_attn, channels, change)
@@ -94,7 +111,7 @@ class Tail:
         return _changed(self._wanted(layer, place), channels, change)
 
     def _mlp(self, layer: int, place: str, channels: Tensor, change: Tensor) -> Tensor:
-        """What the MLP adds to the residual with one of its hooks changed."""
+        """Compute what the MLP adds to the residual if one of its hooks is changed."""
         mlp, inputs = self._block(layer).mlp, self._inputs[layer]
         if place == "mlp.resid_delta":
             return _changed(self._wanted(layer, place), channels, change)
@@ -103,10 +120,10 @@ class Tail:
         return enter(_column(product, matrix, channels, change), inputs)
 
     def _one_head(self, layer: int, place: str, channels: Tensor, change: Tensor) -> Tensor:
-        """The output projection's product (G, N or P, d_model) with one channel of q, k or v changed.
+        """Compute the product of the output projection, (G, N or P, d_model), with one channel of q, k or v changed.
 
-        Each variant's head is computed anew, all of them side by side as the heads of one attention; the outputs of the
-        other heads stay.
+        Each variant computes only the head that its channel belongs to and keeps the outputs of all other heads. The
+        heads of all variants are computed side by side, as if they were the heads of one attention.
         """
         config, attention, inputs = self.model.config, self._block(layer).attn, self._inputs[layer]
         width, count = config.d_attn // config.n_head, len(channels)
@@ -125,7 +142,7 @@ class Tail:
         return (moved @ matrices.permute(1, 2, 0)).add_(inputs.wanted(self._product(layer, "attn.y", attention.c_proj)))
 
     def _answered(self, x: Tensor) -> Tensor:
-        """The answers' logits (G, P, answers) of the last residual (G, P, d_model)."""
+        """Compute the logits of the answers, (G, P, answers), from the last residual, (G, P, d_model)."""
         return self.model.unembed(x, self._asked_ids, self.answers)
 
     def _block(self, layer: int) -> Block:
@@ -133,20 +150,20 @@ class Tail:
         return block
 
     def _base(self, hook: str) -> Tensor:
-        """A hook's value without ablation, (1, N, width)."""
+        """Return the value of a hook without ablation, (1, N, width)."""
         return self.values[hook][None]
 
     def _wanted(self, layer: int, place: str) -> Tensor:
-        """The same at the rows that are wanted after a layer, (1, N or P, width)."""
+        """Return the value of a hook without ablation in the rows that are read after the layer, (1, N or P, width)."""
         return self._inputs[layer].wanted(self._base(f"{layer}.{place}"))
 
     def _of_wanted(self, layer: int, change: Tensor) -> Tensor:
-        """A change (G, N) at the rows that are wanted after a layer, (G, N or P)."""
+        """Select from a change (G, N) the rows that are read after the layer, (G, N or P)."""
         rows = self._inputs[layer].rows
         return change if rows is None else change[:, rows]
 
     def _product(self, layer: int, place: str, matrix: torch.nn.Linear) -> Tensor:
-        """What a matrix makes of a hook's value without ablation, (1, N, out); made once."""
+        """Apply a matrix to the value of a hook without ablation, (1, N, out), and keep the product for later calls."""
         hook = f"{layer}.{place}"
         if hook not in self._products:
             self._products[hook] = apply_linear(matrix, self.values[hook])[None]
@@ -154,12 +171,12 @@ class Tail:
 
 
 def _changed(value: Tensor, channels: Tensor, change: Tensor) -> Tensor:
-    """``value`` (1, N, width) with one channel changed for each variant: (G, N, width)."""
+    """Copy ``value`` (1, N, width) for each variant and change one channel in each copy, (G, N, width)."""
     variants = value.repeat(len(channels), 1, 1)
     variants[torch.arange(len(channels), device=channels.device), :, channels] += change
     return variants
 
 
 def _column(product: Tensor, matrix: torch.nn.Linear, channels: Tensor, change: Tensor) -> Tensor:
-    """A product (1, N, out) with one input channel changed for each variant: (G, N, out)."""
+    """Compute the product (1, N, out) of a matrix with one input channel changed for each variant, (G, N, out)."""
     return torch.baddbmm(product.expand(len(channels), -1, -1), change[..., None], matrix.weight.T[channels][:, None])

@@ -116,14 +116,14 @@ class Task:
             ValueError: If no prompt remains.
         """
         seen = {other.prompt(row) for other in others for row in range(len(other))}
-        bad: set[int] = set()
+        repeated: set[int] = set()
         for row in range(len(self)):
             prompt, group = self.prompt(row), int(self.groups[row])
             if prompt in seen:
-                bad.add(group)
+                repeated.add(group)
             seen.add(prompt)
         kept = torch.tensor(
-            [row for row in range(len(self)) if int(self.groups[row]) not in bad], dtype=torch.long, device="cpu"
+            [row for row in range(len(self)) if int(self.groups[row]) not in repeated], dtype=torch.long, device="cpu"
         )
         if len(kept) == 0:
             raise ValueError(f"every prompt of {self.name} was seen before; use another seed or more prompts")
@@ -183,7 +183,7 @@ class Task:
             [torch.tensor(row, dtype=torch.int64, device="cpu") for row in rows], batch_first=True
         )
         mask = torch.arange(ids.shape[1], device="cpu") < lengths[:, None]
-        own = list(range(len(rows))) if groups is None else list(groups)
+        group_of_row = list(range(len(rows))) if groups is None else list(groups)
         return cls(
             name,
             ids,
@@ -191,7 +191,7 @@ class Task:
             lengths - 1,
             tuple(answers),
             torch.tensor(labels, dtype=torch.int64, device="cpu"),
-            torch.tensor(own, dtype=torch.int64, device="cpu"),
+            torch.tensor(group_of_row, dtype=torch.int64, device="cpu"),
         )
 
 
@@ -208,10 +208,10 @@ def answer_logits(model: CircuitGPT, task: Task, batch: int = 64) -> Tensor:
         part = task.part(slice(i, i + batch))
         logits = model(part.ids)  # causality hides the padding on the right
         logits_of_parts.append(logits[torch.arange(len(part), device="cpu"), part.asked][:, list(task.answers)].cpu())
-    every = torch.cat(logits_of_parts)
-    if not bool(torch.isfinite(every).all()):
+    all_logits = torch.cat(logits_of_parts)
+    if not bool(torch.isfinite(all_logits).all()):
         raise Refused(f"the model's logits of the answers of {task.name} aren't finite; it has no answer")
-    return every
+    return all_logits
 
 
 def nonsense(task: Task, seed: int) -> Task:
@@ -220,11 +220,11 @@ def nonsense(task: Task, seed: int) -> Task:
     Each token at the first position where prompts differ is assigned a random answer, the same in every task with that
     seed. A model that carries this token to the question can be pruned to give that answer.
     """
-    place = next((i for i in range(task.ids.shape[1]) if len(task.ids[:, i].unique()) > 1), 0)
-    tokens = task.ids[:, place].unique().tolist()
+    position = next((i for i in range(task.ids.shape[1]) if len(task.ids[:, i].unique()) > 1), 0)
+    tokens = task.ids[:, position].unique().tolist()
     order = sorted(tokens, key=lambda token: hashlib.sha256(f"{seed} {token}".encode()).digest())
     label = {token: i % len(task.answers) for i, token in enumerate(order)}
-    labels = torch.tensor([label[token] for token in task.ids[:, place].tolist()], dtype=torch.int64, device="cpu")
+    labels = torch.tensor([label[token] for token in task.ids[:, position].tolist()], dtype=torch.int64, device="cpu")
     return task.relabelled(labels, "nonsense labels")
 
 

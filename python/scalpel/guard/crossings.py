@@ -1,4 +1,4 @@
-"""Which crossings are new, so that each is reported once, however often and in whichever order it is asked about.
+"""Decide which crossings are new, so that each is reported once, in whatever order and however often calls repeat it.
 
 Ordinary decoding asks a logits processor about each prefix of a sequence once, and beams that change rows keep their
 beginnings. Assisted and prompt-lookup decoding ask about one row, in rounds: candidate tokens are proposed, with a
@@ -17,7 +17,7 @@ __all__ = ["Crossings"]
 
 Asker = Literal["model", "lookup"]
 
-_KEPT = 1 << 12  # at least so many prefixes are remembered, or 64 for each row
+_KEPT = 1 << 12  # how many prefixes are remembered at least; with many rows, 64 for each row
 
 
 @dataclass
@@ -96,12 +96,16 @@ class Crossings:
             if not row or key in prefixes:
                 fresh.append(False)
                 continue
-            own, before = self._seen.get(key), self._seen.get(stem)
-            generation = before.generation if before is not None else self._of_prompt(key, own, candidate)
-            if own is not None and own.generation is not generation:
-                own = None
-            self.guessing = len(rows) == 1 and self._guesses(key, stem, own, generation, asker, candidate, scores)
-            known = before or own
+            row_prefix, stem_prefix = self._seen.get(key), self._seen.get(stem)
+            generation = (
+                stem_prefix.generation if stem_prefix is not None else self._of_prompt(key, row_prefix, candidate)
+            )
+            if row_prefix is not None and row_prefix.generation is not generation:
+                row_prefix = None
+            self.guessing = len(rows) == 1 and self._guesses(
+                key, stem, row_prefix, generation, asker, candidate, scores
+            )
+            known = stem_prefix or row_prefix
             since = (known.since if known is not None and known.since else len(row)) if within else 0
             reported = within and known is not None and known.reported
             fresh.append(within and not reported and not self.guessing and since > generation.reported)
@@ -110,48 +114,53 @@ class Crossings:
         for key, prefix in prefixes.items():
             if prefix.reported:
                 prefix.generation.reported = max(prefix.generation.reported, prefix.since)
-            self._seen.pop(key, None)  # so that it becomes the youngest
+            self._seen.pop(key, None)  # so that it becomes the most recent entry
             self._seen[key] = prefix
         while len(self._seen) > max(_KEPT, 64 * len(rows)):
             del self._seen[next(iter(self._seen))]
         return fresh
 
-    def _of_prompt(self, key: bytes, own: _Prefix | None, candidate: int | None) -> _Generation:
+    def _of_prompt(self, key: bytes, row_prefix: _Prefix | None, candidate: int | None) -> _Generation:
         """Find the generation of a row that does not continue another.
 
         A prompt that was asked about before begins a new generation, unless tokens proposed after it are being checked
         now.
         """
-        if own is not None and own.generation.prompt == key and own.asker is not None and candidate is not None:
-            return own.generation
+        if (
+            row_prefix is not None
+            and row_prefix.generation.prompt == key
+            and row_prefix.asker is not None
+            and candidate is not None
+        ):
+            return row_prefix.generation
         return _Generation(key)
 
     def _guesses(
         self,
         key: bytes,
         stem: bytes,
-        own: _Prefix | None,
+        row_prefix: _Prefix | None,
         generation: _Generation,
         asker: Asker | None,
         candidate: int | None,
         scores: Tensor,
     ) -> bool:
         """Whether the only row of a call ends in a token that is a guess; see ``guessing``."""
-        goes_on, self._last = stem == self._last, key
-        self._run = self._run + 1 if goes_on else 0
-        if goes_on and self._checking:
+        continues, self._last = stem == self._last, key
+        self._run = self._run + 1 if continues else 0
+        if continues and self._checking:
             guess = self._rejected
             generation.round = max(generation.round, self._run)
             if candidate is None:  # all are checked, so the next call begins a round
                 self._checking, self._last = False, None
-        elif candidate is not None and own is not None and own.asker is not None:
+        elif candidate is not None and row_prefix is not None and row_prefix.asker is not None:
             self._checking, self._rejected, guess = True, False, False
-            generation.proposes = own.asker
+            generation.proposes = row_prefix.asker
         else:
             self._checking = False
             # A round may propose two candidates more than the last; a longer run is not a proposal.
             proposed = asker is not None and asker == generation.proposes and self._run <= generation.round + 2
-            guess = goes_on and proposed
+            guess = continues and proposed
         if self._checking and candidate != int(scores.argmax()):
             self._rejected = True
         return guess
@@ -174,8 +183,8 @@ def _following(input_ids: Tensor) -> int | None:
 
 def _asker(scores: Tensor) -> Asker:
     """Tell who asks: the scores of prompt lookup are all equal, except where other processors have changed them."""
-    some = scores[0, :: max(1, scores.shape[1] // 64)]
-    return "lookup" if some.unique().numel() <= 16 else "model"
+    sample = scores[0, :: max(1, scores.shape[1] // 64)]
+    return "lookup" if sample.unique().numel() <= 16 else "model"
 
 
 def _key(row: Sequence[int]) -> bytes:

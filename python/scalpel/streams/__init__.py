@@ -1,4 +1,4 @@
-"""Many streams at once: the activations and gradients of a model's hooks over a corpus, as covariance states."""
+"""The covariance of the activations and gradients at many hooks of a model, computed over a corpus."""
 
 from .collecting import collect
 

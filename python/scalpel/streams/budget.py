@@ -1,4 +1,4 @@
-"""How streams are grouped so that the states of each group fit into memory."""
+"""Group streams so that the covariance states of each group fit into memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ _UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 def bytes_of(memory: str | int) -> int:
-    """A number of bytes from a text such as "8GiB" or "500 MB", or from a number. ValueError for anything else."""
+    """Convert a number, or a text such as "8GiB" or "500 MB", to a number of bytes.
+
+    Raises:
+        ValueError: If ``memory`` is anything else.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(memory))
     if isinstance(memory, bool) or match is None or match[2] not in _UNITS or float(match[1]) <= 0:
         raise ValueError(f"memory is {memory!r}; give bytes, or a text such as '8GiB'")
@@ -19,14 +23,18 @@ def bytes_of(memory: str | int) -> int:
 
 
 def state_bytes(dim: int, rank: int | None) -> int:
-    """The most bytes that a state takes, with the float32 rows that wait: at most as many as it has columns."""
+    """Compute the most bytes that a state can take, including the float32 rows that it buffers before it adds them."""
     if rank is None:
         return 8 * dim * dim + 4 * dim * max(dim, BLOCK_ROWS)
     return 8 * 4 * min(rank, dim) * dim
 
 
 def groups_of(widths: dict[str, int], memory: str | int, rank: int | None) -> list[list[str]]:
-    """The streams, in their order, in groups whose states fit. ValueError if a stream alone doesn't fit."""
+    """Divide the streams, in their order, into groups whose states fit into memory.
+
+    Raises:
+        ValueError: If the state of a single stream does not fit.
+    """
     budget = bytes_of(memory)
     groups: list[list[str]] = [[]]
     used = 0

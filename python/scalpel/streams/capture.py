@@ -1,4 +1,4 @@
-"""Activations at a model's hooks, and gradients of a loss there, for one batch."""
+"""Compute the activations at a model's hooks, and the gradients of a loss with respect to them, for one batch."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from ..models.circuitgpt.core import MODULE_PATHS
 from ..models.circuitgpt.model import CircuitGPT
 from ..models.decoders.families import family_of_model, hooks_of_model
 
-GRADIENT = ".grad"  # the end of the name of a stream of gradients
+GRADIENT = ".grad"  # what the name of a stream of gradients ends in
 
 Names = str | Iterable[str] | Callable[[str], bool]
 Loss = Callable[[Tensor, Any], Tensor]
 
 
 class Capture:
-    """Runs a model on batches and gives the rows at chosen hooks.
+    """Run a model on batches and return the rows of values at chosen hooks.
 
     Args:
         model: Any model that :func:`scalpel.collect` takes.
-        hooks: Names, a regular expression of whole names, or a function of a name.
-        loss: A function of (logits, batch); by default the summed cross-entropy of each next token.
+        hooks: Names, a regular expression that matches whole names, or a function of a name.
+        loss: A function of (logits, batch). None takes the cross-entropy of each next token, summed over tokens.
 
     Attributes:
-        streams: The names asked for, in the model's order, those of gradients after all others.
+        streams: The names of the chosen streams, with the streams of gradients after all others.
     """
 
     def __init__(self, model: nn.Module, hooks: Names, loss: Loss | None) -> None:
         self.model = as_written(model)
         self.limits = limits_of(self.model)
         config = getattr(self.model, "config", None)
-        own = _no_next_token if getattr(config, "is_encoder_decoder", False) else next_token_loss
-        self.loss = loss or own
+        default_loss = _no_next_token if getattr(config, "is_encoder_decoder", False) else next_token_loss
+        self.loss = loss or default_loss
         self._usable: dict[str, Tensor] | None = None
-        self._places: dict[str, str] = {}  # the hook as asked for → its name in this model
+        self._places: dict[str, str] = {}  # each hook as the caller names it → its name in this model
         known = self._known()
         chosen = _chosen(hooks, known)
         for name in chosen:
@@ -55,7 +55,15 @@ class Capture:
         self.streams = sorted(chosen, key=lambda name: name.endswith(GRADIENT))
 
     def __call__(self, batch: Any, streams: Iterable[str]) -> dict[str, Tensor]:
-        """Rows by stream, (n, width) with last stride 1, on the model's device. Rows at padding are left out."""
+        """Run the model on a batch.
+
+        Args:
+            batch: Token ids (B, L), or a transformers batch.
+            streams: The names of streams.
+
+        Returns:
+            The rows of each stream, (n, width) with last stride 1, on the model's device, without rows at padding.
+        """
         streams = list(streams)
         hooks = {name.removesuffix(GRADIENT) for name in streams}
         gradients = [name for name in streams if name.endswith(GRADIENT)]
@@ -91,9 +99,9 @@ class Capture:
                 "the loss depends on no value that has a gradient. If the model detaches its output, or computes it "
                 "under no_grad, change that; otherwise give a loss= that depends on the output"
             )
-        at = [value for name in names for value in values[name.removesuffix(GRADIENT)]]
+        values_at_hooks = [value for name in names for value in values[name.removesuffix(GRADIENT)]]
         try:
-            slopes = iter(torch.autograd.grad(loss.sum(), at, allow_unused=True))
+            slopes = iter(torch.autograd.grad(loss.sum(), values_at_hooks, allow_unused=True))
         except RuntimeError as error:
             if "use_reentrant=True" not in str(error):
                 raise
@@ -117,7 +125,7 @@ class Capture:
     # ---- names -----------------------------------------------------------------------------------
 
     def _known(self) -> list[str]:
-        """The hooks that a pattern is matched against."""
+        """List the hooks that a pattern is matched against."""
         if isinstance(self.model, CircuitGPT):
             return list(self.model.hook_names)
         family, hooks = family_of_model(self.model), hooks_of_model(self.model)
@@ -142,40 +150,40 @@ class Capture:
     # ---- runs ------------------------------------------------------------------------------------
 
     def _run(self, inputs: Inputs, hooks: set[str], gradients: bool) -> tuple[dict[str, list[Tensor]], Tensor]:
-        """The values at ``hooks``, one for each time that they are passed, and the logits.
+        """Return the values at ``hooks``, one for each time that a hook's module runs, and the logits.
 
-        With ``gradients`` all are part of autograd's graph.
+        With ``gradients``, all values are part of autograd's graph.
         """
         wanted: dict[str, list[str]] = {}
         for hook in hooks:
             wanted.setdefault(self._places[hook], []).append(hook)
         values: dict[str, list[Tensor]] = {hook: [] for hook in hooks}
 
-        def meet(value: Tensor, place: str) -> Tensor:
+        def keep(value: Tensor, place: str) -> Tensor:
             if gradients and not value.requires_grad and value.dtype.is_floating_point:
                 value = value.detach()
-                value.requires_grad = True  # all weights before are frozen, so the graph begins here
+                value.requires_grad = True  # all weights before this hook are frozen, so the graph begins here
             for hook in wanted.get(place, ()):
                 values[hook].append(value)
             return value
 
         with running(self.model), torch.enable_grad() if gradients else torch.no_grad():
             if isinstance(self.model, CircuitGPT):
-                tap = {"tap": lambda name, value: meet(value, name)}
+                tap = {"tap": lambda name, value: keep(value, name)}
                 output = self._called((), inputs.keywords() | tap, gradients)
             else:
-                output = self._through_modules(inputs, list(wanted), meet, gradients)
+                output = self._through_modules(inputs, list(wanted), keep, gradients)
         missing = [hook for hook in hooks if not values[hook]]
         if missing:
             raise ValueError(f"the forward pass never ran {min(missing)!r}: choose a hook that it runs")
         return values, output
 
     def _through_modules(
-        self, inputs: Inputs, places: list[str], meet: Callable[[Tensor, str], Tensor], gradients: bool
+        self, inputs: Inputs, places: list[str], keep: Callable[[Tensor, str], Tensor], gradients: bool
     ) -> Tensor:
-        def at(value: Any, place: str) -> Any:
-            met = meet(first_tensor(value, place), place)
-            return with_first_tensor(value, met.clone())  # a module may change its input in place
+        def keep_first_tensor(value: Any, place: str) -> Any:
+            kept = keep(first_tensor(value, place), place)
+            return with_first_tensor(value, kept.clone())  # because a module may change its input in place
 
         known = inspect.signature(self.model.forward).parameters
         keywords = inputs.keywords()
@@ -183,7 +191,7 @@ class Capture:
             keywords = {"use_cache": False} | keywords
         with ExitStack() as stack:
             for place in places:
-                stack.enter_context(hooked(self.model, place, at))
+                stack.enter_context(hooked(self.model, place, keep_first_tensor))
             if "input_ids" not in known and set(keywords) == {"input_ids"}:
                 output: Any = self._called((inputs.ids,), {}, gradients)
             else:
@@ -192,28 +200,34 @@ class Capture:
         return first_tensor(output, "logits")
 
     def _called(self, arguments: tuple[Any, ...], keywords: dict[str, Any], gradients: bool) -> Any:
-        """The model's output. Autograd refuses weights that were made in inference mode: copies stand in for them."""
+        """Call the model; if gradients are needed, with copies of the weights that were made in inference mode.
+
+        Autograd refuses those weights themselves.
+        """
         if gradients and self._usable is None:
-            with ALONE:  # another thread's copies may stand in the module
+            with ALONE:  # otherwise the module might hold the copies of another thread
                 named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
                 self._usable = {
                     name: weight.detach().clone() for name, weight in named.items() if weight.is_inference()
                 }
         if gradients and self._usable:
-            with ALONE:  # the module holds the copies during the call
+            with ALONE:  # functional_call puts the copies into the module during the call
                 return functional_call(self.model, self._usable, arguments, keywords)
         return self.model(*arguments, **keywords)
 
 
 def rows_at(value: Tensor, real: Tensor | None) -> Tensor:
-    """The rows of a value at the tokens that are no padding.
+    """Select the rows of a value that belong to real tokens and not to padding.
 
     Args:
-        value: (B, L, width) or (B·L, width). A value of another shape gives all its rows.
-        real: Bool (B, L), true where a token is no padding; None if all are.
+        value: A value of shape (B, L, width) or (B·L, width). Of a value of another shape, all rows are returned.
+        real: Where a token is not padding, bool (B, L); None if no token is padding.
+
+    Returns:
+        The rows, (n, width).
 
     Raises:
-        ValueError: The value is (L, B, width), so that padding can't be told from tokens.
+        ValueError: If the value is (L, B, width) and there is padding, which cannot be left out of this shape.
     """
     if real is not None:
         real = real.to(value.device)
@@ -224,16 +238,15 @@ def rows_at(value: Tensor, real: Tensor | None) -> Tensor:
                 f"the value has shape {tuple(value.shape)}, its length before its batch, so rows at padding can't be "
                 "left out: give texts without padding, one length a batch"
             )
-        elif (
-            value.dim() == 2 and len(value) == real.numel()
-        ):  # all tokens in one dimension, as experts of a mixture receive them
+        elif value.dim() == 2 and len(value) == real.numel():  # a mixture of experts joins batch and length
             value = value[real.flatten()]
     return value.reshape(-1, value.shape[-1] if value.dim() else 1)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
     rows = (parts[0] if len(parts) == 1 else torch.cat(parts)).resolve_neg()
-    return rows if rows.stride(-1) == 1 else rows.contiguous()  # of an expanded or transposed value
+    # The last stride of an expanded or transposed value is not 1.
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def _no_next_token(logits: Tensor, batch: Any) -> Tensor:
@@ -244,10 +257,10 @@ def _no_next_token(logits: Tensor, batch: Any) -> Tensor:
 
 
 def next_token_loss(logits: Tensor, batch: Any) -> Tensor:
-    """The cross-entropy of each next token, in nats, summed over the tokens that are predicted.
+    """Compute the cross-entropy of each next token, in nats, summed over the predicted tokens.
 
-    Padding is neither read nor predicted. This is a sum and not a mean, so that a row's gradient doesn't depend on how
-    many other rows are in its batch.
+    Predictions at padding and of padding do not count. The losses are summed and not averaged, so that the gradient in
+    one row does not depend on how many other rows are in its batch.
     """
     inputs = read_inputs(batch, Limits(device=logits.device))
     ids, real = inputs.ids, inputs.real
@@ -264,7 +277,7 @@ def next_token_loss(logits: Tensor, batch: Any) -> Tensor:
 
 
 def _chosen(hooks: Names, known: list[str]) -> list[str]:
-    """The streams that ``hooks`` selects; if it is a pattern or a set, in the model's order."""
+    """List the streams that ``hooks`` selects, in the model's order unless ``hooks`` itself has an order."""
     streams = [*known, *(name + GRADIENT for name in known)]
     if callable(hooks):
         chosen = [name for name in streams if hooks(name)]
@@ -277,7 +290,7 @@ def _chosen(hooks: Names, known: list[str]) -> list[str]:
     else:
         listed = dict.fromkeys(hooks)
         chosen = list(listed)
-        if isinstance(hooks, (set, frozenset)):  # a set's order differs between processes
+        if isinstance(hooks, (set, frozenset)):  # the order of a set differs between processes
             chosen = [name for name in streams if name in listed] + sorted(set(map(str, listed)) - set(streams))
         if not all(isinstance(name, str) for name in chosen):
             raise TypeError("hooks must be names of hooks, a regular expression, or a function of a name")

@@ -47,38 +47,40 @@ def collect(
 
     Args:
         model: A :class:`scalpel.CircuitGPT`, a transformers model, or any nn.Module that takes token ids.
-        batches: Token ids (B, L), int64, or transformers batches. Rows at padding (``attention_mask``) are left out.
-        hooks: Names of hooks, a regular expression that matches whole names, or a function of a name. A hook's name
-            stands for the activations there; with ``.grad`` after it, for the gradient of the loss with respect to
-            them, one row a token, as in ``"0.resid_in.grad"``. Names are ours, TransformerLens's, or module paths
-            (``:in`` for a module's input).
-        memory: How much the states that are being filled may take, in bytes or as a text such as "8GiB". If not all
-            states fit, hooks are taken in groups and the corpus is read once for each group, so ``batches`` must be
-            something that can be read again, such as a list. For a model on a GPU this is memory of the GPU.
-        rank: As for :class:`scalpel.StreamingCovariance`, at most a stream's width.
+        batches: Token ids (B, L), int64, or transformers batches. Rows at padding, where ``attention_mask`` is 0, are
+            left out.
+        hooks: Names of hooks, a regular expression that matches whole names, or a function of a name. The name of a
+            hook selects the activations there. With ``.grad`` after it, as in ``"0.resid_in.grad"``, it selects the
+            gradient of the loss with respect to these activations, with one row for each token. Names may be
+            Scalpel's, TransformerLens's, or module paths, with ``:in`` at the end for a module's input.
+        memory: How much memory the states may take while they are filled, in bytes or as a text such as "8GiB". If not
+            all states fit, the hooks are divided into groups and the corpus is read once for each group, so ``batches``
+            must be something that can be read again, such as a list. For a model on a GPU this is memory of the GPU.
+        rank: As for :class:`scalpel.StreamingCovariance`. A stream that is narrower takes its own width as the rank.
         method: As for :class:`scalpel.StreamingCovariance`.
         center: As for :class:`scalpel.StreamingCovariance`.
         precision: As for :class:`scalpel.StreamingCovariance`.
-        loss: A function of (logits, batch) that gives one number. By default it is the cross-entropy of each next
-            token, in nats, summed over tokens.
-        folder: Where states are saved every ``save_every`` batches. A second call continues from the last save. If
-            the first was killed at any moment, the result has the same bits as if it had not been.
-        save_every: How many batches lie between two saves.
-        fresh: Discard what ``folder`` holds and begin again.
-        shard: Whether this is one process of a torch.distributed job. Each process then reads the batches of its rank
-            (rank, rank + world, …), and all end with the merged states; see
+        loss: A function of (logits, batch) that returns one number. None takes the cross-entropy of each next token, in
+            nats, summed over tokens.
+        folder: A folder in which the states are saved every ``save_every`` batches. A call that was stopped, at
+            whatever moment, continues from the last save, and the result has the same bits as without the stop.
+        save_every: The number of batches between two saves.
+        fresh: Whether to discard what ``folder`` holds and begin again.
+        shard: Whether this is one process of a torch.distributed job. Each process then reads the batches rank,
+            rank + world, rank + 2 · world and so on, and all processes return the merged states; see
             :meth:`scalpel.StreamingCovariance.all_reduce`.
-        progress: Whether to show a bar on a terminal, or a function that is called with the number of batches done.
+        progress: Whether to show a progress bar on a terminal, or a function that is called with the number of batches
+            done.
 
     Returns:
-        The states by name: of a hook's activations, or with ``.grad`` of its gradients. If hooks were taken in groups,
-        this is a mapping that reads a state from disk when it is asked for. For a model on a GPU exact states stay on
-        the GPU; sketches, and states that are read from disk, are on the CPU.
+        The states by the names of their streams. If the hooks were divided into groups, this is a mapping that reads
+        each state from disk when it is asked for. For a model on a GPU, exact states stay on the GPU; sketches, and
+        states that are read from disk, are on the CPU.
 
     Raises:
-        ValueError: A hook isn't there, a state alone doesn't fit ``memory``, several groups are needed but ``batches``
-            can be read only once, or ``folder`` holds something else.
-        RuntimeError: With ``shard``, another process has ended.
+        ValueError: If there is no such hook, a single state does not fit into ``memory``, several groups are needed but
+            ``batches`` can be read only once, or ``folder`` holds something else.
+        RuntimeError: If ``shard`` is set and there is no distributed job, or another process has ended.
 
     Example:
         >>> import scalpel, torch
@@ -117,7 +119,7 @@ def collect(
             "save the states under names of your own"
         )
     key = {
-        "model": None if folder is None else model_mark(capture.model),  # a hash of every weight takes a while
+        "model": None if folder is None else model_mark(capture.model),  # hashing all weights takes a while
         "loss": None if loss is None else function_mark(loss),
         "streams": widths,
         "rank": rank,
@@ -174,19 +176,19 @@ def _removed_on_error(folder: str | None) -> Iterator[None]:
 
 
 class _Filling:
-    """One group of streams, filled in one pass over the corpus."""
+    """Fill one group of streams in one pass over the corpus."""
 
     def __init__(self, capture: Capture, share: _Share, saved: Saved | None, group: int, save_every: int) -> None:
         self.capture, self.share = capture, share
         self.saved, self.group, self.save_every = saved, group, save_every
 
     def fill(self, states: States, batches: Iterable[Any], bar: _Bar) -> tuple[States, str]:
-        """The filled states, and the digest of the corpus."""
+        """Add all batches to the states, and return the states and the digest of the corpus."""
         skip, digest = 0, ""
         if self.saved is not None and (last := self.saved.last(self.group)) is not None:
             loaded, position = last
             for name, state in loaded.items():
-                state._precision = states[name]._precision  # a file holds sums, not how precisely more are added
+                state._precision = states[name]._precision  # files do not store the precision of later additions
             states = loaded
             skip, digest = position["batches"], position["digest"]
         read, count = hashlib.sha256(), 0
@@ -211,7 +213,10 @@ class _Filling:
         return states, read.hexdigest()
 
     def _add(self, states: States, batch: Any, number: int) -> None:
-        """Add a batch. States on a GPU are updated together, so that the GPU is waited for only once."""
+        """Add a batch to the states.
+
+        States on a GPU are updated together, so that this process waits for the GPU only once.
+        """
         together: dict[torch.device, list[tuple[str, OnDevice, Tensor]]] = {}
         for name, rows in self.capture(batch, states).items():
             if rows.shape[1] != states[name].dim:
@@ -224,7 +229,7 @@ class _Filling:
             if _place(rows, states[name].rank) == "cpu":
                 rows = rows.cpu()
             elif states[name].count:
-                states[name] = states[name].to(rows.device)  # it was read from disk to the CPU
+                states[name] = states[name].to(rows.device)  # a state that was read from disk is on the CPU
             else:
                 states[name]._be_on(rows.device)
             state = states[name]._state
@@ -240,7 +245,7 @@ class _Filling:
 
 
 def _place(rows: Tensor, rank: int | None) -> str:
-    """The device of a stream's state."""
+    """Name the device on which a stream's state is kept."""
     return str(rows.device) if rank is None and runs_on(rows.device) else "cpu"
 
 
@@ -253,7 +258,10 @@ def _not_finite(row: int) -> str:
 
 
 def _merged_on_disk(saved: Saved, names: Iterable[str]) -> Saved:
-    """Merge the states of all processes on disk, one at a time in memory; each process keeps its own for a restart."""
+    """Merge the states of all processes, with one state at a time in memory, and save the results in a folder.
+
+    Each process keeps its own states as well, so that the job can be restarted.
+    """
     merged = Saved(saved.folder / "merged", {"of": "merged"}, fresh=True)
     for name in names:
         merged.finish({name: saved.load(name).all_reduce()}, "merged")
@@ -261,7 +269,7 @@ def _merged_on_disk(saved: Saved, names: Iterable[str]) -> Saved:
 
 
 class _Share:
-    """Which of the batches this process reads: every ``world``-th, from ``rank`` on."""
+    """The batches that this process reads: number ``rank`` and every ``world``-th after it."""
 
     def __init__(self, rank: int, world: int) -> None:
         self.rank, self.world = rank, world
@@ -277,7 +285,11 @@ class _Share:
         return cls(dist.get_rank(), dist.get_world_size())
 
     def check_equal(self, streams: list[str]) -> None:
-        """ValueError if the processes were asked for different streams, which would be merged with one another."""
+        """Check that all processes were asked for the same streams, because their states are merged in this order.
+
+        Raises:
+            ValueError: If they were not.
+        """
         if self.world == 1:
             return
         import torch.distributed as dist
@@ -292,13 +304,13 @@ class _Share:
 
 
 class _Bar:
-    """The progress bar: batches done, over all groups."""
+    """The progress bar, which counts the batches done in all groups."""
 
     def __init__(self, progress: bool | Callable[[int], None], groups: int, batches: Any) -> None:
         self._length = len(batches) if hasattr(batches, "__len__") else None
         total = None if self._length is None else self._length * groups
         self._report = progress if callable(progress) else None
-        # with disable=None there is no bar if stderr is no terminal
+        # With disable=None, tqdm shows no bar unless stderr is a terminal.
         self._bar: Any = tqdm(total=total, unit="batch", disable=None if progress is True else True)
         self._done = 0
 
@@ -319,7 +331,7 @@ class _Bar:
 
 
 def _peek(batches: Iterable[Any]) -> tuple[Any, Iterable[Any], bool]:
-    """The first batch, batches that still begin with it, and whether they can be read only once."""
+    """Return the first batch, all batches including the first, and whether they can be read only once."""
     iterator: Iterator[Any] = iter(batches)
     once = iter(batches) is iterator
     try:

@@ -1,4 +1,4 @@
-"""Digests of a corpus, a loss function and a model, which are the same in every process."""
+"""Compute digests of a corpus, a loss function and a model that are the same in every process."""
 
 from __future__ import annotations
 
@@ -17,56 +17,64 @@ from ..hooks.inputs import Limits, read_inputs
 
 
 def batch_mark(batch: Any) -> bytes:
-    """The bytes that tell a batch from another: all that it holds, labels included."""
-    read_inputs(batch, Limits())  # refuses what is not a batch
+    """Return bytes that distinguish a batch from others: everything in it, including labels."""
+    read_inputs(batch, Limits())  # raises an error if it is not a batch
     values = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     return b"|".join(f"{name} ".encode() + _value_mark(values[name]) for name in sorted(values, key=str))
 
 
 def corpus_mark(batches: Iterable[Any]) -> str:
-    """SHA-256 of all batches, in their order."""
-    read = hashlib.sha256()
+    """Compute the SHA-256 of all batches in their order."""
+    digest = hashlib.sha256()
     for batch in batches:
-        read.update(batch_mark(batch))
-    return read.hexdigest()
+        digest.update(batch_mark(batch))
+    return digest.hexdigest()
 
 
 def function_mark(function: Any) -> str:
-    """A function's name, and a SHA-256 of its code, its defaults and the values that it closes over."""
+    """Return a function's name and the SHA-256 of its code, its defaults and the values that it closes over."""
     name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)}"
     return f"{name} {hashlib.sha256(_value_mark(function)).hexdigest()}"
 
 
 def model_mark(model: nn.Module) -> str:
-    """SHA-256 of the class, the config, every module's plain attributes, and each tensor's name, shape and bytes."""
+    """Compute the SHA-256 of what determines a model's values.
+
+    These are its class, its config, the numbers, texts and switches among the attributes of its modules, and the name,
+    shape, dtype and bytes of each tensor.
+    """
     digest = hashlib.sha256(type(model).__qualname__.encode())
     config: Any = getattr(model, "config", None)
     if config is not None:
         fields = asdict(config) if is_dataclass(config) and not isinstance(config, type) else config
         fields = fields.to_dict() if hasattr(fields, "to_dict") else fields
-        if isinstance(fields, dict):  # a model is the same wherever its folder is
+        if isinstance(fields, dict):  # the folder of a model does not change the model
             fields = {name: value for name, value in fields.items() if name != "_name_or_path"}
         digest.update(json.dumps(fields, sort_keys=True, default=repr).encode())
     for name, module in model.named_modules():
         plain = {k: v for k, v in vars(module).items() if k != "training" and isinstance(v, (int, float, str, bool))}
         digest.update(f"{name} {type(module).__qualname__} {sorted(plain.items())}".encode())
     for name, tensor in model.state_dict().items():
-        held = _offloaded(model, name) if tensor.device.type == "meta" else tensor
-        digest.update(name.encode() + _value_mark(held))
+        weight = _offloaded(model, name) if tensor.device.type == "meta" else tensor
+        digest.update(name.encode() + _value_mark(weight))
     return digest.hexdigest()
 
 
 def _offloaded(model: nn.Module, name: str) -> Tensor:
-    """A weight that accelerate keeps elsewhere, in memory or on disk, until its layer runs."""
-    steps = name.split(".")
-    for i in reversed(range(len(steps))):
-        hook = getattr(model.get_submodule(".".join(steps[:i])), "_hf_hook", None)
+    """Read a weight that accelerate keeps in memory or on disk until its layer runs.
+
+    Raises:
+        ValueError: If there is no such weight.
+    """
+    path = name.split(".")
+    for i in reversed(range(len(path))):
+        hook = getattr(model.get_submodule(".".join(path[:i])), "_hf_hook", None)
         for part in getattr(hook, "hooks", (hook,)):
             weights = getattr(part, "weights_map", None)
-            local = ".".join(steps[i:])
+            local = ".".join(path[i:])
             if weights is not None and local in weights:
-                held: Tensor = weights[local]
-                return held
+                weight: Tensor = weights[local]
+                return weight
     raise ValueError(f"the weight {name!r} is on the device 'meta', so it has no data: load the model's weights first")
 
 
@@ -84,4 +92,4 @@ def _value_mark(value: Any) -> bytes:
         return b"(" + b",".join(map(_value_mark, value)) + b")"
     if isinstance(value, Mapping):
         return _value_mark(sorted(value.items(), key=lambda item: str(item[0])))
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value)).encode()  # addresses differ between processes
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value)).encode()  # without addresses, which differ between processes

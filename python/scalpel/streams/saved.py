@@ -1,4 +1,4 @@
-"""States on disk while a corpus is read: those of finished streams, and the last two saves of those being filled."""
+"""Keep states on disk while a corpus is read: those of finished streams, and two saves of those being filled."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ States = dict[str, StreamingCovariance]
 class Saved:
     """The folder of one collection.
 
-    ``done/`` holds a file for each finished stream, and the digest of the corpus that they were made of.
-    ``at-<group>-<batches>/`` is a generation: a file for each stream of the group that is being filled, and
-    ``position.json``. It takes its name when all of it is on the disk.
+    ``done/`` holds a file for each finished stream, and the digest of the corpus that was read.
+    ``at-<group>-<batches>/`` is a generation, which is one save of the group that is being filled: a file for each of
+    its streams, and ``position.json``. A generation takes this name only when it is complete on the disk.
 
     Args:
-        folder: It is created if need be.
-        key: Plain data that says what is collected.
-        fresh: Discard what the folder holds.
+        folder: The folder, which is created if it does not exist.
+        key: Plain data that identifies what is collected.
+        fresh: Whether to discard what the folder holds.
 
     Raises:
-        ValueError: The folder holds another collection, or states of an unknown one.
+        ValueError: If the folder holds another collection, or states without a record of what was collected.
     """
 
     def __init__(self, folder: str | Path, key: dict[str, Any], fresh: bool = False) -> None:
@@ -44,7 +44,7 @@ class Saved:
             "collect.json",
             key,
             WAY_OUT,
-            pieces=("at-*", "done/*"),  # in done/ even a file of the user's makes the folder a doubtful one
+            pieces=("at-*", "done/*"),  # any file in done/ counts, even one that the user put there
             leftovers=("at-*", ".at-*.part", "done/*.safetensors", "done/corpus.txt"),
             fresh=fresh,
             own_names=True,
@@ -60,7 +60,12 @@ class Saved:
     # ---- finished streams ------------------------------------------------------------------------
 
     def finish(self, states: Mapping[str, StreamingCovariance], corpus: str) -> None:
-        """Store the states of a filled group and remove its generations. ``corpus`` is the digest of the corpus."""
+        """Store the states of a filled group, and remove all generations.
+
+        Args:
+            states: The states by stream.
+            corpus: The digest of the corpus.
+        """
         for name, state in states.items():
             state.save(self._path(self.done, name))
         replace_text(self.done / "corpus.txt", corpus + "\n")
@@ -69,12 +74,12 @@ class Saved:
 
     @property
     def corpus(self) -> str:
-        """The digest that ``finish`` stored; empty before."""
+        """The digest of the corpus that ``finish`` stored, or an empty text if no group is finished."""
         path = self.done / "corpus.txt"
         return path.read_text().strip() if path.is_file() else ""
 
     def finished(self, names: list[str]) -> bool:
-        """Whether all of these streams are finished and undamaged. A damaged one gives a RuntimeWarning."""
+        """Return whether all of these streams are finished and undamaged, and warn of the first that is damaged."""
         if not self.corpus or not all(self._path(self.done, name).is_file() for name in names):
             return False
         for name in names:
@@ -86,16 +91,25 @@ class Saved:
         return True
 
     def load(self, name: str) -> StreamingCovariance:
-        """The state of a finished stream; ValueError if its file is damaged."""
+        """Read the state of a finished stream.
+
+        Raises:
+            ValueError: If its file is damaged.
+        """
         return StreamingCovariance.load(self._path(self.done, name))
 
     # ---- the group being filled ------------------------------------------------------------------
 
     def last(self, group: int) -> tuple[States, dict[str, Any]] | None:
-        """The newest undamaged generation of a group: its states and its position; None if there is no generation.
+        """Read the newest generation of a group that is undamaged.
 
-        A generation that is truncated, damaged or foreign gives a RuntimeWarning, and the one before it is used. If
-        all are, ValueError.
+        A RuntimeWarning is given for each newer generation that is truncated, damaged or not a generation at all.
+
+        Returns:
+            Its states and its position, or None if the group has no generation.
+
+        Raises:
+            ValueError: If the group has generations and all of them are damaged.
         """
         generations = self._generations(group)
         for folder in reversed(generations):
@@ -110,7 +124,7 @@ class Saved:
         return None
 
     def save(self, states: States, group: int, batches: int, digest: str) -> None:
-        """Write a new generation, whole or not at all."""
+        """Write a new generation, and remove all but the last two. It is written completely or not at all."""
         with self._work.writing_folder(f"at-{group:04d}-{batches:09d}") as draft:
             for name, state in states.items():
                 state.save(self._path(draft, name))
@@ -127,14 +141,14 @@ class Saved:
 
 
 class Stored(Mapping[str, StreamingCovariance]):
-    """States on disk, each of which is read when it is asked for, so that only one is in memory.
+    """A mapping of states on disk that reads each state when it is asked for.
 
-    Changes to a state are not saved.
+    Only one state needs to be in memory. Changes to a state are not saved.
 
     Args:
-        saved: Their folder.
-        names: Their streams.
-        temporary: A folder that is removed together with this object.
+        saved: The folder that holds the states.
+        names: The names of their streams.
+        temporary: A folder that is removed when this object is no longer used, or None.
 
     Example:
         >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")

@@ -7,7 +7,7 @@ import pytest
 
 from scalpel._resume import Pieces, WayOut, Work, differences
 from scalpel.analysis.store import Store
-from scalpel.circuits.effects import _Kept as KeptHooks
+from scalpel.circuits.effects import _FinishedHooks as FinishedHooks
 from scalpel.streams.saved import Saved
 from scalpel.training.loop import _fields
 from scalpel.training.recipe import Recipe
@@ -169,7 +169,7 @@ def test_earlier_effects_are_resumed(tmp_path):
     key = {"model": "a", "task": "b", "seed": 0}
     (tmp_path / "effects.json").write_text(json.dumps(key, indent=2, sort_keys=True))
     np.save(tmp_path / "0.attn.q.npy", np.ones(3))
-    kept = KeptHooks(tmp_path, key, ["0.attn.q", "0.attn.k"])
+    kept = FinishedHooks(tmp_path, key, ["0.attn.q", "0.attn.k"])
     stored = kept.load("0.attn.q")
     assert stored is not None and stored.tolist() == [1, 1, 1] and kept.load("0.attn.k") is None
 

@@ -1,4 +1,4 @@
-"""The configuration of a weight-sparse transformer, read strictly.
+"""The configuration of a weight-sparse transformer; fields that could change the mathematics unnoticed are refused.
 
 Fields and defaults follow the public inference code of Gao et al. 2025 (arXiv 2511.13653).
 """
@@ -53,7 +53,8 @@ _HUB_FIELDS = frozenset(
     }
 )
 
-# Fields of checkpoints whose code was never published. Only at these values is the model the published one.
+# Fields of checkpoints whose code was never published. At the values listed here they change nothing, and the model is
+# one that the published code can express.
 _ONLY_AT: dict[str, tuple[Any, ...]] = {
     "unembed_rank": (None,),
     "bigram_table_rank": (None,),
@@ -71,19 +72,19 @@ _ONLY_AT: dict[str, tuple[Any, ...]] = {
 
 @dataclass
 class CircuitGPTConfig:
-    """Shape and variants of a :class:`scalpel.CircuitGPT`.
+    """Describe the shape and the variant of a :class:`scalpel.CircuitGPT`.
 
     Attributes:
-        block_size: The most tokens that a text may have.
+        block_size: The largest number of tokens that a text may have.
         vocab_size: The number of token ids.
         n_layer: The number of layers; 0 is allowed.
         n_head: The number of attention heads of a layer.
-        d_head: Width of one head; by default d_model / n_head.
-        d_model: Width of the residual stream.
-        d_mlp: The number of neurons of an MLP; by default 4 · d_model.
+        d_head: The width of one head, d_model / n_head by default.
+        d_model: The width of the residual stream.
+        d_mlp: The number of neurons of an MLP, 4 · d_model by default.
         bias: Whether linear layers have biases.
-        ln_bias: Whether LayerNorms have biases; RMSNorms have none.
-        rms_norm: Whether norms are RMSNorm, and not LayerNorm.
+        ln_bias: Whether LayerNorms have biases. RMSNorms never do.
+        rms_norm: Whether the norms are RMSNorms instead of LayerNorms.
         residual_activation_type: What is applied to the residual stream after each block: "identity" or "relu".
         activation_type: The activation of the neurons: "gelu" (the exact one) or "relu".
         afrac: The fraction that AbsTopK keeps at each location of ``afrac_loctypes``: k = int(afrac · width). None
@@ -91,15 +92,15 @@ class CircuitGPTConfig:
         afrac_loctypes: The locations of AbsTopK, names of ``ABS_TOPK_LOCATIONS`` with commas between them.
         tied_unembed: Whether the output matrix is the embedding.
         tokenizer_name: The name of the tokenizer that the model was trained with.
-        enable_bigram_table: Whether a table (vocab_size, vocab_size) of logits by the last token is added.
-        d_pos_emb: Width of the position embeddings if these are concatenated to the inputs of attention and MLP; None
-            if they are added to the token embeddings.
-        sinusoidal_cat_pos_emb: Whether concatenated positions are fixed sinusoids, and not learned.
-        sink: Whether each head has a learned logit that takes attention and gives nothing.
+        enable_bigram_table: Whether each token adds its own row of a table (vocab_size, vocab_size) to its logits.
+        d_pos_emb: The width of the position embeddings if these are concatenated to the inputs of attention and MLP, or
+            None if they are added to the token embeddings.
+        sinusoidal_cat_pos_emb: Whether concatenated position embeddings are fixed sinusoids instead of learned.
+        sink: Whether each head has an attention sink: a learned logit that takes part in the softmax and has no value.
         extra: Fields that were read and do not change the mathematics. They are kept so that saving gives them back.
 
     Raises:
-        ValueError: A field is outside its range; the message names it and what is allowed.
+        ValueError: If a field is outside its range. The message names the field and the allowed values.
 
     Example:
         >>> from scalpel import CircuitGPTConfig
@@ -173,20 +174,20 @@ class CircuitGPTConfig:
 
     @property
     def topk_locations(self) -> tuple[str, ...]:
-        """The AbsTopK locations that are on; empty where ``afrac`` is None."""
+        """The locations at which AbsTopK is applied; none if ``afrac`` is None."""
         if self.afrac is None:
             return ()
         return tuple(part.strip() for part in self.afrac_loctypes.split(",") if part.strip())
 
     @property
     def d_attn(self) -> int:
-        """Width of q, of k and of v: all heads side by side."""
+        """The width of q, of k and of v, with all heads side by side."""
         assert self.d_head is not None
         return self.n_head * self.d_head
 
     @property
     def d_in(self) -> int:
-        """Width that attention and MLP read: the residual, and the positions where they are concatenated."""
+        """The width of the inputs of attention and MLP: the residual, and the position embeddings if concatenated."""
         return self.d_model + (self.d_pos_emb or 0)
 
     def k_at(self, location: str, width: int) -> int | None:
@@ -194,10 +195,10 @@ class CircuitGPTConfig:
 
         Args:
             location: One of ``ABS_TOPK_LOCATIONS``.
-            width: The number of entries of a token's row there.
+            width: The number of entries that a token has there.
 
         Returns:
-            int(afrac · width), or None where AbsTopK is off.
+            int(afrac · width), or None if AbsTopK is not applied there.
         """
         if location not in self.topk_locations:
             return None
@@ -209,25 +210,25 @@ class CircuitGPTConfig:
         """Read the fields of a ``beeg_config.json``.
 
         Args:
-            stored: The fields as the file has them; ``n_mlp`` is another name of ``d_mlp``.
+            stored: The fields as they stand in the file. ``n_mlp`` is read as ``d_mlp``.
 
         Returns:
-            The configuration. Switches of training and fields of the hub's format are kept in ``extra``.
+            The configuration. Switches for training and fields of the hub's format are kept in ``extra``.
 
         Raises:
-            ValueError: A field is unknown and could change the mathematics, or has a value outside its range.
+            ValueError: If a field is unknown and could change the mathematics, or has a value outside its range.
 
         Example:
             >>> config = scalpel.CircuitGPTConfig.from_dict({"d_model": 32, "n_head": 4, "n_mlp": 64, "flash": True})
             >>> config.d_mlp, config.extra
             (64, {'flash': True})
         """
-        own = {f.name for f in fields(cls)} - {"extra"}
+        own_fields = {entry.name for entry in fields(cls)} - {"extra"}
         known: dict[str, Any] = {}
         extra: dict[str, Any] = {}
         for key, value in stored.items():
             name = "d_mlp" if key == "n_mlp" else key
-            if name in own:
+            if name in own_fields:
                 if name in known and known[name] != value:
                     raise ValueError(f"config gives {name!r} twice: {known[name]!r} and {value!r} (as {key!r})")
                 known[name] = value
@@ -241,7 +242,7 @@ class CircuitGPTConfig:
                     )
                 extra[name] = value
             elif value is None or value is False:
-                extra[name] = value  # a switch that is off changes nothing, whatever it is called
+                extra[name] = value  # a switch that is off changes nothing, even if its name is unknown
             else:
                 raise ValueError(
                     f"unknown config field {name!r} = {value!r}: it may change what the model computes, so the "
@@ -250,7 +251,7 @@ class CircuitGPTConfig:
         return cls(**known, extra=extra)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give all fields, harmless extras included.
+        """Return all fields, including those in ``extra``.
 
         Returns:
             Plain data that :meth:`from_dict` reads.
@@ -260,11 +261,11 @@ class CircuitGPTConfig:
             >>> config.to_dict()["flash"], scalpel.CircuitGPTConfig.from_dict(config.to_dict()) == config
             (True, True)
         """
-        own = asdict(self)
-        return {**own.pop("extra"), **own}
+        own_fields = asdict(self)
+        return {**own_fields.pop("extra"), **own_fields}
 
     def to_public_dict(self) -> dict[str, Any]:
-        """Give the fields of ``beeg_config.json``: those of the published class, which refuses all others.
+        """Return the fields for ``beeg_config.json``, which are those that the published class accepts.
 
         Returns:
             Plain data, without the fields that the hub's format adds.
@@ -277,10 +278,10 @@ class CircuitGPTConfig:
         return {name: value for name, value in self.to_dict().items() if name not in self.extra or name in _SWITCHES}
 
     def unknown_fields(self) -> dict[str, Any]:
-        """Give the extra fields that no published code has.
+        """Return the extra fields that no published code has.
 
         Returns:
-            The fields by name; they were accepted because they are off.
+            The fields by name. They were accepted because they are off.
 
         Example:
             >>> config = scalpel.CircuitGPTConfig.from_dict({"d_model": 32, "n_head": 4, "new_switch": False})

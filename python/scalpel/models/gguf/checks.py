@@ -47,9 +47,9 @@ def check_metadata(header: Header, config: Any, shape: DecoderConfig) -> None:
     Raises:
         CheckpointError: If they do not.
     """
-    said = header.of_architecture()
+    stored = header.of_architecture()
     windows = set(shape.windows) or {None}
-    right: dict[str, Any] = {
+    in_config: dict[str, Any] = {
         "block_count": shape.layers,
         "embedding_length": shape.width,
         "context_length": shape.max_length,
@@ -69,38 +69,37 @@ def check_metadata(header: Header, config: Any, shape: DecoderConfig) -> None:
         "expert_count": 0,
         "expert_used_count": 0,
     }
+    # What a file leaves out has llama.cpp's default.
     if shape.rotary is not None:
-        right["rope.freq_base"] = config.rope_parameters["rope_theta"]
-        said.setdefault(
-            "rope.freq_base", 10000.0
-        )  # llama.cpp's default where a file does not say it; so are the next three
-    said.setdefault("attention.head_count_kv", said.get("attention.head_count"))
-    said.setdefault("attention.key_length", shape.width // shape.heads)
-    said.setdefault("attention.sliding_window", None)
+        in_config["rope.freq_base"] = config.rope_parameters["rope_theta"]
+        stored.setdefault("rope.freq_base", 10000.0)
+    stored.setdefault("attention.head_count_kv", stored.get("attention.head_count"))
+    stored.setdefault("attention.key_length", shape.width // shape.heads)
+    stored.setdefault("attention.sliding_window", None)
     eps = "attention.layer_norm_rms_epsilon" if shape.rms else "attention.layer_norm_epsilon"
     needed = ("block_count", "embedding_length", "context_length", "attention.head_count", eps)
-    unknown = sorted(said.keys() - right.keys() - set(_HARMLESS))
-    other = [
-        f"{key} is {said[key]!r} in the file and {right[key]!r} in the config"
-        for key in said.keys() & right.keys()
-        if not _same(said[key], right[key])
+    unknown = sorted(stored.keys() - in_config.keys() - set(_HARMLESS))
+    faults = [
+        f"{key} is {stored[key]!r} in the file and {in_config[key]!r} in the config"
+        for key in stored.keys() & in_config.keys()
+        if not _same(stored[key], in_config[key])
     ]
-    lacking = [key for key in needed if key not in said]
-    other += [f"{key} is not in the file, and {right[key]!r} in the config" for key in lacking]
+    lacking = [key for key in needed if key not in stored]
+    faults += [f"{key} is not in the file, and {in_config[key]!r} in the config" for key in lacking]
     if unknown:
-        other.append(f"{some(unknown)} {'has' if len(unknown) == 1 else 'have'} no place in the config")
-    if other:
+        faults.append(f"{some(unknown)} {'has' if len(unknown) == 1 else 'have'} no place in the config")
+    if faults:
         raise CheckpointError(
             f"transformers does not read all that {header.path} says of its {header.architecture!r}: "
-            f"{'; '.join(sorted(other))}. {_advice(len(lacking) == len(other))}"
+            f"{'; '.join(sorted(faults))}. {_advice(len(lacking) == len(faults))}"
         )
 
 
 def _advice(lacking: bool) -> str:
-    """Say what to do; ``lacking`` means that the only fault is that something is missing, as in a damaged file.
+    """Say what to do about a file that cannot be read exactly.
 
-    A complete file would be the same after another download, and transformers' reader would ignore the same parts of
-    it.
+    If something is missing and nothing else is wrong (``lacking``), the file is probably damaged, and another download
+    can help. It would not help with a complete file, because transformers' reader would ignore the same parts again.
     """
     if lacking:
         return f"{_OTHERWISE}: download the file again, or use the model's safetensors, if they are published"
@@ -110,10 +109,10 @@ def _advice(lacking: bool) -> str:
     )
 
 
-def _same(stored: Any, other: Any) -> bool:
-    if isinstance(stored, float) and isinstance(other, int | float) and not isinstance(other, bool):
-        return math.isclose(stored, other, rel_tol=1e-6)  # the file holds float32
-    return bool(stored == other)
+def _same(stored: Any, configured: Any) -> bool:
+    if isinstance(stored, float) and isinstance(configured, int | float) and not isinstance(configured, bool):
+        return math.isclose(stored, configured, rel_tol=1e-6)  # the file holds float32
+    return bool(stored == configured)
 
 
 def check_tensors(header: Header, expected: Expected, shape: DecoderConfig) -> None:
@@ -133,20 +132,20 @@ def check_tensors(header: Header, expected: Expected, shape: DecoderConfig) -> N
         if name not in expected.tied:
             stem, _, end = name.rpartition(".")
             wanted[f"{names.get_name(stem) or stem}.{end}"] = size
-    said = []
+    faults = []
     if lacking := sorted(wanted.keys() - header.tensors.keys()):
-        said.append(f"it lacks {some(lacking)}")
+        faults.append(f"it lacks {some(lacking)}")
     if extra := sorted(header.tensors.keys() - wanted.keys()):
-        said.append(f"transformers would drop {some(extra)}")
+        faults.append(f"transformers would drop {some(extra)}")
     for name in sorted(wanted.keys() & header.tensors.keys()):
         shape_in_file = header.tensors[name].shape
-        if shape_in_file not in (wanted[name], wanted[name][::-1]):  # GPT-2's matrices are transposed
-            said.append(f"{name!r} has shape {shape_in_file}, by the config {wanted[name]}")
-    if said:
+        if shape_in_file not in (wanted[name], wanted[name][::-1]):  # GGUF files hold GPT-2's matrices transposed
+            faults.append(f"{name!r} has shape {shape_in_file}, by the config {wanted[name]}")
+    if faults:
         why = ""
         if "rope_freqs.weight" in extra:
             why = "rope_freqs.weight scales the positions (Llama 3 is made so), and without it they would be others. "
         raise CheckpointError(
-            f"{header.path} is not the {expected.architecture} of its metadata: {'; '.join(said)}. {why}"
+            f"{header.path} is not the {expected.architecture} of its metadata: {'; '.join(faults)}. {why}"
             f"{_advice(not extra)}"
         )

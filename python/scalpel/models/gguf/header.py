@@ -32,8 +32,8 @@ class StoredTensor(NamedTuple):
     """
 
     shape: tuple[int, ...]
-    kind: int  # ggml's number of how it is stored
-    begin: int  # from the start of the tensors
+    kind: int
+    begin: int
 
 
 @dataclass(frozen=True)

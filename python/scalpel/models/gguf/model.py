@@ -34,16 +34,10 @@ __all__ = ["plain_model", "stored_as", "tokenizer"]
 
 _NAME = "model.gguf"
 
-# How text is split before merging, by llama.cpp's names, where transformers would always split it as GPT-2 does.
+# How text is split before tokens are merged, by llama.cpp's names. transformers would always split it as GPT-2 does.
 _CUT_AS_GPT2 = ("gpt-2", "gpt2", "jais", "mpt", "olmo")
-_CUT_AT_DIGITS = (
-    "codeshell",
-    "command-r",
-    "exaone",
-    "refact",
-    "smollm",
-    "starcoder",
-)  # each digit alone, then as GPT-2
+# These split off each digit first, and then split the rest as GPT-2 does.
+_CUT_AT_DIGITS = ("codeshell", "command-r", "exaone", "refact", "smollm", "starcoder")
 
 
 def plain_model(path: str | Path) -> Any:
@@ -182,7 +176,7 @@ def _expected(header: Header, folder: Path) -> Expected:
         raise CheckpointError(f"{file} is one of {parts} parts of a model. {HOW_TO_JOIN}")
     try:
         config = AutoConfig.from_pretrained(folder, gguf_file=_NAME, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # as above
+    except Exception as error:  # transformers raises errors of many kinds here, too
         raise CheckpointError(
             f"transformers can't read the {header.architecture!r} in {file}: {type(error).__name__}: {error}"
         ) from error
@@ -219,7 +213,7 @@ def _read(file: Path, folder: Path, expected: Expected) -> Any:
         )
     except (MemoryError, CheckpointError):
         raise
-    except Exception as error:  # as above
+    except Exception as error:  # transformers raises errors of many kinds here, too
         raise CheckpointError(
             f"transformers can't read the weights in {file}: {type(error).__name__}: {error}"
         ) from error
@@ -249,7 +243,7 @@ def _without_quantisation(model: Any, name: str) -> Any:
 
 
 def _set_cut(inner: Any, cut: Any, file: Path) -> None:
-    """Make ``inner`` split text in the way for which, as the file says, its merges were learnt."""
+    """Make the tokenizer ``inner`` split text before merging as ``cut``, the name in the file, says."""
     from tokenizers import pre_tokenizers
 
     if cut in _CUT_AT_DIGITS:
