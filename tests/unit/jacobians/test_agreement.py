@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from decoder_cases import ids_of, model_of
 from edited_decoders import EDITS
@@ -47,6 +48,9 @@ def counted(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list
         ours.append(x.shape[0] * x.shape[1])
         return through(decoder, i, weights, x, *rest)
 
+    # A function of the tests' own would be seen, and all of the batch compared.
+    as_theirs = {**rotate.__globals__, "__name__": "transformers.counted"}
+    rotate = FunctionType(rotate.__code__, as_theirs, closure=rotate.__closure__)
     monkeypatch.setattr(family, "apply_rotary_pos_emb", rotate)
     monkeypatch.setattr(trace, "through_layer", layer)
     return own, ours
@@ -159,3 +163,77 @@ def test_padding_is_compared_where_it_begins_and_ends() -> None:
     columns = [0, *range(1, 8), *range(23, 30), 39]  # the row with most padding
     assert torch.equal(part.ids, ids[2:, columns])
     assert torch.equal(part.mask, mask[2:, columns]) and torch.equal(part.positions, positions[2:, columns])
+
+
+def _clipped_in_the_middle(model: Any, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own modules, which act only where a value is large: at a token in the middle of the first row."""
+    mlp = model.model.layers[0].mlp
+    gates: list[Tensor] = []
+    for seed in range(100):
+        ids.copy_(torch.randint(0, 19, ids.shape, generator=torch.Generator().manual_seed(seed)))
+        handle = mlp.act_fn.register_forward_hook(lambda _, inputs, output: gates.append(output.detach()))
+        model(ids)
+        handle.remove()
+        largest = gates.pop()[0].amax(-1)  # (L,)
+        middle, outer = float(largest[8:-13].max()), float(torch.cat([largest[:8], largest[-13:]]).max())
+        if middle > 1.05 * outer:
+            break
+    else:
+        raise AssertionError("no text has its largest value in the middle")
+    limit = (middle + outer) / 2
+    mlp.act_fn = nn.Sequential(mlp.act_fn, nn.Hardtanh(-limit, limit))
+
+
+def _masked_by_distance(model: Any, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama import modeling_llama
+
+    def near(config: Any, inputs_embeds: Tensor, *_: Any, **__: Any) -> Tensor:
+        places = torch.arange(inputs_embeds.shape[1])
+        apart = places[:, None] - places
+        return torch.where((apart >= 0) & (apart < 16), 0.0, float("-inf")).to(inputs_embeds.dtype)[None, None]
+
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", near)
+
+
+def _rotated_in_another_row(model: Any, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama import modeling_llama
+
+    plain = modeling_llama.apply_rotary_pos_emb
+
+    def rotate(q: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        q, k = plain(q, *rest, **options)
+        return torch.cat([q[:1], 2 * q[1:]]), k
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotate)
+
+
+def _called_otherwise(model: Any, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlp = model.model.layers[0].mlp
+    plain = mlp._call_impl
+
+    def call(x: Tensor) -> Tensor:
+        return plain(x) * (1 + 0.5 * (torch.arange(x.shape[1]) == 15)[:, None])
+
+    mlp._call_impl = call
+
+
+@pytest.mark.parametrize(
+    "edit", [_clipped_in_the_middle, _masked_by_distance, _rotated_in_another_row, _called_otherwise]
+)
+def test_what_a_part_of_a_text_cannot_show_is_compared_on_all_of_it(
+    edit: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = model_of("llama"), ids_of(2, LENGTHS["llama"])
+    edit(model, ids, monkeypatch)
+    with torch.no_grad():
+        own = model(ids, use_cache=False).logits
+    J = jacobian(model, ids, "1.resid_in", "logits")
+    torch.testing.assert_close(J.primal, own, rtol=1e-5, atol=1e-5)
+
+
+def test_an_embedding_that_changes_its_weights_runs_as_it_would() -> None:
+    """With ``max_norm`` a forward pass rescales the rows that it looks up, and only these."""
+    model, ids = model_of("llama"), ids_of(2, LENGTHS["llama"])
+    model.model.embed_tokens.max_norm = 0.5
+    J = jacobian(model, ids, "1.resid_in", "logits")
+    torch.testing.assert_close(J.primal, model(ids, use_cache=False).logits, rtol=1e-5, atol=1e-5)

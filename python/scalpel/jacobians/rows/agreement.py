@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 import weakref
 from collections.abc import Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -43,17 +45,17 @@ def difference(model: nn.Module, decoder: Decoder, inputs: Inputs) -> str | None
       with padding its outermost tokens, too; of a batch, the row with most padding;
     - of a text that is longer than a window of attention, as many of its last tokens as show what the window hides,
       instead of its last seven;
-    - all of the batch, where some of the model's code is neither PyTorch's nor transformers' (a class, or a forward
-      pass, that was put in place of theirs), since it may treat one position unlike another.
+    - all of the batch, where something may treat one token or row unlike another: where the model's modules are not
+      those that its class builds of its config, where a class, a method or a function of its code is neither PyTorch's
+      nor transformers', or where an embedding changes its weights as it runs (``max_norm``).
 
     It can't see what changes nothing there: an edit that this text doesn't reach, such as a window longer than it; and
-    a function inside transformers' own modules that was exchanged for one that treats tokens in the middle of a long
-    text in another way.
+    code that says it is transformers' own and treats tokens in the middle of a long text in another way.
     """
     marks = marks_of(model)
     if _compared.get(model) == marks:
         return None
-    if _runs_library_code(model):
+    if _is_as_built(model) and _runs_library_code(model):
         inputs = _part(inputs, _windows(model, decoder))
     keywords = inputs.keywords()
     if "use_cache" in inspect.signature(model.forward).parameters:
@@ -110,18 +112,53 @@ def _windows(model: nn.Module, decoder: Decoder) -> list[int]:
     return [window for window in windows if window is not None]
 
 
-def _runs_library_code(model: nn.Module) -> bool:
-    """Whether every module's class and forward pass come from PyTorch, transformers or accelerate."""
-    return all(name.partition(".")[0] in _LIBRARIES for module in model.modules() for name in _origins(module))
+def _is_as_built(model: Any) -> bool:
+    """Whether the modules are those that the model's class builds of its config, and none changes its weights."""
+    try:
+        with torch.device("meta"):  # shapes only
+            built = type(model)(model.config)
+    except Exception:  # whatever an edited config leads to
+        return False
+    kinds = [(name, type(module)) for name, module in built.named_modules()]
+    embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    unchanged = all(embedding.max_norm is None for embedding in embeddings)
+    return unchanged and kinds == [(name, type(module)) for name, module in model.named_modules()]
+
+
+def _runs_library_code(model: Any) -> bool:
+    """Whether the code that the model runs comes from PyTorch, transformers or accelerate, as far as it says."""
+    files = {sys.modules.get(type(module).__module__) for module in model.modules()}
+    functions = [value for file in files for value in vars(file or object).values() if isinstance(value, FunctionType)]
+    functions += _attention_functions(model)
+    names = [name for module in model.modules() for name in _origins(module)]
+    names += [name for function in functions for name in _written_in(function)]
+    return all(name.partition(".")[0] in (*_LIBRARIES, *sys.stdlib_module_names) for name in names)
+
+
+def _attention_functions(model: Any) -> list[Any]:
+    """The function that computes attention in the model, and the one that makes its masks, where there are some."""
+    kind = getattr(model.config, "_attn_implementation", None)
+    places = ("modeling_utils", "ALL_ATTENTION_FUNCTIONS"), ("masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS")
+    tables: list[Any] = [getattr(sys.modules.get(f"transformers.{file}"), name, {}) for file, name in places]
+    return [table[kind] for table in tables if kind in table]
 
 
 def _origins(module: nn.Module) -> Iterator[str]:
     """The modules of Python in which the class of ``module`` and its forward pass were written."""
     yield type(module).__module__
-    function: Any
-    for function in (type(module).__call__, type(module).forward, vars(module).get("forward")):
-        while function is not None:
-            function = getattr(function, "func", function)  # what accelerate makes a partial function of
-            function = getattr(function, "__func__", function)
-            yield getattr(function, "__globals__", {}).get("__name__", "unknown")
-            function = getattr(function, "__wrapped__", None)
+    for function in (type(module).__call__, type(module).forward, *_own_methods(module)):
+        yield from _written_in(function)
+
+
+def _own_methods(module: nn.Module) -> list[Any]:
+    """What was put in place of methods on the module itself, such as ``forward`` and ``_call_impl``."""
+    return [value for name, value in vars(module).items() if callable(value) and hasattr(type(module), name)]
+
+
+def _written_in(function: Any) -> Iterator[str]:
+    """The modules of Python in which a function, and whatever it wraps, was written."""
+    while function is not None:
+        function = getattr(function, "func", function)  # what accelerate makes a partial function of
+        function = getattr(function, "__func__", function)
+        yield getattr(function, "__globals__", {}).get("__name__", "unknown")
+        function = getattr(function, "__wrapped__", None)
