@@ -1,5 +1,5 @@
 """The command line: ``scalpel run``, ``scalpel analyze`` and the others."""
 
-from .commands import main
+from .commands import app, main
 
-__all__ = ["main"]
+__all__ = ["app", "main"]

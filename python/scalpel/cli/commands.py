@@ -18,7 +18,7 @@ from .._info import __version__
 from ..experiments import names as experiment_names
 from . import models as models  # registers its commands
 from . import show
-from .app import Debug, Json, Seed, app, guarded, print_json
+from .application import Debug, Json, Seed, app, guarded, print_json
 
 __all__ = ["app", "main"]
 

@@ -9,7 +9,7 @@ import typer
 
 from .._files import check_folder, replace_text
 from . import show
-from .app import Debug, Json, Seed, app, guarded, print_json
+from .application import Debug, Json, Seed, app, guarded, print_json
 
 __all__ = ["prune", "train"]
 

@@ -364,3 +364,25 @@ def test_random_configurations(case: str, seed: int, batch: int, length: int, da
     for got, want in ((J.jvp(V), V.flatten(1) @ dense.T), (J.vjp(U), U.flatten(1) @ dense)):
         if T:
             assert float((got.flatten(1) - want).abs().max()) <= 1e-9 * scale * dense.shape[1]
+
+
+def test_a_model_that_an_intervention_runs_is_not_taken_for_the_traced_one() -> None:
+    model, other = build("like_csp_yolo2"), build("like_csp_yolo2")
+    torch.nn.init.normal_(other.transformer.h[0].attn.c_attn.weight)
+    ids = tokens(model)
+
+    def scaled(name: str, value: Tensor) -> Tensor:
+        return value * 1.1 if name == "0.mlp.act_in" else value
+
+    def nested(name: str, value: Tensor) -> Tensor:
+        if name == "0.mlp.act_in":
+            other(ids)
+        return scaled(name, value)
+
+    products = []
+    for intervention in (scaled, nested):
+        model._interventions.append(intervention)
+        J = jacobian(model, ids)
+        products.append(J.jvp(torch.ones(1, *J.source_shape, dtype=J.dtype)))
+        model._interventions.pop()
+    assert torch.equal(*products)
