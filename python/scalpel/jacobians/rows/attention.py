@@ -4,8 +4,8 @@ With weights P, scores S and d the tangents (Dao et al. 2022, "FlashAttention", 
     dy_i = sum_j P_ij dS_ij v_j - (sum_j P_ij dS_ij) y_i + sum_j P_ij dv_j,  dS_ij = scale (dq_i k_j + q_i dk_j)
 and backward, with u the cotangent of y:
     A_ij = scale P_ij (u_i v_j - u_i y_i),  dq_i = sum_j A_ij k_j,  dk_j = sum_i A_ij q_i,  dv_j = sum_i P_ij u_i.
-Queries come in tiles, whose weights are computed again from the row's log-sum-exp and shared by all tangents: no
-array of length x length is kept, and beside the tangents only one tile of scores.
+Queries are processed in tiles. A tile's weights are recomputed from the log-sum-exp of each query and serve all
+tangents, so no array of length x length is kept: apart from the tangents, only the scores of one tile are in memory.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_TILE_NUMBERS = 1 << 21  # of scores at a time, all tangents together: small enough for a last-level cache
+_TILE_NUMBERS = 1 << 21  # scores in memory at a time, over all tangents: few enough for a last-level cache
 
 
 @dataclass(frozen=True)
 class Mask:
-    """Which keys a query may read: those up to itself, in its window, that are no padding."""
+    """Which keys a query may read: the tokens up to its own, within its window, that are not padding."""
 
-    real: Tensor | None  # (B, L) bool
-    window: int | None
+    real: Tensor | None  # (B, L) bool, False at padding; None where there is no padding
+    window: int | None  # how many of the latest tokens a query reads; None for all of them
 
-    def at(self, b: int, queries: slice, keys: slice, device: torch.device) -> Tensor:
-        """(queries, keys) bool."""
-        i = torch.arange(queries.start, queries.stop, device=device)[:, None]
-        j = torch.arange(keys.start, keys.stop, device=device)
-        allowed = j <= i
+    def at(self, text: int, queries: slice, keys: slice, device: torch.device) -> Tensor:
+        """Whether each query of one text of the batch may read each key, (queries, keys) bool."""
+        query_positions = torch.arange(queries.start, queries.stop, device=device)[:, None]
+        key_positions = torch.arange(keys.start, keys.stop, device=device)
+        allowed = key_positions <= query_positions
         if self.window is not None:
-            allowed = allowed & (i - j < self.window)
-        return allowed if self.real is None else allowed & self.real[b, keys]
+            allowed = allowed & (query_positions - key_positions < self.window)
+        return allowed if self.real is None else allowed & self.real[text, keys]
 
     def keys_of(self, queries: slice) -> slice:
-        """Those that some query of a tile may read."""
+        """The range of keys that holds all that the ``queries`` of a tile may read."""
         first = 0 if self.window is None else max(0, queries.start - self.window + 1)
         return slice(first, queries.stop)
 
 
 @dataclass(frozen=True)
 class _Tile:
-    """Some queries of the heads that share one head of k and v, in one row of the batch."""
+    """Some queries of the heads that share one head of k and v, in one text of the batch."""
 
-    b: int
+    text: int
     kv_head: int
     heads: slice
     queries: slice
@@ -53,7 +53,11 @@ class _Tile:
 
 
 class DenseAttention:
-    """The primal: q (B, L, heads, d), k and v (B, L, kv_heads, d), after rotation; y as q."""
+    """Attention at one input, and its products with tangents and cotangents.
+
+    ``q`` is (B, L, heads, d), ``k`` and ``v`` are (B, L, kv_heads, d), all after the rotation of their positions. The
+    output ``y`` has the shape of ``q``.
+    """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> None:
         self.q, self.k, self.v = q, k, v
@@ -65,83 +69,85 @@ class DenseAttention:
         for tile in self._tiles(1, slice(0, q.shape[1])):
             scores = self._scores(tile)
             log_sum = torch.logsumexp(scores, -1)
-            log_sum.masked_fill_(log_sum == -torch.inf, 0)  # a padding query that may read nothing: weights 0
-            self._log_sum[tile.b, tile.queries, tile.heads] = log_sum
+            log_sum.masked_fill_(log_sum == -torch.inf, 0)  # a padding query that may read no key has weights 0
+            self._log_sum[tile.text, tile.queries, tile.heads] = log_sum
             weights = scores.sub_(log_sum[..., None]).exp_()
-            self.y[tile.b, tile.queries, tile.heads] = weights @ self.v[tile.b, tile.keys, tile.kv_head]
+            self.y[tile.text, tile.queries, tile.heads] = weights @ self.v[tile.text, tile.keys, tile.kv_head]
 
     def jvp(self, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, out: Tensor, first: int) -> Tensor:
-        """Tangents of y, written to ``out`` (T, B, L - first, heads, d).
+        """Write the tangents of y to ``out`` (T, B, L - first, heads, d) and return it.
 
-        Those of q (as out), k and v (T, B, L - first, kv_heads, d), None where they are zero, are of the
-        tokens from ``first`` on; earlier ones are zero.
+        The tangents of q, shaped as ``out``, and of k and v, (T, B, L - first, kv_heads, d), begin at token ``first``;
+        those of earlier tokens are zero. None stands for a tangent that is zero at all tokens.
         """
         count, length = out.shape[0], self.q.shape[1]
         for tile in self._tiles(count, slice(first, length)):
-            here = slice(tile.queries.start - first, tile.queries.stop - first)
+            local_queries = slice(tile.queries.start - first, tile.queries.stop - first)
             moved_keys = slice(max(tile.keys.start, first), tile.keys.stop)
-            there = slice(moved_keys.start - first, moved_keys.stop - first)
-            late = moved_keys.start - tile.keys.start
+            local_keys = slice(moved_keys.start - first, moved_keys.stop - first)
+            still = moved_keys.start - tile.keys.start  # keys at the head of the tile whose tangents are zero
             q, weights = self._weights(tile)  # (n, g, d), (n, g, keys)
-            k, v = self.k[tile.b, tile.keys, tile.kv_head], self.v[tile.b, tile.keys, tile.kv_head]
+            k, v = self.k[tile.text, tile.keys, tile.kv_head], self.v[tile.text, tile.keys, tile.kv_head]
             rows, keys = q.shape[0] * q.shape[1], k.shape[0]
-            move = None  # (T, rows, keys): tangents of the scores, then times the weights
+            dscores = None  # (T, rows, keys): the tangents of the scores, later multiplied by the weights
             if dq is not None:
-                move = (dq[:, tile.b, here, tile.heads].reshape(count * rows, -1) @ k.T).view(count, rows, keys)
+                dq_tile = dq[:, tile.text, local_queries, tile.heads].reshape(count * rows, -1)
+                dscores = (dq_tile @ k.T).view(count, rows, keys)
             if dk is not None:
-                part = dk[:, tile.b, there, tile.kv_head].transpose(1, 2)  # (T, d, moved keys)
-                flat = q.reshape(rows, -1).expand(count, -1, -1)
-                if move is None:
-                    move = q.new_zeros(count, rows, keys)
-                late_move = move[:, :, late:]
-                torch.baddbmm(late_move, flat, part, out=late_move)
-            y = None
-            if move is not None:
-                move.mul_(weights.view(rows, keys).mul(self.scale))
-                y = (move.view(-1, keys) @ v).view(count, rows, -1)
-                drift = move.sum(-1, keepdim=True)
-                y.addcmul_(drift, self.y[tile.b, tile.queries, tile.heads].reshape(rows, -1), value=-1)
+                dk_tile = dk[:, tile.text, local_keys, tile.kv_head].transpose(1, 2)  # (T, d, moved keys)
+                flat_q = q.reshape(rows, -1).expand(count, -1, -1)
+                if dscores is None:
+                    dscores = q.new_zeros(count, rows, keys)
+                moved_dscores = dscores[:, :, still:]
+                torch.baddbmm(moved_dscores, flat_q, dk_tile, out=moved_dscores)
+            dy = None
+            if dscores is not None:
+                dscores.mul_(weights.view(rows, keys).mul(self.scale))
+                dy = (dscores.view(-1, keys) @ v).view(count, rows, -1)
+                mean_dscore = dscores.sum(-1, keepdim=True)
+                dy.addcmul_(mean_dscore, self.y[tile.text, tile.queries, tile.heads].reshape(rows, -1), value=-1)
             if dv is not None:
-                part = dv[:, tile.b, there, tile.kv_head]  # (T, moved keys, d)
-                of_late = weights.view(rows, keys)[:, late:].expand(count, -1, -1)
-                y = torch.bmm(of_late, part) if y is None else torch.baddbmm(y, of_late, part, out=y)
-            into = out[:, tile.b, here, tile.heads]
-            into.copy_(y.view(into.shape)) if y is not None else into.zero_()
+                dv_tile = dv[:, tile.text, local_keys, tile.kv_head]  # (T, moved keys, d)
+                shares = weights.view(rows, keys)[:, still:].expand(count, -1, -1)
+                dy = torch.bmm(shares, dv_tile) if dy is None else torch.baddbmm(dy, shares, dv_tile, out=dy)
+            out_tile = out[:, tile.text, local_queries, tile.heads]
+            out_tile.copy_(dy.view(out_tile.shape)) if dy is not None else out_tile.zero_()
         return out
 
     def vjp(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Cotangents of q, k and v from that of y (T, B, stop, heads, d), which is zero from token ``stop`` on."""
+        """Return the cotangents of q, k and v, given that of y, (T, B, stop, heads, d), zero from token ``stop`` on."""
         count, batch, stop = u.shape[:3]
         dq = torch.empty_like(u)
         dk = u.new_zeros(count, batch, stop, *self.k.shape[2:])
         dv = torch.zeros_like(dk)
         for tile in self._tiles(count, slice(0, stop)):
             q, weights = self._weights(tile)
-            k, v = self.k[tile.b, tile.keys, tile.kv_head], self.v[tile.b, tile.keys, tile.kv_head]
+            k, v = self.k[tile.text, tile.keys, tile.kv_head], self.v[tile.text, tile.keys, tile.kv_head]
             rows, keys = q.shape[0] * q.shape[1], k.shape[0]
-            y = self.y[tile.b, tile.queries, tile.heads].reshape(rows, -1)
-            into = dq[:, tile.b, tile.queries, tile.heads]
-            part = u[:, tile.b, tile.queries, tile.heads].reshape(count, rows, -1)
-            share = weights.view(rows, keys)
-            back = (part.reshape(count * rows, -1) @ v.T).view(count, rows, keys)
-            back.sub_((part * y).sum(-1, keepdim=True)).mul_(share.mul(self.scale))
-            into.copy_((back.view(-1, keys) @ k).view(into.shape))
-            flat = q.reshape(rows, -1)
-            dk[:, tile.b, tile.keys, tile.kv_head] += back.transpose(1, 2) @ flat
-            dv[:, tile.b, tile.keys, tile.kv_head] += share.T @ part
+            y = self.y[tile.text, tile.queries, tile.heads].reshape(rows, -1)
+            dq_tile = dq[:, tile.text, tile.queries, tile.heads]
+            u_tile = u[:, tile.text, tile.queries, tile.heads].reshape(count, rows, -1)
+            flat_weights = weights.view(rows, keys)
+            dscores = (u_tile.reshape(count * rows, -1) @ v.T).view(count, rows, keys)
+            dscores.sub_((u_tile * y).sum(-1, keepdim=True)).mul_(flat_weights.mul(self.scale))
+            dq_tile.copy_((dscores.view(-1, keys) @ k).view(dq_tile.shape))
+            flat_q = q.reshape(rows, -1)
+            dk[:, tile.text, tile.keys, tile.kv_head] += dscores.transpose(1, 2) @ flat_q
+            dv[:, tile.text, tile.keys, tile.kv_head] += flat_weights.T @ u_tile
         return dq, dk, dv
 
     def _tiles(self, count: int, queries: slice) -> Iterator[_Tile]:
-        for start in self._starts(count, queries):
-            for b in range(self.q.shape[0]):
+        """Cover the ``queries`` of all texts and heads with tiles that leave room for ``count`` tangents."""
+        for tile_queries in self._query_ranges(count, queries):
+            for text in range(self.q.shape[0]):
                 for kv_head in range(self.k.shape[2]):
                     heads = slice(kv_head * self.group, (kv_head + 1) * self.group)
-                    yield _Tile(b, kv_head, heads, start, self.mask.keys_of(start))
+                    yield _Tile(text, kv_head, heads, tile_queries, self.mask.keys_of(tile_queries))
 
-    def _starts(self, count: int, queries: slice) -> Iterator[slice]:
+    def _query_ranges(self, count: int, queries: slice) -> Iterator[slice]:
         start = queries.start
         while start < queries.stop:
-            # The keys of a tile are about as many as the tokens up to it.
+            # A tile has about as many keys as there are tokens before it, or as its window holds.
             keys = max(1, start if self.mask.window is None else min(start, self.mask.window))
             size = max(16, int(_TILE_NUMBERS / (count * self.group * max(keys, 256))))
             stop = min(queries.stop, start + size)
@@ -149,12 +155,13 @@ class DenseAttention:
             start = stop
 
     def _scores(self, tile: _Tile) -> Tensor:
-        """(queries, heads of the group, keys), -inf where a key may not be read."""
-        q = self.q[tile.b, tile.queries, tile.heads]
-        scores = (q.reshape(-1, q.shape[-1]) @ self.k[tile.b, tile.keys, tile.kv_head].T).mul_(self.scale)
-        allowed = self.mask.at(tile.b, tile.queries, tile.keys, self.q.device)
+        """The scores of a tile, (queries, heads of the group, keys); -inf where a query may not read a key."""
+        q = self.q[tile.text, tile.queries, tile.heads]
+        scores = (q.reshape(-1, q.shape[-1]) @ self.k[tile.text, tile.keys, tile.kv_head].T).mul_(self.scale)
+        allowed = self.mask.at(tile.text, tile.queries, tile.keys, self.q.device)
         return scores.view(*q.shape[:2], -1).masked_fill_(~allowed[:, None], -torch.inf)
 
     def _weights(self, tile: _Tile) -> tuple[Tensor, Tensor]:
-        log_sum = self._log_sum[tile.b, tile.queries, tile.heads]
-        return self.q[tile.b, tile.queries, tile.heads], self._scores(tile).sub_(log_sum[..., None]).exp_()
+        """The queries of a tile, (queries, heads of the group, d), and their weights, shaped as the scores."""
+        log_sum = self._log_sum[tile.text, tile.queries, tile.heads]
+        return self.q[tile.text, tile.queries, tile.heads], self._scores(tile).sub_(log_sum[..., None]).exp_()

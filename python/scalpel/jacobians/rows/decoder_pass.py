@@ -1,4 +1,7 @@
-"""One forward pass of a transformers model that has a family: its inputs, checked, and the ends of a Jacobian."""
+"""One forward pass of a transformers model whose family has rules, between the two hooks of a Jacobian.
+
+The inputs are checked before the pass is made.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ __all__ = ["DecoderPass", "beyond_rules", "decoder_pass", "module_paths"]
 
 
 class DecoderPass(Pass):
-    """A supported decoder between two of its hooks, by our names; ``logits`` may be the target."""
+    """The pass of a supported decoder between two hooks, given by Scalpel's names; ``logits`` may be the target."""
 
     def __init__(
         self, model: nn.Module, decoder: Decoder, inputs: Inputs, ends: tuple[str, str], precision: str | None
@@ -35,17 +38,17 @@ class DecoderPass(Pass):
         self.text: Text = kept(Text.of(inputs))
         self.hooks = [*hooks_of(decoder.config), LOGITS]
         weight = decoder.final()[1].weight
-        # A bfloat16 model's residual stream and tangents are float32; only its matrix products are not.
+        # In a bfloat16 model only the matrix products are bfloat16; its residual stream and tangents are float32.
         self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         narrow = precision == "bfloat16" and weight.dtype != torch.bfloat16
         self.products = replace(decoder, weights=NarrowWeights.of(model, decoder.weights)) if narrow else decoder
 
     def between(self, source: str, target: str) -> DecoderPass | None:
-        ends = _ends(self.decoder, source, target)
-        if isinstance(ends, str):
+        hooks = _ends(self.decoder, source, target)
+        if isinstance(hooks, str):
             return None
         other = copy.copy(self)
-        other.source, other.target = ends
+        other.source, other.target = hooks
         return other
 
     @property
@@ -54,7 +57,7 @@ class DecoderPass(Pass):
 
     @property
     def allowed(self) -> Tensor:
-        """(L, L), or (B, 1, L, L) with padding: the keys that a query may read."""
+        """The keys that each query may read, (L, L) bool, or (B, 1, L, L) where the text has a mask."""
         causal = torch.ones(self.length, self.length, dtype=torch.bool, device=self.text.ids.device).tril()
         return causal if self.text.real is None else (causal & self.text.real[:, None, :])[:, None]
 
@@ -62,7 +65,7 @@ class DecoderPass(Pass):
 def decoder_pass(
     model: nn.Module, input_ids: Any, beside: dict[str, Any], source: str, target: str, precision: str | None
 ) -> DecoderPass | str:
-    """Make the pass, or say why the rules don't cover the model, its inputs or a hook."""
+    """Make the pass, or return the reason why the rules don't cover the model, its inputs or a hook."""
     decoder = decoder_or_reason(model)
     if isinstance(decoder, str):
         return decoder
@@ -79,7 +82,7 @@ def decoder_pass(
 
 
 def _ends(decoder: Decoder, source: str, target: str) -> tuple[str, str] | str:
-    """Our names of both hooks, or why the rules don't cover one."""
+    """Return Scalpel's names of both hooks, or the reason why the rules don't cover one of them."""
     hooks = []
     for name, as_source in ((source, True), (target, False)):
         hook = LOGITS if name == LOGITS else hook_named(name, decoder.family.PATHS, hooks_of(decoder.config), as_source)
@@ -92,21 +95,21 @@ def _ends(decoder: Decoder, source: str, target: str) -> tuple[str, str] | str:
 
 
 def module_paths(model: nn.Module, source: str, target: str, reason: str) -> tuple[str, str]:
-    """Both ends as paths of modules, where the model's family says which these are; else as they are.
+    """Return both hooks as module paths where the model's family knows them; other names stay as they are.
 
-    ``reason``: why there are no rules here, for the error where a hook has no path.
+    A hook of the rules may have no module path; the error then states ``reason``, which is why the rules can't be used.
     """
     family, hooks = family_of_model(model), hooks_of_model(model)
     if family is None:
         return source, target
     paths = module_hooks(model)
-    kind = f"this {type(model).__name__} (its hooks, or module paths with ':in' for an input)"
+    description = f"this {type(model).__name__} (its hooks, or module paths with ':in' for an input)"
     ends = []
     for name, role in ((source, "source"), (target, "target")):
         known = [*hooks, *paths] if role == "source" else [*hooks, LOGITS, *paths]
         path = module_path(name, family.PATHS, hooks, role == "source")
         if path not in known:
-            known_hook(name, known, role, kind)
+            known_hook(name, known, role, description)
         if path in hooks:
             raise ValueError(f"the {role} {name!r} is no module's value, and the rules can't be used: {reason}")
         ends.append(path)
@@ -114,7 +117,7 @@ def module_paths(model: nn.Module, source: str, target: str, reason: str) -> tup
 
 
 def beyond_rules(decoder: Decoder, inputs: Inputs) -> str | None:
-    """What it is about the inputs that the rules don't cover; None where there is nothing."""
+    """Return the reason why the rules don't cover the inputs; None where they do."""
     if inputs.others:
         return f"the batch has {min(inputs.others)!r}; the rules take input_ids, attention_mask and position_ids"
     longest, mask, positions = decoder.config.max_length, inputs.mask, inputs.positions
@@ -125,7 +128,7 @@ def beyond_rules(decoder: Decoder, inputs: Inputs) -> str | None:
     if positions is not None:
         if positions.dim() != 2 or int(positions.max()) >= longest:
             return f"its position_ids are not (batch, length) from 0 to {longest - 1}"
-        # Without a mask, positions that start again mark texts packed into one row, which don't read each other.
+        # Without a mask, positions that start anew mark several texts packed into one, which don't read each other.
         if mask is None and not bool((positions.diff(dim=-1) == 1).all()):
             return "position_ids that are not consecutive need an attention_mask: without, they mark packed texts"
     return None

@@ -1,6 +1,7 @@
-"""One layer of a dense decoder on T tangents (T, B, tokens, width): forward, and the adjoint.
+"""The products of one layer of a dense decoder with T tangents (T, B, tokens, width), forward and back.
 
-``hook(name, value)`` sees every hook's tangent, None where nothing has moved yet, and gives what goes on.
+``hook(name, tangent)`` is called at every hook, and the product goes on with what it returns. None stands for a tangent
+of zero, such as before the source, and for a cotangent of zero, such as after the target.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ Hook = Callable[[str, Tensor | None], Tensor | None]
 
 
 class Buffers:
-    """Memory for intermediate values by name, used again by every layer: fresh pages cost more than arithmetic."""
+    """Named memory for intermediate values, which all layers share.
+
+    Without it, each layer would wait for fresh pages of memory longer than for its arithmetic.
+    """
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory of this shape, which holds arbitrary numbers until the caller writes to it."""
         size = int(torch.Size(shape).numel())
         kept = self._kept.get((name, dtype))
         if kept is None or kept.numel() < size or kept.device != device:
@@ -32,7 +37,7 @@ class Buffers:
 
 
 class DenseLayer:
-    """The rules of layer ``i`` at its primal. ``part``: the tokens that tangents have."""
+    """The rules of layer ``i`` at its primal, for tangents of the tokens ``part``."""
 
     def __init__(
         self,
@@ -55,40 +60,44 @@ class DenseLayer:
     # ---- forward -------------------------------------------------------------------------------
 
     def push(self, x: Tensor | None, hook: Hook, watched: set[str]) -> Tensor | None:
-        """The tangent of the residual stream after the layer, from that before it, which is overwritten."""
-        at, layer, primal = f"{self.i}.", self.layer, self.primal
-        x = hook(f"{at}resid_in", x)
-        read = hook(f"{at}attn.act_in", None if x is None else self._normed(primal.norm1, x))
-        y = hook(f"{at}attn.y", self._attended(read, hook))
-        after = self._joined(x, layer.out, y, f"{at}attn.resid_delta", hook, watched)
+        """Return the tangent of the residual stream after the layer, given the tangent ``x`` before it.
+
+        ``x`` is overwritten. ``hook`` may not be called at a ``resid_delta`` that is not in ``watched``: its tangent is
+        then added to the residual stream in the same step as it is computed.
+        """
+        prefix, layer, primal = f"{self.i}.", self.layer, self.primal
+        x = hook(f"{prefix}resid_in", x)
+        normed = hook(f"{prefix}attn.act_in", None if x is None else self._normed(primal.norm1, x))
+        y = hook(f"{prefix}attn.y", self._attended(normed, hook))
+        after = self._joined(x, layer.out, y, f"{prefix}attn.resid_delta", hook, watched)
         if self.config.parallel:
             return self._mlp(x, after, hook, watched)
-        after = hook(f"{at}resid_mid", after)
+        after = hook(f"{prefix}resid_mid", after)
         return self._mlp(after, after, hook, watched)
 
     def _mlp(self, middle: Tensor | None, after: Tensor | None, hook: Hook, watched: set[str]) -> Tensor | None:
-        at, layer, primal = f"{self.i}.", self.layer, self.primal
-        read = hook(f"{at}mlp.act_in", None if middle is None else self._normed(primal.norm2, middle))
+        prefix, layer, primal = f"{self.i}.", self.layer, self.primal
+        normed = hook(f"{prefix}mlp.act_in", None if middle is None else self._normed(primal.norm2, middle))
         neurons = None
-        if read is not None:
-            neurons = self._product(layer.up[0], read, "neurons").mul_(primal.slope[:, self.part])
+        if normed is not None:
+            neurons = self._product(layer.up[0], normed, "neurons").mul_(primal.slope[:, self.part])
             if primal.opened is not None:
-                beside = self._product(layer.up[1], read, "beside")
-                neurons.addcmul_(beside, primal.opened[:, self.part])
-        neurons = hook(f"{at}mlp.post_act", neurons)
-        return self._joined(after, layer.down, neurons, f"{at}mlp.resid_delta", hook, watched)
+                gated = self._product(layer.up[1], normed, "beside")
+                neurons.addcmul_(gated, primal.opened[:, self.part])
+        neurons = hook(f"{prefix}mlp.post_act", neurons)
+        return self._joined(after, layer.down, neurons, f"{prefix}mlp.resid_delta", hook, watched)
 
     def _normed(self, norm: DenseNorm, x: Tensor) -> Tensor:
         out = self.buffers("read", tuple(x.shape), x.dtype, x.device)
         return norm.rows(self.part).jvp(x, out)
 
-    def _attended(self, read: Tensor | None, hook: Hook) -> Tensor | None:
+    def _attended(self, normed: Tensor | None, hook: Hook) -> Tensor | None:
         heads: list[Tensor | None] = [None, None, None]
-        if read is not None:
-            parts = [self._product(dense, read, f"qkv{n}") for n, dense in enumerate(self.layer.qkv)]
+        if normed is not None:
+            parts = [self._product(dense, normed, f"qkv{number}") for number, dense in enumerate(self.layer.qkv)]
             heads = list(heads_of(self.config, self.layer, parts))
-        for n, name in ((1, "k"), (0, "q"), (2, "v")):
-            heads[n] = self._hooked(f"{self.i}.attn.{name}", heads[n], hook)
+        for number, name in ((1, "k"), (0, "q"), (2, "v")):
+            heads[number] = self._hooked(f"{self.i}.attn.{name}", heads[number], hook)
         q, k, v = heads
         present = next((part for part in heads if part is not None), None)
         if present is None:
@@ -100,7 +109,7 @@ class DenseLayer:
         return self.primal.attention.jvp(q, k, v, y, self.part.start).flatten(-2)
 
     def _turned(self, x: Tensor | None, norm: DenseNorm | None, way: int) -> Tensor | None:
-        """Through a head's norm and the rotation, or back through them (way -1)."""
+        """Carry q or k through the norm of its heads and the rotation, or back through both where ``way`` is -1."""
         if x is None:
             return None
         if norm is not None and way > 0:
@@ -110,14 +119,14 @@ class DenseLayer:
         return norm.rows(self.part).vjp(x) if norm is not None and way < 0 else x
 
     def _hooked(self, name: str, heads: Tensor | None, hook: Hook) -> Tensor | None:
-        """q, k or v as the hook sees them: the heads side by side."""
+        """Call the hook of q, k or v, whose value has the heads side by side."""
         flat = hook(name, None if heads is None else heads.flatten(-2))
         return None if flat is None else flat.unflatten(-1, (-1, self.config.head_dim))
 
     def _joined(
         self, x: Tensor | None, dense: Dense, t: Tensor | None, name: str, hook: Hook, watched: set[str]
     ) -> Tensor | None:
-        """Add the product, which is the value of the hook ``name``, to x."""
+        """Add W t, with W the matrix of ``dense``, to ``x``. The product W t is the tangent at the hook ``name``."""
         if name not in watched and t is not None and x is not None and not self._kept_apart(name):
             return self._add_product(x, dense, t)
         delta = hook(name, None if t is None else self._product(dense, t, name.partition(".")[2]))
@@ -126,40 +135,40 @@ class DenseLayer:
         return x + delta if self._kept_apart(name) else x.add_(delta)
 
     def _kept_apart(self, name: str) -> bool:
-        """Whether x is read again after the sum."""
+        """Whether the residual stream before the sum is still needed after it."""
         return self.config.parallel and name.endswith("attn.resid_delta")
 
     # ---- backward ------------------------------------------------------------------------------
 
     def pull(self, x: Tensor | None, hook: Hook) -> Tensor | None:
-        """The cotangent of the residual stream before the layer, from that after it."""
-        at, layer, primal = f"{self.i}.", self.layer, self.primal
-        u = hook(f"{at}mlp.resid_delta", x)
-        neurons = hook(f"{at}mlp.post_act", self._back([(layer.down, u)]))
+        """Return the cotangent of the residual stream before the layer, given the cotangent ``x`` after it."""
+        prefix, layer, primal = f"{self.i}.", self.layer, self.primal
+        delta_out = hook(f"{prefix}mlp.resid_delta", x)
+        neurons = hook(f"{prefix}mlp.post_act", self._back([(layer.down, delta_out)]))
         parts: list[tuple[Dense, Tensor | None]] = []
         if neurons is not None:
             parts.append((layer.up[0], neurons * primal.slope[:, self.part]))
             if primal.opened is not None:
                 parts.append((layer.up[1], neurons * primal.opened[:, self.part]))
-        read = hook(f"{at}mlp.act_in", self._back(parts))
-        from_mlp = None if read is None else primal.norm2.rows(self.part).vjp(read)
+        normed = hook(f"{prefix}mlp.act_in", self._back(parts))
+        from_mlp = None if normed is None else primal.norm2.rows(self.part).vjp(normed)
         if self.config.parallel:
             delta, resid = x, _sum(x, from_mlp)
         else:
-            delta = resid = hook(f"{at}resid_mid", _sum(x, from_mlp))
-        u = hook(f"{at}attn.resid_delta", delta)
-        y = hook(f"{at}attn.y", self._back([(layer.out, u)]))
-        read = hook(f"{at}attn.act_in", self._back(self._attended_back(y, hook)))
-        from_attention = None if read is None else primal.norm1.rows(self.part).vjp(read)
-        return hook(f"{at}resid_in", _sum(resid, from_attention))
+            delta = resid = hook(f"{prefix}resid_mid", _sum(x, from_mlp))
+        delta_out = hook(f"{prefix}attn.resid_delta", delta)
+        y = hook(f"{prefix}attn.y", self._back([(layer.out, delta_out)]))
+        normed = hook(f"{prefix}attn.act_in", self._back(self._attended_back(y, hook)))
+        from_attention = None if normed is None else primal.norm1.rows(self.part).vjp(normed)
+        return hook(f"{prefix}resid_in", _sum(resid, from_attention))
 
     def _attended_back(self, y: Tensor | None, hook: Hook) -> list[tuple[Dense, Tensor | None]]:
         heads: list[Tensor | None] = [None, None, None]
         if y is not None:
             q, k, v = self.primal.attention.vjp(y.unflatten(-1, (self.config.heads, -1)))
             heads = [self._turned(q, self.primal.q_norm, -1), self._turned(k, self.primal.k_norm, -1), v]
-        for n, name in ((2, "v"), (0, "q"), (1, "k")):
-            heads[n] = self._hooked(f"{self.i}.attn.{name}", heads[n], hook)
+        for number, name in ((2, "v"), (0, "q"), (1, "k")):
+            heads[number] = self._hooked(f"{self.i}.attn.{name}", heads[number], hook)
         present = next((part for part in heads if part is not None), None)
         if present is None:
             return []
@@ -172,37 +181,39 @@ class DenseLayer:
     # ---- products ------------------------------------------------------------------------------
 
     def _product(self, dense: Dense, t: Tensor, name: str) -> Tensor:
-        """W t, in a buffer of that name."""
-        kind = dense.weight.dtype
-        out = self.buffers(name, (*t.shape[:-1], dense.weight.shape[0]), kind, t.device)
-        torch.mm(self._rows(t, kind), dense.weight.T, out=out.view(-1, out.shape[-1]))
-        return out if kind == t.dtype else self.buffers(name, tuple(out.shape), t.dtype, t.device).copy_(out)
+        """Compute W t, with W the matrix of ``dense``, in the buffer ``name``."""
+        dtype = dense.weight.dtype
+        out = self.buffers(name, (*t.shape[:-1], dense.weight.shape[0]), dtype, t.device)
+        torch.mm(self._rows(t, dtype), dense.weight.T, out=out.view(-1, out.shape[-1]))
+        return out if dtype == t.dtype else self.buffers(name, tuple(out.shape), t.dtype, t.device).copy_(out)
 
     def _add_product(self, x: Tensor, dense: Dense, t: Tensor) -> Tensor:
-        """Add W t to x in place."""
+        """Add W t to ``x`` in place, with W the matrix of ``dense``."""
         if dense.weight.dtype != x.dtype:
             return x.add_(self._product(dense, t, "delta"))
         rows = x.view(-1, x.shape[-1])
         torch.addmm(rows, self._rows(t, t.dtype), dense.weight.T, out=rows)
         return x
 
-    def _rows(self, t: Tensor, kind: torch.dtype) -> Tensor:
+    def _rows(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """The tangents of all tokens as rows of one matrix, in the dtype ``dtype``."""
         rows = t.reshape(-1, t.shape[-1])
-        return rows if rows.dtype == kind else self.buffers("rows", tuple(rows.shape), kind, rows.device).copy_(rows)
+        return rows if rows.dtype == dtype else self.buffers("rows", tuple(rows.shape), dtype, rows.device).copy_(rows)
 
     def _back(self, parts: list[tuple[Dense, Tensor | None]]) -> Tensor | None:
-        """The sum of transposed products; None where there is nothing to add."""
+        """Return the sum of Wᵀ u over pairs of a matrix W and a cotangent u; None where every cotangent is None."""
         total: Tensor | None = None
         for dense, u in parts:
             if u is not None:
-                kind = dense.weight.dtype
-                back = (u.reshape(-1, u.shape[-1]).to(kind) @ dense.weight).to(u.dtype)
+                dtype = dense.weight.dtype
+                back = (u.reshape(-1, u.shape[-1]).to(dtype) @ dense.weight).to(u.dtype)
                 back = back.view(*u.shape[:-1], -1)
                 total = back if total is None else total.add_(back)
         return total
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Add two cotangents, of which None is zero."""
     if a is None or b is None:
         return b if a is None else a
     return a + b

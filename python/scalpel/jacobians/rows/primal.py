@@ -1,4 +1,4 @@
-"""The primal of a dense decoder, a layer at a time: what the rules of its sublayers need."""
+"""The forward pass of a dense decoder, layer by layer, and the values that the rules of its sublayers need."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from .rules import DenseNorm, rotate, slope_of
 
 
 class Text(NamedTuple):
-    """The tokens of a pass."""
+    """The tokens of a pass, their positions, and which of them are padding."""
 
     ids: Tensor  # (B, L)
     positions: Tensor  # (B or 1, L)
-    real: Tensor | None  # (B, L) bool: True where a token is no padding; None where there is no mask
+    real: Tensor | None  # (B, L) bool, False at padding; None where there is no mask
 
     @classmethod
     def of(cls, inputs: Inputs) -> Text:
+        """The text of ``inputs``; where they give no positions, tokens are counted from 0."""
         positions = inputs.positions
         if positions is None:
             positions = torch.arange(inputs.ids.shape[1], device=inputs.ids.device)[None]
@@ -30,48 +31,56 @@ class Text(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where the tokens stand: the same for all layers."""
+    """Which tokens are padding, and the rotation of each token's position: the same for all layers."""
 
-    real: Tensor | None  # (B, L) bool: no padding
-    cosine: Tensor | None  # (B or 1, L, 1, pairs)
-    sine: Tensor | None
+    real: Tensor | None  # (B, L) bool, False at padding; None where there is no padding
+    cosine: Tensor | None  # (B or 1, L, 1, pairs); None where positions are not rotated
+    sine: Tensor | None  # as cosine
 
     def rows(self, part: slice) -> Places:
+        """The same with the rotation of the tokens ``part`` alone; ``real`` stays that of all tokens."""
         if self.cosine is None or self.sine is None:
             return self
         return Places(self.real, self.cosine[:, part], self.sine[:, part])
 
 
 class DensePrimal:
-    """One layer at one value of the residual stream; what comes after the target's hook stays unset."""
+    """What the rules of one layer need, at one value of the residual stream.
+
+    Attributes that belong to values after the hook of the target are not set.
+    """
 
     norm1: DenseNorm
     norm2: DenseNorm
     attention: DenseAttention
     q_norm: DenseNorm | None
     k_norm: DenseNorm | None
-    slope: Tensor  # of the activation; for a gated MLP times what the gate multiplies (B, L, neurons)
-    opened: Tensor | None  # activation of the gate
+    slope: Tensor  # (B, L, neurons): of the activation; in a gated MLP times the values that the gate multiplies
+    opened: Tensor | None  # (B, L, neurons): the activation of the gate; None where the MLP has no gate
 
 
 Tap = Callable[[str, Tensor], Tensor]
 
 
 def places_of(decoder: Decoder, text: Text, dtype: torch.dtype) -> Places:
-    """Where the tokens of ``text`` stand, with the tables of the rotation in ``dtype``."""
+    """The padding of ``text`` and the tables that rotate its positions, in ``dtype``."""
     rotary = decoder.config.rotary
     cosine, sine = (None, None) if rotary is None else rotary.tables(text.positions, dtype)
     return Places(None if text.real is None or bool(text.real.all()) else text.real, cosine, sine)
 
 
 def heads_of(config: DecoderConfig, layer: DecoderLayer, parts: list[Tensor]) -> list[Tensor]:
-    """What the matrices of q, k and v gave (..., L, out), as q (..., L, heads, d), k and v (..., L, kv_heads, d)."""
+    """Split the products of the matrices for q, k and v, (..., L, out), into heads.
+
+    Returns q (..., L, heads, d), and k and v (..., L, kv_heads, d). A layer has either three matrices or a single one
+    that gives q, k and v together.
+    """
     if len(parts) == 3:
         return [part.unflatten(-1, (-1, config.head_dim)) for part in parts]
-    whole = parts[0]
+    joined = parts[0]
     if layer.by_head:
-        return list(whole.unflatten(-1, (config.heads, 3, config.head_dim)).unbind(-2))
-    return [part.unflatten(-1, (config.heads, -1)) for part in whole.chunk(3, dim=-1)]
+        return list(joined.unflatten(-1, (config.heads, 3, config.head_dim)).unbind(-2))
+    return [part.unflatten(-1, (config.heads, -1)) for part in joined.chunk(3, dim=-1)]
 
 
 def parts_of(layer: DecoderLayer, heads: list[Tensor]) -> list[Tensor]:
@@ -86,12 +95,15 @@ def parts_of(layer: DecoderLayer, heads: list[Tensor]) -> list[Tensor]:
 def through_layer(
     decoder: Decoder, i: int, layer: DecoderLayer, x: Tensor, places: Places, tap: Tap, primal: DensePrimal
 ) -> Tensor:
-    """The residual stream (B, L, width) after layer ``i``; ``tap(hook, value)`` sees all hooks, ``primal`` is set."""
+    """Return the residual stream (B, L, width) after layer ``i``, and fill in ``primal``.
+
+    ``tap(hook, value)`` is called at every hook, and the pass goes on with what it returns.
+    """
     config = decoder.config
     x = tap(f"{i}.resid_in", x)
     norm1 = primal.norm1 = DenseNorm.at(x, layer.norm1, config.eps, config.rms)
-    read = tap(f"{i}.attn.act_in", norm1.value())
-    q, k, v = heads_of(config, layer, [dense(read) for dense in layer.qkv])
+    normed = tap(f"{i}.attn.act_in", norm1.value())
+    q, k, v = heads_of(config, layer, [dense(normed) for dense in layer.qkv])
     k = tap(f"{i}.attn.k", k.flatten(-2)).view(k.shape)
     q = tap(f"{i}.attn.q", q.flatten(-2)).view(q.shape)
     v = tap(f"{i}.attn.v", v.flatten(-2)).view(v.shape)
@@ -108,19 +120,20 @@ def through_layer(
     else:
         middle = x = tap(f"{i}.resid_mid", x + delta)
     norm2 = primal.norm2 = DenseNorm.at(middle, layer.norm2, config.eps, config.rms)
-    read = tap(f"{i}.mlp.act_in", norm2.value())
-    before = layer.up[0](read)
-    neurons = decoder.activation(before)
-    primal.slope, primal.opened = slope_of(decoder.activation, before), None
+    normed = tap(f"{i}.mlp.act_in", norm2.value())
+    before_activation = layer.up[0](normed)
+    neurons = decoder.activation(before_activation)
+    primal.slope, primal.opened = slope_of(decoder.activation, before_activation), None
     if len(layer.up) == 2:
-        beside = layer.up[1](read)
-        primal.opened, neurons = neurons, neurons * beside
-        primal.slope = primal.slope * beside
+        gated = layer.up[1](normed)
+        primal.opened, neurons = neurons, neurons * gated
+        primal.slope = primal.slope * gated
     neurons = tap(f"{i}.mlp.post_act", neurons)
     return x + tap(f"{i}.mlp.resid_delta", layer.down(neurons))
 
 
 def _head_norm(x: Tensor, gain: Tensor | None, config: DecoderConfig) -> tuple[Tensor, DenseNorm | None]:
+    """Normalise each head of q or k where the model has such a norm; without a ``gain`` it has none."""
     if gain is None:
         return x, None
     norm = DenseNorm.at(x, NormWeight(gain, None), config.eps, rms=True)

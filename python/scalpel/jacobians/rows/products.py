@@ -1,7 +1,7 @@
-"""Products with the Jacobian of a dense decoder: T tangents stacked as rows of the same matrix products.
+"""Products with the Jacobian of a dense decoder, in which T tangents are rows of the same matrix products.
 
-The primal runs once. Before the first source token nothing moves, and after the last target token nothing is
-wanted: those rows are left out. Tangents go in chunks that bound the memory.
+The primal runs once. Tangents are zero before the first source token, and not needed after the last target token, so
+those tokens are left out. Tangents are processed in chunks, which bounds the memory.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 Function = Callable[[Tensor], Tensor]
 
-_CHUNK_BYTES = 1 << 28  # what the largest buffer of a chunk of tangents may take
+_CHUNK_BYTES = 1 << 28  # the largest size of a buffer that a chunk of tangents needs
 
 
 class DenseProducts:
-    """Products with the Jacobian between two hooks of a decoder, and the primal there."""
+    """Products with the Jacobian between two hooks of a decoder, and the values of the primal at both hooks."""
 
     def __init__(
         self,
@@ -52,12 +52,14 @@ class DenseProducts:
         self.neurons = trace.neurons
         self.source = read_at(trace.values[run.source], at[0]).clone()
         self.recorded = read_at(trace.values[run.target], at[1]).clone()
-        self.primal = self._of_recorded(self.recorded.clone()).clone()  # the function may work in place
+        self.primal = self._of_recorded(self.recorded.clone()).clone()  # cloned, since the function may work in place
 
     def _of_recorded(self, value: Tensor) -> Tensor:
+        """The target at a value of its hook: the function applied to it, where there is one."""
         return finished(value, self.function, self.run.target, self.run.dtype)
 
     def _chunks(self, tangents: Tensor) -> tuple[Tensor, ...]:
+        """Split the tangents into chunks whose buffers keep to ``_CHUNK_BYTES``; a chunk has at least one tangent."""
         widest = max(3 * self.config.heads * self.config.head_dim, self.neurons)
         bytes_of_one = self.batch * self.length * widest * self.source.element_size()
         return tangents.split(max(1, _CHUNK_BYTES // bytes_of_one))
@@ -65,12 +67,12 @@ class DenseProducts:
     # ---- forward -------------------------------------------------------------------------------
 
     def push(self, tangents: Tensor) -> Tensor:
-        """(T, *source) → (T, *target)."""
+        """Carry tangents (T, *source) forward to the target, (T, *target)."""
         products = tangents.new_empty(len(tangents), *self.recorded.shape)
-        buffers, done = Buffers(), 0
+        buffers, filled = Buffers(), 0
         for chunk in self._chunks(tangents):
-            products[done : done + len(chunk)] = self._push(chunk, buffers)
-            done += len(chunk)
+            products[filled : filled + len(chunk)] = self._push(chunk, buffers)
+            filled += len(chunk)
         if self.function is None:
             return products
         with ALONE:
@@ -78,11 +80,11 @@ class DenseProducts:
 
     def _push(self, tangents: Tensor, buffers: Buffers) -> Tensor:
         part = slice(self.first, self.length)
-        start = self._placed(tangents, self.at[0], part)
+        at_source = self._placed(tangents, self.at[0], part)
 
         def hook(name: str, t: Tensor | None) -> Tensor | None:
             if name == self.run.source:
-                t = start
+                t = at_source
             if name == self.run.target:
                 stop(t)
             return t
@@ -100,38 +102,38 @@ class DenseProducts:
             return self._taken(x, self.at[1], part)
         assert self.final is not None and x is not None
         norm, head = self.final
-        wanted = self._taken(norm.rows(part).jvp(x, x), self.at[1], part)
-        return Dense(head.weight)(wanted)
+        at_target = self._taken(norm.rows(part).jvp(x, x), self.at[1], part)
+        return Dense(head.weight)(at_target)
 
     # ---- backward ------------------------------------------------------------------------------
 
     def pull(self, cotangents: Tensor) -> Tensor:
-        """(T, *target) → (T, *source)."""
+        """Carry cotangents (T, *target) back to the source, (T, *source)."""
         if self.function is not None:
             back = vjp(self._of_recorded, self.recorded)[1]
             cotangents = vmap(lambda cotangent: back(cotangent)[0])(cotangents)
         products = cotangents.new_empty(len(cotangents), *self.source.shape)
-        buffers, done = Buffers(), 0
+        buffers, filled = Buffers(), 0
         for chunk in self._chunks(cotangents):
-            products[done : done + len(chunk)] = self._pull(chunk, buffers)
-            done += len(chunk)
+            products[filled : filled + len(chunk)] = self._pull(chunk, buffers)
+            filled += len(chunk)
         return products
 
     def _pull(self, cotangents: Tensor, buffers: Buffers) -> Tensor:
         part = slice(0, self.stop)
         x: Tensor | None = None
-        start: Tensor | None = None
+        at_target: Tensor | None = None
         if self.run.target == "logits":
             assert self.final is not None
             norm, head = self.final
             rows = (cotangents.to(head.weight.dtype) @ head.weight).to(cotangents.dtype)
             x = norm.rows(part).vjp(self._placed(rows, self.at[1], part))
         else:
-            start = self._placed(cotangents, self.at[1], part)
+            at_target = self._placed(cotangents, self.at[1], part)
 
         def hook(name: str, u: Tensor | None) -> Tensor | None:
             if name == self.run.target:
-                u = start
+                u = at_target
             if name == self.run.source:
                 stop(u)
             return u
@@ -151,7 +153,7 @@ class DenseProducts:
         return DenseLayer(decoder, i, decoder.layer(i), primal, self.places, part, buffers)
 
     def _placed(self, rows: Tensor, selected: Selected, part: slice) -> Tensor:
-        """(T, B, chosen tokens, width), copied, as the tokens of ``part``."""
+        """Place ``rows``, (T, B, selected tokens, width), among the tokens of ``part``, which are zero elsewhere."""
         count, batch, _, width = rows.shape
         full = rows.new_zeros(count, batch, part.stop - part.start, width)
         if selected is None:
@@ -161,11 +163,11 @@ class DenseProducts:
         return full
 
     def _taken(self, full: Tensor, selected: Selected, part: slice) -> Tensor:
-        """The chosen tokens of those of ``part``; zero where a chosen token is not among them."""
-        chosen = range(self.length) if selected is None else selected
-        inside = [n for n, token in enumerate(chosen) if part.start <= token < part.stop]
-        if len(inside) == len(chosen) == full.shape[2] and selected is None:
+        """Read the selected tokens from ``full``, which has the tokens of ``part``; others are read as zero."""
+        tokens = range(self.length) if selected is None else selected
+        available = [place for place, token in enumerate(tokens) if part.start <= token < part.stop]
+        if len(available) == len(tokens) == full.shape[2] and selected is None:
             return full
-        taken = full.new_zeros(*full.shape[:2], len(chosen), full.shape[-1])
-        taken[:, :, inside] = full[:, :, [chosen[n] - part.start for n in inside]]
+        taken = full.new_zeros(*full.shape[:2], len(tokens), full.shape[-1])
+        taken[:, :, available] = full[:, :, [tokens[place] - part.start for place in available]]
         return taken

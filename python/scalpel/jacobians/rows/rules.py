@@ -1,7 +1,7 @@
-"""The rules of a dense decoder's sublayers on T tangents at once, (T, B, L, width), and their primal.
+"""The rules that carry T tangents (T, B, L, width) at once through the sublayers of a dense decoder.
 
-Every rule is linear in the tangent; jvp and vjp are each other's adjoint. A norm's is that of Xu et al. 2019
-("Understanding and Improving Layer Normalization", equation 6), without the mean for RMSNorm.
+Every rule is linear in the tangent, and jvp and vjp are each other's adjoint. The rule of a norm is that of Xu et al.
+2019 ("Understanding and Improving Layer Normalization", equation 6); RMSNorm leaves out the term of the mean.
 """
 
 from __future__ import annotations
@@ -17,48 +17,54 @@ from ...models.decoders.decoder import NormWeight
 
 @dataclass(frozen=True)
 class DenseNorm:
-    """LayerNorm or RMSNorm at one value: y = gain * normed + bias, normed = (x - mean) * rate."""
+    """LayerNorm or RMSNorm at one value of its input: y = gain * normed + bias, where normed = (x - mean) * rate."""
 
     normed: Tensor  # (..., width)
     rate: Tensor  # (..., 1)
     gain: Tensor  # (width,)
     bias: Tensor | None
-    centered: bool
+    centered: bool  # whether the mean is subtracted, as LayerNorm does and RMSNorm does not
 
     @classmethod
     def at(cls, x: Tensor, weight: NormWeight, eps: float, rms: bool) -> DenseNorm:
-        moved = x if rms else x - x.mean(-1, keepdim=True)
-        rate = (moved.square().mean(-1, keepdim=True) + eps).rsqrt()
+        """The norm at the input ``x``: RMSNorm where ``rms`` is True, else LayerNorm."""
+        deviation = x if rms else x - x.mean(-1, keepdim=True)
+        rate = (deviation.square().mean(-1, keepdim=True) + eps).rsqrt()
         bias = None if weight.bias is None else weight.bias.to(x.dtype)
-        return cls(moved * rate, rate, weight.gain.to(x.dtype), bias, not rms)
+        return cls(deviation * rate, rate, weight.gain.to(x.dtype), bias, not rms)
 
     def value(self) -> Tensor:
+        """The output y of the norm."""
         y = self.normed * self.gain
         return y if self.bias is None else y + self.bias
 
     def rows(self, part: slice) -> DenseNorm:
-        """At some tokens of (B, L, width)."""
+        """The same norm at the tokens ``part`` of (B, L, width)."""
         return DenseNorm(self.normed[:, part], self.rate[:, part], self.gain, self.bias, self.centered)
 
     def jvp(self, t: Tensor, out: Tensor) -> Tensor:
-        """Written to ``out``, which may be t."""
+        """Write the tangent of the output to ``out``, which may be ``t`` itself, and return it."""
         return self._projected(t, out).mul_(self.rate * self.gain)
 
     def vjp(self, u: Tensor) -> Tensor:
+        """Return the cotangent of the input, given that of the output."""
         scaled = u * self.gain
         return self._projected(scaled, scaled).mul_(self.rate)
 
     def _projected(self, t: Tensor, out: Tensor) -> Tensor:
-        """Take from t its part along the normed value and, for LayerNorm, its mean: a symmetric matrix."""
-        along = (t * self.normed).mean(-1, keepdim=True)
+        """Subtract from ``t`` its component along the normed value and, for LayerNorm, its mean.
+
+        This map is symmetric, so jvp and vjp share it.
+        """
+        component = (t * self.normed).mean(-1, keepdim=True)
         if self.centered:
             torch.sub(t, t.mean(-1, keepdim=True), out=out)
-            return out.addcmul_(along, self.normed, value=-1)
-        return torch.addcmul(t, along, self.normed, value=-1, out=out)
+            return out.addcmul_(component, self.normed, value=-1)
+        return torch.addcmul(t, component, self.normed, value=-1, out=out)
 
 
 def slope_of(activation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The derivative of an elementwise function, at x."""
+    """The derivative of an elementwise function at each entry of ``x``."""
     with torch.enable_grad():
         at = x.detach().requires_grad_()
         (slope,) = torch.autograd.grad(activation(at).sum(), at)
@@ -66,13 +72,13 @@ def slope_of(activation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """In place: channel c of each head (..., L, heads, d) turned with channel c + pairs; the rest stays.
+    """Rotate, in place, channel c of each head (..., L, heads, d) together with channel c + pairs.
 
-    With ``-sine`` it is the transpose.
+    Channels from 2 * pairs on stay as they are. With ``-sine`` this is the transpose.
     """
     pairs = cosine.shape[-1]
     first, second = x[..., :pairs], x[..., pairs : 2 * pairs]
-    turned = first * cosine - second * sine
+    rotated_first = first * cosine - second * sine
     second.mul_(cosine).addcmul_(first, sine)
-    first.copy_(turned)
+    first.copy_(rotated_first)
     return x
