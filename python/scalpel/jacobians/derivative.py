@@ -1,6 +1,6 @@
-"""The derivative of any forward pass through ``torch.func``, for models that have no rules of their own.
+"""The derivative of any forward pass by ``torch.func``, for models that have no rules of their own.
 
-``vmap(jvp)`` goes forward and ``vmap(vjp)`` back, in chunks of tangents that bound the memory.
+``vmap(jvp)`` carries tangents forward and ``vmap(vjp)`` carries cotangents back, in chunks that bound the memory.
 """
 
 import warnings
@@ -22,15 +22,16 @@ from .precision import plain_tensors
 
 __all__ = ["Derivative"]
 
-_CHUNK_BYTES = 1 << 30  # about what one chunk of tangents may take at its peak
+_CHUNK_BYTES = 1 << 30  # approximate memory that one chunk of tangents may need at its peak
 _announced = False
 
 
 class Derivative:
     """Products with the Jacobian of a pass, and its primal.
 
-    One run of the pass gives ``source`` and ``primal``, the values at both ends at the chosen positions. Where the
-    wiring of the model isn't known, the same run carries a random tangent that looks for a path between the ends.
+    One run of the pass gives ``source`` and ``primal``, the values at the chosen positions of both hooks. Where the
+    wiring of the model isn't known, that run also carries a random tangent, which shows whether a path leads from the
+    source to the target.
     """
 
     def __init__(self, run: Pass, wanted: tuple[Any, Any], function: Callable[[Tensor], Tensor] | None) -> None:
@@ -45,7 +46,9 @@ class Derivative:
         def enter(value: Tensor) -> Tensor:
             check_floating(value, run.source)
             self.at = (_select(wanted[0], value, "source"), None)
-            at_source.append(read_at(value, self.at[0]).detach().clone())  # a later layer may work in place
+            at_source.append(
+                read_at(value, self.at[0]).detach().clone()
+            )  # cloned, since a later layer may work in place
             if not wiring_unknown:
                 return value
             generator = torch.Generator().manual_seed(0)
@@ -65,7 +68,7 @@ class Derivative:
         self.chunk = max(1, _CHUNK_BYTES // max(1, bytes_of_tangent))
 
     def push(self, tangents: Tensor) -> Tensor:
-        """(T, *source) → (T, *target): T tangents beside one primal."""
+        """Carry tangents (T, *source) forward to the target, (T, *target), together with one primal."""
         self.run.check_unchanged()
         zero = torch.zeros_like(self.source)
         with ALONE, plain_tensors(), torch.no_grad(), explained(self.run):
@@ -74,7 +77,7 @@ class Derivative:
             return vmap(lambda tangent: jvp(self._moved, (zero,), (tangent,))[1], chunk_size=self.chunk)(tangents)
 
     def pull(self, cotangents: Tensor) -> Tensor:
-        """(T, *target) → (T, *source): one pass forward, T of them back."""
+        """Carry cotangents (T, *target) back to the source, (T, *source), after one pass forward."""
         self.run.check_unchanged()
         with ALONE, plain_tensors(), torch.no_grad(), explained(self.run):
             if self.run.offloaded:
@@ -82,8 +85,8 @@ class Derivative:
             back = vjp(self._moved, torch.zeros_like(self.source))[1]
             return vmap(lambda cotangent: back(cotangent)[0], chunk_size=self.chunk)(cotangents)
 
-    # Weights that are loaded while a layer runs can't be inside a transform of torch.func, which would take them for
-    # values that are differentiated. One tangent or cotangent at a time needs no transform.
+    # Weights that are loaded while a layer runs can't be used inside a transform of torch.func, which would treat them
+    # as values to be differentiated. A single tangent or cotangent needs no transform.
 
     def _pushed_alone(self, zero: Tensor, tangent: Tensor) -> Tensor:
         with forward_ad.dual_level():
@@ -98,13 +101,16 @@ class Derivative:
         return torch.stack(pulled)
 
     def _moved(self, delta: Tensor) -> Tensor:
+        """The target's value when ``delta`` is added at the source."""
         recorded = self.run.run(lambda value: add_at(value, delta, self.at[0]))
         return self._finished(recorded, delta.dtype)
 
     def _finished(self, recorded: Tensor, dtype: torch.dtype) -> Tensor:
+        """The target at a recorded value of its hook: the chosen positions, and the function where there is one."""
         return finished(read_at(recorded, self.at[1]), self.function, self.run.target, dtype)
 
     def _check_path(self, tangent: Tensor | None) -> None:
+        """Raise ValueError where the random tangent did not reach the target."""
         ends = f"from {self.run.source!r} to {self.run.target!r}"
         if tangent is None:
             raise ValueError(f"no path {ends}: the target does not read the source. Choose a target further on")
@@ -116,6 +122,7 @@ class Derivative:
 
 
 def _select(wanted: Any, value: Tensor, side: str) -> Selected:
+    """The tokens of ``value`` that the positions ``wanted`` select; None for all."""
     if wanted is None:
         return None
     if value.dim() < 3:
@@ -127,6 +134,7 @@ def _select(wanted: Any, value: Tensor, side: str) -> Selected:
 
 
 def _announce(model: nn.Module) -> None:
+    """Warn once that models without rules are differentiated by torch.func."""
     global _announced
     if not _announced:
         _announced = True

@@ -1,8 +1,8 @@
 """The Jacobian of one hook of a model with respect to another, as an operator.
 
-A value's way through: :func:`jacobian` chooses a pass (:mod:`.choosing`), which is run once and kept as a trace
-(:mod:`.trace`); the rules of the model's sublayers make products of it (:mod:`.lanes`, :mod:`.rows`), and the products
-become an operator (:mod:`.operator`). A model without rules is differentiated by ``torch.func`` (:mod:`.derivative`).
+:func:`jacobian` chooses a pass (:mod:`.choosing`), which runs once and is kept as a trace (:mod:`.trace`). The rules of
+the model's sublayers turn the trace into products with tangents (:mod:`.lanes`, :mod:`.rows`), and the products become
+an operator (:mod:`.operator`). A model without rules is differentiated by ``torch.func`` (:mod:`.derivative`).
 """
 
 from collections.abc import Callable, Sequence
@@ -42,28 +42,28 @@ def jacobian(
 ) -> Jacobian:
     """Make the Jacobian of the value at ``target`` with respect to the value at ``source``, at one input.
 
-    Only the primal is computed here, once; products with tangents are computed when they are asked for.
+    This call computes the primal, once. Products with tangents are computed when they are requested.
 
     The tangent is added just after the source hook: after its AbsTopK, unmasked, and after any ablation there, while
     every path that doesn't pass the hook is held fixed. The target is the value that its hook records. A TopK or ReLU
     keeps the support that it has at the primal. ``source == target`` is the identity.
 
-    The ablations, interventions and forward hooks that are active at this call count. The ablations of a CircuitGPT
-    may have been left by the time a product is taken. Where a weight, a buffer, a module or a module's forward hook
-    has been changed by then, the product raises RuntimeError, since it would not belong to the primal. The model runs
-    in evaluation mode, and as it was written where it was compiled; its training flags, parameters, buffers and
-    gradients stay as they are. Where the model heeds the mask, a padded text has the values that it has alone: where
-    padding comes first, positions start behind it.
+    The Jacobian is that of the model with the ablations, interventions and forward hooks that are active at this call.
+    The ablations of a CircuitGPT may have ended by the time a product is taken. If a weight, a buffer, a module or a
+    module's forward hook has changed by then, the product raises RuntimeError, since it would not belong to the primal.
+    The model runs in evaluation mode, and uncompiled; its training flags, parameters, buffers and gradients stay as
+    they are. Where the model applies the attention mask, a padded text has the same values as the text alone: if
+    padding comes first, positions start after it.
 
-    A CircuitGPT or one of the transformers models below, on one device and without module hooks, goes through rules of
-    its own for its sublayers; there a padding query, which may read nothing, attends to nothing. Any other model, input
-    or module path is differentiated with PyTorch's math attention backend, and one warning says so. The rules of a
-    decoder are trusted once the model's own forward pass has agreed with them on a few tokens of the text.
+    A CircuitGPT or one of the transformers models below, on one device and without module hooks, has rules of its own
+    for its sublayers; in these, a padding query, which may read no key, attends to nothing. Any other model, input or
+    module path is differentiated with PyTorch's math attention backend, and one warning says so. The rules of a decoder
+    are used only after the model's own forward pass has agreed with them on a few tokens of the text.
 
-    RMSNorm is differentiated as the formula says, in the dtype of the residual stream. transformers computes it in
-    float32 in a float64 model too, so that model's own derivatives, and its values, differ from ours by about 1e-7 of
-    their size. We keep float64, since that is what a float64 model is asked for, and what finite differences and
-    small singular values need. Models that have no rules here are differentiated as they compute.
+    RMSNorm is differentiated as its formula says, in the dtype of the residual stream. transformers computes it in
+    float32 even in a float64 model, so the values and derivatives of such a model differ from these by a relative error
+    of about 1e-7. Scalpel keeps float64, which finite differences and small singular values need. Models that have no
+    rules here are differentiated as they compute.
 
     Args:
         model: A :class:`scalpel.CircuitGPT`, whose hooks are those of ``model.hook_names`` and, as a target,
@@ -72,29 +72,29 @@ def jacobian(
             rotation; GPT-NeoX in parallel has no ``resid_mid``). Both also take TransformerLens's names
             (``blocks.0.hook_resid_pre``, with the heads side by side) and the module paths of these values. Or any
             other nn.Module, whose hooks are module paths: ``"name"`` is the module's output and ``"name:in"`` its
-            input (the first tensor where there are several, the first run where it runs several times; ``""`` is the
-            model itself), and ``"logits"`` is the model's output or its ``logits``.
+            input (its first tensor if there are several, in the first run if the module runs several times); ``""`` is
+            the model itself, and ``"logits"`` is the model's output or its ``logits``.
         input_ids: (B, L) integers, or a batch as transformers' tokenizers give it: a mapping with ``input_ids`` and,
             optionally, ``attention_mask`` and ``position_ids``. For an nn.Module also any tensor, a tuple of
             arguments, or a mapping of keyword arguments.
         source: The hook where tangents are added.
         target: A hook; or a pair (hook, function), where the function is applied to the value recorded there, at the
             target positions; or a function alone, which gets the logits, (B, Lt, vocab).
-        positions: None for all tokens, an int (its axis stays, of size 1), a slice or a list of ints, for source and
-            target alike; a tuple of two gives each its own. Negative ones count from the end. They choose along axis 1.
-        attention_mask: The batch's mask, where it doesn't stand in ``input_ids``.
-        position_ids: The batch's positions, where they don't stand in ``input_ids``.
-        precision: ``"bfloat16"`` takes a transformers model's matrix products with tangents in bfloat16, while all
-            else, the primal too, stays float32 (relative error about 1e-2). Those of a bfloat16 model are anyway.
+        positions: The positions along axis 1: None for all tokens, an int (its axis stays, with size 1), a slice or a
+            list of ints, for both source and target; or a tuple of two, one for each. Negative ones count from the end.
+        attention_mask: The batch's mask, where ``input_ids`` doesn't contain it.
+        position_ids: The batch's positions, where ``input_ids`` doesn't contain them.
+        precision: ``"bfloat16"`` computes a transformers model's matrix products with tangents in bfloat16, while all
+            else, including the primal, stays float32 (relative error about 1e-2). A bfloat16 model always does so.
 
     Returns:
         The operator: ``source_shape`` (B, Ls, width), ``target_shape`` (B, Lt, width or vocab) or the function's,
         dtype and device of the value at the source.
 
     Raises:
-        ValueError: For an unknown hook, a position outside the text, no path from source to target (the target comes
-            first, does not read the source, or its positions cannot), or a NaN in the primal.
-        TypeError: For a source or target that isn't of floating point.
+        ValueError: For an unknown hook, a position outside the text, a NaN in the primal, or where no path leads from
+            the source to the target (the target comes first, or it or its positions don't read the source).
+        TypeError: For a source or target whose values are not floating-point numbers.
         NotImplementedError: Where the model has an operation that cannot be differentiated forward; it is named.
 
     Example:
@@ -110,9 +110,9 @@ def jacobian(
     hook, function = _read_target(target)
     if precision not in (None, "bfloat16"):
         raise ValueError(f"precision is {precision!r}; allowed: None, 'bfloat16'")
-    beside = {"attention_mask": attention_mask, "position_ids": position_ids}
+    extra_inputs = {"attention_mask": attention_mask, "position_ids": position_ids}
     with plain_tensors():
-        run = pass_between(model, input_ids, beside, source, hook, precision)
+        run = pass_between(model, input_ids, extra_inputs, source, hook, precision)
         return _jacobian_of(run, split_pair(positions), function)
 
 
@@ -128,15 +128,15 @@ def jacobians_between(
 ) -> list[Jacobian]:
     """Make the Jacobians from each of ``hooks`` to the next, at all positions, as :func:`jacobian` would.
 
-    A model that has rules of its own runs once for all of them. ``see`` and ``see_mask`` are then called on the way, as
-    :func:`.trace.trace_of` says; a model without rules never calls them.
+    A model that has rules of its own runs once for all of them, and calls ``see`` and ``see_mask`` in that run, as
+    :func:`.trace.trace_of` describes. A model without rules never calls them.
     """
-    beside = {"attention_mask": attention_mask, "position_ids": position_ids}
+    extra_inputs = {"attention_mask": attention_mask, "position_ids": position_ids}
     with plain_tensors():
         runs: list[Pass] = []
         for ends in pairwise(hooks):
             run = runs[0].between(*ends) if runs else None
-            runs.append(run or pass_between(model, input_ids, beside, *ends))
+            runs.append(run or pass_between(model, input_ids, extra_inputs, *ends))
         trace = None
         if all(map(has_rules, runs)) and _in_order(runs):
             trace = trace_of(runs[0], [runs[0].source, *(run.target for run in runs)], see, see_mask)
@@ -144,14 +144,17 @@ def jacobians_between(
 
 
 def _in_order(runs: list[Any]) -> bool:
-    """Whether each pass ends where the next begins, further on in the model."""
+    """Whether each pass ends at the hook where the next one begins, and later in the model than it starts."""
     names = [runs[0].source, *(run.target for run in runs)]
-    places = [runs[0].hooks.index(name) for name in names]
-    return places == sorted(set(places)) and all(a.target == b.source for a, b in pairwise(runs))
+    indices = [runs[0].hooks.index(name) for name in names]
+    return indices == sorted(set(indices)) and all(run.target == following.source for run, following in pairwise(runs))
 
 
 def _jacobian_of(run: Pass, wanted: tuple[Any, Any], function: Function | None, trace: Trace | None = None) -> Jacobian:
-    """The operator of a pass at the positions ``wanted``; ``trace`` is a primal that may be cut at both of its ends."""
+    """Make the operator of a pass at the positions ``wanted``.
+
+    ``trace``: a primal to use if it can be cut at both hooks of the pass; by default the pass is run.
+    """
     if isinstance(run, (CircuitPass, DecoderPass)):
         at = (select(wanted[0], run.length, "source"), select(wanted[1], run.length, "target"))
         check_path(run.hooks, run.source, run.target, at, run.allowed)
@@ -165,6 +168,7 @@ def _jacobian_of(run: Pass, wanted: tuple[Any, Any], function: Function | None, 
 
 
 def _operator(run: Pass, products: Products, function: Function | None, push: Product, pull: Product) -> Jacobian:
+    """Make the operator from its products forward and back, after checking the primal for NaN."""
     for name, value in ((run.source, products.source), (run.target, products.primal)):
         check_numbers(value, name)
     return Jacobian(
@@ -176,17 +180,18 @@ def _operator(run: Pass, products: Products, function: Function | None, push: Pr
 
 
 def _guarded(run: Pass, product: Product) -> Product:
-    """A product by the rules, refused where the model is no longer that of the primal."""
+    """Wrap a product by the rules so that it raises an error if the model has changed since the primal."""
 
-    def go(tangents: Tensor) -> Tensor:
+    def guarded(tangents: Tensor) -> Tensor:
         run.check_unchanged()
         with plain_tensors(), torch.no_grad(), no_autocast(), explained(run):
             return product(tangents)
 
-    return go
+    return guarded
 
 
 def _read_target(target: Any) -> tuple[str, Function | None]:
+    """Return the hook of the target and the function of its value, which may be None."""
     if isinstance(target, str):
         return target, None
     if callable(target):

@@ -1,7 +1,7 @@
 """One forward pass of a model, from a source hook to a target: the passes that Jacobians differentiate.
 
-A pass is deterministic: it keeps its own copy of the inputs and of the interventions that were active when it
-was made, and runs in evaluation mode. It stops as soon as the target is recorded.
+A pass is deterministic: it keeps its own copy of the inputs, and of the interventions that were active when it was
+made, and runs in evaluation mode. It stops as soon as the target is recorded.
 """
 
 import copy
@@ -23,9 +23,10 @@ __all__ = ["CircuitPass", "Pass", "buffers_mark", "kept"]
 
 
 class Pass:
-    """What all kinds of pass share: a model between two hooks, and marks of the state in which it was.
+    """The part that all kinds of pass share: a model, two hooks, and a record of the model's state.
 
-    ``offloaded``: whether weights are elsewhere until their layer runs, on the device "meta" meanwhile.
+    ``offloaded`` says whether weights are kept elsewhere until their layer runs; until then they are on the device
+    "meta".
     """
 
     def __init__(self, model: nn.Module, source: str, target: str) -> None:
@@ -39,44 +40,46 @@ class Pass:
         self._hooks = user_hooks(model)
         self._modules = list(model.modules())
         self._buffers = {} if self.offloaded else buffers_mark(model)
-        self._written: dict[str, Tensor] = {}  # buffers of modules that write to one, as they were at the start
+        self._written: dict[str, Tensor] = {}  # initial values of all buffers of modules that write to one
 
     def run(self, at_source: Callable[[Tensor], Tensor]) -> Tensor:
-        """The value at the target, where ``at_source`` may give another value in place of the one at the source."""
+        """Return the value at the target, with the value at the source replaced by what ``at_source`` returns."""
         raise NotImplementedError
 
     def between(self, source: str, target: str) -> "Pass | None":
-        """The pass of the same model at the same inputs between other hooks; None where it must be made anew."""
+        """Return the same pass between other hooks; None where a new pass must be made."""
         return None
 
     def tangent_size(self, source: Tensor, target: Tensor) -> int:
-        """About how many numbers one tangent needs at its peak, which decides how many go in a chunk."""
+        """Estimate how many numbers one tangent needs at its peak, which decides the size of a chunk."""
         raise NotImplementedError
 
     def check_unchanged(self) -> None:
         """Raise RuntimeError if a weight, a buffer, a module or a hook has changed since the pass was made.
 
-        Primal and tangents would not fit together.
+        The tangents would then no longer belong to the primal.
         """
         if self._weights_mark() != self._weights:
             raise RuntimeError("the model's weights changed after this Jacobian was made: call scalpel.jacobian again")
         modules = list(self.model.modules())
-        if len(modules) != len(self._modules) or any(a is not b for a, b in zip(modules, self._modules, strict=True)):
+        if len(modules) != len(self._modules) or any(
+            module_now is not module_before for module_now, module_before in zip(modules, self._modules, strict=True)
+        ):
             raise RuntimeError("the model's modules changed after this Jacobian was made: call scalpel.jacobian again")
-        now_held = buffers_mark(self.model) if self._buffers else {}
-        changed = [name for name, mark in self._buffers.items() if now_held.get(name) != mark]
+        buffers_now = buffers_mark(self.model) if self._buffers else {}
+        changed = [name for name, mark in self._buffers.items() if buffers_now.get(name) != mark]
         if changed := [name for name in changed if name not in self._written]:
             raise RuntimeError(
                 f"the model's buffer {changed[0]!r} changed after this Jacobian was made: call scalpel.jacobian again"
             )
-        now = user_hooks(self.model)
-        if now == self._hooks:
+        hooks_now = user_hooks(self.model)
+        if hooks_now == self._hooks:
             return
-        added = [where for where, hook in now if all(hook is not before for _, before in self._hooks)]
-        gone = [where for where, hook in self._hooks if all(hook is not after for _, after in now)]
+        added = [where for where, hook in hooks_now if all(hook is not before for _, before in self._hooks)]
+        removed = [where for where, hook in self._hooks if all(hook is not after for _, after in hooks_now)]
         what = "hooks run in another order than"
-        if added or gone:
-            what = f"a hook was added to {added[0]}" if added else f"a hook was removed from {gone[0]}"
+        if added or removed:
+            what = f"a hook was added to {added[0]}" if added else f"a hook was removed from {removed[0]}"
             what += " after"
         else:
             what += " when"
@@ -86,16 +89,16 @@ class Pass:
         )
 
     def _weights_mark(self) -> tuple[tuple[int, int], ...]:
-        """Return where each weight is and how often it was written to.
+        """Return the address of each weight and how often the weight was written to.
 
-        It is empty for an offloaded model, whose weights come and go with every pass.
+        The result is empty for an offloaded model, whose weights are loaded and released in every pass.
         """
         if self.offloaded:
             return ()
         return tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in self.model.parameters())
 
     def differs(self, other: "Pass") -> str | None:
-        """Why the values of ``other`` at a shared hook are not this pass's; None where they are."""
+        """Return the reason why ``other`` has different values at a shared hook; None where it has the same."""
         if self.model is not other.model:
             return "they belong to two models"
         if not _same(self.inputs, other.inputs):
@@ -108,7 +111,7 @@ class Pass:
 
 
 class CircuitPass(Pass):
-    """A CircuitGPT between two of its hooks, ``logits`` included as a target."""
+    """The pass of a CircuitGPT between two of its hooks; ``logits`` may be the target."""
 
     def __init__(
         self,
@@ -129,7 +132,7 @@ class CircuitPass(Pass):
         known_hook(target, self.hooks, "target", "a CircuitGPT")
         self.inputs = kept((inputs.ids, inputs.mask, inputs.positions))
         self.interventions = list(model._interventions)
-        # a shallow copy shares every weight and keeps the ablations of this moment, whatever is left later
+        # a shallow copy shares the weights, and keeps the ablations that are active now
         self._frozen = copy.copy(model)
         self._frozen._interventions = self.interventions
 
@@ -150,7 +153,7 @@ class CircuitPass(Pass):
             return value
 
         with Stop() as stop:
-            stop(self._frozen(*self.inputs, tap=tap))  # the logits, where the target is nowhere before them
+            stop(self._frozen(*self.inputs, tap=tap))  # reached only where the target is the logits
         reached: Tensor = stop.value
         return reached
 
@@ -163,7 +166,7 @@ class CircuitPass(Pass):
 
 
 def kept(value: Any) -> Any:
-    """A copy that later changes in place cannot reach; also what frees it from inference mode."""
+    """Copy a value, so that later changes in place don't affect it; the copy is no longer in inference mode."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, Mapping):
@@ -174,6 +177,7 @@ def kept(value: Any) -> Any:
 
 
 def _same(a: Any, b: Any) -> bool:
+    """Whether two inputs are equal; tensors must also have the same device and dtype."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, Mapping) and isinstance(b, Mapping):
@@ -184,5 +188,5 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def buffers_mark(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Which tensor each buffer is and how often it was written to, by name."""
+    """Return, by name, the identity of each buffer's tensor and how often the buffer was written to."""
     return {name: (id(b), 0 if b.is_inference() else b._version) for name, b in model.named_buffers()}

@@ -1,4 +1,4 @@
-"""Layer after layer of a decoder too large for memory: its values, and the Jacobian of each layer in turn."""
+"""Go through a decoder too large for memory layer by layer, with the values and the Jacobian of each layer."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from .rows.trace import DenseTrace
 
 See = Callable[[str, Tensor], None]
 
-_CHUNK_BYTES = 1 << 28  # about what the widest value of a chunk of tangents may take
-_WIDEST = 4  # over the residual stream's own width
+_CHUNK_BYTES = 1 << 28  # approximate size of the widest value that a chunk of tangents may need
+_WIDEST = 4  # the widest value of a layer, in units of the residual stream's width
 
 
 @dataclass
@@ -53,10 +53,10 @@ class StreamedLayer:
     before: Tensor
     after: Tensor
     _rules: DenseLayer | None
-    _one_at_a_time: threading.Lock = field(default_factory=threading.Lock, repr=False)  # the rules share buffers
+    _one_at_a_time: threading.Lock = field(default_factory=threading.Lock, repr=False)  # since the rules share buffers
 
     def jvp(self, V: Tensor) -> Tensor:
-        """Carry T tangents before the layer to those after it.
+        """Carry T tangents from before the layer to after it.
 
         Args:
             V: (T, B, L, width).
@@ -65,14 +65,14 @@ class StreamedLayer:
             (T, B, L, width).
 
         Raises:
-            RuntimeError: The next layer has been asked for, and this one has left memory.
+            RuntimeError: The next layer has been requested, and this one has left memory.
             ValueError: The tangents have another shape or are on another device.
-            TypeError: They have another dtype, or are no tensor.
+            TypeError: They have another dtype, or are not a tensor.
         """
         return self._product(V, lambda rules, t: rules.push(t, lambda _, value: value, set()))
 
     def vjp(self, U: Tensor) -> Tensor:
-        """Carry T cotangents after the layer back to those before it.
+        """Carry T cotangents from after the layer back to before it.
 
         Args:
             U: (T, B, L, width).
@@ -81,27 +81,29 @@ class StreamedLayer:
             (T, B, L, width).
 
         Raises:
-            RuntimeError: The next layer has been asked for, and this one has left memory.
+            RuntimeError: The next layer has been requested, and this one has left memory.
             ValueError: The cotangents have another shape or are on another device.
-            TypeError: They have another dtype, or are no tensor.
+            TypeError: They have another dtype, or are not a tensor.
         """
         return self._product(U, lambda rules, u: rules.pull(u, lambda _, value: value))
 
     def _product(self, tangents: Tensor, product: Callable[[DenseLayer, Tensor], Tensor | None]) -> Tensor:
+        """Apply ``product`` to the tangents in chunks that bound the memory."""
         with self._one_at_a_time, without_gradients():
             rules = self._checked(tangents)
             products = torch.empty_like(tangents, memory_format=torch.contiguous_format)
             bytes_of_one = tangents[0].numel() * tangents.element_size() * _WIDEST if len(tangents) else 1
-            done = 0
+            filled = 0
             for chunk in tangents.detach().split(max(1, _CHUNK_BYTES // max(1, bytes_of_one))):
                 if len(chunk):
-                    part = product(rules, chunk.contiguous().clone())
-                    assert part is not None
-                    products[done : done + len(chunk)] = part
-                    done += len(chunk)
+                    products_of_chunk = product(rules, chunk.contiguous().clone())
+                    assert products_of_chunk is not None
+                    products[filled : filled + len(chunk)] = products_of_chunk
+                    filled += len(chunk)
             return products
 
     def _checked(self, tangents: Tensor) -> DenseLayer:
+        """Return the rules of the layer, or raise an error where it has left memory or the tangents don't fit."""
         if not isinstance(tangents, Tensor):
             raise TypeError(f"tangents are {type(tangents).__name__}; a torch.Tensor is taken")
         if self._rules is None:
@@ -124,20 +126,21 @@ def stream_layers(
     position_ids: Tensor | None = None,
     see: See | None = None,
 ) -> Iterator[StreamedLayer]:
-    """Go through the layers of a model too large for memory, in order: one is in memory and the next is being read.
+    """Go through the layers of a model too large for memory in order, with one in memory while the next is being read.
 
-    The layers compute where ``input_ids`` are. Values and tangents are float32 (float64 of a float64 model); products
-    of a bfloat16 model are bfloat16. A layer gives products until the next one is asked for, and between them the
-    caller may orthonormalise the tangents, record them or stop.
+    The layers compute on the device of ``input_ids``. Values and tangents are float32 (float64 in a float64 model);
+    matrix products of a bfloat16 model are bfloat16. A layer gives products until the next one is requested. Between
+    layers the caller may orthonormalise the tangents, record them or stop.
 
     Args:
-        folder: As transformers' ``save_pretrained`` writes it (config.json and safetensors, whole or in shards), of a
-            family that has rules (see :func:`scalpel.jacobian`); float64, float32, bfloat16, or float16, which is
-            computed in float32.
+        folder: A folder as transformers' ``save_pretrained`` writes it (config.json and safetensors, whole or in
+            shards), with a model of a family that has rules (see :func:`scalpel.jacobian`). Its weights are float64,
+            float32, bfloat16, or float16, which is computed in float32.
         input_ids: (B, L) integers, or a batch, as :func:`scalpel.jacobian` takes them.
-        attention_mask: (B, L), as there.
-        position_ids: (B, L) or (1, L), as there.
-        see: Called at every hook of each layer, with its name and its value for all tokens, before the layer is given.
+        attention_mask: (B, L), as :func:`scalpel.jacobian` takes it.
+        position_ids: (B, L) or (1, L), as :func:`scalpel.jacobian` takes them.
+        see: Called at every hook of a layer, with the hook's name and its value for all tokens, before the layer is
+            yielded.
 
     Returns:
         An iterator over the layers.
@@ -147,7 +150,7 @@ def stream_layers(
         ValueError: For inputs that the model does not take.
 
     Example:
-        Forward mode is a loop; the last tangents are those of ``final_resid``:
+        Forward mode is a loop. Its last tangents are those of ``final_resid``:
 
         >>> import tempfile, torch, transformers
         >>> from scalpel.jacobians.stream import stream_layers
@@ -172,7 +175,8 @@ def stream_layers(
 
 
 def _layers(decoder: Decoder, inputs: Inputs, see: See | None) -> Iterator[StreamedLayer]:
-    everything, buffers = slice(0, inputs.ids.shape[1]), Buffers()
+    """Yield the layers in order, each with its values and rules."""
+    all_tokens, buffers = slice(0, inputs.ids.shape[1]), Buffers()
     with without_gradients():
         trace = DenseTrace(decoder, Text.of(inputs), [], see)
     for i, layer in streamed_layers(decoder):
@@ -180,7 +184,7 @@ def _layers(decoder: Decoder, inputs: Inputs, see: See | None) -> Iterator[Strea
         with without_gradients():
             check_layer(decoder.config, layer, i)
             primal = trace.advance(i, layer, keep=False)
-            rules = DenseLayer(decoder, i, layer, primal, trace.places, everything, buffers)
-        streamed = StreamedLayer(i, before, trace.resid.clone(), rules)  # what the user does to it stays with the user
+            rules = DenseLayer(decoder, i, layer, primal, trace.places, all_tokens, buffers)
+        streamed = StreamedLayer(i, before, trace.resid.clone(), rules)  # a copy, so that the caller may change it
         yield streamed
-        streamed._rules = None  # its memory will hold another layer
+        streamed._rules = None  # the next layer takes its memory

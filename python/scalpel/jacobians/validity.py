@@ -1,7 +1,8 @@
 """How far a tangent may be followed before the mask of a TopK or a ReLU flips.
 
-A Jacobian holds the masks of its primal fixed. Along a tangent the input of every mask moves as x + s·t, t being its
-own tangent; where that first gives another mask is a root per row, and the radius is the least of them.
+A Jacobian holds the masks of its primal fixed. Along a tangent, the input x of every mask moves as x + s·t, where t is
+the tangent of x. The step s at which a row of x first gets another mask is the root of an equation, and the radius is
+the smallest root over all rows and masks.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from .errors import explained
 from .passes import CircuitPass, Pass, kept
 from .rows.decoder_pass import DecoderPass
 
-_INSIDE, _BEYOND = 0.99, 1.01  # of the radius: where the model is run again
-_SMOOTH = (  # activations of transformers with no mask in them
+_INSIDE, _BEYOND = 0.99, 1.01  # fractions of the radius at which the model is run again
+_SMOOTH = (  # names of transformers' activations that have no mask
     "gelu",
     "gelu_accurate",
     "gelu_fast",
@@ -44,25 +45,25 @@ _SMOOTH = (  # activations of transformers with no mask in them
 
 @dataclass(frozen=True, eq=False)
 class ValidityRadius:
-    """How far one may go along each of T tangents before a mask flips.
+    """How far one can go along each of T tangents before a mask flips.
 
-    The model between the masks is not linear, so the true step may be shorter (``verified`` is False) or longer
-    (``flips`` is False) than the radius. Where both are True, a mask flips between 0.99 and 1.01 of it. That none flips
-    on the way is known at 0.99 of the radius alone, and not at each shorter step. In float32 a radius may be so small
-    that the values move by no more than their rounding; it means nothing then: take the model in float64 there.
+    The model is not linear between the masks, so the true step may be shorter (``verified`` is False) or longer
+    (``flips`` is False) than the radius. Where both are True, the masks change between 0.99 and 1.01 of the radius.
+    They are compared at 0.99 of the radius only, and not at every shorter step. In float32 a radius may be so small
+    that the values move by no more than their rounding, and then it is meaningless: use the model in float64 there.
 
     Attributes:
         radius: (T,), float64 on the CPU, in units of the tangent: the step s·V[t] at which the first mask flips, to
-            first order. It is inf where none ever does. It is 0 where the last entry that a TopK keeps is tied with
+            first order. It is inf where no mask ever flips. It is 0 where the last entry that a TopK keeps is tied with
             one that it drops and the tangent breaks the tie, as happens at the zeros of sparse weights, and where the
             input of a ReLU is 0 and moves.
-        first: The mask that flips there, by the name that ``watch_masks`` gives it; None where the radius is inf.
+        first: The name of the mask that flips there, as ``watch_masks`` gives it; None where the radius is inf.
         verified: (T,) bool: whether the model, run again at 0.99 of the radius, has the same masks. For a radius of
             inf it is run at a step as long as the source value, or of length 1 where that is zero. Where the radius is
-            0 there is nothing to verify. A decoder with a smooth activation has no mask, so it is True and nothing is
-            run.
-        flips: (T,) bool: whether a mask is another one when the model is run again at 1.01 of the radius. False for a
-            radius of 0 or inf, which have no such step.
+            0 there is nothing to verify. A decoder with a smooth activation has no mask, so this is True without
+            another run.
+        flips: (T,) bool: whether a mask differs when the model is run again at 1.01 of the radius. False for a radius
+            of 0 or inf, for which there is no such step.
     """
 
     radius: Tensor
@@ -72,9 +73,9 @@ class ValidityRadius:
 
 
 def validity_radius(source: End, target: End, derived: str | None, V: Tensor) -> ValidityRadius:
-    """The work of :meth:`Jacobian.validity_radius`, which has checked that V is (T, *source_shape).
+    """Compute :meth:`Jacobian.validity_radius`; the caller has checked that V is (T, *source_shape).
 
-    ``derived``: "transpose" or "composition" where the operator was made from another one.
+    ``derived`` is "transpose" or "composition" where the operator was made from another one, else None.
     """
     run, count = _pass_of(source, derived), V.shape[0]
     if not bool(V.isfinite().all()):
@@ -94,14 +95,14 @@ def validity_radius(source: End, target: End, derived: str | None, V: Tensor) ->
     with torch.inference_mode(False), torch.no_grad(), explained(run):
         masks = _Masks(run, source.positions, target.positions)
         for tangent in kept(V):
-            reach, name = masks.first_flip(tangent)
-            radius.append(reach)
+            step, name = masks.first_flip(tangent)
+            radius.append(step)
             first.append(name)
-            inside = _INSIDE * reach
-            if math.isinf(reach):
+            inside = _INSIDE * step
+            if math.isinf(step):
                 inside = _length(source.value) / _length(tangent)
             verified.append(masks.same(inside * tangent))
-            flips.append(0 < reach < math.inf and not masks.same(_BEYOND * reach * tangent))
+            flips.append(0 < step < math.inf and not masks.same(_BEYOND * step * tangent))
     return ValidityRadius(
         torch.tensor(radius, dtype=torch.float64, device="cpu"),
         first,
@@ -111,12 +112,12 @@ def validity_radius(source: End, target: End, derived: str | None, V: Tensor) ->
 
 
 def _length(value: Tensor) -> float:
-    """The Euclidean norm, or 1 for zero."""
+    """The Euclidean norm of ``value``, or 1 where it is zero."""
     return float(value.double().norm()) or 1.0
 
 
 def _pass_of(source: End, derived: str | None) -> Pass:
-    """The pass whose masks count; an error where they are not known."""
+    """Return the pass whose masks are watched, or raise an error where its masks are not known."""
     if derived is not None:
         instead = {
             "transpose": "its tangents are cotangents of the model, which move no value; take J itself",
@@ -143,7 +144,7 @@ def _pass_of(source: End, derived: str | None) -> Pass:
 
 
 class _Masks:
-    """The masks that the target of a pass reads, at the primal and at steps away from it."""
+    """The masks that affect the target of a pass, at the primal and at steps away from it."""
 
     def __init__(self, run: CircuitPass, source: Selected, target: Selected) -> None:
         self.run = run
@@ -154,18 +155,21 @@ class _Masks:
         self._watch(lambda _, x, k: self.at_primal.append(_mask(x, k)), None)
 
     def first_flip(self, tangent: Tensor) -> tuple[float, str | None]:
-        """The least s > 0, to first order, where a mask on x + s·tangent flips, and which; inf and None if none."""
+        """Return the smallest step s > 0 along ``tangent`` at which a mask flips, to first order, and its name.
+
+        They are inf and None where no mask flips.
+        """
         least, first = math.inf, None
 
         def watch(name: str, x: Tensor, k: int | None) -> None:
             nonlocal least, first
             dual = forward_ad.unpack_dual(x)
-            if dual.tangent is None:  # before the source, or beside it
+            if dual.tangent is None:  # the mask doesn't depend on the source
                 return
-            at, along = dual.primal, dual.tangent
-            if not bool(along.isfinite().all() & at.isfinite().all()):
+            x_primal, x_tangent = dual.primal, dual.tangent
+            if not bool(x_tangent.isfinite().all() & x_primal.isfinite().all()):
                 raise ValueError(f"the values at {name!r}, or their tangents, are not all finite: no step is known")
-            flip = relu_flip(at, along, least) if k is None else topk_flip(at, along, k, least)
+            flip = relu_flip(x_primal, x_tangent, least) if k is None else topk_flip(x_primal, x_tangent, k, least)
             if flip < least:
                 least, first = flip, name
 
@@ -174,7 +178,7 @@ class _Masks:
         return least, first
 
     def same(self, step: Tensor) -> bool:
-        """Whether the model with ``step`` added to its source has the masks of the primal."""
+        """Whether the model has the masks of the primal when ``step`` is added to its source."""
         masks = iter(self.at_primal)
         same = True
 
@@ -187,23 +191,28 @@ class _Masks:
         return same
 
     def _watch(self, watch: Callable[[str, Tensor, int | None], None], step: Tensor | None) -> None:
-        """One pass, with ``watch`` given the rows (tokens, width) that the target reads of every mask's input."""
+        """Run the pass with ``step`` added at the source, and call ``watch`` for every mask that the target reads.
 
-        def rows(name: str, x: Tensor, k: int | None) -> None:
-            read = self.read.get(hook_of_mask(name, self.run.hooks))
-            if read is not None and (k is None or 0 < k < x.shape[-1]):
-                watch(name, x[read.expand(x.shape[:-1])], k)
+        It gets the mask's name, the rows (tokens, width) of its input that the target reads, and k, which is None for a
+        ReLU.
+        """
 
-        with watch_masks(rows), eager():  # a compiled graph shows no mask
+        def watch_rows(name: str, x: Tensor, k: int | None) -> None:
+            tokens = self.read.get(hook_of_mask(name, self.run.hooks))
+            if tokens is not None and (k is None or 0 < k < x.shape[-1]):
+                watch(name, x[tokens.expand(x.shape[:-1])], k)
+
+        with watch_masks(watch_rows), eager():  # a compiled graph shows no mask
             self.run.run(lambda value: value if step is None else add_at(value, step, self.source))
 
 
 def _mask(x: Tensor, k: int | None) -> Tensor:
+    """Which entries of ``x`` the top k keeps, or ReLU where k is None."""
     return x > 0 if k is None else topk_mask(x, k)
 
 
 def relu_flip(x: Tensor, t: Tensor, before: float) -> float:
-    """The least s > 0 where some entry of x + s·t is on the other side of 0, or ``before`` where that is less."""
+    """Find the smallest s > 0 at which an entry of x + s·t crosses 0, or ``before`` where that is smaller."""
     crosses = torch.where(x > 0, t < 0, t > 0)
     if not bool(crosses.any()):
         return before
@@ -211,39 +220,43 @@ def relu_flip(x: Tensor, t: Tensor, before: float) -> float:
 
 
 def topk_flip(x: Tensor, t: Tensor, k: int, before: float) -> float:
-    """Find the least s > 0 where some row of |x + s·t| has another top k, or ``before`` where that is less.
+    """Find the smallest s > 0 at which a row of |x + s·t| has another top k, or ``before`` where that is smaller.
 
     x and t are (rows, width), and 0 < k < width.
 
-    A row flips where the largest entry that is not kept, a convex function of s, passes the smallest that is kept,
-    |x_i| + s·sign(x_i)·t_i, a concave one up to a zero of it: no entry is below zero, so a kept one that reaches it
-    has been passed. Their difference is convex and at most 0 at s = 0. Newton's steps from the right, each to the
-    root of a line under it, come down to its last root and never jump past it; it has finitely many pieces. All rows
-    share one s, and a row that does not flip before it is done with.
+    A row flips where its largest entry that is not kept passes its smallest entry that is kept. The largest entry that
+    is not kept is a convex function of s. The smallest kept one is the least of |x_i| + s·sign(x_i)·t_i, which is
+    concave up to its first zero; no entry is below zero, so a kept entry that reaches zero has been passed. The
+    difference of the two is therefore convex, piecewise linear, and at most 0 at s = 0. Newton's method starts on the
+    right. Each step goes to the root of a line that lies below the difference, so it moves down to the last root, never
+    jumps past it, and ends after finitely many steps. All rows share one s, and a row that does not flip before s is
+    dropped.
 
-    A kept value that goes through zero among others that are and stay zero is kept on either side: no flip. Where
-    those only pass through zero at that very step (twins of it that do the same), the step is taken for a flip.
+    A kept value that goes through zero is kept on both sides where all entries that are not kept are zero and stay
+    zero: this is no flip. Where those others pass through zero at that very step too (as equal entries do), the step
+    counts as a flip.
     """
     kept = topk_mask(x, k)
     moving = (t != 0).any(-1) & (~kept & ((x != 0) | (t != 0))).any(-1)
     x, t, kept = x[moving].double(), t[moving].double(), kept[moving]
     size = x.abs()
-    slope = torch.where(x == 0, t.abs(), x.sign() * t)  # of |x + s·t| just after s = 0
+    slope = torch.where(x == 0, t.abs(), x.sign() * t)  # the slope of |x + s·t| just after s = 0
     s = before
     while len(x):
-        far = math.isinf(s)
-        moved = t if far else x + s * t  # at infinity the slopes alone count
-        low = slope if far else size + s * slope
-        j = moved.abs().masked_fill(kept, -1.0).argmax(-1, keepdim=True)
-        i = low.masked_fill(~kept, math.inf).argmin(-1, keepdim=True)
-        sign = torch.where(moved.gather(-1, j) < 0, -1.0, 1.0)
-        rise = sign * t.gather(-1, j) - slope.gather(-1, i)
-        passed = (moved.gather(-1, j).abs() > low.gather(-1, i)) & (rise > 0)
-        root = torch.where(passed, (size.gather(-1, i) - sign * x.gather(-1, j)) / rise, math.inf)
+        at_infinity = math.isinf(s)
+        moved = t if at_infinity else x + s * t  # at infinity only the slopes matter
+        kept_sizes = slope if at_infinity else size + s * slope
+        # the largest entry of each row that is not kept, and the smallest that is
+        highest = moved.abs().masked_fill(kept, -1.0).argmax(-1, keepdim=True)
+        lowest = kept_sizes.masked_fill(~kept, math.inf).argmin(-1, keepdim=True)
+        sign = torch.where(moved.gather(-1, highest) < 0, -1.0, 1.0)
+        rise = sign * t.gather(-1, highest) - slope.gather(-1, lowest)
+        passed = (moved.gather(-1, highest).abs() > kept_sizes.gather(-1, lowest)) & (rise > 0)
+        root = torch.where(passed, (size.gather(-1, lowest) - sign * x.gather(-1, highest)) / rise, math.inf)
         least = float(root.min())
         if not least < s:
             break
         s = least
-        alive = passed[:, 0]
-        x, t, kept, size, slope = x[alive], t[alive], kept[alive], size[alive], slope[alive]
+        flipping = passed[:, 0]
+        x, t, kept, size, slope = x[flipping], t[flipping], kept[flipping], size[flipping], slope[flipping]
     return s

@@ -1,4 +1,4 @@
-"""The layers of a model as operators: which hooks they lie between, and their restriction to chosen tokens."""
+"""The layers of a model as operators: the hooks at their ends, and their restriction to chosen tokens."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +17,10 @@ __all__ = ["chain_of", "check_count", "check_dtype", "check_square", "chosen_tok
 
 
 def layer_hooks(model: nn.Module, hooks: Sequence[str] | None) -> list[str]:
-    """The hooks between which the layers lie: those given, or the residual stream's of a model with hook names."""
+    """Return the hooks at the ends of the layers: ``hooks``, or by default those of the residual stream.
+
+    Only a model with hook names has such a default.
+    """
     if hooks is not None:
         if isinstance(hooks, str) or not all(isinstance(name, str) for name in hooks):
             raise TypeError(f"hooks is {hooks!r}; it must be a list of hooks' names")
@@ -31,14 +34,14 @@ def layer_hooks(model: nn.Module, hooks: Sequence[str] | None) -> list[str]:
             f"the layers of {type(model).__name__} are not known: name the hooks between them, such as "
             "hooks=['model.layers.0:in', 'model.layers.1:in', ..., 'model.layers.7']"
         )
-    heads = [name for name in known if name.endswith(".resid_in")]
-    if not heads:
+    layer_starts = [name for name in known if name.endswith(".resid_in")]
+    if not layer_starts:
         raise ValueError("the model has no layer, so there is no product of layers")
-    return [*heads, "final_resid"]
+    return [*layer_starts, "final_resid"]
 
 
 def chosen_tokens(positions: Any, layers: list[Jacobian]) -> Selected:
-    """The tokens that ``positions`` choose at every hook; None for all."""
+    """Return the tokens that ``positions`` selects, the same at every hook; None for all of them."""
     if isinstance(positions, tuple):
         raise ValueError(
             "positions is a pair, and every layer needs the same tokens at both ends: give None, an int, a slice or a "
@@ -56,7 +59,7 @@ def chosen_tokens(positions: Any, layers: list[Jacobian]) -> Selected:
 
 
 def check_dtype(layers: list[Jacobian]) -> None:
-    """TypeError for values in which most singular values are rounding."""
+    """Raise TypeError for a dtype whose rounding hides most singular values."""
     for J in layers:
         if J.dtype not in (torch.float32, torch.float64):
             raise TypeError(
@@ -66,7 +69,7 @@ def check_dtype(layers: list[Jacobian]) -> None:
 
 
 def check_square(layers: list[Jacobian], names: list[str]) -> None:
-    """ValueError where the identity can't be taken off a layer, since its ends have different shapes."""
+    """Raise ValueError where a layer's ends have different shapes, so that J − I is not defined."""
     for J, source, target in zip(layers, names, names[1:], strict=False):
         if J.source_shape != J.target_shape:
             raise ValueError(
@@ -76,47 +79,50 @@ def check_square(layers: list[Jacobian], names: list[str]) -> None:
 
 
 def check_count(T: int, own: list[Jacobian], names: list[str]) -> None:
-    """ValueError where a layer by itself has fewer than T singular values."""
+    """Raise ValueError where one of the layers ``own``, between the chosen tokens, has fewer than T singular values."""
     sizes = [min(J.shape) for J in own]
     most = min(sizes)
     if most < T:
-        worst = sizes.index(most)
+        smallest = sizes.index(most)
         raise ValueError(
-            f"T is {T}; the layer from {names[worst]!r} to {names[worst + 1]!r} has {most} singular values between the "
-            f"chosen positions: 1 <= T <= {most}"
+            f"T is {T}; the layer from {names[smallest]!r} to {names[smallest + 1]!r} has {most} singular values "
+            f"between the chosen positions: 1 <= T <= {most}"
         )
 
 
 def restricted(J: Jacobian, source: Selected, target: Selected, identity: bool) -> Jacobian:
-    """J, or J − I, between the chosen tokens of its ends."""
+    """Restrict J, or J − I where ``identity`` is False, to chosen tokens of its source and of its target.
+
+    Tangents are zero at the other tokens of the source.
+    """
     if source is None and target is None and identity:
         return J
 
-    def between(product: Product, enter: Selected, leave: Selected, shape: torch.Size) -> Product:
-        def go(V: Tensor) -> Tensor:
-            full = V
+    def restricted_product(product: Product, enter: Selected, leave: Selected, shape: torch.Size) -> Product:
+        def multiply(V: Tensor) -> Tensor:
+            tangents = V
             if enter is not None:
-                full = V.new_zeros(V.shape[0], *shape)
-                full[:, :, list(enter)] = V
-            W = product(full)
+                tangents = V.new_zeros(V.shape[0], *shape)
+                tangents[:, :, list(enter)] = V
+            products = product(tangents)
             if not identity:
-                W = W - full
-            return W if leave is None else W[:, :, list(leave)]
+                products = products - tangents
+            return products if leave is None else products[:, :, list(leave)]
 
-        return go
+        return multiply
 
     def end(whole: End, at: Selected) -> End:
         return replace(whole, positions=at, value=read_at(whole.value, at))
 
     return Jacobian(
-        between(J.jvp, source, target, J.source_shape),
-        between(J.vjp, target, source, J.target_shape),
+        restricted_product(J.jvp, source, target, J.source_shape),
+        restricted_product(J.vjp, target, source, J.target_shape),
         end(J._source, source),
         end(J._target, target),
     )
 
 
 def chain_of(layers: list[Jacobian], at: Selected, identity: bool) -> list[Jacobian]:
-    """The factors of J_l … J_1, first one first, restricted at the ends of the product only."""
+    """Return the factors J_1, …, J_l of a product, restricted to the tokens ``at`` at the ends of the product only."""
     last = len(layers) - 1
     return [restricted(J, at if i == 0 else None, at if i == last else None, identity) for i, J in enumerate(layers)]

@@ -1,9 +1,9 @@
 """The semigroup of depth: what the product of a model's layers does to directions of the residual stream.
 
-P = J_D … J_1, one Jacobian a layer, is never made: :mod:`.sweeps` goes through the layers and back, and
-:mod:`.graded` multiplies the triangular factors so that singular values hundreds of orders of magnitude apart come out
-each to a relative accuracy. The sweeps end where a bound on the error is met, ``Lyapunov.residual``, and not where a
-step got small.
+The product P = J_D … J_1 of the layers' Jacobians is never formed. :mod:`.sweeps` goes forward and back through the
+layers, and :mod:`.graded` multiplies the triangular factors, so that each singular value has a small relative error
+even where they are hundreds of orders of magnitude apart. The sweeps end when a bound on the error,
+``Lyapunov.residual``, is small enough, and not merely when a step is small.
 """
 
 import math
@@ -126,72 +126,85 @@ def lyapunov_of(
     max_sweeps: int = 200,
     seed: int = 0,
 ) -> Lyapunov:
-    """:func:`lyapunov` of layers that are there already: ``layers[i]`` leads from ``names[i]`` to ``names[i + 1]``."""
+    """Measure what :func:`lyapunov` does for layers whose Jacobians are already made.
+
+    ``layers[i]`` leads from hook ``names[i]`` to hook ``names[i + 1]``.
+    """
     T = _integer("T", T, 1)
     probes, draws = _integer("probes", probes, 0), _integer("draws", draws, 0)
     max_sweeps = _integer("max_sweeps", max_sweeps, 1)
     check_dtype(layers)
-    at = chosen_tokens(positions, layers)
+    tokens = chosen_tokens(positions, layers)
     if not identity:
         check_square(layers, names)
-    own = [restricted(J, at, at, identity) for J in layers]
-    check_count(T, own, names)
+    single_layers = [restricted(J, tokens, tokens, identity) for J in layers]
+    check_count(T, single_layers, names)
     eps = float(torch.finfo(layers[0].dtype).eps)
     goal = (1e-7 if eps < 1e-12 else 1e-3) if tol is None else float(tol)
 
     depth = len(layers)
-    bounds = [_bound(model, layers, own, i, names, identity) for i in range(depth)]
-    triples = [J.svd(T, seed=seed) for J in own]
+    bounds = [_bound(model, layers, single_layers, i, names, identity) for i in range(depth)]
+    triples = [J.svd(T, seed=seed) for J in single_layers]
     depths = range(1 if cumulative else depth, depth + 1)
-    products = [Sweeps(chain_of(layers[:stop], at, identity), T, seed).solve(goal, max_sweeps) for stop in depths]
+    products = [Sweeps(chain_of(layers[:stop], tokens, identity), T, seed).solve(goal, max_sweeps) for stop in depths]
     _warn(products, names, goal)
 
-    sizes = [min(J.shape) if bound is None else min(*J.shape, bound) for J, (bound, _) in zip(own, bounds, strict=True)]
+    sizes = [
+        min(J.shape) if bound is None else min(*J.shape, bound)
+        for J, (bound, _) in zip(single_layers, bounds, strict=True)
+    ]
     sizes_of_products = []
     for product in products:
         widths = [size for J in product.chain for size in J.shape]
-        sizes_of_products.append(min(widths + [b for _, b in bounds[: len(product.chain)] if b is not None]))
+        sizes_of_products.append(
+            min(widths + [bound for _, bound in bounds[: len(product.chain)] if bound is not None])
+        )
     generator = torch.Generator().manual_seed(seed)
     tails = tails_of_products = None
     if probes:
-        energies = [tail_energy([J], Vh, probes, generator) for J, (_, _, Vh) in zip(own, triples, strict=True)]
+        energies = [
+            tail_energy([J], Vh, probes, generator) for J, (_, _, Vh) in zip(single_layers, triples, strict=True)
+        ]
         tails = torch.tensor(energies, dtype=torch.float64, device="cpu")
         energies = [tail_energy(product.chain, product.right.flatten(1), probes, generator) for product in products]
         tails_of_products = torch.tensor(energies, dtype=torch.float64, device="cpu")
     spectra_of_products = Spectra(torch.stack([p.logs for p in products]), tuple(sizes_of_products), tails_of_products)
-    whole = products[-1]
-    without = _without_first(layers, at)
+    full_product = products[-1]
+    tokens_without_first = _without_first(layers, tokens)
     return Lyapunov(
         tuple(names),
         "with_identity" if identity else "without_identity",
-        at,
-        whole.logs,
-        whole.right,
-        whole.residual,
-        whole.sweeps,
+        tokens,
+        full_product.logs,
+        full_product.right,
+        full_product.residual,
+        full_product.sweeps,
         all(product.converged for product in products),
-        frame_growth(whole.chain, T, seed),
+        frame_growth(full_product.chain, T, seed),
         Spectra(torch.stack([_logs(S, eps) for _, S, _ in triples]), tuple(sizes), tails),
         spectra_of_products if cumulative else None,
         measure_alignment(triples, ROUNDING * eps, draws, seed),
-        _log_norms(layers, at),
-        None if without == () else _log_norms(layers, without),
+        _log_norms(layers, tokens),
+        None if tokens_without_first == () else _log_norms(layers, tokens_without_first),
         tuple(bound for bound, _ in bounds),
-        tuple(None if b is None else J.shape[1] - b for J, (b, _) in zip(own, bounds, strict=True)),
+        tuple(
+            None if bound is None else J.shape[1] - bound for J, (bound, _) in zip(single_layers, bounds, strict=True)
+        ),
     )
 
 
 def _bound(
     model: nn.Module, layers: list[Jacobian], own: list[Jacobian], i: int, names: list[str], identity: bool
 ) -> tuple[int | None, int | None]:
-    """The bounds on the rank of a layer by itself, between the chosen tokens, and of the whole layer."""
-    alone, whole = (
+    """Bound the rank of layer ``i`` between the chosen tokens, and between all tokens; None where there is no bound."""
+    between_chosen, between_all = (
         rank_bound(model, names[i], names[i + 1], math.prod(J.source_shape[:-1]), identity) for J in (own[i], layers[i])
     )
-    return alone, whole
+    return between_chosen, between_all
 
 
 def _warn(products: list[SweptProduct], names: list[str], goal: float) -> None:
+    """Warn of each product whose sweeps did not converge."""
     for product in products:
         if not product.converged:
             end = names[len(product.chain)]
@@ -204,16 +217,20 @@ def _warn(products: list[SweptProduct], names: list[str], goal: float) -> None:
             )
 
 
-# ---- beside the exponents ------------------------------------------------------------------------
+# ---- spectra and norms of the layers -------------------------------------------------------------
 
 
 def _logs(S: Tensor, eps: float) -> Tensor:
+    """The logarithms of singular values; −inf where a value is zero to rounding."""
     values = S.cpu().double()
     return torch.where(values > ROUNDING * eps * values[0], values, 0.0).log()
 
 
 def _without_first(layers: list[Jacobian], at: Selected) -> tuple[int, ...]:
-    """The chosen tokens but token 0; empty where there are no others, or no tokens."""
+    """Return the chosen tokens other than token 0.
+
+    The result is empty where there are none, or where the hooks' values have no common axis of tokens.
+    """
     shapes = [layers[0].source_shape, *(J.target_shape for J in layers)]
     if any(len(shape) < 3 for shape in shapes) or len({shape[1] for shape in shapes}) > 1:
         return ()
@@ -222,12 +239,14 @@ def _without_first(layers: list[Jacobian], at: Selected) -> tuple[int, ...]:
 
 
 def _log_norms(layers: list[Jacobian], at: Selected) -> Tensor:
+    """The logarithm of the norm of the value at each hook over the tokens ``at``, (D + 1,) float64."""
     values = [layers[0].T.primal, *(J.primal for J in layers)]
     norms = [float(torch.linalg.vector_norm(read_at(value, at).double())) for value in values]
     return torch.tensor(norms, dtype=torch.float64, device="cpu").log()
 
 
 def _integer(name: str, value: Any, least: int) -> int:
+    """Return the option ``name`` as an int of at least ``least``, or raise an error that names it."""
     if isinstance(value, bool):
         raise TypeError(f"{name} is a bool; it must be an int")
     try:

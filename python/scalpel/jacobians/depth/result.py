@@ -1,4 +1,4 @@
-"""What is known of the semigroup of depth at one input: the result of :func:`scalpel.lyapunov`."""
+"""The result of :func:`scalpel.lyapunov`: the semigroup of depth at one input."""
 
 from dataclasses import dataclass
 
@@ -14,40 +14,41 @@ class Lyapunov:
     """The semigroup of depth at one input, as :func:`scalpel.lyapunov` gives it.
 
     There are D layers and T directions; logarithms are natural. Every tensor but ``right`` is float64 on the CPU. −inf
-    stands for a singular value that is zero to rounding: at some layer, what is left of it is at most 64 eps of what
-    that layer does to the block's longest direction.
+    stands for a singular value that is zero to rounding: at some layer its direction shrinks to at most 64 eps of the
+    length of the longest one.
 
     Attributes:
         hooks: The D + 1 hooks between which the layers lie.
         identity: "with_identity" where layer l is J_l, the residual path included; "without_identity" where it is
-            J_l − I, which is what the blocks add where nothing masks the residual stream.
+            J_l − I, which is the contribution of attention and MLP where nothing masks the residual stream.
         positions: The tokens at the ends of the product, None for all.
         log_singular_values: (T,), descending: log σ_i(J_D … J_1), which is D times ``exponents``.
         right: (T, *source_shape), in the model's dtype and on its device: the right singular vectors, which are the
-            directions at the first hook; 0 where the value is 0. Their signs are those the solver arrives at.
-        residual: (T,), how far the i leading right singular vectors of the last sweep lay outside the block of the
-            sweep before: the sine θ of the largest angle, or more. Were they exact, the log σ_i of that block would be
-            at most −log cos θ ≈ θ²/2 too small. They are exact up to what further sweeps would turn them: where a sweep
-            shrinks the residual only to a fraction ρ, the angle is about θ / (1 − ρ) instead of θ.
-        sweeps: The forward-and-back passes that the whole product took.
+            directions at the first hook; 0 where the singular value is 0. Their signs are arbitrary.
+        residual: (T,), an upper bound on sin θ, with θ the largest angle between the i leading right singular vectors
+            of the last sweep and the block of the sweep before. If these vectors were exact, log σ_i of that block
+            would be too small by at most −log cos θ ≈ θ²/2. Further sweeps would still turn them a little: where a
+            sweep shrinks the residual only to a fraction ρ, the angle is about θ / (1 − ρ) instead of θ.
+        sweeps: The number of passes forward and back that the product of all layers took.
         converged: Whether every residual met ``tol``, those of ``cumulative`` included.
         frame_growth: (D, T), log |R_ii| of the QR factorisation after each layer in one forward sweep from a random
-            frame (Benettin et al. 1980). The mean over the layers, ``mean_frame_growth`` (T,), tends to Lyapunov
-            exponents as D grows without end; at a finite depth it is not the exponents, and need not be near them.
-        layers: :class:`Spectra` of each layer by itself, between the chosen positions. They give effective and stable
-            rank as intervals, as those of ``cumulative`` do.
-        cumulative: :class:`Spectra` of J_l … J_1 for l = 1 … D, restricted at both ends; None where not asked for.
+            frame (Benettin et al. 1980). The mean over the layers, ``mean_frame_growth`` (T,), tends to the Lyapunov
+            exponents as D goes to infinity; at a finite depth it differs from the exponents, and may be far from them.
+        layers: :class:`Spectra` of each layer by itself, between the chosen positions. They give the effective and the
+            stable rank as intervals, as do those of ``cumulative``.
+        cumulative: :class:`Spectra` of J_l … J_1 for l = 1 … D, restricted at both ends; None where they were not
+            requested.
         alignment: :class:`Alignment` of successive layers of ``layers``, with its null.
         log_norms: (D + 1,), the logarithm of the Frobenius norm of the residual stream at each hook over the chosen
             positions.
-        log_norms_without_first: The same without position 0, whose norm can hide all the others'; None where nothing
-            else is chosen.
-        rank_bounds: For each layer of ``layers`` the most that its rank can be by the TopKs that the model applies,
-            None where they set no bound; see :func:`scalpel.jacobians.depth.spectra.rank_bound`.
-        lost: For each layer n minus its bound, with n the dimensions at its source. It sends at least so many
-            directions to zero for good, since no later layer can tell them apart. This counts dimensions and does not
-            say which. None where there is no bound, which does not say that nothing is lost: ``layers.zeros`` counts
-            the zeros among the T values.
+        log_norms_without_first: The same without position 0, whose norm can hide those of all others; None where no
+            other position is chosen.
+        rank_bounds: For each layer of ``layers``, the upper bound on its rank that the model's TopKs imply; None where
+            they imply none. See :func:`scalpel.jacobians.depth.spectra.rank_bound`.
+        lost: For each layer, n minus its bound, where n is the number of dimensions at its source. The layer sends at
+            least that many dimensions to zero, and no later layer can recover them; which ones is not known here. None
+            where there is no bound, though directions may be lost there too: ``layers.zeros`` counts the zeros among
+            the T values.
     """
 
     hooks: tuple[str, ...]
@@ -89,9 +90,9 @@ class Lyapunov:
 
     @property
     def cumulative_spectra(self) -> Tensor | None:
-        """The singular values (D, T) of J_l … J_1; None where they were not asked for.
+        """The singular values (D, T) of J_l … J_1; None where they were not requested.
 
-        Their logarithms, which hold any range, are ``cumulative.log_values``.
+        Their logarithms, which cover any range, are ``cumulative.log_values``.
         """
         return None if self.cumulative is None else self.cumulative.values
 
@@ -102,17 +103,17 @@ class Lyapunov:
 
     @property
     def log_norm_growth_without_first(self) -> float | None:
-        """``log_norm_growth`` without position 0; None where nothing else is chosen."""
+        """``log_norm_growth`` without position 0; None where no other position is chosen."""
         norms = self.log_norms_without_first
         return None if norms is None else float(norms[-1] - norms[0]) / self.depth
 
     @property
     def exponents_less_growth(self) -> Tensor:
-        """The exponents (T,) less ``log_norm_growth``: growth relative to that of the state itself."""
+        """The exponents (T,) minus ``log_norm_growth``: growth relative to that of the residual stream itself."""
         return self.exponents - self.log_norm_growth
 
     @property
     def exponents_less_growth_without_first(self) -> Tensor | None:
-        """The same without position 0 in the norm, (T,); None where nothing but position 0 is chosen."""
+        """The exponents (T,) minus ``log_norm_growth_without_first``; None where only position 0 is chosen."""
         growth = self.log_norm_growth_without_first
         return None if growth is None else self.exponents - growth

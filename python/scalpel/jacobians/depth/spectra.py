@@ -1,4 +1,7 @@
-"""Figures of the spectra of a chain of layers: rank by depth with its uncertainty, alignment, and what is lost."""
+"""Figures computed from the spectra of a chain of layers: ranks with their uncertainty, and alignment.
+
+They include bounds on the rank of a layer, which tell how many directions it loses.
+"""
 
 import math
 from dataclasses import dataclass
@@ -12,17 +15,17 @@ from torch import Tensor
 from ...models.circuitgpt.model import CircuitGPT
 from .graded import GradedProduct
 
-_ERRORS = 3.0  # standard errors either side of an estimated tail
+_ERRORS = 3.0  # standard errors on either side of an estimated tail energy
 
 
 @dataclass(frozen=True)
 class Spectra:
-    """The T largest singular values of D maps, and what is known of the rest.
+    """The T largest singular values of D maps, and what is known of the remaining ones.
 
     ``log_values``: (D, T) float64, natural logarithms, descending; −inf for a value that is zero to rounding.
-    ``sizes``: how many singular values each map has that may be other than zero: min(m, n), or the bound on its
-    rank. ``tail_energy``: (D, 2) float64, or None: Σ_{i>T} σ_i² in units of σ_1², and its standard error, by
-    Hutchinson's estimator on the map with its T leading right singular vectors projected out.
+    ``sizes``: how many singular values of each map may be nonzero: min(m, n), or the bound on its rank.
+    ``tail_energy``: (D, 2) float64, or None where it was not estimated: Σ_{i>T} σ_i² in units of σ_1², and its standard
+    error, by Hutchinson's estimator on the map with its T leading right singular vectors projected out.
     """
 
     log_values: Tensor
@@ -31,23 +34,24 @@ class Spectra:
 
     @property
     def values(self) -> Tensor:
-        """(D, T) float64: σ_i themselves; where the logarithm leaves float64's range they are 0 or infinite."""
+        """The singular values σ_i, (D, T) float64; those outside the range of float64 are 0 or infinite."""
         return self.log_values.exp()
 
     @property
     def zeros(self) -> Tensor:
-        """(D,) int64: how many of the T values are zero to rounding."""
+        """How many of the T values of each map are zero to rounding, (D,) int64."""
         return (self.log_values == -math.inf).sum(dim=1)
 
     def effective_rank(self, of: Literal["singular", "eigen"] = "singular", certain: bool = True) -> Tensor:
-        """(D, 2) float64: the least and the most that exp(−Σ p_i ln p_i) can be.
+        """Bound the effective rank exp(−Σ p_i ln p_i) from below and above: (D, 2) float64.
 
-        of="singular": p_i = σ_i / Σσ (Roy and Vetterli 2007); of="eigen": p_i = σ_i² / Σσ². 0 for a zero map.
+        of="singular": p_i = σ_i / Σσ (Roy and Vetterli 2007); of="eigen": p_i = σ_i² / Σσ². It is 0 for a zero map.
+
         The unseen values, ``sizes`` − T of them, each lie in [0, σ_T]. The entropy is quasi-concave in them and
-        grows with the smallest value, so the least is at none of them and the most at all of them equal to σ_T: both
-        are attained, and certain as far as the T values are right. ``certain=False`` also holds their energy to
-        ``tail_energy`` plus three standard errors, which lowers the upper end to where they share it equally; the lower
-        end stays certain.
+        grows with the smallest value. So the lower bound has all of them at 0, the upper bound has all of them at σ_T,
+        and both can be attained; they are certain as far as the T values are right. ``certain=False`` also limits the
+        energy of the unseen values to ``tail_energy`` plus three standard errors. The upper bound then has that energy
+        shared equally among them; the lower bound stays certain.
         """
         if of not in ("singular", "eigen"):
             raise ValueError(f"of is {of!r}; allowed: 'singular', 'eigen'")
@@ -63,7 +67,7 @@ class Spectra:
     def stable_rank(self, certain: bool = True) -> Tensor:
         """Bound Σ σ_i² / σ_1² (Rudelson and Vershynin 2007) from below and above: (D, 2) float64.
 
-        It is 0 for a zero map. ``certain`` is as in :meth:`effective_rank`; here the estimate narrows both ends.
+        It is 0 for a zero map. ``certain`` is as in :meth:`effective_rank`, but here the estimate narrows both bounds.
         """
         ranks = []
         for row, unseen, tail in self._rows(certain):
@@ -74,7 +78,10 @@ class Spectra:
         return torch.tensor(ranks, dtype=torch.float64, device="cpu")
 
     def _rows(self, certain: bool) -> list[tuple[Tensor, int, tuple[float, float] | None]]:
-        """For each map: σ / σ_1, the number unseen, and the interval of its tail's energy where it is estimated."""
+        """For each map: σ / σ_1, the number of unseen values, and the interval of their energy, which may be None.
+
+        The energy has an interval only where ``certain`` is False.
+        """
         if not certain and self.tail_energy is None:
             raise ValueError("certain is False and no tail was estimated: ask for probes, or leave certain at True")
         rows = []
@@ -89,12 +96,13 @@ class Spectra:
 
 
 def _largest_tail(row: Tensor, unseen: int, tail: tuple[float, float] | None) -> float:
+    """The value that every unseen singular value has at the upper bound of the effective rank."""
     last = float(row[-1])
     return last if tail is None or unseen == 0 else min(last, math.sqrt(tail[1] / unseen))
 
 
 def _exp_entropy(weights: Tensor, more: int, size: float) -> float:
-    """Compute exp of the entropy of ``weights`` with ``more`` weights of ``size`` beside them."""
+    """Compute exp of the entropy of ``weights`` together with ``more`` further weights of ``size`` each."""
     total = float(weights.sum()) + more * size
     if total <= 0:
         return 0.0
@@ -104,19 +112,21 @@ def _exp_entropy(weights: Tensor, more: int, size: float) -> float:
 
 @dataclass(frozen=True)
 class Alignment:
-    """How the directions that a layer writes meet those that the next one reads, and what that does to the product.
+    """How the directions that a layer writes align with those that the next one reads, and the effect on the product.
 
-    Layer l has r_l ≤ T singular triples (u, σ, v) that aren't zero, in spaces of n dimensions; l counts from 1. Where
-    σ_T is hardly above σ_{T+1}, as in the cluster near 1 that a residual path leaves, which directions are among the T
-    is arbitrary: choose T at a gap.
-    ``cosines``: (D − 1, T), descending, of the principal angles between the span of layer l's u and of layer l + 1's
-    v, the singular values of V_{l+1}ᵀ U_l; 0 past the smaller rank. ``overlap``: (D − 1,), the mean of their
-    squares, ‖V_{l+1}ᵀ U_l‖_F² / min(r_l, r_{l+1}): 1 where one span holds the other, nan where a rank is 0.
-    ``expected``: (D − 1,), its mean for random subspaces, max(r_l, r_{l+1}) / n.
-    ``exponents``: (T,), (1/D) log σ_i of the product of the layers *cut to their T triples*, singular vectors as they
-    are. ``null_exponents``: (draws, T), the same with every layer's singular values kept and its singular vectors drawn
-    at random (Haar). Compare these two with each other: only where T is the whole space are the first the exponents of
-    the product. All float64; −inf where the value is zero.
+    Layer l, counted from 1, has r_l ≤ T singular triples (u, σ, v) with σ > 0, in spaces of n dimensions. Where σ_T is
+    hardly larger than σ_{T+1}, as in the cluster near 1 that a residual path leaves, it is arbitrary which directions
+    are among the T. Choose T at a gap.
+
+    ``cosines``: (D − 1, T), descending: the cosines of the principal angles between the span of the u of layer l and
+    the span of the v of layer l + 1, which are the singular values of V_{l+1}ᵀ U_l; 0 past the smaller rank.
+    ``overlap``: (D − 1,), the mean of their squares, ‖V_{l+1}ᵀ U_l‖_F² / min(r_l, r_{l+1}): 1 where one span contains
+    the other, nan where a rank is 0.
+    ``expected``: (D − 1,), the mean overlap of random subspaces, max(r_l, r_{l+1}) / n.
+    ``exponents``: (T,), (1/D) log σ_i of the product of the layers *cut to their T triples*.
+    ``null_exponents``: (draws, T), the same where every layer keeps its singular values but has random singular vectors
+    (Haar). Compare these two with each other: ``exponents`` are those of the uncut product only where T is the whole
+    space. All are float64, and −inf where the value is zero.
     """
 
     cosines: Tensor
@@ -132,45 +142,49 @@ Triples = tuple[Tensor, Tensor, Tensor]
 def measure_alignment(layers: list[Triples], floor: float, draws: int, seed: int) -> Alignment:
     """Measure the :class:`Alignment` of layers given as (U (n, T), S (T,), Vh (T, n)).
 
-    ``floor``: values of at most this fraction of a layer's largest count as zero.
+    Singular values of up to the fraction ``floor`` of a layer's largest count as zero. The null has ``draws`` products
+    of random singular vectors.
     """
-    width = len(layers[0][1])
-    cut = []
+    T = len(layers[0][1])
+    layers_cut = []
     for U, S, Vh in layers:
         rank = int((floor * S[0] < S).sum())
-        cut.append((U[:, :rank], S[:rank].cpu().double().numpy(), Vh[:rank]))
-    cosines = torch.zeros(len(cut) - 1, width, dtype=torch.float64, device="cpu")
+        layers_cut.append((U[:, :rank], S[:rank].cpu().double().numpy(), Vh[:rank]))
+    cosines = torch.zeros(len(layers_cut) - 1, T, dtype=torch.float64, device="cpu")
     overlap, expected, meetings = [], [], []
-    for i, ((U, _, _), (_, _, Vh)) in enumerate(pairwise(cut)):
+    for i, ((U, _, _), (_, _, Vh)) in enumerate(pairwise(layers_cut)):
         meeting = (Vh.double() @ U.double()).cpu().numpy()
-        between = np.linalg.svd(meeting, compute_uv=False).clip(0, 1)
-        cosines[i, : len(between)] = torch.from_numpy(between)
-        overlap.append(float((between**2).mean()) if len(between) else math.nan)
+        pair_cosines = np.linalg.svd(meeting, compute_uv=False).clip(0, 1)
+        cosines[i, : len(pair_cosines)] = torch.from_numpy(pair_cosines)
+        overlap.append(float((pair_cosines**2).mean()) if len(pair_cosines) else math.nan)
         expected.append(max(meeting.shape) / U.shape[0])
         meetings.append(meeting)
-    values = [S for _, S, _ in cut]
+    values = [S for _, S, _ in layers_cut]
     rng = np.random.default_rng(seed)
-    nulls = []
+    null_exponents = []
     for _ in range(draws):
-        drawn = []
-        for meeting, (U, _, _) in zip(meetings, cut, strict=False):
+        random_meetings = []
+        for meeting, (U, _, _) in zip(meetings, layers_cut, strict=False):
             rows, columns = meeting.shape
-            drawn.append(haar_block(rows, columns, U.shape[0], rng))
-        nulls.append(_exponents(values, drawn, floor, width))
+            random_meetings.append(haar_block(rows, columns, U.shape[0], rng))
+        null_exponents.append(_exponents(values, random_meetings, floor, T))
     return Alignment(
         cosines,
         torch.tensor(overlap, dtype=torch.float64, device="cpu"),
         torch.tensor(expected, dtype=torch.float64, device="cpu"),
-        _exponents(values, meetings, floor, width),
-        torch.stack(nulls) if nulls else torch.zeros(0, width, dtype=torch.float64, device="cpu"),
+        _exponents(values, meetings, floor, T),
+        torch.stack(null_exponents) if null_exponents else torch.zeros(0, T, dtype=torch.float64, device="cpu"),
     )
 
 
 def _exponents(values: list[np.ndarray], meetings: list[np.ndarray], floor: float, width: int) -> Tensor:
-    """Of S_D C_{D−1} S_{D−1} … C_1 S_1, the cut layers between their own singular vectors."""
+    """The exponents of S_D C_{D−1} S_{D−1} … C_1 S_1, with S_l the ``values`` and C_l the ``meetings``.
+
+    This is the product of the cut layers, each written in its own singular vectors.
+    """
     product = GradedProduct(len(values[0]))
     for i, S in enumerate(values):
-        # neither the values nor the cosines of a meeting are known below their own rounding
+        # the entries of a meeting are known only down to their rounding
         if i:
             product.extend(meetings[i - 1], floor)
         product.extend(np.diag(S), 0.0)
@@ -178,17 +192,18 @@ def _exponents(values: list[np.ndarray], meetings: list[np.ndarray], floor: floa
 
 
 def padded(logs: np.ndarray, width: int) -> Tensor:
-    """``logs`` as a tensor (width,), cut, or filled with −inf: the values past the rank are zero."""
+    """Return ``logs`` as a tensor (width,), cut off or filled up with −inf, since values past the rank are zero."""
     full = torch.full((width,), -math.inf, dtype=torch.float64, device="cpu")
     full[: len(logs)] = torch.from_numpy(logs[:width])
     return full
 
 
 def haar_block(rows: int, columns: int, n: int, rng: np.random.Generator) -> np.ndarray:
-    """The upper left (rows, columns) corner of a random orthogonal matrix (n, n), without making it.
+    """Draw the upper left (rows, columns) corner of a random orthogonal matrix (n, n) without making the whole matrix.
 
-    An n × columns Gaussian matrix, orthonormalised by the Cholesky factor of its Gram matrix, has Haar columns; of its
-    rows past the corner only their Gram matrix counts, a Wishart matrix, drawn by Bartlett's decomposition (1933).
+    An n × columns Gaussian matrix has Haar columns once the Cholesky factor of its Gram matrix orthonormalises it. Its
+    rows below the corner enter through their Gram matrix alone. That is a Wishart matrix, which Bartlett's
+    decomposition (1933) draws directly.
     """
     corner = rng.standard_normal((rows, columns))
     freedom = n - rows
@@ -199,20 +214,21 @@ def haar_block(rows: int, columns: int, n: int, rng: np.random.Generator) -> np.
     else:
         rest = rng.standard_normal((freedom, columns))
     Q, R = np.linalg.qr(np.concatenate([corner, rest]))
-    block: np.ndarray = Q[:rows] * np.where(np.diagonal(R) < 0, -1.0, 1.0)  # Cholesky's sign, which doesn't depend on Q
+    block: np.ndarray = Q[:rows] * np.where(np.diagonal(R) < 0, -1.0, 1.0)  # the sign that Cholesky gives R
     return block
 
 
 def rank_bound(model: Any, source: str, target: str, tokens: int, identity: bool) -> int | None:
-    """Bound the rank of a layer's map, of ``tokens`` tokens, by the TopKs and widths of a CircuitGPT.
+    """Bound the rank of a layer's map over ``tokens`` tokens by the TopKs and widths of a CircuitGPT.
 
-    None where they set no bound below the width of the residual stream.
+    With the identity path, only a TopK on the residual stream itself bounds the rank, by tokens · k, where k is the
+    smaller one of resid_post_attn and resid_post_mlp. Without the identity path (J − I), the map is the sum of the
+    attention's and the MLP's. The rank of each is at most tokens times the fewest channels that it passes through, and
+    the bound is the sum of both.
 
-    With the identity path only a TopK on the residual stream itself bounds the rank: tokens · k, whichever of
-    resid_post_attn and resid_post_mlp keeps less. Without it (J − I) the map is the attention's plus the MLP's, and
-    each has at most tokens · (the fewest channels that it passes through): the sum of the two. There is no bound
-    without it where a TopK or ReLU on the residual stream, or an intervention, makes J − I more than these two; nor for
-    other models, other hooks, or modules with forward hooks.
+    Returns None where there is no bound below the width of the residual stream; for other models, other hooks, and
+    modules with forward hooks; and for J − I where a TopK or ReLU on the residual stream, or an intervention, adds more
+    to it than attention and MLP.
     """
     if not isinstance(model, CircuitGPT):
         return None
@@ -224,12 +240,12 @@ def rank_bound(model: Any, source: str, target: str, tokens: int, identity: bool
         return None
     width = config.d_model
     on_stream = [config.k_at(location, width) for location in ("resid_post_attn", "resid_post_mlp")]
-    kept = [k for k in on_stream if k is not None]
+    kept_on_stream = [k for k in on_stream if k is not None]
     if identity:
-        most = min(kept, default=width)
+        most = min(kept_on_stream, default=width)
     else:
         is_one_layer = stream.index(target) == stream.index(source) + 1
-        if kept or config.residual_activation_type == "relu" or model._interventions or not is_one_layer:
+        if kept_on_stream or config.residual_activation_type == "relu" or model._interventions or not is_one_layer:
             return None
 
         def k(location: str, of: int | None) -> int:
