@@ -1,4 +1,4 @@
-"""The chunks of an analysis in order: each is measured and kept, and they get shorter where memory runs out."""
+"""Measuring the chunks of an analysis one by one, keeping each, and shortening them where memory runs out."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .store import Store
 from .streamed import measure_streamed
 from .text import Text
 
-LEAST = 8  # tokens that memory may shrink a chunk to
-_CUT_OFF = 2  # runs cut off at one chunk after which memory is taken to be the reason
+LEAST = 8  # the fewest tokens to which a chunk is shortened for lack of memory
+_CUT_OFF = 2  # after this many runs were cut off at the same chunk, a lack of memory is assumed
 
 Progress = Callable[[str, float], None]
 Record = dict[str, Any]
@@ -27,22 +27,22 @@ Record = dict[str, Any]
 def measure_chunks(
     task: Task, store: Store, text: Text, length: int, count: int, job: Job, report: Progress
 ) -> tuple[list[Record], list[dict[str, int]]]:
-    """Measure this process's chunks.
+    """Measure the chunks that fall to this process.
 
-    Gives their records as they are on disk, so that a resumed analysis is the same to the bit, and the chunks at which
+    Returns their records as they are on disk, so that a resumed analysis has identical results, and the chunks at which
     earlier runs were cut off.
     """
     records, cut_off = [], []
-    for i in filter(job.mine, range(count)):
-        record = store.load(i)
+    for chunk in filter(job.mine, range(count)):
+        record = store.load(chunk)
         while record is None:
-            if times := store.times_cut_off(i):
-                cut_off.append({"chunk": i, "tokens": store.length, "times": times})
+            if times := store.times_cut_off(chunk):
+                cut_off.append({"chunk": chunk, "tokens": store.length, "times": times})
                 if times >= _CUT_OFF:
-                    store.shrink(i, _smaller(store.length, task.source))
-            ids = text.chunk(i, length, store.length).to(task.source.device)
-            step = _Step(report, f"chunk {i + 1} of {count}, {ids.shape[1]} tokens", i, count)
-            store.begin_chunk(i)
+                    store.shrink(chunk, _smaller(store.length, task.source))
+            ids = text.chunk(chunk, length, store.length).to(task.source.device)
+            step = _Step(report, f"chunk {chunk + 1} of {count}, {ids.shape[1]} tokens", chunk, count)
+            store.begin_chunk(chunk)
             try:
                 figures = _within_memory(task, ids, step)
             except BaseException:
@@ -50,16 +50,16 @@ def measure_chunks(
                 raise
             if figures is None:
                 store.end()
-                store.shrink(i, _smaller(store.length, task.source))
+                store.shrink(chunk, _smaller(store.length, task.source))
                 continue
-            record = plain({"chunk": i, "start": i * length, "tokens": ids.shape[1], **figures})
-            store.save(i, record)
+            record = plain({"chunk": chunk, "start": chunk * length, "tokens": ids.shape[1], **figures})
+            store.save(chunk, record)
         records.append(record)
     return records, cut_off
 
 
 class Task:
-    """The measurement of one chunk. The untrained model is made when it is first needed."""
+    """The measurement of one chunk, for the trained and the untrained model."""
 
     def __init__(self, source: Source, T: int, seed: int, beside: bool, products: bool) -> None:
         self.source = source
@@ -70,6 +70,7 @@ class Task:
         self._untrained: nn.Module | None = None
 
     def __call__(self, ids: Tensor, step: Progress) -> dict[str, Figures]:
+        """Measure the figures at ``ids`` (1, L), under "trained" and, where there is such a model, "untrained"."""
         source = self.source
         if source.trained is None:
             assert source.folder is not None
@@ -83,12 +84,14 @@ class Task:
         return sides
 
     def untrained(self) -> nn.Module:
+        """The untrained model, which is made when it is first needed."""
         assert self.source.untrained is not None
         if self._untrained is None:
             self._untrained = self._fresh(self.source.untrained)
         return self._untrained
 
     def _fresh(self, make: Callable[[int], nn.Module]) -> nn.Module:
+        """Make the untrained model; an error says what to do where memory runs out."""
         try:
             return make(self.seed)
         except (MemoryError, RuntimeError, OSError) as error:
@@ -102,7 +105,7 @@ class Task:
 
 @dataclass(frozen=True)
 class _Step:
-    """Progress within a chunk, reported as progress of the whole analysis."""
+    """Progress within a chunk, which is reported as progress of the whole analysis."""
 
     report: Progress
     chunk: str
@@ -114,18 +117,19 @@ class _Step:
 
 
 def _within_memory(task: Task, ids: Tensor, step: _Step) -> dict[str, Figures] | None:
-    """The figures that ``task`` gives; None where memory ran out."""
+    """Return the figures of ``task``; None where memory ran out."""
     try:
         return task(ids, step)
     except (MemoryError, RuntimeError, OSError) as error:
         if not ran_out(error):
             raise
-    gc.collect()  # out of the except block, or the error's frames would hold what did not fit
+    gc.collect()  # after the except block, since the error's frames hold what did not fit into memory
     return None
 
 
 def _smaller(length: int, source: Source) -> int:
+    """Return half the length, at least ``LEAST``; ValueError where a chunk is already that short."""
     if length <= LEAST:
-        way = "fewer --tangents" + (", or --stream" if source.kind == "decoder" else "")
-        raise ValueError(f"memory ran out at chunks of {length} tokens, and shorter ones say little: try {way}")
+        remedy = "fewer --tangents" + (", or --stream" if source.kind == "decoder" else "")
+        raise ValueError(f"memory ran out at chunks of {length} tokens, and shorter ones say little: try {remedy}")
     return max(LEAST, length // 2)

@@ -1,4 +1,4 @@
-"""The processes that share an analysis, as torchrun starts them; one by default."""
+"""The processes that share an analysis, as torchrun starts them; by default there is only one."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-_PATIENCE = timedelta(days=7)  # for a process that is still at work; one that is gone is noticed at once
+# how long to wait for a process that is still at work; one that has ended is noticed at once
+_PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class Job:
-    """``rank`` of ``world`` processes."""
+    """One of the ``world`` processes that share an analysis: the one with number ``rank``."""
 
     rank: int = 0
     world: int = 1
 
     @property
     def alone(self) -> bool:
+        """Whether this is the only process."""
         return self.world == 1
 
     def folder(self, folder: Path) -> Path:
-        """The folder of what only this process writes."""
+        """Return the folder, inside ``folder``, to which only this process writes; ``folder`` where it is alone."""
         return folder if self.alone else folder / f"rank-{self.rank}-of-{self.world}"
 
     def mine(self, number: int) -> bool:
@@ -33,9 +35,10 @@ class Job:
         return number % self.world == self.rank
 
     def gathered(self, results: list[Any]) -> list[Any]:
-        """The results of all processes, those of the first rank first; every process gets the same list.
+        """Gather the results of all processes in the order of their ranks; every process gets the same list.
 
-        RuntimeError names the ranks that are gone.
+        Raises:
+            RuntimeError: Processes have ended; the message names their ranks.
         """
         if self.alone:
             return results
@@ -44,25 +47,25 @@ class Job:
         from ..covariance.distributed import arrive
 
         arrive()
-        everyone: list[Any] = [None] * self.world
-        dist.all_gather_object(everyone, results)
-        return [result for part in everyone for result in part]
+        results_by_rank: list[Any] = [None] * self.world
+        dist.all_gather_object(results_by_rank, results)
+        return [result for results_of_one in results_by_rank for result in results_of_one]
 
 
 @contextmanager
 def job_of_environment() -> Iterator[Job]:
-    """The job that torchrun's variables describe, joined; a job of one where there are none."""
+    """Join the job that torchrun's environment variables describe; without them, the job is this process alone."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1 or "RANK" not in os.environ:
         yield Job()
         return
     import torch.distributed as dist
 
-    joined = dist.is_initialized()
-    if not joined:
-        dist.init_process_group("gloo", timeout=_PATIENCE)  # what is gathered is on the CPU, wherever models are
+    was_joined = dist.is_initialized()
+    if not was_joined:
+        dist.init_process_group("gloo", timeout=_PATIENCE)  # results are on the CPU, whatever the device of the models
     try:
         yield Job(dist.get_rank(), dist.get_world_size())
     finally:
-        if not joined:
+        if not was_joined:
             dist.destroy_process_group()

@@ -16,10 +16,19 @@ def notes_of(
     beside: bool,
     spectra: dict[str, Any] | None,
 ) -> list[str]:
-    """Say what went otherwise than asked for, and what the figures cannot tell.
+    """Write sentences about deviations from what was requested, and about what the figures cannot tell.
 
-    ``records``: those of the chunks. ``asked``: how many chunks were asked for. ``shrunk`` and ``cut_off``: when chunks
-    were made shorter, and which runs ended in the middle of one. ``beside``: whether an untrained model was measured.
+    Args:
+        source: The model.
+        records: The records of all chunks.
+        asked: The number of chunks that was requested.
+        shrunk: The times that chunks were made shorter.
+        cut_off: The chunks at which earlier runs were cut off.
+        beside: Whether an untrained model was measured too.
+        spectra: The spectra of activations and gradients; None where they were not measured.
+
+    Returns:
+        The sentences, one or more for each point.
     """
     count = len(records)
     notes = []
@@ -28,17 +37,17 @@ def notes_of(
     if count == 1:
         notes.append("One chunk has no interval: nothing here says how much another stretch of this text would change.")
     if shrunk:
-        steps = "; ".join(f"at chunk {s['chunk'] + 1} from {s['from']} to {s['to']} tokens" for s in shrunk)
+        steps = "; ".join(f"at chunk {step['chunk'] + 1} from {step['from']} to {step['to']} tokens" for step in shrunk)
         lengths = sorted({record["tokens"] for record in records}, reverse=True)
         notes.append(
             f"Memory ran out, or the system ended the program, and chunks were shortened: {steps}. "
             + (f"Means mix chunks of {' and '.join(map(str, lengths))} tokens." if len(lengths) > 1 else "")
         )
-    for cut in cut_off:
-        times = "an earlier run was" if cut["times"] == 1 else f"{cut['times']} earlier runs were"
+    for interrupted in cut_off:
+        times = "an earlier run was" if interrupted["times"] == 1 else f"{interrupted['times']} earlier runs were"
         notes.append(
-            f"In the middle of chunk {cut['chunk'] + 1} of {cut['tokens']} tokens {times} cut off from outside. "
-            "Systems that are short of memory do that: --length and --tangents make a chunk smaller."
+            f"In the middle of chunk {interrupted['chunk'] + 1} of {interrupted['tokens']} tokens {times} cut off from "
+            "outside. Systems that are short of memory do that: --length and --tangents make a chunk smaller."
         )
     if source.kind == "stream":
         notes.append(
@@ -53,26 +62,26 @@ def notes_of(
     if all(share == 1 for record in records for share in record["trained"]["active"].values()):
         notes.append("No hook holds a zero: active fractions are 1 throughout, and no TopK has a margin.")
     for side in ("trained", "untrained"):
-        stuck = sum(not record[side]["converged"] for record in records if side in record)
-        if stuck:
+        unconverged = sum(not record[side]["converged"] for record in records if side in record)
+        if unconverged:
             worst = max(record[side]["residual"] for record in records if side in record)
             notes.append(
-                f"{side.capitalize()}: in {stuck} of {count} chunks some singular values did not converge (largest "
-                f"residual {worst:.1e}); they may be too small."
+                f"{side.capitalize()}: in {unconverged} of {count} chunks some singular values did not converge "
+                f"(largest residual {worst:.1e}); they may be too small."
             )
     if spectra is not None:
-        still = [name for name, figures in spectra["trained"].items() if figures["variance"] == 0]
-        if still:
+        constant = [name for name, figures in spectra["trained"].items() if figures["variance"] == 0]
+        if constant:
             notes.append(
-                f"Nothing varies at {', '.join(still)}. Gradients of the next-token loss need stretches of two tokens "
-                "or more."
+                f"Nothing varies at {', '.join(constant)}. Gradients of the next-token loss need stretches of two "
+                "tokens or more."
             )
-        few = [name for name, figures in spectra["trained"].items() if figures["count"] < figures["dim"]]
-        if few:
-            rows, dim = spectra["trained"][few[0]]["count"], spectra["trained"][few[0]]["dim"]
+        short_of_rows = [name for name, figures in spectra["trained"].items() if figures["count"] < figures["dim"]]
+        if short_of_rows:
+            rows, dim = spectra["trained"][short_of_rows[0]]["count"], spectra["trained"][short_of_rows[0]]["dim"]
             notes.append(
-                f"Spectra of hooks: {rows} rows in {dim} dimensions at {few[0]}"
-                + (f" and {len(few) - 1} more" if len(few) > 1 else "")
+                f"Spectra of hooks: {rows} rows in {dim} dimensions at {short_of_rows[0]}"
+                + (f" and {len(short_of_rows) - 1} more" if len(short_of_rows) > 1 else "")
                 + ". Ranks can't exceed the number of rows there, and are too small: give a longer text or --spectra."
             )
     elif source.kind == "stream":

@@ -1,4 +1,4 @@
-"""An analysis: a text goes in chunks through a model and an untrained one; each chunk is kept once it is measured."""
+"""The analysis of a model on a text, chunk by chunk, next to an untrained model; each finished chunk is kept."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from .store import Store
 from .summary import INTERVAL, summarise
 from .text import read_text
 
-LENGTH = 64  # tokens of a chunk, by default
-TANGENTS = 16  # directions, by default
-STRETCHES = 256  # of the text, for the spectra of hooks
-_FORMAT = 2  # of the chunks' files: part of the key
+LENGTH = 64  # the default number of tokens of a chunk
+TANGENTS = 16  # the default number of directions
+STRETCHES = 256  # the default number of stretches of text for the spectra of hooks
+_FORMAT = 2  # the format of the chunks' files, which is part of the key
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,18 @@ class Analysis:
     """The results of an analysis, as plain data.
 
     Attributes:
-        model: What is known of the model: its name, format, size and config.
-        text: What is known of the text: the file, its tokens, and its tokenizer.
-        options: How it was analysed: length, chunks, tangents, seed and streaming.
-        chunks: Where each chunk begins in the text's tokens, and how many it has.
-        shrunk: Each time that chunks were made shorter, because memory ran out or because runs were cut off from
+        model: Facts about the model: its name, kind, size and dtype, and a hash of its weights.
+        text: Facts about the text: its file, its tokens and its tokenizer.
+        options: The options of the analysis: length, chunks, tangents, seed and streaming.
+        chunks: The first token of each chunk in the text, and the chunk's number of tokens.
+        shrunk: The times that chunks were made shorter, because memory ran out or because runs were cut off from
             outside at the same chunk.
-        notes: What a reader must know, in sentences.
-        trained: The figures of :func:`.measure.measure`, summed up over chunks by :func:`.summary.summarise`.
-        untrained: The same of the untrained model; None where there is none.
-        spectra: Those of activations and gradients, by model and stream; see :mod:`.spectra`.
-        provenance: The versions, the commit and the machine that the figures come from.
+        notes: Sentences about what a reader of the figures must know.
+        trained: The figures of :func:`.measure.measure`, summarised over chunks by :func:`.summary.summarise`.
+        untrained: The same figures for the untrained model; None where there is none.
+        spectra: The spectra of activations and gradients, by model and stream, as :mod:`.spectra` computes them; None
+            where they were left out.
+        provenance: The versions, the commit and the machine that produced the figures.
 
     Example:
         >>> from pathlib import Path
@@ -98,42 +99,44 @@ def analyze(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Analysis:
-    """Measure what a text does to a model's layers, chunk by chunk, each chunk kept in ``out``.
+    """Measure a model's layers on a text, chunk by chunk, and keep each finished chunk in the folder ``out``.
 
-    The text's first ``chunks`` stretches of ``length`` tokens are measured one by one. A second call with the same
-    model, text and options goes on where the first ended; a folder with anything else is refused, unless ``fresh``.
-    When memory runs out, the chunks from there on have half as many tokens; so they do when two runs were cut off from
-    outside at the same chunk, as the system does when memory is short. Started by torchrun, processes share chunks and
-    stretches, and each returns all results.
+    The first ``chunks`` stretches of ``length`` tokens of the text are measured one by one. A second call with the same
+    model, text and options continues where the first ended. A folder that holds a different analysis is refused, unless
+    ``fresh`` is True. When memory runs out, the following chunks have half as many tokens; the same happens when two
+    runs were cut off from outside at the same chunk, as a system may do when memory is short. Processes that torchrun
+    starts share the chunks and stretches, and each returns all results.
 
     Args:
-        model: A shipped name, a folder, a GGUF file or a hub id.
-        text: A UTF-8 file.
-        out: The folder of the finished chunks.
+        model: The name of a shipped model, a folder, a GGUF file or a hub id.
+        text: The path of a UTF-8 file.
+        out: The folder that keeps the finished chunks.
         tokenizer: A tokenizer.json, or encoder.json with vocab.bpe; by default the model's own.
         length: Tokens of a chunk, by default 64 or the model's context.
-        chunks: How many chunks, as far as the text goes.
-        tangents: How many directions, by default 16 or as many as a chunk has.
-        stream: Whether the model stays in its folder, one layer in memory at a time.
-        device: Where the models compute: "cpu", or a GPU such as "cuda". For torchrun's processes "cuda" is a GPU each.
-        untrained: Whether a model of the same config, fresh from ``seed``, is measured on the same chunks; not with
-            ``stream``.
-        products: Whether the spectra of the first l layers' product are measured for each depth l, which costs half the
-            depth times the rest; not with ``stream``.
-        stretches: How many stretches of ``length`` tokens, as far as the text goes, the spectra of activations and
-            gradients are over; 0 leaves them out; not with ``stream``.
-        hooks: Where these are taken, a pattern as :func:`scalpel.collect` takes it.
-        memory: How much memory their states may take at a time.
-        fresh: Whether everything in ``out`` that an analysis left there is measured anew.
+        chunks: The number of chunks; fewer where the text is shorter.
+        tangents: The number of directions, by default 16 or as many as a chunk has.
+        stream: Whether the model stays in its folder, with one layer in memory at a time.
+        device: The device of the models, "cpu" or a GPU such as "cuda". For processes that torchrun starts, "cuda" is a
+            GPU of each process's own.
+        untrained: Whether a model of the same config, initialised from ``seed``, is measured on the same chunks; not
+            with ``stream``.
+        products: Whether the spectra of the product of the first l layers are measured at each depth l, which costs
+            half the depth times the rest; not with ``stream``.
+        stretches: The number of stretches of ``length`` tokens for the spectra of activations and gradients; fewer
+            where the text is shorter. 0 leaves these spectra out; so does ``stream``.
+        hooks: The hooks of these spectra, a pattern as :func:`scalpel.collect` takes it.
+        memory: How much memory the states of these spectra may take at a time.
+        fresh: Whether to remove what an earlier analysis left in ``out``, and to measure everything again.
         seed: Seed of the starting frames, the probes, the nulls and the untrained model.
         progress: Called as ``progress(what, done)`` before each step, with ``done`` from 0 to 1.
 
     Returns:
-        The figures of both models, means over chunks with intervals.
+        The figures of both models, as means over chunks with intervals.
 
     Raises:
-        ValueError: For input that doesn't fit.
-        OSError: For what can't be read or written.
+        ValueError: An argument is out of range, the model or the text can't be analysed, or ``out`` holds a different
+            analysis.
+        OSError: A file can't be read or written.
 
     Example:
         >>> from pathlib import Path
@@ -177,25 +180,27 @@ def analyze(
         "products": products,
         "scalpel": __version__,
         "torch": torch.__version__,
-        **({} if source.device.type == "cpu" else {"device": source.facts["device"]}),  # others round otherwise
+        # other devices round differently
+        **({} if source.device.type == "cpu" else {"device": source.facts["device"]}),
     }
     if stretches and source.trained is not None:
-        Capture(source.trained, hooks, None)  # raises for a hook that isn't there before anything is measured
+        Capture(source.trained, hooks, None)  # raises an error for an unknown hook before anything is measured
     with job_of_environment() as job:
         if job.rank == 0 and not job.alone:
-            Store(Path(out), key, length, fresh)  # refuses a folder of another analysis, for all
+            Store(Path(out), key, length, fresh)  # refuses a folder of another analysis on behalf of all processes
         job.gathered([])
         store = Store(job.folder(Path(out)), key, length, fresh)
         task = Task(source, tangents, seed, beside, products)
-        mine, cut = measure_chunks(task, store, tokens, length, count, job, report if job.rank == 0 else _silent)
-        records = sorted(job.gathered(mine), key=lambda record: int(record["chunk"]))
-        cut_off, shrunk = job.gathered(cut), job.gathered(store.shrunk)
+        own, own_cut_off = measure_chunks(task, store, tokens, length, count, job, report if job.rank == 0 else _silent)
+        records = sorted(job.gathered(own), key=lambda record: int(record["chunk"]))
+        cut_off, shrunk = job.gathered(own_cut_off), job.gathered(store.shrunk)
         spectra = None
         if stretches and source.trained is not None:
-            part = Spectra(Path(out), tokens, length, stretches, hooks, memory, job, fresh, source.device)
-            spectra = _spectra(part, task, f"{key['model']} {key['config']}", report if job.rank == 0 else _silent)
+            at_hooks = Spectra(Path(out), tokens, length, stretches, hooks, memory, job, fresh, source.device)
+            spectra = _spectra(at_hooks, task, f"{key['model']} {key['config']}", report if job.rank == 0 else _silent)
     report("done", 1.0)
-    shrunk = [step for step in shrunk if step["chunk"] < count]  # an analysis of more chunks may have gone on
+    # the folder may hold more chunks, from an analysis that asked for more
+    shrunk = [step for step in shrunk if step["chunk"] < count]
     sides = {side: [record[side] for record in records] for side in ("trained", "untrained") if side in records[0]}
     return Analysis(
         model=source.facts,
@@ -211,15 +216,16 @@ def analyze(
     )
 
 
-def _spectra(part: Spectra, task: Task, mark: str, report: Progress) -> dict[str, Any]:
+def _spectra(at_hooks: Spectra, task: Task, mark: str, report: Progress) -> dict[str, Any]:
+    """Measure the spectra of the trained model and, where there is one, of the untrained model."""
     trained = task.source.trained
     assert trained is not None
-    spectra: dict[str, Any] = {"stretches": part.stretches, "tokens": part.length, "hooks": part.hooks}
+    spectra: dict[str, Any] = {"stretches": at_hooks.stretches, "tokens": at_hooks.length, "hooks": at_hooks.hooks}
     try:
-        spectra["trained"] = part.measure("trained", lambda: trained, mark, report)
+        spectra["trained"] = at_hooks.measure("trained", lambda: trained, mark, report)
         beside = task.beside
         spectra["untrained"] = (
-            part.measure("untrained", task.untrained, f"{mark} {task.seed}", report) if beside else None
+            at_hooks.measure("untrained", task.untrained, f"{mark} {task.seed}", report) if beside else None
         )
     except (MemoryError, RuntimeError, OSError) as error:
         if not ran_out(error):
@@ -231,12 +237,15 @@ def _spectra(part: Spectra, task: Task, mark: str, report: Progress) -> dict[str
 
 
 def _silent(what: str, done: float) -> None:
-    """The progress of processes other than the first."""
+    """Ignore progress, which only the first process reports."""
 
 
 def _config_mark(source: Source) -> str | None:
-    """SHA-256 of the model's config: the same weights are another model with other heads or another eps."""
-    config: Any = getattr(source.trained, "config", None)  # a streamed model's is in the sample of its folder
+    """Return the SHA-256 of the model's config.
+
+    The same weights are a different model where the config has, for example, another number of heads or another eps.
+    """
+    config: Any = getattr(source.trained, "config", None)  # the config of a streamed model is part of its sampled hash
     if config is None:
         return None
     settings = asdict(config) if is_dataclass(config) and not isinstance(config, type) else config.to_dict()

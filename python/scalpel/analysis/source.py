@@ -1,4 +1,4 @@
-"""The model that is analysed: a CircuitGPT, a folder of transformers', a GGUF, or a folder that is streamed."""
+"""The model to analyse: a CircuitGPT, a transformers folder, a GGUF file, or a folder whose layers are streamed."""
 
 from __future__ import annotations
 
@@ -27,19 +27,26 @@ from ..models.tokenizer import Tokenizer
 from ..models.weight_files import CheckpointError, read_json
 
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "alloc_failed")
-_SAMPLES, _SAMPLE = 4, 1 << 13  # of each tensor of a streamed model: pieces hashed, and their bytes
+_SAMPLES, _SAMPLE = 4, 1 << 13  # pieces of each tensor of a streamed model that are hashed, and bytes of a piece
 
 
 @dataclass
 class Source:
     """A model to analyse.
 
-    ``trained`` and ``untrained`` are None for a folder that is streamed. ``device``: where they are, or each layer
-    while it is in memory.
-
-    ``tokenizer``: the model's own, None where it has none; ``no_tokenizer`` then says why, where there is more to say.
-    ``pair``: the cut of a byte-level BPE published as two files, where the model says which. ``facts``: what the report
-    says of the model, plain data.
+    Attributes:
+        kind: How the model is analysed.
+        facts: What the report says about the model, as plain data.
+        context: The largest number of tokens in a text.
+        vocab_size: The number of token ids.
+        tokenizer: The model's own tokenizer; None where it has none.
+        pair: "tinypython" or "gpt2": how text is cut into words before the merges of a byte-level BPE, whose two files
+            do not say so; None where the model doesn't determine it.
+        trained: The model; None for a folder that is streamed.
+        untrained: Makes a model of the same config from a seed; None for a folder that is streamed.
+        folder: The folder of a transformers model.
+        device: The device of the models, or of each layer of a streamed model while it is in memory.
+        no_tokenizer: The reason why ``tokenizer`` is None, where a specific one is known.
     """
 
     kind: Literal["circuitgpt", "decoder", "stream"]
@@ -56,29 +63,37 @@ class Source:
 
 
 def load(name: str | Path, stream: bool = False, device: str = "cpu") -> Source:
-    """Find the model of a name, folder, GGUF file or hub id, and load it.
+    """Find the model that a name, folder, GGUF file or hub id stands for, and load it.
 
-    ``stream``: do not load it; its layers are read one at a time. ``device``: where it is analysed.
+    Args:
+        name: The name, path or id.
+        stream: Whether to read the layers one at a time later, instead of loading the model here.
+        device: The device on which the model is analysed.
 
-    Raises ValueError for a device that isn't there, and CheckpointError (a ValueError) for what isn't there, can't be
-    read, or has no rules.
+    Returns:
+        The model and what is known about it.
+
+    Raises:
+        CheckpointError: (a ValueError) The model doesn't exist, can't be read, or has no rules.
+        ValueError: The device doesn't exist.
     """
-    where = _place(device)
-    source = _loaded(name, stream, where)
-    source.device = where
-    if where.type == "cuda":
-        source.facts["device"] = torch.cuda.get_device_name(where)
+    target_device = _place(device)
+    source = _loaded(name, stream, target_device)
+    source.device = target_device
+    if target_device.type == "cuda":
+        source.facts["device"] = torch.cuda.get_device_name(target_device)
     return source
 
 
 def _place(device: str) -> torch.device:
-    """The device; "cuda" of torchrun's processes on one machine: a GPU each."""
+    """Return the device of this name; "cuda" gives each process that torchrun starts on a machine its own GPU."""
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{int(os.environ['LOCAL_RANK']) % max(1, torch.cuda.device_count())}"
     return device_named(device)
 
 
 def _loaded(name: str | Path, stream: bool, device: torch.device) -> Source:
+    """Find out what kind of model ``name`` is, and load it; an error says where memory ran out."""
     folder = Path(name).expanduser()
     shipped = str(name) in shipped_models()
     gguf = None if shipped else gguf_in(folder)
@@ -113,14 +128,14 @@ def _loaded(name: str | Path, stream: bool, device: torch.device) -> Source:
 
 
 def ran_out(error: Exception) -> bool:
-    """Whether this is how Python, the system, numpy or torch says that there is no memory left."""
+    """Whether ``error`` is one of those by which Python, the system, numpy or torch report a lack of memory."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return any(words in str(error).lower() for words in _OUT_OF_MEMORY)
 
 
 def _architecture(folder: Path) -> str | None:
-    """The model class that a folder of transformers' names; None for anything else."""
+    """Return the model class that the config of a transformers folder names; None for any other kind of model."""
     if (folder / CONFIG_FILES[0]).is_file() or not (folder / "config.json").is_file():
         return None
     names = read_json(folder / "config.json").get("architectures")
@@ -129,11 +144,12 @@ def _architecture(folder: Path) -> str | None:
 
 
 def _circuitgpt(name: str | Path, device: torch.device) -> Source:
+    """Load a CircuitGPT from a shipped name, a folder or a hub id."""
     try:
         model = CircuitGPT.from_pretrained(str(name), device=device)
     except CheckpointError as error:
         if (Path(name).expanduser() / CONFIG_FILES[0]).is_file():
-            raise  # it is a CircuitGPT, and the error says what is wrong with it
+            raise  # this is a CircuitGPT, and the error says what is wrong with it
         raise CheckpointError(
             f"{str(error).rstrip('.')}. A model of another kind is analysed from its folder, with config.json and "
             f"weights as transformers writes them: {', '.join(supported())}"
@@ -160,6 +176,7 @@ def _circuitgpt(name: str | Path, device: torch.device) -> Source:
 
 
 def _decoder(folder: Path, architecture: str, device: torch.device) -> Source:
+    """Load a model from a transformers folder in float32, or in float64 where it holds float64 weights."""
     if family_of(architecture) is None:
         raise CheckpointError(
             f"{folder} holds a {architecture}, which is not supported; supported are CircuitGPT, "
@@ -171,17 +188,17 @@ def _decoder(folder: Path, architecture: str, device: torch.device) -> Source:
         raise CheckpointError(f"{folder} needs transformers: pip install 'semigroup-scalpel[transformers]'") from error
     config, _ = config_in(folder)
     stored = None
-    if getattr(config, "quantization_config", None) is None:  # what dequantises goes by names of its own
+    if getattr(config, "quantization_config", None) is None:  # a quantised folder has other tensor names
         stored = check_folder(folder, config, architecture)
-    # Half precision is exact in float32. Left to itself, transformers rounds to whatever dtype the config names.
-    wide = None if stored is None else torch.float64 if torch.float64 in stored else torch.float32
+    # float32 holds half precision exactly. By default, transformers would round weights to the dtype in the config.
+    widest = None if stored is None else torch.float64 if torch.float64 in stored else torch.float32
     try:
         auto: Any = AutoModelForCausalLM
-        with torch.device("cpu"):  # transformers goes by torch's default device
+        with torch.device("cpu"):  # transformers would use torch's default device
             model, info = auto.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True, dtype=wide or "auto", output_loading_info=True
+                folder, trust_remote_code=False, local_files_only=True, dtype=widest or "auto", output_loading_info=True
             )
-    except Exception as error:  # transformers raises many kinds; each means that there is no such model
+    except Exception as error:  # whichever of its many exceptions transformers raises, the model can't be loaded
         if ran_out(error):
             raise
         raise CheckpointError(f"{folder} can't be loaded by transformers: {type(error).__name__}: {error}") from error
@@ -189,14 +206,16 @@ def _decoder(folder: Path, architecture: str, device: torch.device) -> Source:
     check_plain(model.config, architecture, folder)
     stored = stored or {next(model.parameters()).dtype}
     dtype = torch.float64 if torch.float64 in stored else torch.float32
-    said = _name(dtype) + ("" if stored == {dtype} else f", stored as {', '.join(sorted(map(_name, stored)))}")
-    source = _of_model(model.to(device, dtype), folder.resolve().name, said, str(folder), device)
-    source.tokenizer = Tokenizer.from_folder(folder, "")  # the name of no pair: a folder doesn't say how text is cut
+    dtype_text = _name(dtype) + ("" if stored == {dtype} else f", stored as {', '.join(sorted(map(_name, stored)))}")
+    source = _of_model(model.to(device, dtype), folder.resolve().name, dtype_text, str(folder), device)
+    # "" names no pair, since a folder doesn't say how text is cut into words
+    source.tokenizer = Tokenizer.from_folder(folder, "")
     source.folder = folder
     return source
 
 
 def _gguf(file: Path, device: torch.device) -> Source:
+    """Load a GGUF file, dequantised to float32."""
     try:
         model = plain_model(file).to(device)
     except ImportError as error:
@@ -205,8 +224,8 @@ def _gguf(file: Path, device: torch.device) -> Source:
         if isinstance(error.__cause__, Exception) and ran_out(error.__cause__):
             raise MemoryError from error
         raise
-    said = f"float32, dequantised from a GGUF whose tensors are {stored_as(file)}"
-    source = _of_model(model, file.stem, said, str(file), device)
+    dtype_text = f"float32, dequantised from a GGUF whose tensors are {stored_as(file)}"
+    source = _of_model(model, file.stem, dtype_text, str(file), device)
     try:
         source.tokenizer = gguf_tokenizer(file)
     except CheckpointError as error:
@@ -215,7 +234,7 @@ def _gguf(file: Path, device: torch.device) -> Source:
 
 
 def _of_model(model: Any, name: str, dtype: str, where: str, device: torch.device) -> Source:
-    """A decoder of transformers' in memory; ``dtype`` and ``where`` are for the report and for messages."""
+    """Make the source of a transformers model in memory; the report shows ``dtype``, and errors name ``where``."""
     model = model.eval().requires_grad_(False)
     decoder = decoder_of(model)
     if decoder is None:
@@ -236,9 +255,9 @@ def _of_model(model: Any, name: str, dtype: str, where: str, device: torch.devic
 
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(seed)
-            made = AutoModelForCausalLM.from_config(model.config, trust_remote_code=False)
-        fresh: nn.Module = made.to(device, model.dtype).eval().requires_grad_(False)
-        return fresh
+            model_on_cpu = AutoModelForCausalLM.from_config(model.config, trust_remote_code=False)
+        untrained_model: nn.Module = model_on_cpu.to(device, model.dtype).eval().requires_grad_(False)
+        return untrained_model
 
     pair = "gpt2" if architecture.startswith("GPT2") else None
     limits = decoder.config.max_length, decoder.config.vocab_size
@@ -246,6 +265,7 @@ def _of_model(model: Any, name: str, dtype: str, where: str, device: torch.devic
 
 
 def _streamed(folder: Path) -> Source:
+    """Describe a model whose layers are read one at a time, from its folder's config and tensor headers."""
     decoder = decoder_in(folder)
     weights = decoder.weights
     assert isinstance(weights, FolderWeights)
@@ -266,20 +286,21 @@ def _streamed(folder: Path) -> Source:
 
 
 def _name(dtype: torch.dtype) -> str:
+    """The name of a dtype without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
 def _fingerprint(model: nn.Module) -> str:
-    """SHA-256 over every tensor's name and bytes."""
+    """Return the SHA-256 of the names and bytes of all tensors."""
     from ..experiments.provenance import fingerprint
 
-    return fingerprint(model)  # type: ignore[arg-type]  # it asks for state_dict alone
+    return fingerprint(model)  # type: ignore[arg-type]  # it needs state_dict alone
 
 
 def _sampled(weights: FolderWeights, folder: Path) -> str:
     """Return the SHA-256 of the config, and of each tensor's name, shape, dtype and evenly spaced pieces.
 
-    Hashing all of the weights would mean to read a model that is too large for memory before anything is measured.
+    Hashing all weights would require reading a model that is too large for memory before anything is measured.
     """
     digest = hashlib.sha256(json.dumps(read_json(folder / "config.json"), sort_keys=True).encode())
     for name, place in sorted(weights.places.items()):

@@ -1,4 +1,4 @@
-"""Spectra of activations and gradients over the text, with intervals by leaving one block of it out."""
+"""Spectra of activations and gradients over a text, with jackknife intervals that leave out one block at a time."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from .job import Job
 from .text import Text
 
 RESIDUAL = r"(\d+\.resid_in|final_resid)(\.grad)?"  # the residual stream before each layer and after the last
-BLOCKS = 8  # of the text, one of which is left out at a time
-_BATCH = 8  # stretches that go through the model at once
-_SHOWN = 32  # leading shares that are kept
-_ALL = 1024  # dimensions up to which all eigenvalues are found for each block that is left out
+BLOCKS = 8  # the parts of the text, one of which is left out at a time
+_BATCH = 8  # stretches of text that go through the model at once
+_SHOWN = 32  # leading eigenvalues whose shares are kept
+_ALL = 1024  # dimensions up to which all eigenvalues are computed for each block that is left out
 _SHARES = (1, 3, 10)
 _TOPS = tuple(f"top_{k}" for k in _SHARES)
-_OF = "of.txt"  # in a folder of states: which measurement they are of
+_OF = "of.txt"  # in a folder of states, the file that names the measurement they belong to
 
 Step = Callable[[str, float], None]
 
 
 class Spectra:
-    """What is measured, and where it is kept.
+    """The measurement of spectra at hooks, whose results are kept in the folder ``out``.
 
-    ``<out>/spectra-….json`` holds the figures once they are finished, and states of blocks are kept until then. The
-    states of the whole text are in ``<out>/states``, where ``StreamingCovariance.load`` reads them.
+    ``<out>/spectra-….json`` holds the figures once they are finished. The states of blocks are kept until then. The
+    states of the whole text are in ``<out>/states``, from where ``StreamingCovariance.load`` reads them.
     """
 
     def __init__(
@@ -60,63 +60,79 @@ class Spectra:
         self.pieces = Pieces(out)
 
     def measure(self, side: str, model: Callable[[], nn.Module], mark: str, step: Step) -> dict[str, Any]:
-        """{stream: figures} of one model; ``mark`` tells it from others. Read from disk where it was measured."""
+        """Measure one model, or read its figures from disk where they are kept.
+
+        Args:
+            side: "trained" or "untrained".
+            model: Returns the model; not called where the figures are on disk.
+            mark: A text that differs between different models.
+            step: Called as ``step(what, done)`` before each block and each spectrum.
+
+        Returns:
+            The figures by stream.
+        """
         key = f"{mark} {self.length} {self.stretches} {self.hooks} {self.text.facts['tokens_sha256']} {self.job.world}"
         key += f" {__version__} {torch.__version__}"
         name = f"{side}-{_short(key)}"
-        kept, whole = f"spectra-{name}.json", self.out / "states" / side
-        if not self.fresh and (figures := self._finished(kept)) is not None and _text(whole / _OF) == name:
+        file, whole = f"spectra-{name}.json", self.out / "states" / side
+        if not self.fresh and (figures := self._finished(file)) is not None and _text(whole / _OF) == name:
             return figures
-        folder = self.out / f"blocks-{name}-{_short(self.memory)}"  # memory decides how streams are grouped there
-        parts = self._blocks()
+        # memory decides how the streams in the folder are grouped
+        blocks_folder = self.out / f"blocks-{name}-{_short(self.memory)}"
+        blocks = self._blocks()
         states = []
-        for i, part in enumerate(parts):
-            step(f"{side}, spectra, block {i + 1} of {len(parts)}", i / len(parts))
-            found_there = collect(
+        for i, batches in enumerate(blocks):
+            step(f"{side}, spectra, block {i + 1} of {len(blocks)}", i / len(blocks))
+            collected = collect(
                 model(),
-                part,
+                batches,
                 self.hooks,
                 self.memory,
-                folder=folder / f"{i}",
+                folder=blocks_folder / f"{i}",
                 fresh=self.fresh,
                 shard=not self.job.alone,
                 progress=False,
             )
-            # All blocks' states are held at once: on the CPU, which has the memory. Read from disk, they are there.
-            here = isinstance(found_there, dict)
-            states.append({s: state.to("cpu") for s, state in found_there.items()} if here else found_there)
+            # The states of all blocks are held at once, so they go to the CPU, which has more memory. States that
+            # collect leaves on disk are read to the CPU anyway.
+            in_memory = isinstance(collected, dict)
+            states.append({stream: state.to("cpu") for stream, state in collected.items()} if in_memory else collected)
         if self.job.rank == 0:
-            shutil.rmtree(whole, ignore_errors=True)  # of another question
+            shutil.rmtree(whole, ignore_errors=True)  # states of another measurement
             whole.mkdir(parents=True)
         figures = {}
         for stream in states[0]:
             step(f"{side}, spectrum at {stream}", 1.0)
             figures[stream] = self._figures([block[stream] for block in states], whole / f"{stream}.safetensors")
         if self.job.rank == 0:
-            self.pieces.write(kept, figures)
+            self.pieces.write(file, figures)
             replace_text(whole / _OF, name + "\n")
         self.job.gathered([])  # every process has read its blocks
         if self.job.rank == 0:
-            for left in self.out.glob(f"blocks-{name}-*"):
-                shutil.rmtree(left, ignore_errors=True)
+            for old_folder in self.out.glob(f"blocks-{name}-*"):
+                shutil.rmtree(old_folder, ignore_errors=True)
         return figures
 
     def _finished(self, name: str) -> dict[str, Any] | None:
-        """None where nothing was measured, or the file is damaged: then it is measured again."""
+        """Return the figures on disk; None, so that they are measured again, where the file is missing or damaged."""
         try:
             return self.pieces.read(name)
         except ValueError:
             return None
 
     def _blocks(self) -> list[list[Tensor]]:
-        """The stretches as blocks of batches: neighbours in one block, since they are alike."""
+        """Divide the stretches into blocks, and these into batches.
+
+        Neighbours are in the same block, since neighbouring stretches may be alike.
+        """
         ids = torch.tensor(self.text.ids[: self.stretches * self.length], dtype=torch.int64, device="cpu")
         rows = ids.reshape(self.stretches, self.length).to(self.device)
         blocks = rows.tensor_split(min(BLOCKS, self.stretches))
-        # small enough that every process has some
+        # batches are small enough that every process has at least one
         return [list(block.split(min(_BATCH, -(-len(block) // self.job.world)))) for block in blocks]
 
     def _figures(self, blocks: list[StreamingCovariance], path: Path) -> dict[str, Any]:
+        """Compute the figures of one stream from the states of all blocks, and save the merged state at ``path``."""
         whole = copy.deepcopy(blocks[0])
         for block in blocks[1:]:
             whole.merge(block)
@@ -134,21 +150,21 @@ class Spectra:
         measures = _numbers(values)
         intervals: dict[str, tuple[float, float]] = {}
         if len(blocks) > 1:
-            small = whole.dim <= _ALL
-            names = list(measures) if small else ["participation_ratio"]
+            all_eigenvalues = whole.dim <= _ALL
+            names = list(measures) if all_eigenvalues else ["participation_ratio"]
 
             def measure(state: StreamingCovariance) -> Tensor:
-                if small:
+                if all_eigenvalues:
                     return torch.tensor(list(_numbers(state.eigenvalues()).values()), dtype=torch.float64, device="cpu")
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", RuntimeWarning)  # of few rows: a note says so
+                    warnings.simplefilter("ignore", RuntimeWarning)  # a note tells of too few rows instead
                     return torch.tensor([state.participation_ratio()], dtype=torch.float64, device="cpu")
 
-            jack = leave_one_out(blocks, measure)
-            intervals = {n: (float(jack.low[i]), float(jack.high[i])) for i, n in enumerate(names)}
+            jackknife = leave_one_out(blocks, measure)
+            intervals = {which: (float(jackknife.low[i]), float(jackknife.high[i])) for i, which in enumerate(names)}
         for name, value in measures.items():
             low, high = intervals.get(name, (None, None))
-            if low is not None and high is not None:  # a t interval knows no bounds
+            if low is not None and high is not None:  # a t interval may exceed the range of the measure
                 low, high = (
                     max(low, 0.0 if name in _TOPS else min(1.0, value)),
                     min(high, 1.0 if name in _TOPS else whole.dim),
@@ -158,6 +174,7 @@ class Spectra:
 
 
 def _numbers(values: Tensor) -> dict[str, float]:
+    """The measures of a spectrum, given all its eigenvalues in descending order."""
     total = float(values.sum())
     figures = {f"top_{k}": float(values[:k].sum()) / total if total > 0 else 0.0 for k in _SHARES}
     return figures | {
@@ -168,8 +185,10 @@ def _numbers(values: Tensor) -> dict[str, float]:
 
 
 def _short(key: str) -> str:
+    """A short hash of ``key`` for names of files."""
     return hashlib.sha256(key.encode()).hexdigest()[:12]
 
 
 def _text(path: Path) -> str:
+    """The text of a file; empty where there is none."""
     return path.read_text().strip() if path.is_file() else ""

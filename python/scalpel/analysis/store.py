@@ -1,4 +1,7 @@
-"""What is already measured, on disk: one JSON file a chunk, complete or absent, and the key of what they belong to."""
+"""The results of an analysis on disk, with one JSON file for each chunk that is completely measured.
+
+A key, kept beside them, says which analysis they belong to.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,23 @@ from .._resume import WayOut, Work
 
 _WAY_OUT = WayOut("analysis", "give another --out", "--fresh to measure anew there")
 _RESULTS = ("analysis.json", "report.html", "chunks/[0-9]*.json")
-_SPECTRA = ("spectra-*.json", "blocks-*", "states")  # their names say what they are of
+_SPECTRA = ("spectra-*.json", "blocks-*", "states")  # each says by itself which measurement it belongs to
 
 
 class Store(Work):
     """The folder of one analysis.
 
-    A chunk is begun, and then saved. If it was begun and neither saved nor given up, its run was ended from outside, as
-    by a system that has run out of memory, and :meth:`times_cut_off` says so to a later run.
+    A chunk is begun, and then saved. If a chunk was begun but neither saved nor given up, its run was ended from
+    outside, for instance by a system that ran out of memory. :meth:`times_cut_off` tells a later run about it.
 
     Args:
-        folder: It is created if need be.
+        folder: The folder, which is created where it doesn't exist.
         key: Plain data that says what is analysed, and how.
         length: Tokens of a chunk, as long as memory suffices.
-        fresh: Remove what an analysis left there, and nothing else, and begin anew.
+        fresh: Whether to remove the files of an earlier analysis, and no other files, and to start again.
 
     Raises:
-        ValueError: The folder holds another analysis, or files of an unknown one.
+        ValueError: The folder holds a different analysis, or the files of one without a key.
         OSError: The folder can't be written.
     """
 
@@ -43,16 +46,16 @@ class Store(Work):
 
     @property
     def length(self) -> int:
-        """Tokens of the chunks that are still to be measured."""
+        """The number of tokens of the chunks that are still to be measured."""
         return int(self.notes["length"])
 
     @property
     def shrunk(self) -> list[dict[str, int]]:
-        """Each time that memory ran out: at which chunk, and from how many tokens to how many."""
+        """The times that chunks were made shorter: at which chunk, from how many tokens, and to how many."""
         return list(self.notes["shrunk"])
 
     def shrink(self, chunk: int, length: int) -> None:
-        """Measure ``chunk`` and all later ones at a smaller length."""
+        """Reduce the length of ``chunk`` and of all later chunks to ``length`` tokens."""
         step = {"chunk": chunk, "from": self.length, "to": length}
         self.note(length=length, shrunk=[*self.shrunk, step], begun=None)
 
@@ -61,11 +64,11 @@ class Store(Work):
         self.begin(chunk=chunk, length=self.length)
 
     def times_cut_off(self, chunk: int) -> int:
-        """How many runs were ended from outside while they measured ``chunk`` at the present length."""
+        """Count the runs that were ended from outside while they measured ``chunk`` at the present length."""
         return self.cut_off(chunk=chunk, length=self.length)
 
     def load(self, chunk: int) -> dict[str, Any] | None:
-        """The record of a chunk; None where it is not measured yet."""
+        """Return the record of a chunk; None where it is not measured yet."""
         return self.read(_name(chunk))
 
     def save(self, chunk: int, record: dict[str, Any]) -> None:
@@ -74,4 +77,5 @@ class Store(Work):
 
 
 def _name(chunk: int) -> str:
+    """The path of a chunk's file inside the folder."""
     return f"chunks/{chunk:05d}.json"

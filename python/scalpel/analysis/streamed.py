@@ -1,7 +1,7 @@
-"""The figures of one chunk of text for a model that stays in its folder, one layer in memory at a time.
+"""The figures of one chunk of text for a model that stays in its folder, with one layer in memory at a time.
 
-The file is read once. Each layer gives its own spectrum while it is in memory, and a frame of directions goes through
-all of them. The exponents of the product need the layers in reverse order, too, so there are none.
+The folder is read once. The spectrum of each layer is measured while the layer is in memory, and a frame of directions
+is carried through all layers. There are no exponents of the product, since these need the layers in reverse order too.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ Step = Callable[[str, float], None]
 def measure_streamed(folder: Path, ids: Tensor, T: int, seed: int, narrow: bool, step: Step) -> Figures:
     """Measure the model in ``folder`` at ``ids`` (1, L), with T directions.
 
-    ``narrow``: whether its matrix products are bfloat16, which rounds singular values to about 1 % and lets no residual
-    fall further. ``step(what, done)`` is called before each layer.
+    ``narrow`` says whether its matrix products are bfloat16, which rounds singular values to about 1 % and keeps
+    residuals from falling further. ``step(what, done)`` is called before each layer.
 
-    ``residual`` holds the largest ‖Jᵀu − σv‖ / σ or ‖Jv − σu‖ / σ of each layer, a bound on the relative distance from
-    a value to a singular value.
+    The figure ``residual`` of each layer is the largest of all ‖Jᵀu − σv‖ / σ and ‖Jv − σu‖ / σ. It bounds the relative
+    distance from each σ to a true singular value.
     """
     goal = 2e-2 if narrow else 3e-3
     generator = torch.Generator().manual_seed(seed)
-    logs, tails, residuals, growth, norms, rest = [], [], [], [], [], []
+    logs, tails, residuals, growth, norms, norms_without_first = [], [], [], [], [], []
     active: dict[str, float] = {}
     sizes: list[int] = []
     depth = decoder_in(folder).config.layers
@@ -54,24 +54,24 @@ def measure_streamed(folder: Path, ids: Tensor, T: int, seed: int, narrow: bool,
         if min(J.shape) < T:
             raise ValueError(f"T is {T}; a layer at {ids.shape[1]} tokens has {min(J.shape)} singular values")
         if frame is None:
-            drawn = torch.randn(J.shape[1], T, generator=generator, dtype=torch.float64, device="cpu")
-            frame = torch.linalg.qr(drawn)[0].to(ids.device)
+            random = torch.randn(J.shape[1], T, generator=generator, dtype=torch.float64, device="cpu")
+            frame = torch.linalg.qr(random)[0].to(ids.device)
             norms.append(_log_norm(layer.before))
-            rest.append(_log_norm(layer.before[:, 1:]))
-        values, Vh, residual = _spectrum(J, T, seed, goal)
-        logs.append(values.cpu())
+            norms_without_first.append(_log_norm(layer.before[:, 1:]))
+        log_values, Vh, residual = _spectrum(J, T, seed, goal)
+        logs.append(log_values.cpu())
         residuals.append(residual)
         tails.append(tail_energy([J], Vh, _PROBES, generator))
         sizes.append(min(J.shape))
-        frame, stretched = _through(J, frame)
-        growth.append(stretched.cpu())
+        frame, growth_here = _through(J, frame)
+        growth.append(growth_here.cpu())
         norms.append(_log_norm(layer.after))
-        rest.append(_log_norm(layer.after[:, 1:]))
+        norms_without_first.append(_log_norm(layer.after[:, 1:]))
     frames = torch.stack(growth)
-    alone = ids.shape[1] < 2
+    is_single_token = ids.shape[1] < 2
     return {
         "log_norms": _logs(norms),
-        "log_norms_without_first": None if alone else _logs(rest),
+        "log_norms_without_first": None if is_single_token else _logs(norms_without_first),
         "frame_growth": plain(frames),
         "mean_frame_growth": plain(frames.mean(dim=0)),
         "layers": spectra(
@@ -86,45 +86,50 @@ def measure_streamed(folder: Path, ids: Tensor, T: int, seed: int, narrow: bool,
 
 
 def _operator(layer: StreamedLayer) -> Jacobian:
-    """The layer in memory as an operator. It is composed with nothing, so its ends need no pass."""
-    nothing = cast(Any, None)
-    before = End(nothing, f"{layer.number}.resid_in", None, None, layer.before)
-    after = End(nothing, f"the end of layer {layer.number}", None, None, layer.after)
-    # the layer's rules need contiguous rows
+    """Make an operator of the layer in memory.
+
+    Its ends have no pass, since it is never composed with another operator.
+    """
+    no_pass = cast(Any, None)
+    before = End(no_pass, f"{layer.number}.resid_in", None, None, layer.before)
+    after = End(no_pass, f"the end of layer {layer.number}", None, None, layer.after)
+    # the rules of the layer need contiguous tangents
     return Jacobian(lambda V: layer.jvp(V.contiguous()), lambda U: layer.vjp(U.contiguous()), before, after)
 
 
 def _spectrum(J: Jacobian, T: int, seed: int, goal: float) -> tuple[Tensor, Tensor, float]:
-    """The logarithms of the T largest singular values, their right vectors, and the largest relative residual."""
+    """Return the logarithms of the T largest singular values, their right vectors and the largest relative residual."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the residual, measured below, says whether it converged
         U, S, Vh = J.svd(T, seed=seed, tol=goal / 2)
     S = S.double()
     nonzero = ROUNDING * float(torch.finfo(J.dtype).eps) * S[0] < S
-    back = J.vjp(U.T.reshape(T, *J.target_shape).to(J.dtype)).flatten(1).double()
-    forth = J.jvp(Vh.reshape(T, *J.source_shape).to(J.dtype)).flatten(1).double()
-    apart = torch.linalg.vector_norm(back - S[:, None] * Vh, dim=1)
-    apart = apart.maximum(torch.linalg.vector_norm(forth - S[:, None] * U.T, dim=1))
-    residual = float((apart / S)[nonzero].max()) if bool(nonzero.any()) else 0.0
+    pulled = J.vjp(U.T.reshape(T, *J.target_shape).to(J.dtype)).flatten(1).double()
+    pushed = J.jvp(Vh.reshape(T, *J.source_shape).to(J.dtype)).flatten(1).double()
+    residuals = torch.linalg.vector_norm(pulled - S[:, None] * Vh, dim=1)
+    residuals = residuals.maximum(torch.linalg.vector_norm(pushed - S[:, None] * U.T, dim=1))
+    residual = float((residuals / S)[nonzero].max()) if bool(nonzero.any()) else 0.0
     return torch.where(nonzero, S, 0.0).log(), Vh, residual
 
 
 def _through(J: Jacobian, frame: Tensor) -> tuple[Tensor, Tensor]:
-    """Take the frame through a layer: it is orthonormal again, and log |R_ii| is its growth.
+    """Carry the frame through a layer, orthonormalise it, and return it with its growth log |R_ii|.
 
     This is one step of ``sweeps.frame_growth``.
     """
-    W = J.jvp(frame.T.reshape(-1, *J.source_shape).to(J.dtype)).double().reshape(frame.shape[1], -1).T
-    Q, R = torch.linalg.qr(W)
+    image = J.jvp(frame.T.reshape(-1, *J.source_shape).to(J.dtype)).double().reshape(frame.shape[1], -1).T
+    Q, R = torch.linalg.qr(image)
     floor = ROUNDING * float(torch.finfo(J.dtype).eps) * float(torch.linalg.matrix_norm(R, 2))
-    size = R.diagonal().abs()
-    return Q, torch.where(size > floor, size, 0.0).log()
+    lengths = R.diagonal().abs()
+    return Q, torch.where(lengths > floor, lengths, 0.0).log()
 
 
 def _log_norm(value: Tensor) -> float:
+    """The logarithm of the Euclidean norm; −inf where it is zero."""
     norm = float(torch.linalg.vector_norm(value.double()))
     return math.log(norm) if norm > 0 else -math.inf
 
 
 def _logs(values: list[float]) -> list[float | None]:
+    """The same numbers with None in place of those that are not finite."""
     return [value if math.isfinite(value) else None for value in values]

@@ -1,4 +1,4 @@
-"""Figures of many chunks as means with intervals."""
+"""Summarising the figures of many chunks as means with intervals."""
 
 from __future__ import annotations
 
@@ -12,18 +12,25 @@ INTERVAL = "mean ± Student's t (0.975, chunks − 1) × standard deviation / �
 
 
 def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """The figures of all chunks, entry by entry.
+    """Summarise the records of all chunks, entry by entry.
 
-    A number, or a list of them, becomes ``{"mean", "low", "high"}`` of its shape: the mean over the chunks and its
-    95 % interval by Student's t (None of a single chunk). It is right where chunks differ as draws from a normal
-    distribution do, and independently; chunks that lie one after the other in a text may be more alike than that.
-    Where a chunk has no finite value, there is no mean: None, and ``undefined_in`` counts these chunks. A truth
-    becomes ``{"true", "of"}``; a string, or an entry that no chunk has, stays as it is.
+    A number, or a list of numbers, becomes ``{"mean", "low", "high"}`` of the same shape: the mean over the chunks and
+    its 95 % interval by Student's t, which is None for a single chunk. The interval is right where chunks differ like
+    independent draws from a normal distribution; successive chunks of a text may be more alike than that. If a chunk
+    has no finite value, the mean is None, and ``undefined_in`` counts such chunks. A bool becomes ``{"true", "of"}``:
+    in how many chunks it is True, of how many. A string, or an entry that no chunk has, stays as it is.
+
+    Args:
+        records: One dict of figures for each chunk, all with the entries of the first.
+
+    Returns:
+        One dict with the same entries.
     """
     return {name: _entry([record.get(name) for record in records]) for name in records[0]}
 
 
 def _entry(values: list[Any]) -> Any:
+    """Summarise one entry, given its values in all chunks."""
     first = values[0]
     if isinstance(first, dict):
         return {name: _entry([(value or {}).get(name) for value in values]) for name in first}
@@ -31,7 +38,7 @@ def _entry(values: list[Any]) -> Any:
         return {"true": sum(map(bool, values)), "of": len(values)}
     if all(value is None for value in values) or _is_text(first):
         return first
-    array = np.array(values, dtype=np.float64)  # None is nan
+    array = np.array(values, dtype=np.float64)  # None becomes nan
     mean, low, high = mean_interval(array)
     interval = {"mean": _listed(mean), "low": _listed(low), "high": _listed(high)}
     missing = (~np.isfinite(array)).sum(axis=0)
@@ -39,10 +46,12 @@ def _entry(values: list[Any]) -> Any:
 
 
 def _is_text(value: Any) -> bool:
+    """Whether ``value`` is a string or a list that begins with one."""
     return isinstance(value, str) or (isinstance(value, list) and bool(value) and isinstance(value[0], str))
 
 
 def _listed(values: np.ndarray) -> Any:
+    """The array as a number or nested lists, with None in place of numbers that are not finite."""
     return _none(np.asarray(values).tolist())
 
 
