@@ -47,28 +47,30 @@ def lyapunov(
 
     The result, a :class:`Lyapunov`, also holds the spectra of the layers on the way, their alignment and their ranks.
 
-    A sweep is D jvps and D vjps of T + 8 tangents; sweeps start from Krylov vectors of the product
-    (:meth:`Jacobian.svd`), which resolve what is large and clustered, and the sweeps resolve what is small. A model
-    that has rules of its own runs once, and its layers share that trace.
+    A sweep is D jvps and D vjps of T + 8 tangents. The first one starts from Krylov vectors of the product
+    (:meth:`Jacobian.svd`), which resolve large and clustered singular values; the sweeps then resolve small ones. A
+    model that has rules of its own runs once, and its layers share that trace.
 
     Args:
-        model: As :func:`scalpel.jacobian` takes it. For the null of an untrained model, give one.
+        model: As :func:`scalpel.jacobian` takes it. Give an untrained model to measure a null for a trained one.
         input_ids: As :func:`scalpel.jacobian` takes them.
-        T: 1 to the smallest number of singular values that the product or a layer has.
-        hooks: The hooks between which the layers lie, in the model's order, at least two. By default the residual
-            stream at the head of each layer, and at the end, of a CircuitGPT or of a decoder that
-            :func:`scalpel.jacobian` has rules for; other models need them named. The product is the chain through
-            these hooks alone, and it is the Jacobian from the first to the last only where every path passes each.
-        positions: None, an int, a slice or a list of ints. All tokens take part between the layers; the product starts
-            from tangents at the chosen tokens of the first hook and is read at the chosen tokens of the last:
-            ``positions=-1`` goes from the last token to the last. A layer by itself is restricted at both of its ends.
+        T: The number of exponents, from 1 to the smallest number of singular values of the product or of a layer.
+        hooks: The hooks at the ends of the layers, at least two, in the model's order. The default is the residual
+            stream before each layer and after the last one. It exists for a CircuitGPT, and for a decoder that
+            :func:`scalpel.jacobian` has rules for; the hooks of other models must be named. The product is the chain
+            through these hooks alone. It is the Jacobian from the first hook to the last only if every path passes
+            through all of them.
+        positions: None, an int, a slice or a list of ints. The product starts from tangents at the chosen tokens of the
+            first hook and is read at the chosen tokens of the last, and between them all tokens take part:
+            ``positions=-1`` goes from the last token to the last token. A layer by itself is restricted at both ends.
         identity: Whether a layer includes the residual path; see :class:`Lyapunov`.
-        cumulative: Whether the spectra of J_l … J_1 at each depth l are wanted too, which costs D / 2 times the rest.
-        probes: Random vectors for the energy of the spectra's unseen tails; 0 leaves it unknown.
-        draws: Random products for the null of the alignment.
+        cumulative: Whether to measure the spectra of J_l … J_1 at each depth l too, which costs D / 2 times the rest.
+        probes: The number of random vectors that estimate the energy of the spectra's unseen tails; with 0 there is no
+            estimate.
+        draws: The number of random products for the null of the alignment.
         tol: The largest residual that counts as converged, by default 1e-7 in float64 and 1e-3 in float32 (the error
-            of log σ_i goes with its square).
-        max_sweeps: The most sweeps that are made for one product.
+            of log σ_i is proportional to its square).
+        max_sweeps: The largest number of sweeps for one product.
         seed: Seed of the starting frames, the probes and the null.
         attention_mask: As :func:`scalpel.jacobian` takes it.
         position_ids: As :func:`scalpel.jacobian` takes them.
@@ -81,7 +83,7 @@ def lyapunov(
         TypeError: For arguments of the wrong type, and for a model of half precision.
 
     Warns:
-        RuntimeWarning: Where the residual isn't met.
+        RuntimeWarning: Where a residual is still above ``tol`` after the last sweep.
 
     Example:
         >>> import scalpel, torch
