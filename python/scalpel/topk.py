@@ -10,13 +10,13 @@ exists, which is wherever the k-th and the (k+1)-th ranked values differ.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
 
+from ._integers import integer
 from ._native import (
     DTYPE_NAMES,
     check_device,
@@ -139,7 +139,7 @@ class AbsTopK(torch.nn.Module):
 
     def __init__(self, k: int) -> None:
         super().__init__()
-        self.k = _integer(k)
+        self.k = integer(k)
         if self.k < 0:
             raise ValueError(f"k is {self.k}; allowed: 0 <= k <= width")
 
@@ -166,15 +166,6 @@ class AbsTopK(torch.nn.Module):
 # ---- arguments ---------------------------------------------------------------------------------
 
 
-def _integer(k: Any) -> int:
-    if not isinstance(k, (bool, np.bool_, np.ndarray, torch.Tensor)):
-        try:
-            return operator.index(k)
-        except TypeError:
-            pass
-    raise TypeError(f"k is {k!r} of type {type(k).__name__}; it must be an integer")
-
-
 def _check_range(shape: tuple[int, ...], k: int) -> None:
     """Check k against the width, for code that runs before the core's own check or without it.
 
@@ -193,7 +184,7 @@ def _by_value(by: str) -> bool:
 
 
 def _call(op: str, x: Any, k: Any, by: str, out: Any) -> Any:
-    k = _integer(k)
+    k = integer(k)
     _by_value(by)
     if isinstance(x, torch.Tensor):
         return _call_tensor(op, x, k, by, out)

@@ -195,8 +195,8 @@ def jacobian_jvp(quick: bool = False, seed: int = 0, device: str = "cpu") -> Cas
         # In float64: in float32 a TopK near a tie may keep another entry than torch's order of sums does.
         double = copy.deepcopy(model).double()
         expected = through_torch_func(double, v[:2].double())
-        found = jacobian(double, ids, "0.resid_in", "final_resid").jvp(v[:2].double())
-        worst = float((found - expected).abs().max() / expected.abs().max())
+        product = jacobian(double, ids, "0.resid_in", "final_resid").jvp(v[:2].double())
+        worst = float((product - expected).abs().max() / expected.abs().max())
         if not worst <= 1e-9:
             raise WrongAnswer(f"jvp is {worst:.1e} (relative) off vmap(jvp); nothing was timed")
 
@@ -255,7 +255,7 @@ def _timed(case: Case, rounds: int, device: str) -> dict[str, Any]:
     repeats = {who: _repeats(case.contender(who), device) for who in CONTENDERS}
     times: dict[Contender, list[float]] = {who: [] for who in CONTENDERS}
     for turn in range(rounds):
-        # In turn, each round starting with another one: what the machine does meanwhile falls on all of them.
+        # They take turns, and each round starts with another one, so that a slow moment affects all of them alike.
         for who in CONTENDERS[turn % 3 :] + CONTENDERS[: turn % 3]:
             times[who].append(_seconds(case.contender(who), repeats[who], device))
     median = {who: statistics.median(times[who]) * 1e3 for who in CONTENDERS}

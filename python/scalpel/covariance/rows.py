@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from .._native import check_device
-from ..topk import _integer
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -45,27 +44,6 @@ def rows_of(x: Any, dim: int, cuda: bool = False) -> torch.Tensor:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be (..., {dim}), as dim is {dim}")
     x = x.detach().resolve_neg().reshape(-1, dim)
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def integer(value: Any) -> int:
-    """Return value if it is an integer of any kind.
-
-    Raises:
-        TypeError: If it is not.
-    """
-    return _integer(value)
-
-
-def integer_named(name: str, value: Any) -> int:
-    """Return value if it is an integer of any kind; the error message names the argument.
-
-    Raises:
-        TypeError: If it is not an integer.
-    """
-    try:
-        return _integer(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; it must be an integer") from None
 
 
 def _copy_needed(x: np.ndarray) -> bool | None:

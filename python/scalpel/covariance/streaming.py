@@ -10,10 +10,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from .._integers import integer
 from .comparisons import Comparisons
 from .eigen import Eigen, fix_signs
 from .on_device import Precision, exact_on, moved
-from .rows import integer, integer_named, rows_of
+from .rows import rows_of
 from .scikit_names import ScikitNames
 from .sketches.frequent_directions import FrequentDirections
 from .sketches.sketch import Sketch
@@ -87,7 +88,7 @@ class StreamingCovariance(Summaries, Comparisons, Transport, ScikitNames):
         dtype: torch.dtype = torch.float64,
         precision: Precision = "accurate",
     ) -> None:
-        dim = integer_named("dim", dim)
+        dim = integer(dim, "dim")
         if dim < 1:
             raise ValueError(f"dim is {dim}; it must be at least 1")
         if method not in _SKETCHES:
@@ -101,7 +102,7 @@ class StreamingCovariance(Summaries, Comparisons, Transport, ScikitNames):
         if rank is None:
             self._state = exact_on(torch.device("cpu"), dim, bool(center), precision)
         else:
-            rank = integer_named("rank", rank)
+            rank = integer(rank, "rank")
             if not 1 <= rank <= dim:
                 raise ValueError(f"rank is {rank}, but dim is {dim}; allowed: 1 <= rank <= dim, or None for all")
             self._state = _SKETCHES[method](dim, bool(center), rank)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from .._integers import integer
 from .._native import device_named
 from . import file
 from .distributed import all_reduce
 from .on_device import moved
-from .rows import integer_named
 from .state import State
 
 
@@ -94,7 +94,7 @@ class Transport:
                 center=header["center"],
                 dtype=getattr(torch, header["dtype"]),
             )
-            file.check_tensors(tensors, state._state.tensors(), integer_named("count", header["count"]), state.dim)
+            file.check_tensors(tensors, state._state.tensors(), integer(header["count"], "count"), state.dim)
             state._state.restore(tensors)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)} is not a valid covariance state: {error}") from error

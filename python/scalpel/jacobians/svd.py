@@ -7,13 +7,13 @@ restart keeps the leading triples and N. (Golub, Luk and Overton 1981, ACM TOMS 
 Sci. Comput. 27(1).)
 """
 
-import operator
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._integers import integer
 from .linear_map import LinearMap
 
 # vectors beyond k in a block, which speed up the k-th value and resolve clusters (Halko et al. 2011, section 4)
@@ -40,15 +40,10 @@ def truncated_svd(J: LinearMap, k: Any, *, seed: int, tol: float | None) -> tupl
 
 def _checked_k(k: Any, most: int) -> int:
     """Return k as an int from 0 to ``most``, or raise an error that says what is wrong with it."""
-    if isinstance(k, bool):
-        raise TypeError("k is a bool; it must be an int")
-    try:
-        k = operator.index(k)
-    except TypeError:
-        raise TypeError(f"k is {type(k).__name__}; it must be an int") from None
+    k = integer(k)
     if not 0 <= k <= most:
         raise ValueError(f"k is {k}; this Jacobian has {most} singular values: 0 <= k <= {most}")
-    return int(k)
+    return k
 
 
 class NotFinite(ValueError):

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .._integers import integer
 from .._native import runs_on
 from ..covariance import StreamingCovariance
 from ..covariance.on_device import OnDevice, Precision, update_all
-from ..covariance.rows import integer_named
 from ..covariance.streaming import Method
 from .budget import bytes_of, groups_of
 from .capture import Capture, Loss, Names
@@ -90,7 +90,7 @@ def collect(
         >>> states["final_resid"].count, list(states)
         (64, ['final_resid', 'final_resid.grad'])
     """
-    if integer_named("save_every", save_every) < 1:
+    if integer(save_every, "save_every") < 1:
         raise ValueError(f"save_every is {save_every}; it must be 1 or more")
     bytes_of(memory)
     share = _Share.of_job() if shard else _Share(0, 1)

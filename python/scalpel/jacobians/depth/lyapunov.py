@@ -7,7 +7,6 @@ even where they are hundreds of orders of magnitude apart. The sweeps end when a
 """
 
 import math
-import operator
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._integers import integer
 from ...hooks.positions import Selected, read_at
 from ..entry import jacobians_between
 from ..operator import Jacobian
@@ -249,12 +249,7 @@ def _log_norms(layers: list[Jacobian], at: Selected) -> Tensor:
 
 def _integer(name: str, value: Any, least: int) -> int:
     """Return the option ``name`` as an int of at least ``least``, or raise an error that names it."""
-    if isinstance(value, bool):
-        raise TypeError(f"{name} is a bool; it must be an int")
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {type(value).__name__}; it must be an int") from None
+    number = integer(value, name)
     if number < least:
         raise ValueError(f"{name} is {number}; it must be {least} or more")
     return number

@@ -1,7 +1,8 @@
 """Whether a model computes what the rules of its family say: its own forward pass beside ours, on part of a text.
 
 Modules may have been replaced, switches set and code put in place of transformers' own; the logits show it, wherever
-it happened. Both forward passes run on a few of the text's tokens, which costs next to nothing beside the primal.
+it happened. Both forward passes run on a few of the text's tokens. Beside the primal of a long text that is little;
+beside that of a short one it is not, since each pass reads all of the weights.
 """
 
 from __future__ import annotations

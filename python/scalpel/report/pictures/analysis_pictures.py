@@ -45,7 +45,7 @@ Sides = list[tuple[str, str, dict[str, Any]]]
 
 
 def _picture(name: str, part: str, title: str, summary: str, axes: tuple[str, str], **data: Any) -> Picture:
-    if part in ("collapse", "growth") and any(y is None for each in data["series"] for y in each["y"]):
+    if part in ("collapse", "growth") and any(y is None for curve in data["series"] for y in curve["y"]):
         summary += " A gap: in some chunk the value is zero to rounding, and its logarithm has no mean."
     figure = {"kind": "curves", "title": title, "summary": summary, "xlabel": axes[0], "ylabel": axes[1]}
     return Picture(name, part, figure | data)
@@ -251,7 +251,7 @@ def _ranks(sides: Sides, count: int) -> list[Picture]:
 
 def _unless_shares(series: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A line at 1 where the logarithms would be taken for shares of one."""
-    known = [y for each in series for y in each["y"] if y is not None]
+    known = [y for curve in series for y in curve["y"] if y is not None]
     return [{"y": _ONE, "label": "1"}] if known and min(known) >= 0 and max(known) <= 1 else []
 
 
