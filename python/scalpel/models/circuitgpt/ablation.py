@@ -8,7 +8,7 @@ pure functions of the values, so they also take effect inside Jacobians and tran
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ContextDecorator
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -121,6 +121,7 @@ class _Fixed:
     """Replaces channels by fixed values. ``plan``: {hook: (mask of channels (width,), values (width,))}."""
 
     plan: Mapping[str, tuple[Tensor, Tensor]]
+    tokenwise: ClassVar[bool] = True  # what it does to a token does not depend on the others
 
     def __call__(self, name: str, value: Tensor) -> Tensor:
         if name not in self.plan:

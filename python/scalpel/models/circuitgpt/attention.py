@@ -79,23 +79,27 @@ def attention_weights(q: Tensor, k: Tensor, n_head: int, allowed: Tensor, sink_l
     return torch.cat([sink, scores], dim=-1).softmax(-1)[..., 1:]
 
 
-def allowed_keys(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Determine which keys each query may read: bool (L, L) or (B, 1, L, L).
+def allowed_keys(input_ids: Tensor, attention_mask: Tensor | None, past: int = 0) -> Tensor:
+    """Determine which keys each query may read: bool (L, K) or (B, 1, L, K), where K = past + L.
 
-    A query that may read no key reads itself, so that the row of a padding token stays finite; no real query reads it.
+    The queries are the tokens ``input_ids`` (B, L), which follow ``past`` tokens whose keys are kept. The mask counts
+    all of them, (B, K) or (B, L, K). A query that may read no key reads itself, so that the row of a padding token
+    stays finite; no real query reads it.
     """
     batch, length = input_ids.shape
-    itself = torch.eye(length, dtype=torch.bool, device=input_ids.device)
-    causal = torch.ones_like(itself).tril()
+    keys = past + length
+    causal = torch.ones(length, keys, dtype=torch.bool, device=input_ids.device).tril(past)
     if attention_mask is None:
         return causal
     if not isinstance(attention_mask, Tensor):
         raise TypeError(f"attention_mask is {type(attention_mask).__name__}; it must be a tensor")
-    if attention_mask.shape not in ((batch, length), (batch, length, length)):
+    if attention_mask.shape not in ((batch, keys), (batch, length, keys)):
+        after = f", since {past} tokens came before these {length}" if past else ""
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {(batch, length)} "
-            f"or {(batch, length, length)}"
+            f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {(batch, keys)} "
+            f"or {(batch, length, keys)}{after}"
         )
+    itself = causal & torch.ones_like(causal).triu(past)
     mask = attention_mask.to(input_ids.device).bool()
     allowed = causal & (mask[:, None, :] if mask.dim() == 2 else mask)
     return (allowed | (~allowed.any(-1, keepdim=True) & itself))[:, None]

@@ -6,6 +6,7 @@ ablation and Jacobians are all taps, so the mathematics stands once: here and, f
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 
 from ...hooks.inputs import Limits, checked_ids, positions_after_padding, real_tokens
 from ...hooks.names import hook_names
+from ...hooks.recorder import recorder_taps
 from ...lanes import apply_linear
 from ..fresh import embedding, linear, sinusoids, zeros
 from .attention import allowed_keys
 from .config import CircuitGPTConfig
+from .key_values import KeyValues
 from .layers import Block, LayerInputs, Tap, norm
 
 __all__ = ["MODULE_PATHS", "CircuitCore"]
@@ -116,6 +119,7 @@ class CircuitCore(nn.Module):
         position_ids: Tensor | None = None,
         *,
         tap: Tap | None = None,
+        past: KeyValues | None = None,
     ) -> Tensor:
         """Compute the logits of texts.
 
@@ -128,6 +132,9 @@ class CircuitCore(nn.Module):
                 (B, L, L), its place counted from the first token of the row that some query reads.
             tap: A function from (name of a hook, value there) to the value to go on with, called at every hook in turn,
                 after the interventions that are in force.
+            past: Keys and values of the tokens before ``input_ids``, such as a
+                :class:`scalpel.models.circuitgpt.key_values.KeyValueCache`, to which those of ``input_ids`` are added.
+                The mask then counts the earlier tokens too, (B, past + L), and positions go on after them.
 
         Returns:
             The logits (B, L, vocab), on the model's device.
@@ -142,17 +149,40 @@ class CircuitCore(nn.Module):
             >>> model(ids, mask).shape
             torch.Size([2, 7, 512])
         """
+        x = self.residual(input_ids, attention_mask, position_ids, tap=tap, past=past)
+        return self.unembed(x, input_ids.to(self.device))
+
+    def residual(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        tap: Tap | None = None,
+        past: KeyValues | None = None,
+    ) -> Tensor:
+        """Compute the residual stream after the last layer (B, L, d_model): all of :meth:`forward` but its last stage.
+
+        The arguments are those of :meth:`forward`. A caller that wants the logits of a few tokens gives their rows to
+        :meth:`unembed`.
+        """
         input_ids = self._checked_ids(input_ids)
+        before = 0 if past is None else past.length
+        self._check_room(before, input_ids.shape[1])
         at = self._composed_tap(tap)
-        allowed = allowed_keys(input_ids, attention_mask)
-        positions = self._positions(input_ids, attention_mask, position_ids)
+        allowed = allowed_keys(input_ids, attention_mask, before)
+        positions = self._positions(input_ids, attention_mask, position_ids, before)
         x = self.transformer.wte(input_ids)
         concatenated = self.config.d_pos_emb is not None
         if not concatenated:
             x = x + positions
+        beside = positions if concatenated else None
         for i, block in enumerate(self.transformer.h):
-            x = block(x, LayerInputs(str(i), at, allowed, positions if concatenated else None))
-        return self.unembed(at("final_resid", x), input_ids)
+            remember = None if past is None else partial(past.extend, i)
+            x = block(x, LayerInputs(str(i), at, allowed, beside, remember=remember))
+        if past is not None:
+            past.advance(input_ids.shape[1])
+        return at("final_resid", x)
 
     def unembed(self, x: Tensor, input_ids: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
         """Compute the logits from the residual stream after the last layer: the last stage of the forward pass.
@@ -187,7 +217,7 @@ class CircuitCore(nn.Module):
         return logits
 
     def _composed_tap(self, tap: Tap | None) -> Tap:
-        chain = [*self._interventions, *([tap] if tap is not None else [])]
+        chain = [*self._interventions, *recorder_taps(), *([tap] if tap is not None else [])]
 
         def at(name: str, value: Tensor) -> Tensor:
             for tap in chain:
@@ -204,13 +234,28 @@ class CircuitCore(nn.Module):
     def _checked_ids(self, input_ids: Tensor) -> Tensor:
         return checked_ids(input_ids, self.config.vocab_size, self.config.block_size).to(self.device)
 
-    def _positions(self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+    def _check_room(self, before: int, length: int) -> None:
+        if before + length > self.config.block_size:
+            raise ValueError(
+                f"{length} tokens after {before} exceed the model's context of {self.config.block_size}; it has room "
+                f"for {max(0, self.config.block_size - before)} more"
+            )
+
+    def _positions(
+        self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None, before: int = 0
+    ) -> Tensor:
+        """The position embeddings of ``input_ids``, which follow ``before`` tokens: (L, width) or (B, L, width)."""
         length, block_size = input_ids.shape[1], self.config.block_size
         if position_ids is None:
             if mask is None:
-                return self.transformer.wpe.weight[:length]
+                return self.transformer.wpe.weight[before : before + length]
             if mask.dim() == 2:
-                position_ids = (mask.bool().long().cumsum(-1) - 1).clamp(min=0)
+                position_ids = (mask.bool().long().cumsum(-1) - 1).clamp(min=0)[:, before:]
+            elif before:
+                raise ValueError(
+                    f"attention_mask has shape {tuple(mask.shape)}, and {before} tokens came before: with a mask for "
+                    "each query give position_ids too"
+                )
             else:
                 position_ids = positions_after_padding(real_tokens(input_ids, mask.to(input_ids.device)))
                 if position_ids is None:

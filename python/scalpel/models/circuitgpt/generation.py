@@ -6,7 +6,12 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
+from ...hooks.modules import user_hooks
+from ...hooks.recorder import recording
+from .key_values import KeyValueCache
 from .loaded import LoadedCore
+
+__all__ = ["generate", "needs_whole_texts"]
 
 
 @torch.no_grad()
@@ -21,6 +26,7 @@ def generate(
     attention_mask: Tensor | None = None,
     stop: int | str | Collection[int | str] | None = None,
     processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
+    use_cache: bool | None = None,
 ) -> Tensor:
     """Continue texts token by token: :meth:`scalpel.CircuitGPT.generate`."""
     if max_new_tokens < 0 or not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
@@ -45,20 +51,44 @@ def generate(
         attention_mask = attention_mask.to(input_ids.device)
     stops = torch.tensor(sorted(_stop_ids(model, stop)), dtype=input_ids.dtype, device=input_ids.device)
     generator = torch.Generator().manual_seed(seed)
+    cache = _cache(model, use_cache, len(input_ids), length + max_new_tokens)
+    unread = input_ids  # the tokens that the next pass computes: all of them, where nothing is kept
     done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     for _ in range(max_new_tokens):
-        logits = model(input_ids, attention_mask)[:, -1]
+        logits = model(unread, attention_mask, past=cache)[:, -1]
         for process in processors:
             logits = process(input_ids, logits)
         new = _pick(logits, temperature, top_k, generator).to(input_ids.dtype)
         new = torch.where(done, input_ids[:, -1], new)
         done = done | torch.isin(new, stops)
         input_ids = torch.cat([input_ids, new[:, None]], dim=1)
+        unread = input_ids if cache is None else new[:, None]
         if attention_mask is not None:
             attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)
         if bool(done.all()):
             break
     return input_ids
+
+
+def _cache(model: LoadedCore, wanted: bool | None, rows: int, room: int) -> KeyValueCache | None:
+    """Make the cache, or return None where every step runs the whole text."""
+    reason = needs_whole_texts(model)
+    if wanted and reason is not None:
+        raise ValueError(f"use_cache=True, but {reason}: leave use_cache out")
+    if wanted is False or reason is not None:
+        return None
+    return KeyValueCache(model.config, rows, room, model.device, model.dtype)
+
+
+def needs_whole_texts(model: LoadedCore) -> str | None:
+    """Say why a step that computes new tokens alone could differ from one over the whole text; None if it can't."""
+    if not all(getattr(tap, "tokenwise", False) for tap in model._interventions):
+        return "an intervention is in force that may depend on the whole text, such as a resampling ablation"
+    if recording():
+        return "a hook_recorder is in force, which records the values of a pass"
+    if hooks := user_hooks(model):
+        return f"{hooks[0][0]} has a hook, which would see the new tokens alone"
+    return None
 
 
 def _pick(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:

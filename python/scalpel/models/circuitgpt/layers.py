@@ -22,6 +22,7 @@ from .config import CircuitGPTConfig
 __all__ = ["MLP", "Attention", "Block", "LayerInputs", "Tap", "norm"]
 
 Tap = Callable[[str, Tensor], Tensor]
+Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class _LayerNorm(nn.LayerNorm):
@@ -43,8 +44,10 @@ class LayerInputs(NamedTuple):
     as :func:`.attention.attend` takes it. ``positions`` (..., L, d_pos_emb): the position embeddings, where they stand
     beside the normed residual; None where they were added to the token embeddings. ``rows``: the tokens whose values
     are wanted after the layer; the queries and all that follows are computed for these alone, and ``allowed`` has only
-    their rows; None means all tokens. ``overwrite``: values that the layer has made itself are overwritten by the next
-    step, which saves fresh memory; only where nobody keeps what a tap or a watch sees and nothing is differentiated.
+    their rows; None means all tokens. ``remember``: a function that is given the keys and values of these tokens and
+    gives those of all tokens that the queries may read, which include tokens of earlier passes. ``overwrite``: values
+    that the layer has made itself are overwritten by the next step, which saves fresh memory; only where nobody keeps
+    what a tap or a watch sees and nothing is differentiated.
     """
 
     name: str
@@ -53,6 +56,7 @@ class LayerInputs(NamedTuple):
     positions: Tensor | None = None
     rows: Tensor | None = None
     overwrite: bool = False
+    remember: Remember | None = None
 
     def wanted(self, value: Tensor) -> Tensor:
         """``value`` (..., L, width) at the rows that are wanted after the layer."""
@@ -113,6 +117,8 @@ class Attention(nn.Module):
         k = tap(f"{at}.k", self._sparsify(k, "attn_k", f"{at}.k", overwrite))
         q = tap(f"{at}.q", self._sparsify(q, "attn_q", f"{at}.q", overwrite))
         v = tap(f"{at}.v", self._sparsify(v, "attn_v", f"{at}.v", overwrite))
+        if layer.remember is not None:
+            k, v = layer.remember(k, v)
         y = tap(f"{at}.y", attend(q, k, v, self.config.n_head, layer.allowed, self.sink_logit))
         return self.from_product(apply_linear(self.c_proj, y), layer)
 

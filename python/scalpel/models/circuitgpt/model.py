@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from . import ablation, checkpoint, edges, generation, logit_attribution, recording
+from . import ablation, checkpoint, edges, generation, logit_attribution, near_ties, recording
 from .loaded import LoadedCore
 
 __all__ = ["CircuitGPT"]
@@ -188,10 +188,43 @@ class CircuitGPT(LoadedCore):
         """
         return edges.edges(self)
 
+    def near_ties(
+        self, input_ids: Tensor, within: float = 1e-5, attention_mask: Tensor | None = None
+    ) -> "list[near_ties.NearTie]":
+        """List the places where a rounding difference below ``within`` can change what the model does.
+
+        An AbsTopK keeps the k largest magnitudes of a token. Where the smallest magnitude that it keeps exceeds the
+        largest that it drops by less than a rounding difference, another batch size, device or cached pass may keep the
+        other entry, and all later values of the text may change by more than rounding. The same holds for the choice of
+        the most likely token.
+
+        Args:
+            input_ids: Token ids (B, L), integers.
+            within: The margin, in units of the value at the hook or of the logits, below which a place is listed.
+            attention_mask: (B, L), 1 at real tokens. Padding is not listed.
+
+        Returns:
+            The near ties in the order of the forward pass, those of the logits last.
+
+        Raises:
+            ValueError: ``within`` is negative or not a number, or for the reasons of :meth:`forward`.
+
+        Example:
+            >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+            >>> ids, _ = model.tokenizer.batch(["[[1,2]"])
+            >>> ties = model.near_ties(ids, within=0.01)
+            >>> all(tie.margin < 0.01 for tie in ties), len(model.near_ties(ids, within=0))
+            (True, 0)
+        """
+        return near_ties.near_ties(self, input_ids, within, attention_mask)
+
     def generate(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
         """Continue texts token by token.
 
-        Every step runs the whole prefix; no keys or values are cached.
+        Keys and values of the tokens read so far are kept, so each step computes the new tokens alone. They take
+        2 · n_layer · B · (L + ``max_new_tokens``) · n_head · d_head numbers of the model's dtype. Logits differ from
+        those of whole passes by rounding, except where that rounding lets another entry through an AbsTopK;
+        :meth:`near_ties` names the tokens at which that can happen.
 
         Args:
             input_ids: Token ids (B, L), integers.
@@ -201,14 +234,16 @@ class CircuitGPT(LoadedCore):
                 that is given, with ``seed``. ``stop``, tokens (ids, or texts of one token) after which a row is done:
                 it is then filled with its stop token. ``processors``, functions from (ids so far, logits (B, vocab))
                 to the logits to go on with, such as :class:`scalpel.HoleGuard`. ``attention_mask`` (B, L), 1 at real
-                tokens; padding must stand on the left.
+                tokens; padding must stand on the left. ``use_cache``: False runs the whole text at each step, as an
+                intervention or a module hook that looks at several tokens needs; True insists on the cache. By default
+                the cache is used where nothing in force may need the whole text.
 
         Returns:
             Token ids (B, L + n), n at most ``max_new_tokens``.
 
         Raises:
-            ValueError: L + ``max_new_tokens`` exceeds the context, padding stands on the right, or an option is out of
-                its range.
+            ValueError: L + ``max_new_tokens`` exceeds the context, padding stands on the right, an option is out of its
+                range, or ``use_cache`` is True and an intervention or a hook needs the whole text.
 
         Example:
             >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
@@ -228,7 +263,8 @@ class CircuitGPT(LoadedCore):
             source: The name of a shipped model, a folder in the public or the hub's format, or a hub id
                 (``"owner/name"``). A shipped name wins over a folder of that name; write ``"./name"`` for the folder.
             **options: ``dtype``, by default float32, or float64 where a weight is stored as float64; ``device``, by
-                default the CPU; and ``revision``, ``cache_dir`` and ``local_files_only`` as in huggingface_hub.
+                default the CPU; and ``revision``, ``cache_dir``, ``local_files_only``, ``token`` and ``force_download``
+                as in huggingface_hub.
 
         Returns:
             The model, with its tokenizer and card where the checkpoint has them. What was harmless and passed over in
