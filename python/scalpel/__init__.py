@@ -7,7 +7,7 @@ The public names are listed here and resolved on first use, so that `import scal
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import _moved
+from . import _moved, _when_imported
 
 if TYPE_CHECKING:
     from . import circuits, experiments, reference, semigroup
@@ -59,6 +59,16 @@ __all__ = [
 ]
 
 _moved.install()
+_when_imported.when_imported(
+    {
+        f"transformers.models.auto.{module}": f"scalpel.models.transformers_classes.registration:{function}"
+        for module, function in (
+            ("configuration_auto", "register_config"),
+            ("modeling_auto", "register_model"),
+            ("tokenization_auto", "register_tokenizer"),
+        )
+    }
+)
 
 
 def __getattr__(name: str) -> Any:

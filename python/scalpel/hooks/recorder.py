@@ -51,7 +51,7 @@ def hook_recorder(
         >>> with hook_recorder(regex=r"0\.attn\.[qv]") as recorded:
         ...     logits = model(ids)
         >>> {name: tuple(value.shape) for name, value in recorded.items()}
-        {'0.attn.q': (1, 5, 128), '0.attn.v': (1, 5, 128)}
+        {'0.attn.q': (1, 6, 128), '0.attn.v': (1, 6, 128)}
     """
     if _taps.get():
         raise RuntimeError("a hook_recorder is already in force: leave it first, or record both with one expression")

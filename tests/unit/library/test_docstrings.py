@@ -40,7 +40,7 @@ from circuitgpt_cases import one_thread
 __all__ = ["one_thread"]
 
 # Packages inside a room that README shows, and the classes that public functions return.
-PACKAGES = ("models.circuitgpt", "models.gguf")
+PACKAGES = ("models.circuitgpt", "models.gguf", "models.transformers_classes")
 RETURNED = (
     "experiments.result.Result",
     "jacobians.operator.Jacobian",

@@ -11,9 +11,10 @@ import logging
 import os
 import re
 import tempfile
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,61 +23,116 @@ from ..gguf_files import gguf_in, no_circuitgpt
 from ..tokenizer import TOKENIZER_FILES, Tokenizer
 from ..weight_files import CheckpointError, read_json, read_weights, some, write_weights
 from .config import CircuitGPTConfig
+from .core import CircuitCore
 from .loaded import LoadedCore
 
 Model = TypeVar("Model", bound=LoadedCore)
 
-__all__ = ["CheckpointError", "from_pretrained", "save_pretrained", "shipped_models"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "from_pretrained",
+    "read_checkpoint",
+    "save_pretrained",
+    "shipped_models",
+]
 
 CONFIG_FILES = ("beeg_config.json", "config.json")
 _HUB_PREFIX = "circuit_model."
+_HUB_OPTIONS = {"revision", "cache_dir", "local_files_only", "token", "force_download"}
 _CAUSAL_BUFFER = re.compile(r"transformer\.h\.(\d+)\.attn\.bias")
 _LOG = logging.getLogger(__name__)
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint holds, checked against its configuration.
+
+    ``fields``: the configuration as it stands in the file. ``weights``: CPU tensors, by the names of the model's state
+    dict. ``notes``: what was harmless and passed over.
+    """
+
+    folder: Path
+    fields: dict[str, Any]
+    config: CircuitGPTConfig
+    weights: dict[str, Tensor]
+    notes: list[str]
+
+    @property
+    def default_dtype(self) -> torch.dtype:
+        """float32, which holds half precision exactly, or float64 where a weight is stored as float64."""
+        return torch.float64 if torch.float64 in {tensor.dtype for tensor in self.weights.values()} else torch.float32
+
+    def weights_as(self, dtype: torch.dtype, device: torch.device | str | None) -> dict[str, Tensor]:
+        """Return the weights in another dtype, on a device; CheckpointError if one is too large for the dtype."""
+        return {key: _cast(key, tensor, dtype, device) for key, tensor in self.weights.items()}
+
+    def describe(self, model: LoadedCore) -> None:
+        """Give a model that has the weights its tokenizer, its card and its folder."""
+        model.folder = self.folder
+        if (self.folder / "card.json").is_file():
+            model.card = read_json(self.folder / "card.json")
+        notes = self.notes + _load_tokenizer(model, self.folder)
+        if notes:
+            before = model.card.get("notes", [])
+            before = list(before) if isinstance(before, list) else [before]
+            model.card["notes"] = before + [note for note in notes if note not in before]
+            for note in notes:
+                _LOG.info("%s: %s", self.folder, note)
+
+
+def read_checkpoint(
+    source: str | Path, *, config: CircuitGPTConfig | None = None, subfolder: str = "", **hub: Any
+) -> Checkpoint:
+    """Find a checkpoint and read it strictly.
+
+    Args:
+        source: The name of a shipped model, a folder or a hub id.
+        config: What to check the weights against instead of the checkpoint's own configuration.
+        subfolder: The folder in it that holds the model.
+        **hub: Options of huggingface_hub's ``snapshot_download``, for a hub id.
+
+    Raises:
+        CheckpointError: As for :meth:`scalpel.CircuitGPT.from_pretrained`.
+    """
+    folder = _locate(source, hub) / (subfolder or "")
+    fields, own_config = _read_config(folder)
+    config = config or own_config
+    weights = _without_prefix(read_weights(folder))
+    notes = [
+        f"config field {name!r} = {value!r} is unknown; it is off and was kept"
+        for name, value in config.unknown_fields().items()
+    ]
+    notes += _fit(CircuitCore(config, device="meta"), weights)  # shapes only: nothing is drawn at random
+    _check_finite(weights)
+    return Checkpoint(folder, fields, config, weights, notes)
 
 
 def from_pretrained(
     cls: type[Model],
     source: str | Path,
     *,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    local_files_only: bool = False,
+    **hub: Any,
 ) -> Model:
     """Load a model of the class ``cls``: :meth:`scalpel.CircuitGPT.from_pretrained`."""
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype is {dtype!r}; it must be a torch.dtype, as torch.float32")
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}; a model's weights are floating point")
-    folder = _locate(source, revision, cache_dir, local_files_only)
-    config = _read_config(folder)
-    weights = _without_prefix(read_weights(folder))
-    model = cls(config, device="meta")  # shapes only: nothing is drawn at random, no second copy is made
-    notes = [
-        f"config field {name!r} = {value!r} is unknown; it is off and was kept"
-        for name, value in config.unknown_fields().items()
-    ]
-    notes += _fit(model, weights)
-    _check_finite(weights)
-    if dtype is None:
-        stored = {tensor.dtype for tensor in weights.values()}
-        dtype = torch.float64 if torch.float64 in stored else torch.float32
-    weights = {key: _cast(key, tensor, dtype, device) for key, tensor in weights.items()}
+    if unknown := sorted(hub.keys() - _HUB_OPTIONS):
+        raise TypeError(
+            f"from_pretrained has no option {unknown[0]!r}; allowed: dtype, device, {', '.join(sorted(_HUB_OPTIONS))}"
+        )
+    checkpoint = read_checkpoint(source, **hub)
+    weights = checkpoint.weights_as(dtype or checkpoint.default_dtype, device)
+    model = cls(checkpoint.config, device="meta")  # no second copy of the weights is made
     model.load_state_dict(weights, strict=True, assign=True)
-    if config.tied_unembed:
+    if checkpoint.config.tied_unembed:
         model.lm_head.weight = model.transformer.wte.weight
     model.eval()
-    model.folder = folder
-    if (folder / "card.json").is_file():
-        model.card = read_json(folder / "card.json")
-    notes += _load_tokenizer(model, folder)
-    if notes:
-        before = model.card.get("notes", [])
-        before = list(before) if isinstance(before, list) else [before]
-        model.card["notes"] = before + [note for note in notes if note not in before]
-        for note in notes:
-            _LOG.info("%s: %s", source, note)
+    checkpoint.describe(model)
     return model
 
 
@@ -120,7 +176,7 @@ def shipped_models() -> dict[str, Path]:
     return {child.name: child for child in sorted(found) if (child / "beeg_config.json").is_file()}
 
 
-def _locate(source: str | Path, revision: str | None, cache_dir: str | Path | None, local_only: bool) -> Path:
+def _locate(source: str | Path, hub: dict[str, Any]) -> Path:
     shipped = shipped_models()
     if isinstance(source, str) and source in shipped:
         return shipped[source]
@@ -132,23 +188,21 @@ def _locate(source: str | Path, revision: str | None, cache_dir: str | Path | No
     if path.is_file():
         raise CheckpointError(f"{path} is a file; give the folder that holds the config and the weights")
     if isinstance(source, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source):
-        return _download(source, revision, cache_dir, local_only)
+        return _download(source, hub)
     raise CheckpointError(
         f"{str(source)!r} is neither a shipped model ({', '.join(shipped) or 'none'}), nor a folder, nor a "
         "hub id (owner/name)"
     )
 
 
-def _download(source: str, revision: str | None, cache_dir: str | Path | None, local_only: bool) -> Path:
+def _download(source: str, hub: dict[str, Any]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
         return Path(
             snapshot_download(
                 source,
-                revision=revision,
-                cache_dir=cache_dir,
-                local_files_only=local_only,
+                **hub,
                 # data only: the code that a hub repository may carry is not even fetched
                 allow_patterns=["*.json", "*.safetensors", "*.bin", "*.pt", "vocab.bpe", "merges.txt"],
             )
@@ -160,11 +214,13 @@ def _download(source: str, revision: str | None, cache_dir: str | Path | None, l
         ) from error
 
 
-def _read_config(folder: Path) -> CircuitGPTConfig:
+def _read_config(folder: Path) -> tuple[dict[str, Any], CircuitGPTConfig]:
+    """Read the configuration: its fields as they stand in the file, and what they say."""
     for name in CONFIG_FILES:
         if (folder / name).is_file():
             try:
-                return CircuitGPTConfig.from_dict(read_json(folder / name))
+                fields = read_json(folder / name)
+                return fields, CircuitGPTConfig.from_dict(fields)
             except CheckpointError:
                 raise
             except (ValueError, TypeError) as error:
@@ -180,7 +236,7 @@ def _without_prefix(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(_HUB_PREFIX): tensor for key, tensor in weights.items()}
 
 
-def _fit(model: LoadedCore, weights: dict[str, Tensor]) -> list[str]:
+def _fit(model: CircuitCore, weights: dict[str, Tensor]) -> list[str]:
     """Change ``weights`` in place to what the (shape-only) ``model`` needs; returns notes on what was passed over."""
     notes = _drop_causal_buffers(model.config, weights)
     wanted = model.state_dict()

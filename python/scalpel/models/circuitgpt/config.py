@@ -34,7 +34,7 @@ _SWITCHES = frozenset(
 )
 
 # Fields that transformers adds to the model's own.
-_HUB_FIELDS = frozenset(
+HUB_FIELDS = frozenset(
     {
         "architectures",
         "auto_map",
@@ -232,7 +232,7 @@ class CircuitGPTConfig:
                 if name in known and known[name] != value:
                     raise ValueError(f"config gives {name!r} twice: {known[name]!r} and {value!r} (as {key!r})")
                 known[name] = value
-            elif name in _SWITCHES or name in _HUB_FIELDS:
+            elif name in _SWITCHES or name in HUB_FIELDS:
                 extra[name] = value
             elif name in _ONLY_AT:
                 if not any(value is allowed for allowed in _ONLY_AT[name]):
@@ -291,7 +291,7 @@ class CircuitGPTConfig:
         return {
             name: value
             for name, value in self.extra.items()
-            if name not in _SWITCHES and name not in _HUB_FIELDS and name not in _ONLY_AT
+            if name not in _SWITCHES and name not in HUB_FIELDS and name not in _ONLY_AT
         }
 
 

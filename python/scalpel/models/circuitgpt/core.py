@@ -161,10 +161,30 @@ class CircuitCore(nn.Module):
         tap: Tap | None = None,
         past: KeyValues | None = None,
     ) -> Tensor:
-        """Compute the residual stream after the last layer (B, L, d_model): all of :meth:`forward` but its last stage.
+        """Compute the residual stream after the last layer: all of :meth:`forward` but its last stage.
 
-        The arguments are those of :meth:`forward`. A caller that wants the logits of a few tokens gives their rows to
-        :meth:`unembed`.
+        A caller that wants the logits of a few tokens gives their rows to :meth:`unembed`.
+
+        Args:
+            input_ids: Token ids (B, L), as for :meth:`forward`.
+            attention_mask: As for :meth:`forward`.
+            position_ids: As for :meth:`forward`.
+            tap: As for :meth:`forward`.
+            past: As for :meth:`forward`.
+
+        Returns:
+            The value at ``final_resid`` (B, L, d_model).
+
+        Raises:
+            ValueError: As for :meth:`forward`.
+
+        Example:
+            >>> from scalpel import CircuitGPT
+            >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+            >>> ids, _ = model.tokenizer.batch(["[[1,2]"])
+            >>> x = model.residual(ids)
+            >>> torch.allclose(model.unembed(x[:, -1:], ids[:, -1:]), model(ids)[:, -1:], atol=1e-5)
+            True
         """
         input_ids = self._checked_ids(input_ids)
         before = 0 if past is None else past.length
