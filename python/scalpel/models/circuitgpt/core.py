@@ -5,14 +5,14 @@ ablation and Jacobians are all taps, so the mathematics stands once: here and, f
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...hooks.inputs import Limits, checked_ids, positions_after_padding, real_tokens
-from ...hooks.names import hook_names
+from ...hooks.names import PATTERN, hook_names
 from ...lanes import apply_linear
 from ..fresh import embedding, linear, sinusoids, zeros
 from .attention import allowed_keys
@@ -101,6 +101,9 @@ class CircuitCore(nn.Module):
     def hook_names(self) -> list[str]:
         """The names of all hooks, in the order in which the forward pass reaches them.
 
+        The weights of attention are no hook of this list, since they are computed only for those who name them:
+        ``"0.attn.pattern"``, see :meth:`scalpel.CircuitGPT.run_with_cache`.
+
         Example:
             >>> from scalpel import CircuitGPT
             >>> names = CircuitGPT.from_pretrained("bracket-mini").hook_names
@@ -116,6 +119,7 @@ class CircuitCore(nn.Module):
         position_ids: Tensor | None = None,
         *,
         tap: Tap | None = None,
+        patterns: Container[str] = (),
     ) -> Tensor:
         """Compute the logits of texts.
 
@@ -128,6 +132,9 @@ class CircuitCore(nn.Module):
                 (B, L, L), its place counted from the first token of the row that some query reads.
             tap: A function from (name of a hook, value there) to the value to go on with, called at every hook in turn,
                 after the interventions that are in force.
+            patterns: Which attention weights are shown to the tap as well: names such as ``"0.attn.pattern"``, a value
+                (B, L, n_head * L) with the weights of a query's heads side by side. They are written out only there;
+                elsewhere torch's fused kernels hold none, and round differently.
 
         Returns:
             The logits (B, L, vocab), on the model's device.
@@ -151,7 +158,8 @@ class CircuitCore(nn.Module):
         if not concatenated:
             x = x + positions
         for i, block in enumerate(self.transformer.h):
-            x = block(x, LayerInputs(str(i), at, allowed, positions if concatenated else None))
+            shown = f"{i}.{PATTERN}" in patterns
+            x = block(x, LayerInputs(str(i), at, allowed, positions if concatenated else None, pattern=shown))
         return self.unembed(at("final_resid", x), input_ids)
 
     def unembed(self, x: Tensor, input_ids: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
