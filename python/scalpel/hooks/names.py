@@ -22,6 +22,7 @@ __all__ = [
     "LOGITS",
     "PATTERN",
     "TRANSFORMER_LENS",
+    "check_no_pattern",
     "hook_named",
     "hook_names",
     "is_pattern",
@@ -104,6 +105,16 @@ def with_patterns(hooks: Sequence[str]) -> list[str]:
 def is_pattern(hook: str) -> bool:
     """Tell whether a hook, by our name, is the attention weights of a layer."""
     return hook.partition(".")[2] == PATTERN
+
+
+def check_no_pattern(source: str) -> None:
+    """Raise ValueError where a source, by our name, is the attention weights of a layer."""
+    if is_pattern(source):
+        at = source.removesuffix(PATTERN)
+        raise ValueError(
+            f"the source is {source!r}, and attention weights are a target only: what follows them, '{at}attn.y', is "
+            f"their product with '{at}attn.v'. Choose one of these, '{at}attn.q' or '{at}attn.k'"
+        )
 
 
 def spells_pattern(names: str) -> bool:
