@@ -154,7 +154,9 @@ class CircuitPass(Pass):
             return value
 
         with Stop() as stop:
-            stop(self._frozen(*self.inputs, tap=tap, patterns=[self.target]))  # reached only where the target is the logits
+            stop(
+                self._frozen(*self.inputs, tap=tap, patterns=[self.target])
+            )  # reached only where the target is the logits
         reached: Tensor = stop.value
         return reached
 

@@ -179,7 +179,9 @@ class CircuitProducts:
         start: Lanes | None = None
         heads: tuple[Lanes, Lanes] | None = None
         if self.pattern is not None:
-            q, k = (self._placed(rows.flatten(-2), None, "attn.q") for rows in self.pattern.vjp(cotangents, self.length))
+            q, k = (
+                self._placed(rows.flatten(-2), None, "attn.q") for rows in self.pattern.vjp(cotangents, self.length)
+            )
             heads = q, k
         elif self.run.target == "logits":
             assert self.final is not None
