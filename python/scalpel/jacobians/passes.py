@@ -154,9 +154,8 @@ class CircuitPass(Pass):
             return value
 
         with Stop() as stop:
-            stop(
-                self._frozen(*self.inputs, tap=tap, patterns=[self.target])
-            )  # reached only where the target is the logits
+            # The pass goes past its target only where that is the logits.
+            stop(self._frozen(*self.inputs, tap=tap, patterns=[self.target]))
         reached: Tensor = stop.value
         return reached
 

@@ -4,8 +4,8 @@ With weights P, scores S and d the tangents:
     dP_ij = P_ij (dS_ij - sum_k P_ik dS_ik),  dS_ij = scale (dq_i k_j + q_i dk_j)
 and backward, with u the cotangent of P:
     A_ij = scale P_ij (u_ij - sum_k P_ik u_ik),  dq_i = sum_j A_ij k_j,  dk_j = sum_i A_ij q_i.
-A sink is one more key whose score and weight belong to nobody: the sums run over the other keys, and P is less than 1 in
-sum. Only the chosen queries are computed, so the largest array has the size of the target.
+A sink is one more key, whose score is fixed and whose weight is left out: the sums run over the other keys, and a row
+of P adds up to less than 1. Only the chosen queries are computed, so the largest array has the size of the target.
 """
 
 from __future__ import annotations

@@ -139,7 +139,9 @@ class CircuitProducts:
         assert self.pattern is not None
         if q is None and k is None:
             return None
-        return self.pattern.jvp(*(None if part is None else self._heads(part, count) for part in (q, k)))
+        dq = None if q is None else self._heads(q, count)
+        dk = None if k is None else self._heads(k, count)
+        return self.pattern.jvp(dq, dk)
 
     def _heads(self, lanes: Lanes, count: int) -> Tensor:
         """Convert lanes of q or k to (count, B, L, heads, d)."""
@@ -179,10 +181,8 @@ class CircuitProducts:
         start: Lanes | None = None
         heads: tuple[Lanes, Lanes] | None = None
         if self.pattern is not None:
-            q, k = (
-                self._placed(rows.flatten(-2), None, "attn.q") for rows in self.pattern.vjp(cotangents, self.length)
-            )
-            heads = q, k
+            dq, dk = self.pattern.vjp(cotangents, self.length)
+            heads = self._placed(dq.flatten(-2), None, "attn.q"), self._placed(dk.flatten(-2), None, "attn.k")
         elif self.run.target == "logits":
             assert self.final is not None
             rows = self._placed(cotangents @ self.model.lm_head.weight, self.at[1], "logits")

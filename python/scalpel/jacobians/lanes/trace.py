@@ -155,7 +155,7 @@ class CircuitTrace:
         layer, place = self._kept_layer(name), name.partition(".")[2]
         if layer is not None:
             if place == PATTERN:
-                self.pattern = partial(self._pattern, *(self._heads[place] for place in ("attn.q", "attn.k")), layer)
+                self.pattern = partial(self._pattern, self._heads["attn.q"], self._heads["attn.k"], layer)
             if place == "attn.y":
                 layer.attn.attention = self._attention(layer.block.attn, value)
             if place == "mlp.post_act":

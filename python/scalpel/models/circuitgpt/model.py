@@ -51,8 +51,8 @@ class CircuitGPT(LoadedCore):
         Args:
             input_ids: Token ids (B, L), integers.
             names: Which hooks to keep: a regular expression, matched from the start of a hook's name as ``re.match``
-                does, a list of names, or a function from a name to whether it is kept. A list may hold TransformerLens's
-                names as well. The weights of attention, ``"0.attn.pattern"`` (``"blocks.0.attn.hook_pattern"``), are
+                does, a list of names, or a function from a name to whether it is kept. A list may also hold names of
+                TransformerLens. The weights of attention, ``"0.attn.pattern"`` (``"blocks.0.attn.hook_pattern"``), are
                 kept only if they are listed, or if the expression spells ``pattern``.
             stop_at: A hook after which nothing more is computed.
             **inputs: ``attention_mask`` and ``position_ids`` as in :meth:`forward`; ``fwd_hooks``, interventions as in
@@ -63,9 +63,9 @@ class CircuitGPT(LoadedCore):
             the forward pass. Attention weights are (B, L, n_head * L), those of a query's heads side by side:
             ``value.unflatten(-1, (n_head, L)).transpose(1, 2)`` is (B, n_head, queries, keys). A row sums to less than
             1 where there is a sink. A pass that shows them does without torch's fused kernels in that layer, so values
-            after it differ by rounding. These are the tensors that the model itself goes on with: they are taken after ablations
-            and interventions, include rows at padding, and have their autograd history (``torch.no_grad()`` saves that
-            memory). Do not change them in place.
+            after it differ by rounding. All values are the tensors that the model itself goes on with: they are taken
+            after ablations and interventions, include rows at padding, and have their autograd history
+            (``torch.no_grad()`` saves that memory). Do not change them in place.
 
         Raises:
             ValueError: A hook is unknown, a pattern or function picks none, or ``stop_at`` comes before a hook that is
