@@ -77,6 +77,9 @@ class CircuitGPT(LoadedCore):
             >>> logits, values = model.run_with_cache(ids, r"0\.attn\.[qk]", attention_mask=mask)
             >>> {name: tuple(value.shape) for name, value in values.items()}
             {'0.attn.k': (2, 7, 128), '0.attn.q': (2, 7, 128)}
+            >>> _, values = model.run_with_cache(ids, ["0.attn.pattern"], attention_mask=mask)
+            >>> values["0.attn.pattern"].unflatten(-1, (8, 7)).shape  # texts, queries, heads, keys
+            torch.Size([2, 7, 8, 7])
         """
         return recording.run_with_cache(self, input_ids, names, stop_at, **inputs)
 
