@@ -214,6 +214,14 @@ def test_a_cached_step_is_the_end_of_the_whole(wrapped, brackets):
     _, values = brackets.run_with_cache(ids)
     assert torch.equal(states[0], values["0.resid_in"]) and torch.equal(states[1], values["1.resid_in"])
     assert torch.equal(states[-1], brackets.transformer.ln_f(values["final_resid"])) and len(states) == 3
+    q, k = (values[f"1.attn.{name}"].double().unflatten(-1, (8, 16)).transpose(1, 2) for name in "qk")
+    scores = (q @ k.transpose(-2, -1) / 4).masked_fill(
+        ~torch.ones(ids.shape[1], ids.shape[1]).tril().bool(), -torch.inf
+    )
+    sink = brackets.transformer.h[1].attn.sink_logit.double().exp()[:, None, None]
+    expected = scores.exp() / (scores.exp().sum(-1, keepdim=True) + sink)
+    found = wrapped(ids, output_attentions=True).attentions
+    assert len(found) == 2 and (found[1] - expected).abs().max() < 1e-5
 
 
 def test_the_loss_is_the_cross_entropy_of_the_next_token(wrapped, brackets):

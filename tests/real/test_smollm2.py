@@ -192,3 +192,46 @@ def test_its_jacobian_is_that_of_torch_func(
     (back,) = torch.func.vmap(pull)(V[:, 0])
     for found, right in ((J.primal[0], primal[0]), (pushed[:, 0], expected), (pulled[:, 0], back)):
         assert float((found - right).norm() / right.norm()) < allowed
+
+
+def test_its_attention_weights_are_those_of_eager_attention(
+    smollm2: Any, in_float64: Any, smollm2_tokenizer: Tokenizer
+) -> None:
+    """Their Jacobian over five layers at two queries, in float64, and their covariance with padding, in float32."""
+    ids, layer = ids_of(smollm2_tokenizer, TEXT, 12), FIRST + 5
+    eager = copy.deepcopy(in_float64)
+    eager.config._attn_implementation = "eager"
+    entry = eager.model.layers[FIRST]
+
+    def weights(delta: Tensor) -> Tensor:
+        moved = entry.register_forward_pre_hook(lambda _, given: (given[0] + delta, *given[1:]))
+        try:
+            return eager(ids, output_attentions=True, use_cache=False).attentions[layer][:, :, [5, 11]]
+        finally:
+            moved.remove()
+
+    with exact_norms():
+        J = scalpel.jacobian(in_float64, ids, f"{FIRST}.resid_in", f"{layer}.attn.pattern", (None, [5, 11]))
+        draw = torch.Generator().manual_seed(0)
+        V = torch.randn(1, *J.source_shape, dtype=torch.float64, generator=draw)
+        U = torch.randn(1, *J.target_shape, dtype=torch.float64, generator=draw)
+        pushed, pulled = J.jvp(V)[0], J.vjp(U)[0]
+        zero = torch.zeros_like(V[0])
+        primal, expected = torch.func.jvp(weights, (zero,), (V[0],))
+        delta = zero.requires_grad_()
+        cotangent = U[0].unflatten(-1, (9, 12)).transpose(1, 2)
+        (back,) = torch.autograd.grad(weights(delta), delta, cotangent)
+    pairs = [(J.primal, primal.transpose(1, 2).flatten(2)), (pushed, expected.transpose(1, 2).flatten(2))]
+    for found, right in (*pairs, (pulled, back)):
+        assert float((found - right).norm() / right.norm()) < 1e-5  # eager attention rounds its weights to float32
+
+    eager = copy.deepcopy(smollm2)
+    eager.config._attn_implementation = "eager"
+    batch = {"input_ids": ids.expand(2, -1), "attention_mask": torch.ones(2, 12, dtype=torch.int64)}
+    batch["attention_mask"][1, :4] = 0
+    states = scalpel.collect(smollm2, [batch], [f"blocks.{layer}.attn.hook_pattern"], progress=False)
+    (state,) = states.values()
+    rows = eager(**batch, output_attentions=True).attentions[layer].transpose(1, 2).flatten(2)
+    rows = rows[batch["attention_mask"].bool()].double()
+    assert state.count == 20 and state.dim == 9 * 12
+    torch.testing.assert_close(state.covariance(), torch.cov(rows.T, correction=0), rtol=1e-4, atol=1e-6)

@@ -18,6 +18,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 __all__ = [
     "as_written",
     "asks_for_gradients",
+    "before_and_after",
     "first_tensor",
     "hooked",
     "hooks_on",
@@ -75,6 +76,30 @@ def hooked(model: nn.Module, hook: str, meet: Meet) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def before_and_after(
+    model: nn.Module, calls: Mapping[str, tuple[Callable[[], object], Callable[[], object]]]
+) -> Iterator[None]:
+    """Call the first function of a pair before the module of that name runs, and the second afterwards."""
+    handles = []
+
+    def calling(call: Callable[[], object]) -> _OwnHook:
+        def act(*_: Any) -> None:
+            call()
+
+        return _OwnHook(act)
+
+    for name, (before, after) in calls.items():
+        module = model.get_submodule(name)
+        handles.append(module.register_forward_pre_hook(calling(before)))
+        handles.append(module.register_forward_hook(calling(after)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

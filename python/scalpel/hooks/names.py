@@ -4,6 +4,9 @@ A hook of layer 0 is written ``"0.attn.q"``, with a name of :data:`IN_LAYER` aft
 the last layer, and ``"logits"`` is the output. The same values are known by TransformerLens's names
 (``"blocks.0.attn.hook_q"``) and by module paths (``"model.layers.0.self_attn.q_proj"``, with ``":in"`` for a module's
 input). A model family states only its module paths; everything else about names is here.
+
+Beside these hooks every layer has the weights of its attention, ``"0.attn.pattern"``. They are computed only for those
+who ask for them by name, so they are in no list of a model's hooks unless :func:`with_patterns` puts them there.
 """
 
 from __future__ import annotations
@@ -17,11 +20,16 @@ __all__ = [
     "FINAL",
     "IN_LAYER",
     "LOGITS",
+    "PATTERN",
     "TRANSFORMER_LENS",
+    "check_no_pattern",
     "hook_named",
     "hook_names",
+    "is_pattern",
     "known_hook",
     "module_path",
+    "spells_pattern",
+    "with_patterns",
 ]
 
 # A layer's hooks in the order in which the forward pass reaches them.
@@ -40,12 +48,14 @@ IN_LAYER = (
 )
 FINAL = "final_resid"
 LOGITS = "logits"
+# The weights of attention, (B, queries, heads * keys): those of a query's heads side by side. They follow "attn.v".
+PATTERN = "attn.pattern"
 
 # What a layer leaves is the next layer's "resid_in", or FINAL after the last layer. Module paths and TransformerLens
 # name it by the layer that leaves it, which is "after" in the tables of aliases.
 _AFTER = "after"
 
-# TransformerLens's names of the same values. Its q, k, v and z have an axis for the heads; ours are flat.
+# TransformerLens's names of the same values. Its q, k, v, z and pattern have an axis for the heads; ours are flat.
 TRANSFORMER_LENS = {
     "hook_resid_pre": "resid_in",
     "hook_resid_mid": "resid_mid",
@@ -53,6 +63,7 @@ TRANSFORMER_LENS = {
     "attn.hook_q": "attn.q",
     "attn.hook_k": "attn.k",
     "attn.hook_v": "attn.v",
+    "attn.hook_pattern": PATTERN,
     "attn.hook_z": "attn.y",
     "hook_attn_out": "attn.resid_delta",
     "mlp.hook_post": "mlp.post_act",
@@ -73,6 +84,45 @@ def hook_names(layers: int, parallel: bool = False) -> list[str]:
     """
     in_layer = [name for name in IN_LAYER if not (parallel and name == "resid_mid")]
     return [f"{i}.{name}" for i in range(layers) for name in in_layer] + [FINAL]
+
+
+def with_patterns(hooks: Sequence[str]) -> list[str]:
+    """List ``hooks`` together with the attention weights of every layer, in the order of the forward pass.
+
+    Example:
+        >>> with_patterns(hook_names(1))[4:7]
+        ['0.attn.v', '0.attn.pattern', '0.attn.y']
+    """
+    listed = []
+    for hook in hooks:
+        listed.append(hook)
+        layer, _, place = hook.partition(".")
+        if place == "attn.v":
+            listed.append(f"{layer}.{PATTERN}")
+    return listed
+
+
+def is_pattern(hook: str) -> bool:
+    """Tell whether a hook, by our name, is the attention weights of a layer."""
+    return hook.partition(".")[2] == PATTERN
+
+
+def check_no_pattern(source: str) -> None:
+    """Raise ValueError where a source, by our name, is the attention weights of a layer."""
+    if is_pattern(source):
+        at = source.removesuffix(PATTERN)
+        raise ValueError(
+            f"the source is {source!r}, and attention weights are a target only: what follows them, '{at}attn.y', is "
+            f"their product with '{at}attn.v'. Choose one of these, '{at}attn.q' or '{at}attn.k'"
+        )
+
+
+def spells_pattern(names: str) -> bool:
+    """Tell whether a name or a regular expression spells out that attention weights are meant.
+
+    Every other expression, such as ``".*"``, leaves them out, because they take (queries x keys) numbers a head.
+    """
+    return "pattern" in names
 
 
 def hook_named(name: str, paths: Mapping[str, str], hooks: Sequence[str], as_source: bool) -> str | None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .names import FINAL, LOGITS
+from .names import FINAL, LOGITS, PATTERN
 from .positions import Selected, describe, read_at
 
 __all__ = ["check_path", "hook_of_mask", "parents_of", "tokens_moved", "tokens_read"]
@@ -20,6 +20,7 @@ _READS = {
     "attn.k": (("attn.act_in", False),),
     "attn.q": (("attn.act_in", False),),
     "attn.v": (("attn.act_in", False),),
+    PATTERN: (("attn.q", False), ("attn.k", True)),
     "attn.y": (("attn.q", False), ("attn.k", True), ("attn.v", True)),
     "attn.resid_delta": (("attn.y", False),),
     "resid_mid": (("resid_in", False), ("attn.resid_delta", False)),
@@ -32,7 +33,8 @@ _READS = {
 def parents_of(name: str, hooks: Sequence[str]) -> list[tuple[str, bool]]:
     """List the hooks that a hook reads, each with whether it also reads earlier tokens there.
 
-    ``hooks`` are the model's own, from :func:`scalpel.hooks.names.hook_names`, with or without ``"logits"``.
+    ``hooks`` are the model's own, from :func:`scalpel.hooks.names.hook_names`, with or without ``"logits"`` and the
+    attention weights. No hook is said to read these: they are made of q and k, which ``"attn.y"`` reads already.
 
     Example:
         >>> parents_of("0.attn.y", ["0.attn.y"])

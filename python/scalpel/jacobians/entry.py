@@ -79,7 +79,10 @@ def jacobian(
             arguments, or a mapping of keyword arguments.
         source: The hook where tangents are added.
         target: A hook; or a pair (hook, function), where the function is applied to the value recorded there, at the
-            target positions; or a function alone, which gets the logits, (B, Lt, vocab).
+            target positions; or a function alone, which gets the logits, (B, Lt, vocab). Where there are rules, the
+            weights of attention are a target, too: ``"0.attn.pattern"`` (``"blocks.0.attn.hook_pattern"``) has a row
+            for each query, which the target positions choose, and in it the weights of all heads side by side.
+            ``J.primal.unflatten(-1, (heads, L)).transpose(1, 2)`` has TransformerLens's axes.
         positions: The positions along axis 1: None for all tokens, an int (its axis stays, with size 1), a slice or a
             list of ints, for both source and target; or a tuple of two, one for each. Negative ones count from the end.
         attention_mask: The batch's mask, where ``input_ids`` doesn't contain it.
@@ -88,8 +91,8 @@ def jacobian(
             else, including the primal, stays float32 (relative error about 1e-2). A bfloat16 model always does so.
 
     Returns:
-        The operator: ``source_shape`` (B, Ls, width), ``target_shape`` (B, Lt, width or vocab) or the function's,
-        dtype and device of the value at the source.
+        The operator: ``source_shape`` (B, Ls, width), ``target_shape`` (B, Lt, width, vocab or heads * L) or the
+        function's, dtype and device of the value at the source.
 
     Raises:
         ValueError: For an unknown hook, a position outside the text, a NaN in the primal, or where no path leads from
@@ -106,6 +109,8 @@ def jacobian(
         True
         >>> J.jvp(torch.ones(2, *J.source_shape)).shape == (2, *J.target_shape)
         True
+        >>> scalpel.jacobian(model, ids, "0.resid_in", "1.attn.pattern", positions=-1).target_shape  # 8 heads, 4 keys
+        torch.Size([1, 1, 32])
     """
     hook, function = _read_target(target)
     if precision not in (None, "bfloat16"):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..hooks.inputs import read_inputs
 from ..hooks.modules import rebuilt, user_hooks
-from ..hooks.names import LOGITS, hook_named, known_hook
+from ..hooks.names import LOGITS, check_no_pattern, hook_named, known_hook, with_patterns
 from ..hooks.stopping import Stop
 from ..models.circuitgpt.attention import allowed_keys
 from ..models.circuitgpt.core import MODULE_PATHS
@@ -122,13 +122,14 @@ class CircuitPass(Pass):
         source: str,
         target: str,
     ) -> None:
-        hooks = model.hook_names
+        hooks = with_patterns(model.hook_names)
         source = hook_named(source, MODULE_PATHS, hooks, True) or source
         target = hook_named(target, MODULE_PATHS, hooks, False) or target
         super().__init__(model, source, target)
         inputs = read_inputs(input_ids, model.token_limits, attention_mask=attention_mask, position_ids=position_ids)
         self.hooks = [*hooks, LOGITS]
         known_hook(source, self.hooks[:-1], "source", "a CircuitGPT")
+        check_no_pattern(source)
         known_hook(target, self.hooks, "target", "a CircuitGPT")
         self.inputs = kept((inputs.ids, inputs.mask, inputs.positions))
         self.interventions = list(model._interventions)
@@ -153,7 +154,8 @@ class CircuitPass(Pass):
             return value
 
         with Stop() as stop:
-            stop(self._frozen(*self.inputs, tap=tap))  # reached only where the target is the logits
+            # The pass goes past its target only where that is the logits.
+            stop(self._frozen(*self.inputs, tap=tap, patterns=[self.target]))
         reached: Tensor = stop.value
         return reached
 

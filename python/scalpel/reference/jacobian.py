@@ -54,7 +54,7 @@ def jacobian_dense(
 
     with torch.enable_grad():
         if isinstance(model, CircuitGPT):
-            seen["logits"] = model(input_ids, **inputs, tap=record)
+            seen["logits"] = model(input_ids, **inputs, tap=record, patterns=[target])
         else:
             seen["logits"] = _run_module(model, input_ids, inputs, source, target, record)
         value = _at(seen["logits"] if target == "logits" else seen["target"], at_target)

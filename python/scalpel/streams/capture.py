@@ -15,13 +15,15 @@ from torch.nn import functional as F
 
 from ..hooks.inputs import Inputs, Limits, limits_of, read_inputs
 from ..hooks.modules import as_written, first_tensor, hooked, module_hooks, module_names, with_first_tensor
-from ..hooks.names import hook_named, known_hook, module_path
+from ..hooks.names import hook_named, is_pattern, known_hook, module_path, spells_pattern, with_patterns
 from ..hooks.running import ALONE, running
+from ..hooks.weights import showing_weights
 from ..models.circuitgpt.core import MODULE_PATHS
 from ..models.circuitgpt.model import CircuitGPT
 from ..models.decoders.families import family_of_model, hooks_of_model
 
 GRADIENT = ".grad"  # what the name of a stream of gradients ends in
+_WEIGHTS = ":pattern"  # after the path of an attention module: the weights of its attention
 
 Names = str | Iterable[str] | Callable[[str], bool]
 Loss = Callable[[Tensor, Any], Tensor]
@@ -48,7 +50,7 @@ class Capture:
         self._usable: dict[str, Tensor] | None = None
         self._places: dict[str, str] = {}  # each hook as the caller names it → its name in this model
         known = self._known()
-        chosen = _chosen(hooks, known)
+        chosen = _chosen(hooks, known, self._with_patterns(known))
         for name in chosen:
             hook = name.removesuffix(GRADIENT)
             self._places[hook] = self._place(hook, known)
@@ -69,7 +71,7 @@ class Capture:
         gradients = [name for name in streams if name.endswith(GRADIENT)]
         with torch.inference_mode(False):
             inputs = read_inputs(batch, self.limits)
-            values, output = self._run(inputs, hooks, bool(gradients))
+            values, output = self._run(inputs, hooks, {name.removesuffix(GRADIENT) for name in gradients})
             by_stream = {name: values[name] for name in streams if not name.endswith(GRADIENT)}
             by_stream |= self._gradients(gradients, values, output, batch)
         return {name: _joined(self._rows(name, by_stream[name], inputs)) for name in streams}
@@ -134,26 +136,44 @@ class Capture:
         paths = module_names(self.model)
         return [hook for hook in hooks if module_path(hook, family.PATHS, hooks).removesuffix(":in") in paths]
 
+    def _with_patterns(self, known: list[str]) -> list[str]:
+        """List ``known`` with the attention weights of each layer, where the model's layers are known."""
+        if isinstance(self.model, CircuitGPT):
+            return with_patterns(known)
+        if family_of_model(self.model) is None:
+            return known
+        return [hook for hook in with_patterns(hooks_of_model(self.model)) if hook in known or is_pattern(hook)]
+
     def _place(self, hook: str, known: list[str]) -> str:
         if isinstance(self.model, CircuitGPT):
+            known = with_patterns(known)
             name = hook_named(hook, MODULE_PATHS, known, True) or hook
             known_hook(name, known, "hook", "a CircuitGPT")
             return name
-        family = family_of_model(self.model)
-        path = hook if family is None else module_path(hook, family.PATHS, hooks_of_model(self.model))
+        family, hooks = family_of_model(self.model), hooks_of_model(self.model)
+        if family is not None and is_pattern(name := hook_named(hook, family.PATHS, with_patterns(hooks), False) or ""):
+            layer = name.partition(".")[0]
+            return family.PATHS["attn.resid_delta"].format(i=layer) + _WEIGHTS
+        path = hook if family is None else module_path(hook, family.PATHS, hooks)
         paths = module_hooks(self.model)
         if path not in paths:
+            if family is None and spells_pattern(hook):
+                raise ValueError(
+                    f"unknown hook {hook!r}: attention weights are no module's value, and this "
+                    f"{type(self.model).__name__} is none of the models whose attention is known by name"
+                )
             known_hook(hook, [*known, *paths], "hook", f"this {type(self.model).__name__}")
             raise ValueError(f"the hook {hook!r} is the value of no module of this {type(self.model).__name__}")
         return path
 
     # ---- runs ------------------------------------------------------------------------------------
 
-    def _run(self, inputs: Inputs, hooks: set[str], gradients: bool) -> tuple[dict[str, list[Tensor]], Tensor]:
+    def _run(self, inputs: Inputs, hooks: set[str], slopes: set[str]) -> tuple[dict[str, list[Tensor]], Tensor]:
         """Return the values at ``hooks``, one for each time that a hook's module runs, and the logits.
 
-        With ``gradients``, all values are part of autograd's graph.
+        Those at ``slopes`` are part of autograd's graph.
         """
+        gradients = bool(slopes)
         wanted: dict[str, list[str]] = {}
         for hook in hooks:
             wanted.setdefault(self._places[hook], []).append(hook)
@@ -169,17 +189,30 @@ class Capture:
 
         with running(self.model), torch.enable_grad() if gradients else torch.no_grad():
             if isinstance(self.model, CircuitGPT):
-                tap = {"tap": lambda name, value: keep(value, name)}
+                tap = {"tap": lambda name, value: keep(value, name), "patterns": wanted}
                 output = self._called((), inputs.keywords() | tap, gradients)
             else:
-                output = self._through_modules(inputs, list(wanted), keep, gradients)
+                in_graph = any(self._places[hook].endswith(_WEIGHTS) for hook in slopes)
+                output = self._through_modules(inputs, list(wanted), keep, gradients, in_graph)
         missing = [hook for hook in hooks if not values[hook]]
         if missing:
-            raise ValueError(f"the forward pass never ran {min(missing)!r}: choose a hook that it runs")
+            name = min(missing)
+            if self._places[name].endswith(_WEIGHTS):
+                raise ValueError(
+                    f"the forward pass never showed {name!r}: the weights are seen where attention runs as 'sdpa' or "
+                    f"'eager', and here it is {getattr(self.model.config, '_attn_implementation', None)!r}. Load the "
+                    "model with attn_implementation='sdpa'"
+                )
+            raise ValueError(f"the forward pass never ran {name!r}: choose a hook that it runs")
         return values, output
 
     def _through_modules(
-        self, inputs: Inputs, places: list[str], keep: Callable[[Tensor, str], Tensor], gradients: bool
+        self,
+        inputs: Inputs,
+        places: list[str],
+        keep: Callable[[Tensor, str], Tensor],
+        gradients: bool,
+        weights_in_graph: bool,
     ) -> Tensor:
         def keep_first_tensor(value: Any, place: str) -> Any:
             kept = keep(first_tensor(value, place), place)
@@ -189,9 +222,17 @@ class Capture:
         keywords = inputs.keywords()
         if "use_cache" in known:
             keywords = {"use_cache": False} | keywords
+        patterns = [place.removesuffix(_WEIGHTS) for place in places if place.endswith(_WEIGHTS)]
         with ExitStack() as stack:
             for place in places:
-                stack.enter_context(hooked(self.model, place, keep_first_tensor))
+                if not place.endswith(_WEIGHTS):
+                    stack.enter_context(hooked(self.model, place, keep_first_tensor))
+            if patterns:
+
+                def keep_weights(value: Tensor, path: str) -> Tensor:
+                    return keep(value, path + _WEIGHTS)
+
+                stack.enter_context(showing_weights(self.model, patterns, keep_weights, weights_in_graph))
             if "input_ids" not in known and set(keywords) == {"input_ids"}:
                 output: Any = self._called((inputs.ids,), {}, gradients)
             else:
@@ -276,8 +317,13 @@ def next_token_loss(logits: Tensor, batch: Any) -> Tensor:
     return losses.sum()
 
 
-def _chosen(hooks: Names, known: list[str]) -> list[str]:
-    """List the streams that ``hooks`` selects, in the model's order unless ``hooks`` itself has an order."""
+def _chosen(hooks: Names, known: list[str], with_weights: list[str]) -> list[str]:
+    """List the streams that ``hooks`` selects, in the model's order unless ``hooks`` itself has an order.
+
+    ``with_weights``: ``known`` and the attention weights, which an expression selects only if it spells them.
+    """
+    if isinstance(hooks, (set, frozenset)) or (isinstance(hooks, str) and spells_pattern(hooks)):
+        known = with_weights
     streams = [*known, *(name + GRADIENT for name in known)]
     if callable(hooks):
         chosen = [name for name in streams if hooks(name)]

@@ -20,6 +20,7 @@ from .._native import runs_on
 from ..covariance import StreamingCovariance
 from ..covariance.on_device import OnDevice, Precision, update_all
 from ..covariance.streaming import Method
+from ..hooks.names import spells_pattern
 from .budget import bytes_of, groups_of
 from .capture import Capture, Loss, Names
 from .marks import batch_mark, corpus_mark, function_mark, model_mark
@@ -52,7 +53,11 @@ def collect(
         hooks: Names of hooks, a regular expression that matches whole names, or a function of a name. The name of a
             hook selects the activations there. With ``.grad`` after it, as in ``"0.resid_in.grad"``, it selects the
             gradient of the loss with respect to these activations, with one row for each token. Names may be
-            Scalpel's, TransformerLens's, or module paths, with ``:in`` at the end for a module's input.
+            Scalpel's, TransformerLens's, or module paths, with ``:in`` at the end for a module's input. The weights of
+            attention, ``"0.attn.pattern"``, are chosen by a list or by an expression that spells ``pattern``, of a
+            CircuitGPT and of transformers' models whose hooks have Scalpel's names. They have a row for each query and
+            a column for each head and key, heads side by side, so all batches need one length; a key is counted by its
+            place in the batch, padding included. Their gradient is zero at keys that the query may not read.
         memory: How much memory the states may take while they are filled, in bytes or as a text such as "8GiB". If not
             all states fit, the hooks are divided into groups and the corpus is read once for each group, so ``batches``
             must be something that can be read again, such as a list. For a model on a GPU this is memory of the GPU.
@@ -220,9 +225,14 @@ class _Filling:
         together: dict[torch.device, list[tuple[str, OnDevice, Tensor]]] = {}
         for name, rows in self.capture(batch, states).items():
             if rows.shape[1] != states[name].dim:
+                advice = "choose hooks whose width doesn't depend on the batch"
+                if spells_pattern(name):
+                    advice = (
+                        "attention weights have a column for each head and key, so give batches of one length, cut or "
+                        "padded to it"
+                    )
                 raise ValueError(
-                    f"{name} is {rows.shape[1]} wide in batch {number}, and was {states[name].dim}: choose hooks whose "
-                    "width doesn't depend on the batch"
+                    f"{name} is {rows.shape[1]} wide in batch {number}, and was {states[name].dim}: {advice}"
                 )
             if not rows.dtype.is_floating_point:
                 raise _refused(name, number, f"the values are {rows.dtype}")

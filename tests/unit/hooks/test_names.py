@@ -2,7 +2,15 @@
 
 import pytest
 
-from scalpel.hooks.names import hook_named, hook_names, known_hook, module_path
+from scalpel.hooks.names import (
+    check_no_pattern,
+    hook_named,
+    hook_names,
+    is_pattern,
+    known_hook,
+    module_path,
+    with_patterns,
+)
 
 PATHS = {
     "resid_in": "h.{i}:in",
@@ -69,3 +77,22 @@ def test_an_unknown_name_is_told_what_is_near() -> None:
         known_hook("zzz", hook_names(2), "target", "a model")
     with pytest.raises(TypeError, match="hook is 3"):
         known_hook(3, hook_names(2), "hook", "a model")
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_attention_weights_follow_v_and_are_in_no_list_of_hooks(parallel: bool) -> None:
+    hooks = hook_names(12, parallel)
+    listed = with_patterns(hooks)
+    assert [name for name in listed if not is_pattern(name)] == hooks
+    patterns = [name for name in listed if is_pattern(name)]
+    assert patterns == [f"{i}.attn.pattern" for i in range(12)]
+    for name in patterns:
+        before, after = listed[listed.index(name) - 1], listed[listed.index(name) + 1]
+        assert (before, after) == (name.replace("pattern", "v"), name.replace("pattern", "y"))
+        lens = f"blocks.{name.partition('.')[0]}.attn.hook_pattern"
+        assert hook_named(lens, PATHS, listed, as_source=False) == name
+        assert hook_named(lens, PATHS, hooks, as_source=False) is None
+        with pytest.raises(ValueError, match=f"'{after}'.*'{before}'"):
+            check_no_pattern(name)
+    for name in hooks:
+        check_no_pattern(name)

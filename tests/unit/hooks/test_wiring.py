@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from scalpel.hooks.names import hook_names
+from scalpel.hooks.names import hook_names, with_patterns
 from scalpel.hooks.wiring import hook_of_mask, parents_of, tokens_moved, tokens_read
 
 LENGTH = 4
@@ -11,7 +11,7 @@ LENGTH = 4
 
 @pytest.mark.parametrize("parallel", [False, True])
 def test_what_a_target_reads_is_what_can_move_it(parallel: bool) -> None:
-    hooks = [*hook_names(2, parallel), "logits"]
+    hooks = [*with_patterns(hook_names(2, parallel)), "logits"]
     allowed = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
     allowed[3, 0] = False
     for target in hooks:
@@ -31,9 +31,24 @@ def test_each_text_of_a_batch_has_its_own_mask() -> None:
     assert read.tolist() == [[True] * LENGTH, [False] * (LENGTH - 1) + [True]]
 
 
+def test_attention_weights_read_a_query_and_the_keys_before_it() -> None:
+    hooks = with_patterns(hook_names(1))
+    causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    read = {name: tokens[0].tolist() for name, tokens in tokens_read(hooks, "0.attn.pattern", (2,), causal).items()}
+    query, keys = [False, False, True, False], [True, True, True, False]
+    assert read == {
+        "0.attn.pattern": query,
+        "0.attn.q": query,
+        "0.attn.k": keys,
+        "0.attn.act_in": keys,
+        "0.resid_in": keys,
+    }
+    assert not tokens_moved(hooks, "0.attn.v", "0.attn.pattern", None, causal).any()
+
+
 def test_every_hook_reads_earlier_ones_alone() -> None:
     for parallel in (False, True):
-        hooks = [*hook_names(3, parallel), "logits"]
+        hooks = [*with_patterns(hook_names(3, parallel)), "logits"]
         assert parents_of(hooks[0], hooks) == []
         for i, name in enumerate(hooks[1:], 1):
             parents = [parent for parent, _ in parents_of(name, hooks)]

@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.func import jvp, vjp, vmap
 from torch.nn import functional as F
 
+from ...hooks.names import PATTERN, is_pattern
 from ...hooks.positions import Selected, read_at
 from ...hooks.running import ALONE
 from ...hooks.stopping import Stop
 from ...lanes import LANES, Lanes, Linear
 from ..ends import finished
+from ..pattern import Pattern
 from .trace import CircuitTrace, Function, Layer, Sublayer
 
 if TYPE_CHECKING:
@@ -52,6 +54,10 @@ class CircuitProducts:
         self.final = trace.final
         self.source = read_at(trace.values[run.source], at[0]).clone()
         self.recorded = read_at(trace.values[run.target], at[1])
+        self.pattern: Pattern | None = None  # the weights of attention, where they are the target
+        if is_pattern(run.target):
+            assert trace.pattern is not None
+            self.pattern = trace.pattern(at[1])
         self.batch, self.length = run.inputs[0].shape
         self.primal = self._of_recorded(self.recorded.clone()).clone()  # the function may work in place
 
@@ -74,6 +80,8 @@ class CircuitProducts:
         start = self._placed(tangents, self.at[0], self.run.source)
         with Stop() as stop:
             resid = self._push_layers(start, count, stop)
+        if stop.reached and isinstance(stop.value, Tensor):
+            return stop.value  # tangents of attention weights, which never become lanes
         if stop.reached:
             lanes: Lanes | None = stop.value
             if lanes is None:
@@ -103,8 +111,10 @@ class CircuitProducts:
             for name in ("attn.k", "attn.q", "attn.v"):
                 part = None if read is None else self._weight(layer, name).apply(read, attn.kept.get(name))
                 parts[name] = hook(at + name, part)
-            assert attn.attention is not None
             k, q, v = parts.values()
+            if self.run.target == f"{at}{PATTERN}":
+                stop(self._pushed_to_pattern(q, k, count))
+            assert attn.attention is not None
             y = None if k is q is v is None else attn.attention.jvp(q, k, v)
             y = hook(f"{at}attn.y", y)
             delta = None if y is None else self._weight(layer, "attn.y").apply(y, attn.kept.get("attn.resid_delta"))
@@ -123,6 +133,19 @@ class CircuitProducts:
         resid = hook("final_resid", resid)
         assert resid is not None  # it was checked before that a path leads here
         return resid
+
+    def _pushed_to_pattern(self, q: Lanes | None, k: Lanes | None, count: int) -> Tensor | None:
+        """Carry the tangents of q and k to the weights of attention at the chosen queries."""
+        assert self.pattern is not None
+        if q is None and k is None:
+            return None
+        dq = None if q is None else self._heads(q, count)
+        dk = None if k is None else self._heads(k, count)
+        return self.pattern.jvp(dq, dk)
+
+    def _heads(self, lanes: Lanes, count: int) -> Tensor:
+        """Convert lanes of q or k to (count, B, L, heads, d)."""
+        return self._taken(lanes, None, "attn.q", count).unflatten(-1, (self.config.n_head, -1))
 
     def _read_of(self, resid: Lanes | None, of: Sublayer, name: str) -> Lanes | None:
         if resid is None:
@@ -156,7 +179,11 @@ class CircuitProducts:
         count = cotangents.shape[0]
         resid: Lanes | None = None
         start: Lanes | None = None
-        if self.run.target == "logits":
+        heads: tuple[Lanes, Lanes] | None = None
+        if self.pattern is not None:
+            dq, dk = self.pattern.vjp(cotangents, self.length)
+            heads = self._placed(dq.flatten(-2), None, "attn.q"), self._placed(dk.flatten(-2), None, "attn.k")
+        elif self.run.target == "logits":
             assert self.final is not None
             rows = self._placed(cotangents @ self.model.lm_head.weight, self.at[1], "logits")
             resid = Lanes.zeros(rows.values, self.config.d_model)
@@ -165,13 +192,21 @@ class CircuitProducts:
         else:
             start = self._placed(cotangents, self.at[1], self.run.target)
         with Stop() as stop:
-            self._pull_layers(start, resid, count, stop)
+            self._pull_layers(start, resid, heads, count, stop)
         lanes: Lanes | None = stop.value
         if lanes is not None:
             return self._taken(lanes, self.at[0], self.run.source, count)
         return cotangents.new_zeros(count, *self.source.shape)
 
-    def _pull_layers(self, start: Lanes | None, resid: Lanes | None, count: int, stop: Stop) -> None:
+    def _pull_layers(
+        self, start: Lanes | None, resid: Lanes | None, heads: tuple[Lanes, Lanes] | None, count: int, stop: Stop
+    ) -> None:
+        """Go back from the target, of which one of ``start``, ``resid`` and ``heads`` is the cotangent.
+
+        ``resid`` is the residual stream after the last layer, and ``heads`` are q and k of the last layer's weights of
+        attention.
+        """
+
         def hook(name: str, lanes: Lanes | None) -> Lanes | None:
             if name == self.run.target:
                 lanes = start
@@ -206,6 +241,9 @@ class CircuitProducts:
             y = hook(f"{at}attn.y", y)
             names = ("attn.q", "attn.k", "attn.v")
             parts: list[Lanes | None] = [None, None, None]
+            if self.run.target == f"{at}{PATTERN}":
+                assert heads is not None
+                parts = [*heads, None]
             if y is not None:
                 assert attn.attention is not None
                 parts = list(attn.attention.vjp(y, *(wanted(layer, attn, name) for name in names)))

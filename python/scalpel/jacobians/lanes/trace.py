@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from ..._native import runs_on
 from ...hooks.masks import MaskWatch, watch_activations, watch_masks
 from ...hooks.modules import hooks_on
+from ...hooks.names import PATTERN
+from ...hooks.positions import Selected, read_at
 from ...hooks.running import eager
 from ...hooks.stopping import Stop
 from ...lanes import Attention, Norm
@@ -24,6 +27,7 @@ from ...models.circuitgpt import layers
 from ...models.circuitgpt.layers import Attention as CoreAttention
 from ...models.circuitgpt.model import CircuitGPT
 from ...topk import topk_indices
+from ..pattern import Pattern
 
 if TYPE_CHECKING:
     from ..passes import CircuitPass
@@ -87,6 +91,8 @@ class CircuitTrace:
         changed: From the first layer that is kept, the hooks at which an intervention changes the value, each with
             the intervention and the value before it.
         final: The last norm; None where the pass ends before it.
+        pattern: A function from chosen queries to the attention weights at which the pass ends; None if it ends
+            elsewhere.
     """
 
     def __init__(
@@ -103,6 +109,7 @@ class CircuitTrace:
         self.values: dict[str, Tensor] = {}
         self.changed: dict[str, tuple[Function, Tensor]] = {}
         self.final: Norm | None = None
+        self.pattern: Callable[[Selected], Pattern] | None = None
         self._first = self._number(hooks[0])
         self._see, self._see_mask = see, see_mask
         self._stop = Stop()
@@ -116,7 +123,7 @@ class CircuitTrace:
         bare._interventions = []  # the tap here makes them, and so sees the values before and after
         watching = watch_masks(self._watch_mask), watch_activations(self._watch_activation)
         with torch.no_grad(), eager(), watching[0], watching[1], self._stop:  # a compiled graph shows no mask
-            self.values["logits"] = bare(*run.inputs, tap=self._tap)
+            self.values["logits"] = bare(*run.inputs, tap=self._tap, patterns=hooks)
 
     def has(self, source: str, target: str) -> bool:
         """Whether it can be cut at ``source`` and, no earlier in the model, at ``target``."""
@@ -147,6 +154,8 @@ class CircuitTrace:
             self.changed[name] = (lambda each: self._intervene(name, each), value)
         layer, place = self._kept_layer(name), name.partition(".")[2]
         if layer is not None:
+            if place == PATTERN:
+                self.pattern = partial(self._pattern, self._heads["attn.q"], self._heads["attn.k"], layer)
             if place == "attn.y":
                 layer.attn.attention = self._attention(layer.block.attn, value)
             if place == "mlp.post_act":
@@ -199,6 +208,12 @@ class CircuitTrace:
         sink = None if module.sink_logit is None else module.sink_logit.detach()
         scale = (self.config.d_attn // heads) ** -0.5
         return Attention(q, k, v, y.contiguous(), self._allowed, sink, heads, heads, scale)
+
+    def _pattern(self, q: Tensor, k: Tensor, layer: Layer, chosen: Selected) -> Pattern:
+        heads, sink = self.config.n_head, layer.block.attn.sink_logit
+        q, k = (part.unflatten(-1, (heads, -1)) for part in (q, k))
+        sink = None if sink is None else sink.detach()
+        return Pattern.at(q, k, chosen, read_at(self._allowed, chosen), q.shape[-1] ** -0.5, sink)
 
     def _norm(self, module: nn.Module, x: Tensor) -> Norm:
         """The norm of the residual stream; concatenated positions follow it as channels of gain zero."""

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...hooks.positions import Selected
+from ..pattern import Pattern
+
 _TILE_NUMBERS = 1 << 21  # scores in memory at a time, over all tangents: few enough for a last-level cache
 
 
@@ -34,6 +37,14 @@ class Mask:
         if self.window is not None:
             allowed = allowed & (query_positions - key_positions < self.window)
         return allowed if self.real is None else allowed & self.real[text, keys]
+
+    def of_queries(self, chosen: Selected, length: int, device: torch.device) -> Tensor:
+        """Whether each of the ``chosen`` queries may read each key of its text, (1 or B, queries, L) bool."""
+        keys = torch.arange(length, device=device)
+        queries = keys if chosen is None else torch.tensor(chosen, device=device, dtype=torch.int64)
+        behind = queries[:, None] - keys
+        allowed = (behind >= 0) if self.window is None else (behind >= 0) & (behind < self.window)
+        return allowed[None] if self.real is None else allowed & self.real[:, None, :]
 
     def keys_of(self, queries: slice) -> slice:
         """The range of keys that holds all that the ``queries`` of a tile may read."""
@@ -73,6 +84,11 @@ class DenseAttention:
             self._log_sum[tile.text, tile.queries, tile.heads] = log_sum
             weights = scores.sub_(log_sum[..., None]).exp_()
             self.y[tile.text, tile.queries, tile.heads] = weights @ self.v[tile.text, tile.keys, tile.kv_head]
+
+    def pattern(self, chosen: Selected) -> Pattern:
+        """The weights of the ``chosen`` queries, written out."""
+        allowed = self.mask.of_queries(chosen, self.q.shape[1], self.q.device)
+        return Pattern.at(self.q, self.k, chosen, allowed, self.scale)
 
     def jvp(self, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, out: Tensor, first: int) -> Tensor:
         """Write the tangents of y to ``out`` (T, B, L - first, heads, d) and return it.

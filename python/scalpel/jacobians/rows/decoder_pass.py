@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from ...hooks.inputs import Inputs, holds_ids, limits_of, read_inputs
 from ...hooks.modules import module_hooks
-from ...hooks.names import LOGITS, hook_named, known_hook, module_path
+from ...hooks.names import (
+    LOGITS,
+    check_no_pattern,
+    hook_named,
+    is_pattern,
+    known_hook,
+    module_path,
+    spells_pattern,
+    with_patterns,
+)
 from ...models.decoders.decoder import Decoder
 from ...models.decoders.families import decoder_or_reason, family_of_model, hooks_of, hooks_of_model
 from ..passes import Pass, kept
@@ -24,6 +33,12 @@ from .narrow import NarrowWeights
 from .primal import Text
 
 __all__ = ["DecoderPass", "beyond_rules", "decoder_pass", "module_paths"]
+
+_NO_MODULE_S = (
+    "the pattern is no module's value, so it can be a target only where there are rules. To differentiate it anyway, "
+    "load the model with attn_implementation='eager', wrap it in a module that returns one of the attentions which the "
+    "model gives under output_attentions=True, and take '' as the target"
+)
 
 
 class DecoderPass(Pass):
@@ -36,7 +51,7 @@ class DecoderPass(Pass):
         self.decoder = decoder
         self.inputs = kept(inputs.keywords())
         self.text: Text = kept(Text.of(inputs))
-        self.hooks = [*hooks_of(decoder.config), LOGITS]
+        self.hooks = [*with_patterns(hooks_of(decoder.config)), LOGITS]
         weight = decoder.final()[1].weight
         # In a bfloat16 model only the matrix products are bfloat16; its residual stream and tangents are float32.
         self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -83,12 +98,13 @@ def decoder_pass(
 
 def _ends(decoder: Decoder, source: str, target: str) -> tuple[str, str] | str:
     """Return Scalpel's names of both hooks, or the reason why the rules don't cover one of them."""
-    hooks = []
+    hooks, known = [], with_patterns(hooks_of(decoder.config))
     for name, as_source in ((source, True), (target, False)):
-        hook = LOGITS if name == LOGITS else hook_named(name, decoder.family.PATHS, hooks_of(decoder.config), as_source)
+        hook = LOGITS if name == LOGITS else hook_named(name, decoder.family.PATHS, known, as_source)
         if hook is None:
             return f"{name!r} is no hook of the rules"
         hooks.append(hook)
+    check_no_pattern(hooks[0])
     if hooks[0] == LOGITS:
         return "the logits are no source"
     return hooks[0], hooks[1]
@@ -100,12 +116,18 @@ def module_paths(model: nn.Module, source: str, target: str, reason: str) -> tup
     A hook of the rules may have no module path; the error then states ``reason``, which is why the rules can't be used.
     """
     family, hooks = family_of_model(model), hooks_of_model(model)
-    if family is None:
-        return source, target
     paths = module_hooks(model)
+    if family is None:
+        if target not in paths and spells_pattern(target):
+            raise ValueError(f"the target {target!r}: {_NO_MODULE_S}. The rules can't be used: {reason}")
+        return source, target
     description = f"this {type(model).__name__} (its hooks, or module paths with ':in' for an input)"
     ends = []
     for name, role in ((source, "source"), (target, "target")):
+        hook = hook_named(name, family.PATHS, with_patterns(hooks), role == "source")
+        if hook is not None and is_pattern(hook):
+            check_no_pattern(source if role == "target" else hook)
+            raise ValueError(f"the target {name!r}: {_NO_MODULE_S}. The rules can't be used: {reason}")
         known = [*hooks, *paths] if role == "source" else [*hooks, LOGITS, *paths]
         path = module_path(name, family.PATHS, hooks, role == "source")
         if path not in known:

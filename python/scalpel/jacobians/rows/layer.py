@@ -11,7 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...hooks.names import PATTERN
 from ...models.decoders.decoder import Decoder, DecoderLayer, Dense
+from ..pattern import Pattern
 from .primal import DensePrimal, Places, heads_of, parts_of
 from .rules import DenseNorm, rotate
 
@@ -37,7 +39,10 @@ class Buffers:
 
 
 class DenseLayer:
-    """The rules of layer ``i`` at its primal, for tangents of the tokens ``part``."""
+    """The rules of layer ``i`` at its primal, for tangents of the tokens ``part``.
+
+    ``pattern``: the weights of the layer's attention at chosen queries, where they are the target.
+    """
 
     def __init__(
         self,
@@ -48,6 +53,7 @@ class DenseLayer:
         places: Places,
         part: slice,
         buffers: Buffers,
+        pattern: Pattern | None = None,
     ) -> None:
         self.config = decoder.config
         self.i = i
@@ -56,6 +62,7 @@ class DenseLayer:
         self.places = places.rows(part)
         self.part = part
         self.buffers = buffers
+        self.pattern = pattern
 
     # ---- forward -------------------------------------------------------------------------------
 
@@ -104,6 +111,9 @@ class DenseLayer:
             return None
         q = self._turned(q, self.primal.q_norm, 1)
         k = self._turned(k, self.primal.k_norm, 1)
+        if self.pattern is not None:
+            moved = None if q is None and k is None else self.pattern.jvp(q, k, self.part.start)
+            hook(f"{self.i}.{PATTERN}", moved)
         shape = (*present.shape[:3], self.config.heads, self.config.head_dim)
         y = self.buffers("y", shape, present.dtype, present.device)
         return self.primal.attention.jvp(q, k, v, y, self.part.start).flatten(-2)
@@ -164,6 +174,10 @@ class DenseLayer:
 
     def _attended_back(self, y: Tensor | None, hook: Hook) -> list[tuple[Dense, Tensor | None]]:
         heads: list[Tensor | None] = [None, None, None]
+        weights = None if self.pattern is None else hook(f"{self.i}.{PATTERN}", None)
+        if self.pattern is not None and weights is not None:
+            q, k = self.pattern.vjp(weights, self.part.stop)
+            heads = [self._turned(q, self.primal.q_norm, -1), self._turned(k, self.primal.k_norm, -1), None]
         if y is not None:
             q, k, v = self.primal.attention.vjp(y.unflatten(-1, (self.config.heads, -1)))
             heads = [self._turned(q, self.primal.q_norm, -1), self._turned(k, self.primal.k_norm, -1), v]

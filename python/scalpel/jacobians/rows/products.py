@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
+from ...hooks.names import is_pattern
 from ...hooks.positions import Selected, read_at
 from ...hooks.running import ALONE
 from ...hooks.stopping import Stop
 from ...models.decoders.decoder import Dense
 from ..ends import finished
+from ..pattern import Pattern
 from .layer import Buffers, DenseLayer
 from .primal import DensePrimal
 from .trace import DenseTrace
@@ -51,7 +53,12 @@ class DenseProducts:
         self.final = trace.final
         self.neurons = trace.neurons
         self.source = read_at(trace.values[run.source], at[0]).clone()
-        self.recorded = read_at(trace.values[run.target], at[1]).clone()
+        self.pattern: Pattern | None = None  # the weights of attention, where they are the target
+        if is_pattern(run.target):
+            self.pattern = self.primals[max(self.primals)].attention.pattern(at[1])
+            self.recorded = self.pattern.value
+        else:
+            self.recorded = read_at(trace.values[run.target], at[1]).clone()
         self.primal = self._of_recorded(self.recorded.clone()).clone()  # cloned, since the function may work in place
 
     def _of_recorded(self, value: Tensor) -> Tensor:
@@ -61,8 +68,10 @@ class DenseProducts:
     def _chunks(self, tangents: Tensor) -> tuple[Tensor, ...]:
         """Split the tangents into chunks whose buffers keep to ``_CHUNK_BYTES``; a chunk has at least one tangent."""
         widest = max(3 * self.config.heads * self.config.head_dim, self.neurons)
-        bytes_of_one = self.batch * self.length * widest * self.source.element_size()
-        return tangents.split(max(1, _CHUNK_BYTES // bytes_of_one))
+        numbers = self.batch * self.length * widest
+        if self.pattern is not None:
+            numbers = max(numbers, self.pattern.weights.numel())
+        return tangents.split(max(1, _CHUNK_BYTES // (numbers * self.source.element_size())))
 
     # ---- forward -------------------------------------------------------------------------------
 
@@ -99,7 +108,7 @@ class DenseProducts:
             x = stop.value
             if x is None:
                 return tangents.new_zeros(len(tangents), *self.recorded.shape)
-            return self._taken(x, self.at[1], part)
+            return x if self.pattern is not None else self._taken(x, self.at[1], part)
         assert self.final is not None and x is not None
         norm, head = self.final
         at_target = self._taken(norm.rows(part).jvp(x, x), self.at[1], part)
@@ -129,7 +138,7 @@ class DenseProducts:
             rows = (cotangents.to(head.weight.dtype) @ head.weight).to(cotangents.dtype)
             x = norm.rows(part).vjp(self._placed(rows, self.at[1], part))
         else:
-            at_target = self._placed(cotangents, self.at[1], part)
+            at_target = cotangents if self.pattern is not None else self._placed(cotangents, self.at[1], part)
 
         def hook(name: str, u: Tensor | None) -> Tensor | None:
             if name == self.run.target:
@@ -150,7 +159,8 @@ class DenseProducts:
 
     def _layer(self, i: int, primal: DensePrimal, part: slice, buffers: Buffers) -> DenseLayer:
         decoder = self.run.products
-        return DenseLayer(decoder, i, decoder.layer(i), primal, self.places, part, buffers)
+        pattern = self.pattern if i == max(self.primals) else None
+        return DenseLayer(decoder, i, decoder.layer(i), primal, self.places, part, buffers, pattern)
 
     def _placed(self, rows: Tensor, selected: Selected, part: slice) -> Tensor:
         """Place ``rows``, (T, B, selected tokens, width), among the tokens of ``part``, which are zero elsewhere."""

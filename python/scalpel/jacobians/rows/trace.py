@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ...hooks.names import is_pattern
 from ...hooks.stopping import Stop
 from ...models.decoders.decoder import Decoder, DecoderLayer, Dense
 from .primal import DensePrimal, Text, places_of, through_layer
@@ -22,7 +23,8 @@ class DenseTrace:
         decoder: The model, by the rules of its family.
         text: The tokens.
         hooks: Where the primal is to be cut, in the model's order. Layers before the first are not kept, and nothing
-            is computed after the last.
+            is computed after the last. The last may be the attention weights of a layer, which the layer's attention
+            gives at chosen queries: they have no entry in ``values``.
         see: Called at every hook up to the last, with its name and the value there.
 
     Made, it stands before the first layer: :meth:`run` takes it through the whole model, and :meth:`advance` through
@@ -41,6 +43,9 @@ class DenseTrace:
     ) -> None:
         self.decoder = decoder
         self.hooks = hooks
+        self._last = hooks[-1] if hooks else None
+        if self._last is not None and is_pattern(self._last):
+            self._last = f"{self._number(self._last)}.attn.y"  # the first hook after the layer's attention is kept
         self.values: dict[str, Tensor] = {}
         embedded = decoder.embed(text.ids, text.positions)
         self.resid = embedded if embedded.dtype == torch.float64 else embedded.float()
@@ -94,6 +99,6 @@ class DenseTrace:
             self._see(name, value)
         if name in self.hooks:
             self.values[name] = value
-            if name == self.hooks[-1]:
-                self._stop(value)
+        if name == self._last:
+            self._stop(value)
         return value

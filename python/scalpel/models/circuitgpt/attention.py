@@ -1,6 +1,7 @@
 """Causal attention with a sink: weights and outputs, and which keys a query may read."""
 
 import math
+from collections.abc import Callable
 from contextvars import ContextVar
 
 import torch
@@ -51,6 +52,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, n_head: int, allowed: Tensor, sink_l
     return _joined(F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask))
 
 
+def attend_showing(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    n_head: int,
+    allowed: Tensor,
+    sink_logit: Tensor | None,
+    show: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """:func:`attend` through weights that are written out, for those who want to see or to replace them.
+
+    ``show`` gets the weights (B, queries, n_head * keys), those of a query's heads side by side, and returns the
+    weights to go on with. What it puts at keys that the query may not read has no effect, and no gradient.
+    """
+    weights = _heads(show(_joined(attention_weights(q, k, n_head, allowed, sink_logit))), n_head)
+    return _joined(weights.masked_fill(~allowed, 0.0) @ _heads(v, n_head))
+
+
 def _attend_with_sink_key(
     q: Tensor, k: Tensor, v: Tensor, n_head: int, allowed: Tensor, sink_logit: Tensor | None
 ) -> Tensor:
@@ -70,7 +89,10 @@ def _attend_with_sink_key(
 
 
 def attention_weights(q: Tensor, k: Tensor, n_head: int, allowed: Tensor, sink_logit: Tensor | None) -> Tensor:
-    """Compute the weights of real keys (B, n_head, L, L); each row sums to 1, or to less where there is a sink."""
+    """Compute the weights of real keys (B, n_head, queries, keys).
+
+    Each row sums to 1, or to less where there is a sink.
+    """
     scores = _heads(q, n_head) @ _heads(k, n_head).transpose(-2, -1) / math.sqrt(q.shape[-1] // n_head)
     scores = scores.masked_fill(~allowed, float("-inf"))
     if sink_logit is None:

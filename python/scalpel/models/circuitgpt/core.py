@@ -5,7 +5,7 @@ ablation and Jacobians are all taps, so the mathematics stands once: here and, f
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...hooks.inputs import Limits, checked_ids, positions_after_padding, real_tokens
-from ...hooks.names import hook_names
+from ...hooks.names import PATTERN, hook_names
 from ...hooks.recorder import recorder_taps
 from ...lanes import apply_linear
 from ..fresh import embedding, linear, sinusoids, zeros
@@ -104,6 +104,9 @@ class CircuitCore(nn.Module):
     def hook_names(self) -> list[str]:
         """The names of all hooks, in the order in which the forward pass reaches them.
 
+        The weights of attention are no hook of this list, since they are computed only for those who name them:
+        ``"0.attn.pattern"``, see :meth:`scalpel.CircuitGPT.run_with_cache`.
+
         Example:
             >>> from scalpel import CircuitGPT
             >>> names = CircuitGPT.from_pretrained("bracket-mini").hook_names
@@ -120,6 +123,7 @@ class CircuitCore(nn.Module):
         *,
         tap: Tap | None = None,
         past: KeyValues | None = None,
+        patterns: Container[str] = (),
     ) -> Tensor:
         """Compute the logits of texts.
 
@@ -135,6 +139,9 @@ class CircuitCore(nn.Module):
             past: Keys and values of the tokens before ``input_ids``, such as a
                 :class:`scalpel.models.circuitgpt.key_values.KeyValueCache`, to which those of ``input_ids`` are added.
                 The mask then counts the earlier tokens too, (B, past + L), and positions go on after them.
+            patterns: Which attention weights are shown to the tap as well: names such as ``"0.attn.pattern"``, a value
+                (B, L, n_head * L) with the weights of a query's heads side by side. They are written out only there;
+                elsewhere torch's fused kernels hold none, and round differently.
 
         Returns:
             The logits (B, L, vocab), on the model's device.
@@ -149,7 +156,7 @@ class CircuitCore(nn.Module):
             >>> model(ids, mask).shape
             torch.Size([2, 7, 512])
         """
-        x = self.residual(input_ids, attention_mask, position_ids, tap=tap, past=past)
+        x = self.residual(input_ids, attention_mask, position_ids, tap=tap, past=past, patterns=patterns)
         return self.unembed(x, input_ids.to(self.device))
 
     def residual(
@@ -160,6 +167,7 @@ class CircuitCore(nn.Module):
         *,
         tap: Tap | None = None,
         past: KeyValues | None = None,
+        patterns: Container[str] = (),
     ) -> Tensor:
         """Compute the residual stream after the last layer: all of :meth:`forward` but its last stage.
 
@@ -171,6 +179,7 @@ class CircuitCore(nn.Module):
             position_ids: As for :meth:`forward`.
             tap: As for :meth:`forward`.
             past: As for :meth:`forward`.
+            patterns: As for :meth:`forward`.
 
         Returns:
             The value at ``final_resid`` (B, L, d_model).
@@ -199,7 +208,8 @@ class CircuitCore(nn.Module):
         beside = positions if concatenated else None
         for i, block in enumerate(self.transformer.h):
             remember = None if past is None else partial(past.extend, i)
-            x = block(x, LayerInputs(str(i), at, allowed, beside, remember=remember))
+            shown = f"{i}.{PATTERN}" in patterns
+            x = block(x, LayerInputs(str(i), at, allowed, beside, pattern=shown, remember=remember))
         if past is not None:
             past.advance(input_ids.shape[1])
         return at("final_resid", x)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...hooks.masks import activating, watched
+from ...hooks.names import PATTERN
 from ...lanes import FORWARD_BELOW, Linear, apply_linear
 from ...topk import keep_topk
 from ..fresh import PARAMETER_DTYPE, linear, zeros
-from .attention import attend
+from .attention import attend, attend_showing
 from .config import CircuitGPTConfig
 
 __all__ = ["MLP", "Attention", "Block", "LayerInputs", "Tap", "norm"]
@@ -47,7 +48,8 @@ class LayerInputs(NamedTuple):
     their rows; None means all tokens. ``remember``: a function that is given the keys and values of these tokens and
     gives those of all tokens that the queries may read, which include tokens of earlier passes. ``overwrite``: values
     that the layer has made itself are overwritten by the next step, which saves fresh memory; only where nobody keeps
-    what a tap or a watch sees and nothing is differentiated.
+    what a tap or a watch sees and nothing is differentiated. ``pattern``: whether the weights of attention are written
+    out and shown to the tap; the fused kernels have none.
     """
 
     name: str
@@ -57,6 +59,7 @@ class LayerInputs(NamedTuple):
     rows: Tensor | None = None
     overwrite: bool = False
     remember: Remember | None = None
+    pattern: bool = False
 
     def wanted(self, value: Tensor) -> Tensor:
         """``value`` (..., L, width) at the rows that are wanted after the layer."""
@@ -119,8 +122,14 @@ class Attention(nn.Module):
         v = tap(f"{at}.v", self._sparsify(v, "attn_v", f"{at}.v", overwrite))
         if layer.remember is not None:
             k, v = layer.remember(k, v)
-        y = tap(f"{at}.y", attend(q, k, v, self.config.n_head, layer.allowed, self.sink_logit))
+        y = tap(f"{at}.y", self._attended(q, k, v, layer))
         return self.from_product(apply_linear(self.c_proj, y), layer)
+
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, layer: LayerInputs) -> Tensor:
+        given = q, k, v, self.config.n_head, layer.allowed, self.sink_logit
+        if not layer.pattern:
+            return attend(*given)
+        return attend_showing(*given, lambda weights: layer.tap(f"{layer.name}.{PATTERN}", weights))
 
     def from_product(self, product: Tensor, layer: LayerInputs) -> Tensor:
         """From the output projection's product (B, L, d_model), before its AbsTopK."""

@@ -51,16 +51,21 @@ class CircuitGPT(LoadedCore):
         Args:
             input_ids: Token ids (B, L), integers.
             names: Which hooks to keep: a regular expression, matched from the start of a hook's name as ``re.match``
-                does, a list of names, or a function from a name to whether it is kept.
+                does, a list of names, or a function from a name to whether it is kept. A list may also hold names of
+                TransformerLens. The weights of attention, ``"0.attn.pattern"`` (``"blocks.0.attn.hook_pattern"``), are
+                kept only if they are listed, or if the expression spells ``pattern``.
             stop_at: A hook after which nothing more is computed.
             **inputs: ``attention_mask`` and ``position_ids`` as in :meth:`forward`; ``fwd_hooks``, interventions as in
                 :meth:`run_with_hooks`, made before a value is kept.
 
         Returns:
             The logits (B, L, vocab), or None if the pass was stopped, and {hook: value (B, L, width)} in the order of
-            the forward pass. These are the tensors that the model itself goes on with: they are taken after ablations
-            and interventions, include rows at padding, and have their autograd history (``torch.no_grad()`` saves that
-            memory). Do not change them in place.
+            the forward pass. Attention weights are (B, L, n_head * L), those of a query's heads side by side:
+            ``value.unflatten(-1, (n_head, L)).transpose(1, 2)`` is (B, n_head, queries, keys). A row sums to less than
+            1 where there is a sink. A pass that shows them does without torch's fused kernels in that layer, so values
+            after it differ by rounding. All values are the tensors that the model itself goes on with: they are taken
+            after ablations and interventions, include rows at padding, and have their autograd history
+            (``torch.no_grad()`` saves that memory). Do not change them in place.
 
         Raises:
             ValueError: A hook is unknown, a pattern or function picks none, or ``stop_at`` comes before a hook that is
@@ -72,6 +77,9 @@ class CircuitGPT(LoadedCore):
             >>> logits, values = model.run_with_cache(ids, r"0\.attn\.[qk]", attention_mask=mask)
             >>> {name: tuple(value.shape) for name, value in values.items()}
             {'0.attn.k': (2, 7, 128), '0.attn.q': (2, 7, 128)}
+            >>> _, values = model.run_with_cache(ids, ["0.attn.pattern"], attention_mask=mask)
+            >>> values["0.attn.pattern"].unflatten(-1, (8, 7)).shape  # texts, queries, heads, keys
+            torch.Size([2, 7, 8, 7])
         """
         return recording.run_with_cache(self, input_ids, names, stop_at, **inputs)
 
@@ -84,7 +92,9 @@ class CircuitGPT(LoadedCore):
             input_ids: Token ids (B, L), integers.
             fwd_hooks: Pairs (hook, function). ``function(value, name)`` returns the value to go on with, of the same
                 shape and dtype on the same device, or None to leave it. Functions of one hook are called in their
-                order, after ablations that are in force.
+                order, after ablations that are in force. At ``"0.attn.pattern"`` the value is the weights (B, L,
+                n_head * L) that meet v, see :meth:`run_with_cache`; what is put at keys that the query may not read has
+                no effect.
             **inputs: ``attention_mask`` and ``position_ids`` as in :meth:`forward`.
 
         Returns:

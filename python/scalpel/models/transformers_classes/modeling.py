@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ...hooks.names import PATTERN
 from ..circuitgpt.checkpoint import Checkpoint, read_checkpoint
 from ..circuitgpt.generation import needs_whole_texts
 from ..circuitgpt.model import CircuitGPT
@@ -133,7 +134,8 @@ class CircuitGPTForCausalLM(PreTrainedModel, GenerationMixin):
             inputs_embeds: Refused, since the model also reads the ids themselves.
             labels: (B, L) token ids, of which each is predicted from the tokens before it; -100 is left out.
             use_cache: Whether to make a cache where none is given. By default in evaluation, if the config says so.
-            output_attentions: Refused; :meth:`scalpel.CircuitGPT.run_with_cache` gives the weights.
+            output_attentions: Whether to give the weights of attention of each layer, (B, heads, L, keys), which are
+                computed without torch's fused kernels. A row sums to less than 1 where there is a sink.
             output_hidden_states: Whether to give the residual stream before each layer and, as the last entry, the
                 normed one that the logits are computed from.
             return_dict: False gives a tuple.
@@ -158,32 +160,30 @@ class CircuitGPTForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if inputs_embeds is not None or input_ids is None:
             raise ValueError("a CircuitGPT takes input_ids and no inputs_embeds: its bigram table reads the ids")
-        if output_attentions or (output_attentions is None and self.config.output_attentions):
-            raise ValueError(
-                "output_attentions is not supported here; model.circuitgpt.run_with_cache(ids, ['0.attn.pattern']) "
-                "gives the attention weights"
-            )
         core = self.circuitgpt
         cache = past_key_values if cache is None else cache
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and cache is None and core.config.n_layer:
             cache = new_cache(self.config)
-        states: list[Tensor] | None = None
-        if output_hidden_states or (output_hidden_states is None and self.config.output_hidden_states):
-            states = []
+        patterns, states, weights = [], [], []
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            patterns = [f"{i}.{PATTERN}" for i in range(core.config.n_layer)]
+        with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
 
         def tap(name: str, value: Tensor) -> Tensor:
-            if states is not None and name.endswith(".resid_in"):
+            if with_states and name.endswith(".resid_in"):
                 states.append(value)
+            elif name in patterns:
+                weights.append(value.unflatten(-1, (core.config.n_head, -1)).transpose(1, 2))
             return value
 
         past = None if cache is None else TransformersKeyValues(cache, core.config.n_head)
         input_ids = input_ids.to(core.device)
         if attention_mask is not None and attention_mask.dim() == 4:
             attention_mask = _for_each_query(attention_mask, input_ids, past)
-        residual = core.residual(input_ids, attention_mask, position_ids, tap=tap, past=past)
-        if states is not None:
+        residual = core.residual(input_ids, attention_mask, position_ids, tap=tap, past=past, patterns=patterns)
+        if with_states:
             states.append(core.transformer.ln_f(residual))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = core.unembed(residual[:, kept], input_ids[:, kept])
@@ -193,7 +193,8 @@ class CircuitGPTForCausalLM(PreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            hidden_states=None if states is None else tuple(states),
+            hidden_states=tuple(states) if with_states else None,
+            attentions=tuple(weights) if patterns else None,
             **{_CACHE: cache if use_cache else None},
         )
         as_tuple = return_dict is False or (return_dict is None and not self.config.return_dict)
