@@ -29,7 +29,7 @@ def expected(model: Any, q: Tensor, k: Tensor, layer: int, mask: Tensor | None =
                 keys = [j for j in range(i + 1) if mask is None or mask[b, j]] or [i]
                 scores = [float(q[b, i, part].double() @ k[b, j, part].double()) / width**0.5 for j in keys]
                 shares = np.exp(scores)
-                total = shares.sum() + (0 if sinks is None else float(sinks[h].double().exp()))
+                total = shares.sum() + (0 if sinks is None else float(sinks[h].detach().double().exp()))
                 weights[b, h, i, keys] = shares / total
     return weights
 
