@@ -61,11 +61,12 @@ __all__ = [
 _moved.install()
 _when_imported.when_imported(
     {
-        f"transformers.models.auto.{module}": f"scalpel.models.transformers_classes.registration:{function}"
+        module: f"scalpel.models.transformers_classes.registration:{function}"
         for module, function in (
-            ("configuration_auto", "register_config"),
-            ("modeling_auto", "register_model"),
-            ("tokenization_auto", "register_tokenizer"),
+            ("transformers.models.auto.configuration_auto", "register_config"),
+            ("transformers.models.auto.modeling_auto", "register_model"),
+            ("transformers.models.auto.tokenization_auto", "register_tokenizer"),
+            ("transformer_lens.factories.architecture_adapter_factory", "register_lens"),
         )
     }
 )

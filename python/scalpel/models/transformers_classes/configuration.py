@@ -10,6 +10,8 @@ from ..weight_files import read_json
 
 __all__ = ["CircuitGPTHubConfig", "public_fields_in"]
 
+# Arguments of every config that are stored under another name.
+_ARGUMENTS = ("attn_implementation", "experts_implementation", "name_or_path", "num_labels")
 _PUBLIC_FILE, _HUB_FILE = "beeg_config.json", "config.json"
 
 
@@ -68,7 +70,7 @@ class CircuitGPTHubConfig(PretrainedConfig):
 
 def _is_of_transformers(name: str) -> bool:
     """Whether a field of a config.json is transformers' own, and none of the model."""
-    return name.startswith("_") or name in HUB_FIELDS or hasattr(PretrainedConfig, name)
+    return name.startswith("_") or name in HUB_FIELDS or name in _ARGUMENTS or hasattr(PretrainedConfig, name)
 
 
 def public_fields_in(folder: Any, subfolder: str = "") -> dict[str, Any] | None:
@@ -96,4 +98,6 @@ def public_fields_in(folder: Any, subfolder: str = "") -> dict[str, Any] | None:
         names = fields.get("architectures") or []
         nameless = "model_type" not in fields and any("CircuitGPT" in str(name) for name in names)
         return fields if nameless else None
-    return read_json(path / _PUBLIC_FILE) if (path / _PUBLIC_FILE).is_file() else None
+    if not (path / _PUBLIC_FILE).is_file():
+        return None
+    return {"architectures": ["CircuitGPTForCausalLM"]} | read_json(path / _PUBLIC_FILE)

@@ -1,6 +1,6 @@
-"""Adding CircuitGPT to transformers' Auto classes.
+"""Adding CircuitGPT to transformers' Auto classes, and to TransformerLens.
 
-Each function is called once, with the module of transformers that it extends, when somebody has imported that module;
+Each function is called once, with the module that it extends, when somebody has imported that module;
 ``import scalpel`` arranges it. Nothing here is imported before.
 """
 
@@ -8,7 +8,7 @@ import functools
 from types import ModuleType
 from typing import Any
 
-__all__ = ["register_config", "register_model", "register_tokenizer"]
+__all__ = ["register_config", "register_lens", "register_model", "register_tokenizer"]
 
 # Options that say where and how to look for files, which a folder that is already here needs not.
 _OF_THE_HUB = (
@@ -45,6 +45,17 @@ def register_config(module: ModuleType) -> None:
         return CircuitGPTHubConfig.from_dict(fields, name_or_path=str(pretrained_model_name_or_path), **options)
 
     auto.from_pretrained = classmethod(from_pretrained)
+
+
+def register_lens(module: ModuleType) -> None:
+    """Let TransformerLens's ``boot_transformers`` know the architecture.
+
+    It has entry points for that, and this library has one. But up to version 4.3 ``boot_transformers`` looks into a
+    table of its own before it asks for them.
+    """
+    from .lens_adapter import CircuitGPTAdapter
+
+    module.SUPPORTED_ARCHITECTURES.setdefault("CircuitGPTForCausalLM", CircuitGPTAdapter)
 
 
 def register_model(module: ModuleType) -> None:
