@@ -19,7 +19,7 @@ __all__ = ["CircuitGPTAdapter"]
 _STREAM = "circuit_model.transformer"
 
 
-class CircuitGPTAdapter(ArchitectureAdapter):  # type: ignore[misc]  # TransformerLens may be absent
+class CircuitGPTAdapter(ArchitectureAdapter):
     """The parts of a CircuitGPT by TransformerLens's names.
 
     ``hook_q``, ``hook_k``, ``hook_v``, ``hook_z`` and ``hook_pattern`` hold what
@@ -45,7 +45,7 @@ class CircuitGPTAdapter(ArchitectureAdapter):  # type: ignore[misc]  # Transform
         self.cfg.attn_only = False
         self.cfg.default_prepend_bos = False
         self.cfg.tokenizer_name = None  # a checkpoint's name for its tokenizer says nowhere where one is found
-        self.weight_processing_conversions = {}
+        self.weight_processing_conversions: dict[str, Any] = {}
         self.component_mapping = {
             "embed": EmbeddingBridge(name=f"{_STREAM}.wte"),
             "blocks": _CircuitBlockBridge(
@@ -63,7 +63,7 @@ class CircuitGPTAdapter(ArchitectureAdapter):  # type: ignore[misc]  # Transform
         }
 
 
-class _CircuitBlockBridge(BlockBridge):  # type: ignore[misc]
+class _CircuitBlockBridge(BlockBridge):
     """A layer. ``hook_resid_mid`` is the residual stream itself, so that a change there reaches all that follows."""
 
     hook_aliases: ClassVar[dict[str, str]] = {
@@ -88,11 +88,15 @@ class _CircuitBlockBridge(BlockBridge):  # type: ignore[misc]
         return result
 
 
-class _Tapped(GeneralizedComponent):  # type: ignore[misc]
+class _Tapped(GeneralizedComponent):
     """A component whose values on the way are those that the module shows to its tap, by the end of their names."""
 
-    points: dict[str, HookPoint]
     pattern = False
+
+    @property
+    def points(self) -> dict[str, HookPoint]:
+        """The hook point of each value that a tap sees, by the end of its name."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor, layer: LayerInputs) -> Tensor:
         """Run the module, with the values on its way passed through the hook points."""
