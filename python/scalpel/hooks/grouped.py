@@ -52,7 +52,12 @@ def _operands(
     rows: Tensor, matrices: Tensor, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return the operands of a product of experts; None for a product of another kind, which stays as it is."""
-    if offs is None or bias is not None or out_dtype not in (None, rows.dtype) or (rows.dim(), matrices.dim()) != (2, 3):
+    if (
+        offs is None
+        or bias is not None
+        or out_dtype not in (None, rows.dtype)
+        or (rows.dim(), matrices.dim()) != (2, 3)
+    ):
         return None
     return rows, matrices, offs
 

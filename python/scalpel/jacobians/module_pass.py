@@ -1,6 +1,5 @@
 """A forward pass of any module between two of its modules' values."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -10,7 +9,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..hooks.grouped import GroupByGroup
-from ..hooks.inputs import holds_ids, limits_of, read_inputs
+from ..hooks.inputs import holds_ids, limits_of, read_inputs, without_cache
 from ..hooks.modules import first_tensor, hooked, leaves, module_hooks, watching_outputs, with_first_tensor
 from ..hooks.names import LOGITS, known_hook
 from ..hooks.running import ALONE, running
@@ -37,8 +36,7 @@ class ModulePass(Pass):
         if not self._logits:
             known_hook(target, names, "target", kind)
         arguments, keywords = _arguments(model, inputs, keywords)
-        if "use_cache" in inspect.signature(model.forward).parameters:
-            keywords.setdefault("use_cache", False)  # a cache of keys would outlive the pass
+        keywords = without_cache(model) | keywords
         self.inputs = kept((arguments, keywords))
         self.largest = 0
         self._measured = False

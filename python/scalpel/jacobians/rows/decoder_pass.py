@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ...hooks.inputs import Inputs, holds_ids, limits_of, read_inputs
-from ...hooks.modules import module_hooks
-from ...hooks.names import LOGITS, hook_named, known_hook, module_path
+from ...hooks.names import LOGITS
 from ...models.decoders.decoder import Decoder
-from ...models.decoders.families import decoder_or_reason, family_of_model, hooks_of, hooks_of_model
+from ...models.decoders.families import decoder_inside, decoder_or_reason, hooks_of
+from ...models.decoders.inside import DecoderInside
 from ..passes import Pass, kept
 from .agreement import difference
 from .narrow import NarrowWeights
@@ -30,9 +30,16 @@ class DecoderPass(Pass):
     """The pass of a supported decoder between two hooks, given by Scalpel's names; ``logits`` may be the target."""
 
     def __init__(
-        self, model: nn.Module, decoder: Decoder, inputs: Inputs, ends: tuple[str, str], precision: str | None
+        self,
+        model: nn.Module,
+        found: DecoderInside,
+        decoder: Decoder,
+        inputs: Inputs,
+        ends: tuple[str, str],
+        precision: str | None,
     ) -> None:
         super().__init__(model, *ends)
+        self.found = found
         self.decoder = decoder
         self.inputs = kept(inputs.keywords())
         self.text: Text = kept(Text.of(inputs))
@@ -44,7 +51,7 @@ class DecoderPass(Pass):
         self.products = replace(decoder, weights=NarrowWeights.of(model, decoder.weights)) if narrow else decoder
 
     def between(self, source: str, target: str) -> DecoderPass | None:
-        hooks = _ends(self.decoder, source, target)
+        hooks = _ends(self.found, source, target)
         if isinstance(hooks, str):
             return None
         other = copy.copy(self)
@@ -66,10 +73,10 @@ def decoder_pass(
     model: nn.Module, input_ids: Any, beside: dict[str, Any], source: str, target: str, precision: str | None
 ) -> DecoderPass | str:
     """Make the pass, or return the reason why the rules don't cover the model, its inputs or a hook."""
-    decoder = decoder_or_reason(model)
-    if isinstance(decoder, str):
-        return decoder
-    ends = _ends(decoder, source, target)
+    found, decoder = decoder_inside(model), decoder_or_reason(model)
+    if found is None or isinstance(decoder, str):
+        return str(decoder)
+    ends = _ends(found, source, target)
     if isinstance(ends, str):
         return ends
     if not holds_ids(input_ids):
@@ -78,14 +85,14 @@ def decoder_pass(
     reason = beyond_rules(decoder, inputs)
     if reason is not None:
         return reason
-    return difference(model, decoder, inputs) or DecoderPass(model, decoder, inputs, ends, precision)
+    return difference(model, decoder, inputs) or DecoderPass(model, found, decoder, inputs, ends, precision)
 
 
-def _ends(decoder: Decoder, source: str, target: str) -> tuple[str, str] | str:
+def _ends(found: DecoderInside, source: str, target: str) -> tuple[str, str] | str:
     """Return Scalpel's names of both hooks, or the reason why the rules don't cover one of them."""
     hooks = []
     for name, as_source in ((source, True), (target, False)):
-        hook = LOGITS if name == LOGITS else hook_named(name, decoder.family.PATHS, hooks_of(decoder.config), as_source)
+        hook = LOGITS if name == LOGITS and not found.headless else found.hook(name, as_source)
         if hook is None:
             return f"{name!r} is no hook of the rules"
         hooks.append(hook)
@@ -95,25 +102,14 @@ def _ends(decoder: Decoder, source: str, target: str) -> tuple[str, str] | str:
 
 
 def module_paths(model: nn.Module, source: str, target: str, reason: str) -> tuple[str, str]:
-    """Return both hooks as module paths where the model's family knows them; other names stay as they are.
+    """Return both hooks as module paths where the model holds a decoder of a family; else names stay as they are.
 
     A hook of the rules may have no module path; the error then states ``reason``, which is why the rules can't be used.
     """
-    family, hooks = family_of_model(model), hooks_of_model(model)
-    if family is None:
+    found = decoder_inside(model)
+    if found is None:
         return source, target
-    paths = module_hooks(model)
-    description = f"this {type(model).__name__} (its hooks, or module paths with ':in' for an input)"
-    ends = []
-    for name, role in ((source, "source"), (target, "target")):
-        known = [*hooks, *paths] if role == "source" else [*hooks, LOGITS, *paths]
-        path = module_path(name, family.PATHS, hooks, role == "source")
-        if path not in known:
-            known_hook(name, known, role, description)
-        if path in hooks:
-            raise ValueError(f"the {role} {name!r} is no module's value, and the rules can't be used: {reason}")
-        ends.append(path)
-    return ends[0], ends[1]
+    return found.place(source, model, "source", reason), found.place(target, model, "target", reason)
 
 
 def beyond_rules(decoder: Decoder, inputs: Inputs) -> str | None:
