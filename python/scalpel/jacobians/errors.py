@@ -24,8 +24,8 @@ def explained(run: Pass) -> Iterator[None]:
         experts = experts_of(run.model)
         if experts is not None:
             raise NotImplementedError(
-                f"the forward pass {ends} can't be differentiated, and the model's experts are computed by {experts!r}, "
-                "which may be the reason: choose an implementation of plain PyTorch, such as "
+                f"the forward pass {ends} can't be differentiated, and {experts!r} computes the model's experts, which "
+                "may be the reason: choose an implementation of plain PyTorch, such as "
                 f"model.set_experts_implementation('batched_mm') ({type(error).__name__}: {error})"
             ) from error
         named = re.search(r"forward AD with (\S+) that does not support it", str(error))

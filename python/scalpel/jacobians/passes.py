@@ -76,8 +76,8 @@ class Pass:
             )
         if adapters_mark(self.model) != self._adapters:
             raise RuntimeError(
-                "the model's adapters were switched after this Jacobian was made: call scalpel.jacobian again, or switch "
-                "them back"
+                "the model's adapters were switched after this Jacobian was made: call scalpel.jacobian again, or "
+                "switch them back"
             )
         hooks_now = user_hooks(self.model)
         if hooks_now == self._hooks:
