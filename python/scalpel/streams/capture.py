@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from ..hooks.adapters import inside_wrappers
 from ..hooks.inputs import Inputs, Limits, limits_of, read_inputs, without_cache
 from ..hooks.modules import as_named, as_written, first_tensor, hooked, module_hooks, module_names, with_first_tensor
 from ..hooks.names import hook_named, known_hook, module_path
@@ -76,6 +77,12 @@ class Capture:
     def _rows(self, name: str, values: list[Tensor], inputs: Inputs) -> list[Tensor]:
         place = self._places[name.removesuffix(GRADIENT)]
         real = inputs.real_of_decoder if "decoder" in place.split(":")[0].split(".") else inputs.real
+        added = inside_wrappers(self.model).added
+        if added is not None and real is not None and any(value.shape[1:2] != real.shape[1:] for value in values):
+            raise ValueError(
+                f"{name}: the model puts {added} before each text, so rows at padding can't be told from others: give "
+                "texts without padding, one length a batch"
+            )
         try:
             return [rows_at(value.detach(), real) for value in values]
         except ValueError as error:
@@ -135,12 +142,8 @@ class Capture:
         paths = module_names(self.model)
         if self._decoder is None or self._decoder.refusal is not None:
             return [name for name in paths if name]
-        places = self._decoder.paths
-        return [
-            hook
-            for hook in self._decoder.hooks
-            if module_path(hook, places, self._decoder.hooks).removesuffix(":in") in paths
-        ]
+        hooks, places = self._decoder.hooks, self._decoder.paths
+        return [hook for hook in hooks if module_path(hook, places, hooks).removesuffix(":in") in paths]
 
     def _place(self, hook: str, known: list[str]) -> str:
         if isinstance(self.model, CircuitGPT):

@@ -88,7 +88,7 @@ class DecoderInside:
             description = f"this {kind} (its hooks, or module paths with ':in' for an input)"
             known_hook(name, [*self.hooks, *logits, *paths], role, description)
         if self.refusal is not None:
-            raise ValueError(f"the {role} {name!r} is the name of a hook, and {self.refusal}")
+            raise ValueError(f"the {role} is {name!r}, the name of a value of the decoder, but {self.refusal}")
         path = within if hook is None else module_path(hook, self.paths, self.hooks, as_source)
         if path not in paths:
             why = f", and the rules can't be used: {reason}" if reason else ""
