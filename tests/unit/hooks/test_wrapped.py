@@ -88,7 +88,7 @@ def test_names_of_transformer_lens_and_module_paths(wrapper: str) -> None:
     check(model, plain, "llama", ids_of(), TRANSFORMER_LENS, targets_of(wrapper, "llama"))
     prefix = "model." if "headless" in wrapper else ""
     paths = {hook: place.removeprefix(prefix) for hook, place in PLACES["llama"].items()} | {"logits": "logits"}
-    check(model, plain, "llama", ids_of(), paths, [hook for hook in targets_of(wrapper, "llama")[:3]])
+    check(model, plain, "llama", ids_of(), paths, targets_of(wrapper, "llama")[:3])
     beyond_rules = {"0.resid_in": paths["0.resid_in"], "1.mlp.resid_delta": paths["1.mlp.resid_delta"]}
     check(model, plain, "llama", ids_of(), beyond_rules, ["1.mlp.resid_delta"])  # the output of down_proj is no hook
 
