@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 __all__ = [
+    "as_named",
     "as_written",
     "asks_for_gradients",
     "before_and_after",
@@ -30,6 +31,7 @@ __all__ = [
     "user_hooks",
     "watching_outputs",
     "with_first_tensor",
+    "wrapped_at",
 ]
 
 Meet = Callable[[Any, str], Any]
@@ -159,20 +161,64 @@ def _changes_nothing(hook: Any) -> bool:
     return isinstance(hook, _OwnHook) or getattr(hook, "__name__", "") in (*_ASKS_FOR_GRADIENTS, _KEEPS_OUTPUTS)
 
 
-# ---- compiled models -----------------------------------------------------------------------------
+# ---- wrappers ------------------------------------------------------------------------------------
 
 
 def as_written(model: nn.Module) -> nn.Module:
-    """Return the module that was given to ``torch.compile``, or the model itself if it isn't compiled.
+    """Return the module that was given to ``torch.compile`` or to data parallelism, or the model itself.
+
+    Such a wrapper calls the module inside and nothing else, so the module has the same values without it. A wrapper
+    that somebody has put a hook on stays.
 
     Raises:
-        TypeError: If it is a ScriptModule, which runs no hooks.
+        TypeError: If the model is a ScriptModule, which runs no hooks.
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model is a {type(model).__name__}, which runs no hooks: give the module that it was made of")
-    while _is_compiled_wrapper(model):
-        model = model._modules["_orig_mod"]  # type: ignore[assignment]
-    return model
+    return _layers_of_wrapping(model)[0]
+
+
+def as_named(model: nn.Module, name: Any) -> Any:
+    """Return a hook's name in the model that :func:`as_written` gives, from its name in ``model``.
+
+    A name that is no module path of ``model`` stays as it is, because it may be one of the module inside.
+    """
+    if not isinstance(name, str):
+        return name
+    path, colon, end = name.partition(":")
+    wrapper = model
+    for step in _layers_of_wrapping(model)[1]:
+        inside = path.removeprefix(step).removeprefix(".")
+        if (path == step or path.startswith(f"{step}.")) and _has(wrapper, path):
+            path = inside
+        wrapper = wrapper._modules[step]  # type: ignore[assignment]
+    return plain_name(path) + colon + end
+
+
+def wrapped_at(model: Any) -> str | None:
+    """Return the name under which a compiled or data-parallel wrapper holds its module; None for other modules."""
+    if _is_compiled_wrapper(model):
+        return "_orig_mod"
+    kinds = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return "module" if any(isinstance(model, kind) and type(model).forward is kind.forward for kind in kinds) else None
+
+
+def _layers_of_wrapping(model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """Return the module inside all wrappers that change nothing, and the names of the steps that lead to it."""
+    steps = []
+    while (step := wrapped_at(model)) is not None and not _is_touched(model):
+        steps.append(step)
+        model = model._modules[step]  # type: ignore[assignment]
+    return model, steps
+
+
+def _is_touched(wrapper: nn.Module) -> bool:
+    """Whether somebody has put a hook on the wrapper itself, or replaced its forward method."""
+    return hooks_on(wrapper) or ("forward" in vars(wrapper) and not _is_compiled_wrapper(wrapper))
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    return any(name == path for name, _ in model.named_modules(remove_duplicate=False))
 
 
 def _is_compiled_wrapper(module: Any) -> bool:

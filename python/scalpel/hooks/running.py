@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .grouped import GroupByGroup, groups_in_float64
 from .modules import asks_for_gradients
 
 __all__ = ["ALONE", "eager", "evaluating", "running"]
@@ -39,6 +40,8 @@ def running(model: nn.Module) -> Iterator[None]:
         stack.enter_context(eager())
         if asks_for_gradients(model):
             stack.enter_context(_NoRequestsForGradients())
+        if groups_in_float64(model):
+            stack.enter_context(GroupByGroup())
         yield
 
 

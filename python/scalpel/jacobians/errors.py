@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
+from ..hooks.grouped import experts_of
 from .passes import Pass
 
 __all__ = ["explained"]
@@ -20,6 +21,13 @@ def explained(run: Pass) -> Iterator[None]:
         raise
     except (NotImplementedError, RuntimeError) as error:
         ends = f"between {run.source!r} and {run.target!r}"
+        experts = experts_of(run.model)
+        if experts is not None:
+            raise NotImplementedError(
+                f"the forward pass {ends} can't be differentiated, and {experts!r} computes the model's experts, which "
+                "may be the reason: choose an implementation of plain PyTorch, such as "
+                f"model.set_experts_implementation('batched_mm') ({type(error).__name__}: {error})"
+            ) from error
         named = re.search(r"forward AD with (\S+) that does not support it", str(error))
         if named:
             raise NotImplementedError(

@@ -1,6 +1,5 @@
 """A forward pass of any module between two of its modules' values."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -9,7 +8,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..hooks.inputs import holds_ids, limits_of, read_inputs
+from ..hooks.grouped import GroupByGroup
+from ..hooks.inputs import holds_ids, limits_of, read_inputs, without_cache
 from ..hooks.modules import first_tensor, hooked, leaves, module_hooks, watching_outputs, with_first_tensor
 from ..hooks.names import LOGITS, known_hook
 from ..hooks.running import ALONE, running
@@ -36,11 +36,11 @@ class ModulePass(Pass):
         if not self._logits:
             known_hook(target, names, "target", kind)
         arguments, keywords = _arguments(model, inputs, keywords)
-        if "use_cache" in inspect.signature(model.forward).parameters:
-            keywords.setdefault("use_cache", False)  # a cache of keys would outlive the pass
+        keywords = without_cache(model) | keywords
         self.inputs = kept((arguments, keywords))
         self.largest = 0
         self._measured = False
+        self._grouped = GroupByGroup()  # experts, which every run computes in the same way
         self._notes: dict[nn.Module, dict[str, Any]] = {}  # other values of the owners of buffers, at the start
         self._written: dict[str, Tensor] = {}  # all buffers of modules that write to one, as they were at the start
 
@@ -57,6 +57,8 @@ class ModulePass(Pass):
             return value
 
         with ALONE, running(self.model), sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
+            if self._grouped.used or not self._measured:
+                stack.enter_context(self._grouped)
             for hook in dict.fromkeys((self.source, self.target)):
                 if hook != self.target or not self._logits:
                     stack.enter_context(hooked(self.model, hook, meet))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..hooks.adapters import adapters_mark
 from ..hooks.inputs import read_inputs
 from ..hooks.modules import rebuilt, user_hooks
 from ..hooks.names import LOGITS, check_no_pattern, hook_named, known_hook, with_patterns
@@ -38,6 +39,7 @@ class Pass:
         self.offloaded = any(weight.device.type == "meta" for weight in model.parameters())
         self._weights = self._weights_mark()
         self._hooks = user_hooks(model)
+        self._adapters = adapters_mark(model)
         self._modules = list(model.modules())
         self._buffers = {} if self.offloaded else buffers_mark(model)
         self._written: dict[str, Tensor] = {}  # initial values of all buffers of modules that write to one
@@ -55,7 +57,7 @@ class Pass:
         raise NotImplementedError
 
     def check_unchanged(self) -> None:
-        """Raise RuntimeError if a weight, a buffer, a module or a hook has changed since the pass was made.
+        """Raise RuntimeError if a weight, a buffer, a module, an adapter or a hook has changed since the pass was made.
 
         The tangents would then no longer belong to the primal.
         """
@@ -71,6 +73,11 @@ class Pass:
         if changed := [name for name in changed if name not in self._written]:
             raise RuntimeError(
                 f"the model's buffer {changed[0]!r} changed after this Jacobian was made: call scalpel.jacobian again"
+            )
+        if adapters_mark(self.model) != self._adapters:
+            raise RuntimeError(
+                "the model's adapters were switched after this Jacobian was made: call scalpel.jacobian again, or "
+                "switch them back"
             )
         hooks_now = user_hooks(self.model)
         if hooks_now == self._hooks:

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from ..hooks.inputs import Inputs, Limits, limits_of, read_inputs
-from ..hooks.modules import as_written, first_tensor, hooked, module_hooks, module_names, with_first_tensor
+from ..hooks.adapters import inside_wrappers
+from ..hooks.inputs import Inputs, Limits, limits_of, read_inputs, without_cache
+from ..hooks.modules import as_named, as_written, first_tensor, hooked, module_hooks, module_names, with_first_tensor
 from ..hooks.names import hook_named, is_pattern, known_hook, module_path, spells_pattern, with_patterns
 from ..hooks.running import ALONE, running
 from ..hooks.weights import showing_weights
 from ..models.circuitgpt.core import MODULE_PATHS
 from ..models.circuitgpt.model import CircuitGPT
-from ..models.decoders.families import family_of_model, hooks_of_model
+from ..models.decoders.families import decoder_inside
 
 GRADIENT = ".grad"  # what the name of a stream of gradients ends in
 _WEIGHTS = ":pattern"  # after the path of an attention module: the weights of its attention
@@ -44,16 +45,15 @@ class Capture:
     def __init__(self, model: nn.Module, hooks: Names, loss: Loss | None) -> None:
         self.model = as_written(model)
         self.limits = limits_of(self.model)
-        config = getattr(self.model, "config", None)
-        default_loss = _no_next_token if getattr(config, "is_encoder_decoder", False) else next_token_loss
-        self.loss = loss or default_loss
+        self._decoder = decoder_inside(self.model)
+        self.loss = loss or self._default_loss()
         self._usable: dict[str, Tensor] | None = None
         self._places: dict[str, str] = {}  # each hook as the caller names it → its name in this model
         known = self._known()
         chosen = _chosen(hooks, known, self._with_patterns(known))
         for name in chosen:
             hook = name.removesuffix(GRADIENT)
-            self._places[hook] = self._place(hook, known)
+            self._places[hook] = self._place(as_named(model, hook), known)
         self.streams = sorted(chosen, key=lambda name: name.endswith(GRADIENT))
 
     def __call__(self, batch: Any, streams: Iterable[str]) -> dict[str, Tensor]:
@@ -79,6 +79,12 @@ class Capture:
     def _rows(self, name: str, values: list[Tensor], inputs: Inputs) -> list[Tensor]:
         place = self._places[name.removesuffix(GRADIENT)]
         real = inputs.real_of_decoder if "decoder" in place.split(":")[0].split(".") else inputs.real
+        added = inside_wrappers(self.model).added
+        if added is not None and real is not None and any(value.shape[1:2] != real.shape[1:] for value in values):
+            raise ValueError(
+                f"{name}: the model puts {added} before each text, so rows at padding can't be told from others: give "
+                "texts without padding, one length a batch"
+            )
         try:
             return [rows_at(value.detach(), real) for value in values]
         except ValueError as error:
@@ -124,25 +130,30 @@ class Capture:
             gradients[name] = [torch.zeros_like(value) if slope is None else slope for value, slope in pairs]
         return gradients
 
+    def _default_loss(self) -> Loss:
+        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            return _no_next_token
+        return _no_logits if self._decoder is not None and self._decoder.headless else next_token_loss
+
     # ---- names -----------------------------------------------------------------------------------
 
     def _known(self) -> list[str]:
         """List the hooks that a pattern is matched against."""
         if isinstance(self.model, CircuitGPT):
             return list(self.model.hook_names)
-        family, hooks = family_of_model(self.model), hooks_of_model(self.model)
-        if family is None:
-            return [name for name in module_names(self.model) if name]
         paths = module_names(self.model)
-        return [hook for hook in hooks if module_path(hook, family.PATHS, hooks).removesuffix(":in") in paths]
+        if self._decoder is None or self._decoder.refusal is not None:
+            return [name for name in paths if name]
+        hooks, places = self._decoder.hooks, self._decoder.paths
+        return [hook for hook in hooks if module_path(hook, places, hooks).removesuffix(":in") in paths]
 
     def _with_patterns(self, known: list[str]) -> list[str]:
         """List ``known`` with the attention weights of each layer, where the model's layers are known."""
         if isinstance(self.model, CircuitGPT):
             return with_patterns(known)
-        if family_of_model(self.model) is None:
+        if self._decoder is None or self._decoder.refusal is not None:
             return known
-        return [hook for hook in with_patterns(hooks_of_model(self.model)) if hook in known or is_pattern(hook)]
+        return [hook for hook in with_patterns(self._decoder.hooks) if hook in known or is_pattern(hook)]
 
     def _place(self, hook: str, known: list[str]) -> str:
         if isinstance(self.model, CircuitGPT):
@@ -150,21 +161,19 @@ class Capture:
             name = hook_named(hook, MODULE_PATHS, known, True) or hook
             known_hook(name, known, "hook", "a CircuitGPT")
             return name
-        family, hooks = family_of_model(self.model), hooks_of_model(self.model)
-        if family is not None and is_pattern(name := hook_named(hook, family.PATHS, with_patterns(hooks), False) or ""):
-            layer = name.partition(".")[0]
-            return family.PATHS["attn.resid_delta"].format(i=layer) + _WEIGHTS
-        path = hook if family is None else module_path(hook, family.PATHS, hooks)
+        if self._decoder is not None:
+            name = self._decoder.hook(hook, False) or ""
+            if is_pattern(name) and self._decoder.refusal is None:
+                return self._decoder.paths["attn.resid_delta"].format(i=name.partition(".")[0]) + _WEIGHTS
+            return self._decoder.place(hook, self.model, "hook")
         paths = module_hooks(self.model)
-        if path not in paths:
-            if family is None and spells_pattern(hook):
-                raise ValueError(
-                    f"unknown hook {hook!r}: attention weights are no module's value, and this "
-                    f"{type(self.model).__name__} is none of the models whose attention is known by name"
-                )
-            known_hook(hook, [*known, *paths], "hook", f"this {type(self.model).__name__}")
-            raise ValueError(f"the hook {hook!r} is the value of no module of this {type(self.model).__name__}")
-        return path
+        if hook not in paths and spells_pattern(hook):
+            raise ValueError(
+                f"unknown hook {hook!r}: attention weights are no module's value, and this "
+                f"{type(self.model).__name__} is none of the models whose attention is known by name"
+            )
+        known_hook(hook, paths, "hook", f"this {type(self.model).__name__}")
+        return hook
 
     # ---- runs ------------------------------------------------------------------------------------
 
@@ -219,9 +228,7 @@ class Capture:
             return with_first_tensor(value, kept.clone())  # because a module may change its input in place
 
         known = inspect.signature(self.model.forward).parameters
-        keywords = inputs.keywords()
-        if "use_cache" in known:
-            keywords = {"use_cache": False} | keywords
+        keywords = without_cache(self.model) | inputs.keywords()
         patterns = [place.removesuffix(_WEIGHTS) for place in places if place.endswith(_WEIGHTS)]
         with ExitStack() as stack:
             for place in places:
@@ -294,6 +301,13 @@ def _no_next_token(logits: Tensor, batch: Any) -> Tensor:
     raise ValueError(
         "an encoder-decoder model doesn't predict the next token of its input: give loss=, a function of the output "
         "and the batch"
+    )
+
+
+def _no_logits(output: Tensor, batch: Any) -> Tensor:
+    raise ValueError(
+        "the model has no output matrix, so there are no logits and no loss by default: load it as the class that has "
+        "one (...ForCausalLM), or give loss=, a function of the output and the batch"
     )
 
 

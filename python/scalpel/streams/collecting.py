@@ -118,7 +118,7 @@ def collect(
         dim = widths[name]
         return StreamingCovariance(dim, None if rank is None else min(rank, dim), method, center, precision=precision)
 
-    if folder is not None and getattr(model, "_interventions", None):
+    if folder is not None and getattr(capture.model, "_interventions", None):
         raise ValueError(
             "the model has ablations in force, which states on disk would not show: collect without folder=, and "
             "save the states under names of your own"

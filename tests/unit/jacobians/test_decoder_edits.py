@@ -13,7 +13,7 @@ from torch import nn
 from decoder_cases import exact_norms, ids_of, model_of
 from edited_decoders import EDITS, another_head, biased_head
 from scalpel import CircuitGPT, jacobian
-from scalpel.models.decoders.families import decoder_of, family_of_model
+from scalpel.models.decoders.families import decoder_inside, decoder_of
 from scalpel.reference.jacobian import jacobian_dense
 
 pytest.importorskip("transformers")
@@ -33,9 +33,9 @@ def check(model: Any) -> None:
     """The Jacobian from the first layer's input to the last norm's, compared with plain autograd over the
     unchanged model.
     """
-    family = family_of_model(model)
-    assert family is not None
-    source, target = family.PATHS["resid_in"].format(i=0), family.PATHS["final_resid"]
+    found = decoder_inside(model)
+    assert found is not None
+    source, target = found.paths["resid_in"].format(i=0), found.paths["final_resid"]
     expected = jacobian_dense(model, ids_of(), source, target)
     torch.testing.assert_close(jacobian(model, ids_of()).to_dense(), expected, rtol=1e-7, atol=1e-9)
 

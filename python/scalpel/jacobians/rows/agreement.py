@@ -7,7 +7,6 @@ beside that of a short one it is not, since each pass reads all of the weights.
 
 from __future__ import annotations
 
-import inspect
 import math
 import sys
 import weakref
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...hooks.inputs import Inputs
+from ...hooks.inputs import Inputs, without_cache
 from ...hooks.running import running
 from ...models.decoders.decoder import Decoder
 from ...models.decoders.families import marks_of
@@ -58,16 +57,16 @@ def difference(model: nn.Module, decoder: Decoder, inputs: Inputs) -> str | None
         return None
     if _is_as_built(model) and _runs_library_code(model):
         inputs = _part(inputs, _windows(model, decoder))
-    keywords = inputs.keywords()
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        keywords["use_cache"] = False
+    keywords = inputs.keywords() | without_cache(model)
     try:
         with running(model):
-            own: Tensor = model(**keywords).logits
+            output = model(**keywords)
     except Exception as raised:  # whatever an edited model raises; torch.func will raise it where it is seen
         return f"its own forward pass raises {type(raised).__name__}: {raised}"
-    ours = DenseTrace(decoder, Text.of(inputs), ["logits"]).run().values["logits"]
-    own = own.to(ours.dtype)
+    trace = DenseTrace(decoder, Text.of(inputs), ["logits"]).run()
+    assert trace.final is not None
+    ours = trace.final[0].value() if decoder.headless else trace.values["logits"]
+    own: Tensor = (output.last_hidden_state if decoder.headless else output.logits).to(ours.dtype)
     if inputs.mask is not None:
         real = inputs.mask.bool()
         ours, own = ours[real], own[real]
@@ -75,7 +74,7 @@ def difference(model: nn.Module, decoder: Decoder, inputs: Inputs) -> str | None
         return None
     error = float((ours - own).abs().max() / own.abs().max().clamp(min=1e-30)) if ours.shape == own.shape else math.inf
     if not error <= _AGREE[next(model.parameters()).dtype]:
-        return f"its own forward pass is not that of its family: the logits differ by {error:.1e} of the largest"
+        return f"its own forward pass is not that of its family: its output differs by {error:.1e} of the largest"
     _compared[model] = marks
     return None
 

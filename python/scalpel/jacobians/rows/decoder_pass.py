@@ -15,18 +15,10 @@ from torch import Tensor, nn
 
 from ...hooks.inputs import Inputs, holds_ids, limits_of, read_inputs
 from ...hooks.modules import module_hooks
-from ...hooks.names import (
-    LOGITS,
-    check_no_pattern,
-    hook_named,
-    is_pattern,
-    known_hook,
-    module_path,
-    spells_pattern,
-    with_patterns,
-)
+from ...hooks.names import LOGITS, check_no_pattern, is_pattern, spells_pattern, with_patterns
 from ...models.decoders.decoder import Decoder
-from ...models.decoders.families import decoder_or_reason, family_of_model, hooks_of, hooks_of_model
+from ...models.decoders.families import decoder_inside, decoder_or_reason, hooks_of
+from ...models.decoders.inside import DecoderInside
 from ..passes import Pass, kept
 from .agreement import difference
 from .narrow import NarrowWeights
@@ -45,9 +37,16 @@ class DecoderPass(Pass):
     """The pass of a supported decoder between two hooks, given by Scalpel's names; ``logits`` may be the target."""
 
     def __init__(
-        self, model: nn.Module, decoder: Decoder, inputs: Inputs, ends: tuple[str, str], precision: str | None
+        self,
+        model: nn.Module,
+        found: DecoderInside,
+        decoder: Decoder,
+        inputs: Inputs,
+        ends: tuple[str, str],
+        precision: str | None,
     ) -> None:
         super().__init__(model, *ends)
+        self.found = found
         self.decoder = decoder
         self.inputs = kept(inputs.keywords())
         self.text: Text = kept(Text.of(inputs))
@@ -59,7 +58,7 @@ class DecoderPass(Pass):
         self.products = replace(decoder, weights=NarrowWeights.of(model, decoder.weights)) if narrow else decoder
 
     def between(self, source: str, target: str) -> DecoderPass | None:
-        hooks = _ends(self.decoder, source, target)
+        hooks = _ends(self.found, source, target)
         if isinstance(hooks, str):
             return None
         other = copy.copy(self)
@@ -81,10 +80,10 @@ def decoder_pass(
     model: nn.Module, input_ids: Any, beside: dict[str, Any], source: str, target: str, precision: str | None
 ) -> DecoderPass | str:
     """Make the pass, or return the reason why the rules don't cover the model, its inputs or a hook."""
-    decoder = decoder_or_reason(model)
-    if isinstance(decoder, str):
-        return decoder
-    ends = _ends(decoder, source, target)
+    found, decoder = decoder_inside(model), decoder_or_reason(model)
+    if found is None or isinstance(decoder, str):
+        return str(decoder)
+    ends = _ends(found, source, target)
     if isinstance(ends, str):
         return ends
     if not holds_ids(input_ids):
@@ -93,14 +92,14 @@ def decoder_pass(
     reason = beyond_rules(decoder, inputs)
     if reason is not None:
         return reason
-    return difference(model, decoder, inputs) or DecoderPass(model, decoder, inputs, ends, precision)
+    return difference(model, decoder, inputs) or DecoderPass(model, found, decoder, inputs, ends, precision)
 
 
-def _ends(decoder: Decoder, source: str, target: str) -> tuple[str, str] | str:
+def _ends(found: DecoderInside, source: str, target: str) -> tuple[str, str] | str:
     """Return Scalpel's names of both hooks, or the reason why the rules don't cover one of them."""
-    hooks, known = [], with_patterns(hooks_of(decoder.config))
+    hooks = []
     for name, as_source in ((source, True), (target, False)):
-        hook = LOGITS if name == LOGITS else hook_named(name, decoder.family.PATHS, known, as_source)
+        hook = LOGITS if name == LOGITS and not found.headless else found.hook(name, as_source)
         if hook is None:
             return f"{name!r} is no hook of the rules"
         hooks.append(hook)
@@ -111,31 +110,19 @@ def _ends(decoder: Decoder, source: str, target: str) -> tuple[str, str] | str:
 
 
 def module_paths(model: nn.Module, source: str, target: str, reason: str) -> tuple[str, str]:
-    """Return both hooks as module paths where the model's family knows them; other names stay as they are.
+    """Return both hooks as module paths where the model holds a decoder of a family; else names stay as they are.
 
     A hook of the rules may have no module path; the error then states ``reason``, which is why the rules can't be used.
     """
-    family, hooks = family_of_model(model), hooks_of_model(model)
-    paths = module_hooks(model)
-    if family is None:
-        if target not in paths and spells_pattern(target):
+    found = decoder_inside(model)
+    if found is None:
+        if target not in module_hooks(model) and spells_pattern(target):
             raise ValueError(f"the target {target!r}: {_NO_MODULE_S}. The rules can't be used: {reason}")
         return source, target
-    description = f"this {type(model).__name__} (its hooks, or module paths with ':in' for an input)"
-    ends = []
-    for name, role in ((source, "source"), (target, "target")):
-        hook = hook_named(name, family.PATHS, with_patterns(hooks), role == "source")
-        if hook is not None and is_pattern(hook):
-            check_no_pattern(source if role == "target" else hook)
-            raise ValueError(f"the target {name!r}: {_NO_MODULE_S}. The rules can't be used: {reason}")
-        known = [*hooks, *paths] if role == "source" else [*hooks, LOGITS, *paths]
-        path = module_path(name, family.PATHS, hooks, role == "source")
-        if path not in known:
-            known_hook(name, known, role, description)
-        if path in hooks:
-            raise ValueError(f"the {role} {name!r} is no module's value, and the rules can't be used: {reason}")
-        ends.append(path)
-    return ends[0], ends[1]
+    check_no_pattern(found.hook(source, True) or "")
+    if is_pattern(found.hook(target, False) or ""):
+        raise ValueError(f"the target {target!r}: {_NO_MODULE_S}. The rules can't be used: {reason}")
+    return found.place(source, model, "source", reason), found.place(target, model, "target", reason)
 
 
 def beyond_rules(decoder: Decoder, inputs: Inputs) -> str | None:

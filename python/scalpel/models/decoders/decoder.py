@@ -120,6 +120,7 @@ class Family(Protocol):
     """The constants and functions that a family's file defines."""
 
     ARCHITECTURES: tuple[str, ...]  # model classes, by their names in a config's "architectures"
+    HEADLESS: dict[str, str]  # from a class without an output matrix to the class that adds one
     PATHS: dict[str, str]  # from our hook's name to a module's path, with {i} for the layer
     PREFIX: str  # begins the names of all tensors but the output matrix; files of the model without a head lack it
     ALSO_NAMED: dict[str, str]  # from another name of a tensor, which files may use, to the class's own
@@ -149,6 +150,7 @@ class Decoder:
     family: Family
     config: DecoderConfig
     weights: Weights
+    headless: bool = False  # whether the model ends with its last norm; the embedding then stands for the output matrix
 
     def layer(self, i: int) -> DecoderLayer:
         """Return the weights of layer ``i``."""

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...hooks.adapters import inside_wrappers, resting_layers
 from ...hooks.modules import plain_name, user_hooks
 from ...hooks.names import hook_names
 from . import gpt2, gpt_neox, llama
 from .decoder import Decoder, DecoderConfig, Family, check_head, check_layer
+from .inside import DecoderInside
 
 # Activations that work on each entry alone and have no parameters.
 ACTIVATIONS = ("gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish", "tanh")
@@ -21,12 +23,28 @@ FAMILIES: tuple[Any, ...] = (gpt2, gpt_neox, llama)
 
 
 class ModuleWeights:
-    """A module's own parameters by name; those of compiled layers have the names from before compilation."""
+    """A module's own parameters, by the names that the class with an output matrix gives them.
 
-    def __init__(self, model: nn.Module) -> None:
-        named = model.named_parameters(remove_duplicate=False)
-        self._tensors = {plain_name(name): tensor for name, tensor in named}
+    Compiled layers have the names from before compilation, and layers whose adapters rest those from before PEFT.
+    """
+
+    def __init__(self, model: nn.Module, prefix: str = "") -> None:
+        self._prefix = prefix
+        self._resting = [plain_name(name) for name in resting_layers(model)]
+        named = ((self.name(name), tensor) for name, tensor in model.named_parameters(remove_duplicate=False))
+        self._tensors = {name: tensor for name, tensor in named if name is not None}
         self._read: set[int] = set()
+
+    def name(self, name: str) -> str | None:
+        """Return the name of a tensor from its name in the module; None for a part of an adapter that rests."""
+        name = plain_name(name)
+        for layer in self._resting:
+            if name.startswith(f"{layer}."):
+                below = name.removeprefix(f"{layer}.")
+                if not below.startswith("base_layer."):
+                    return None
+                name = f"{layer}.{below.removeprefix('base_layer.')}"
+        return self._prefix + name
 
     def __call__(self, name: str) -> Tensor:
         self._read.add(id(self._tensors[name]))
@@ -48,11 +66,6 @@ def family_of(architecture: str) -> Family | None:
     return next((family for family in FAMILIES if architecture in family.ARCHITECTURES), None)
 
 
-def family_of_model(model: nn.Module) -> Family | None:
-    """Return the family of a model if its class is one of transformers' own, otherwise None."""
-    return family_of(type(model).__name__) if type(model).__module__.startswith("transformers.models.") else None
-
-
 def supported() -> list[str]:
     """List the names of the model classes that belong to a family."""
     return [name for family in FAMILIES for name in family.ARCHITECTURES]
@@ -69,9 +82,12 @@ def decoder_or_reason(model: nn.Module) -> Decoder | str:
 
     Only its class, config and weights are looked at: the forward passes are compared elsewhere.
     """
-    family = family_of_model(model)
-    if family is None:
-        return f"{type(model).__name__} is none of {', '.join(supported())}"
+    found = decoder_inside(model)
+    if found is None:
+        return f"{type(model).__name__} is none of {', '.join(supported())}, and holds none"
+    if found.refusal is not None:
+        return found.refusal
+    family = found.family
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1 or not {device.type for device in devices} <= {"cpu", "cuda"}:
         return f"the weights are on {', '.join(sorted(map(str, devices)))}; allowed: all on the CPU, or all on one GPU"
@@ -81,11 +97,11 @@ def decoder_or_reason(model: nn.Module) -> Decoder | str:
     hooked = user_hooks(model)
     if hooked:
         return f"there is a hook on {hooked[0][0]}"
-    config = config_of(family, model.config, type(model).__name__)
+    config = config_of(family, found.module.config, found.architecture)
     if isinstance(config, str):
         return config
-    weights = ModuleWeights(model)
-    buffers = model.named_buffers()
+    weights = ModuleWeights(found.module, f"{family.PREFIX}." if found.headless else "")
+    buffers = found.module.named_buffers()
     inverse = next((buffer for name, buffer in buffers if name.endswith("rotary_emb.inv_freq")), None)
     if config.rotary is not None and inverse is not None:
         config = replace(config, rotary=replace(config.rotary, inverse=inverse.detach().float()))
@@ -98,10 +114,13 @@ def decoder_or_reason(model: nn.Module) -> Decoder | str:
     except (KeyError, ValueError) as error:
         return f"its weights are not those that its config describes: {error}"
     # A tensor that no rule reads may be an adapter's that is still zero: comparing forward passes would not show it.
-    others = [name for name in model.state_dict() if name not in weights and not passed_over(name, family)]
-    if unread := [*weights.unread(), *(name for name in map(plain_name, others) if name not in weights)]:
+    named = {name: weights.name(name) for name in found.module.state_dict()}
+    others = [name for name, ours in named.items() if ours is not None and ours not in weights]
+    own = {id(parameter) for parameter in found.module.parameters()}
+    around = [name for name, parameter in model.named_parameters() if id(parameter) not in own]
+    if unread := [*weights.unread(), *(name for name in others if not passed_over(name, family)), *around]:
         return f"it computes with {unread[0]!r}, which no rule reads"
-    return Decoder(family, config, weights)
+    return Decoder(family, config, weights, found.headless)
 
 
 def passed_over(key: str, family: Family | None = None) -> bool:
@@ -147,11 +166,34 @@ def marks_of(model: nn.Module) -> tuple[Any, ...]:
         )
         for name, module in model.named_modules(remove_duplicate=False)
     )
-    config: Any = model.config
+    found = decoder_inside(model)
+    config: Any = model.config if found is None else found.module.config
     return modules, repr(config.to_dict()), str(getattr(config, "_attn_implementation", None))
 
 
 # ---- hooks -------------------------------------------------------------------------------------
+
+
+def decoder_inside(model: nn.Module) -> DecoderInside | None:
+    """Find the decoder of a family that a model is, or that it holds inside wrappers; None if there is none.
+
+    Other modules that hold a decoder may do anything with it, and have module paths alone.
+    """
+    module, path, added = inside_wrappers(model)
+    name, refusal = type(module).__name__, None
+    if not type(module).__module__.startswith("transformers.models."):
+        return None
+    if added is not None:
+        refusal = (
+            f"the model puts {added} before each text, so its values are not those of the text's tokens alone: give "
+            "module paths of the model, whose positions may count virtual tokens too, or switch them off with "
+            "model.disable_adapter()"
+        )
+    for family in FAMILIES:
+        if name in (*family.ARCHITECTURES, *family.HEADLESS):
+            headless = name in family.HEADLESS
+            return DecoderInside(family, family.HEADLESS.get(name, name), module, path, headless, refusal)
+    return None
 
 
 def hooks_of(config: DecoderConfig) -> list[str]:
@@ -160,8 +202,6 @@ def hooks_of(config: DecoderConfig) -> list[str]:
 
 
 def hooks_of_model(model: nn.Module) -> list[str]:
-    """List the hooks of a family's model, even if the rules don't cover its config; empty for any other model."""
-    if family_of_model(model) is None:
-        return []
-    config: Any = model.config
-    return hook_names(config.num_hidden_layers, getattr(config, "use_parallel_residual", False))
+    """List the hooks of the decoder that a model is or holds, even if the rules don't cover it; empty if none."""
+    found = decoder_inside(model)
+    return [] if found is None or found.refusal is not None else found.hooks

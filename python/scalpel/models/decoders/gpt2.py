@@ -9,6 +9,7 @@ from torch import Tensor
 from .decoder import DecoderConfig, DecoderLayer, Dense, NormWeight, Weights, norm_at
 
 ARCHITECTURES = ("GPT2LMHeadModel",)
+HEADLESS = {"GPT2Model": "GPT2LMHeadModel"}
 PATHS = {
     "resid_in": "transformer.h.{i}:in",
     "attn.act_in": "transformer.h.{i}.ln_1",

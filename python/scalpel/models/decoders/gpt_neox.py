@@ -12,6 +12,7 @@ from torch import Tensor
 from .decoder import DecoderConfig, DecoderLayer, Dense, NormWeight, Weights, dense_at, norm_at, rotary_of
 
 ARCHITECTURES = ("GPTNeoXForCausalLM",)
+HEADLESS = {"GPTNeoXModel": "GPTNeoXForCausalLM"}
 PATHS = {
     "resid_in": "gpt_neox.layers.{i}:in",
     "attn.act_in": "gpt_neox.layers.{i}.input_layernorm",
