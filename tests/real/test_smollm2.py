@@ -21,6 +21,7 @@ from scalpel.analysis.text import read_text
 from scalpel.jacobians.stream import stream_layers
 from scalpel.models.tokenizer import Tokenizer
 from scalpel.models.weight_files import CheckpointError
+from wrapper_cases import mapped
 
 pytestmark = [pytest.mark.real, pytest.mark.xdist_group("smollm2")]
 
@@ -235,3 +236,33 @@ def test_its_attention_weights_are_those_of_eager_attention(
     rows = rows[batch["attention_mask"].bool()].double()
     assert state.count == 20 and state.dim == 9 * 12
     torch.testing.assert_close(state.covariance(), torch.cov(rows.T, correction=0), rtol=1e-4, atol=1e-6)
+
+
+# ---- inside wrappers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "headless", "DataParallel"])
+def test_names_of_hooks_inside_a_wrapper(smollm2: Any, smollm2_tokenizer: Tokenizer, kind: str) -> None:
+    """Products and second moments beside torch.func and forward hooks on the plain or merged model."""
+    ids = ids_of(smollm2_tokenizer, TEXT, 8)
+    plain = smollm2
+    if kind == "LoRA":
+        peft = pytest.importorskip("peft")
+        torch.manual_seed(0)
+        config = peft.LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(copy.deepcopy(smollm2), config).eval()
+        plain = copy.deepcopy(model).merge_and_unload()
+    else:
+        model = smollm2.model if kind == "headless" else torch.nn.DataParallel(smollm2)
+    target = "28.mlp.post_act"
+    J = scalpel.jacobian(model, ids, "27.resid_in", target)
+    value_of = mapped(plain, ids, "model.layers.27:in", "model.layers.28.mlp.down_proj:in")
+    tangent = torch.randn(J.source_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        primal, pushed = torch.func.jvp(value_of, (torch.zeros_like(tangent),), (tangent,))
+    torch.testing.assert_close(J.primal, primal, rtol=1e-3, atol=1e-3)
+    assert (J.jvp(tangent[None])[0] - pushed).norm() < 1e-3 * pushed.norm()
+    found = scalpel.collect(model, [ids], [target], center=False, progress=False)[target].covariance()
+    rows = primal.double().flatten(0, 1)
+    expected = rows.T @ rows / len(rows)
+    assert (found - expected).norm() < 1e-3 * expected.norm()

@@ -49,11 +49,13 @@ def jacobian(
     keeps the support that it has at the primal. ``source == target`` is the identity.
 
     The Jacobian is that of the model with the ablations, interventions and forward hooks that are active at this call.
-    The ablations of a CircuitGPT may have ended by the time a product is taken. If a weight, a buffer, a module or a
-    module's forward hook has changed by then, the product raises RuntimeError, since it would not belong to the primal.
+    The ablations of a CircuitGPT may have ended by the time a product is taken. If a weight, a buffer, a module, an
+    adapter of PEFT or a module's forward hook has changed by then, the product raises RuntimeError, since it would not
+    belong to the primal.
     The model runs in evaluation mode, and uncompiled; its training flags, parameters, buffers and gradients stay as
-    they are. Where the model applies the attention mask, a padded text has the same values as the text alone: if
-    padding comes first, positions start after it.
+    they are. The experts of a mixture of experts, which transformers computes in one grouped product, are computed one
+    after another, without copies of their weights. Where the model applies the attention mask, a padded text has the
+    same values as the text alone: if padding comes first, positions start after it.
 
     A CircuitGPT or one of the transformers models below, on one device and without module hooks, has rules of its own
     for its sublayers; in these, a padding query, which may read no key, attends to nothing. Any other model, input or
@@ -70,10 +72,12 @@ def jacobian(
             ``"logits"``. Or one of transformers' GPT-2, GPT-NeoX, Llama, Mistral, Qwen2 and Qwen3
             (``...ForCausalLM``, ``GPT2LMHeadModel``), whose hooks have the same names (q and k before their norm and
             rotation; GPT-NeoX in parallel has no ``resid_mid``). Both also take TransformerLens's names
-            (``blocks.0.hook_resid_pre``, with the heads side by side) and the module paths of these values. Or any
-            other nn.Module, whose hooks are module paths: ``"name"`` is the module's output and ``"name:in"`` its
-            input (its first tensor if there are several, in the first run if the module runs several times); ``""`` is
-            the model itself, and ``"logits"`` is the model's output or its ``logits``.
+            (``blocks.0.hook_resid_pre``, with the heads side by side) and the module paths of these values. The
+            transformers models may lack the output matrix (``LlamaModel``), and then have no logits, or be wrapped by
+            PEFT, ``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` or accelerate. Or any other
+            nn.Module, whose hooks are module paths: ``"name"`` is the module's output and ``"name:in"`` its input (its
+            first tensor if there are several, in the first run if the module runs several times); ``""`` is the model
+            itself, and ``"logits"`` is the model's output or its ``logits``.
         input_ids: (B, L) integers, or a batch as transformers' tokenizers give it: a mapping with ``input_ids`` and,
             optionally, ``attention_mask`` and ``position_ids``. For an nn.Module also any tensor, a tuple of
             arguments, or a mapping of keyword arguments.

@@ -53,11 +53,12 @@ def collect(
         hooks: Names of hooks, a regular expression that matches whole names, or a function of a name. The name of a
             hook selects the activations there. With ``.grad`` after it, as in ``"0.resid_in.grad"``, it selects the
             gradient of the loss with respect to these activations, with one row for each token. Names may be
-            Scalpel's, TransformerLens's, or module paths, with ``:in`` at the end for a module's input. The weights of
-            attention, ``"0.attn.pattern"``, are chosen by a list or by an expression that spells ``pattern``, of a
-            CircuitGPT and of transformers' models whose hooks have Scalpel's names. They have a row for each query and
-            a column for each head and key, heads side by side, so all batches need one length; a key is counted by its
-            place in the batch, padding included. Their gradient is zero at keys that the query may not read.
+            Scalpel's, TransformerLens's, or module paths, with ``:in`` at the end for a module's input, in whatever
+            :func:`scalpel.jacobian` finds a decoder. The weights of attention, ``"0.attn.pattern"``, are chosen by a
+            list or by an expression that spells ``pattern``, of a CircuitGPT and of transformers' models whose hooks
+            have Scalpel's names. They have a row for each query and a column for each head and key, heads side by side,
+            so all batches need one length; a key is counted by its place in the batch, padding included. Their gradient
+            is zero at keys that the query may not read.
         memory: How much memory the states may take while they are filled, in bytes or as a text such as "8GiB". If not
             all states fit, the hooks are divided into groups and the corpus is read once for each group, so ``batches``
             must be something that can be read again, such as a list. For a model on a GPU this is memory of the GPU.
