@@ -75,8 +75,7 @@ class Conversations:
 
     def __init__(self, text: str, tokenizer: Tokenizer, write: Callable[[str], str]) -> None:
         self._text, self._tokenizer, self._write = text, tokenizer, write
-        self._places = tokenizer.inner.encode(text, add_special_tokens=False).offsets
-        self._begins = [begin for begin, _ in self._places]
+        self._ends = [end for _, end in tokenizer.inner.encode(text, add_special_tokens=False).offsets]
         self.opening = write(_MARK).find(_MARK)
         if self.opening < 0:
             raise ValueError("the chat template does not contain the text of a user's message as it is")
@@ -90,7 +89,7 @@ class Conversations:
         chunks: list[Chunk] = []
         at = 0
         while len(chunks) < most and at < len(self._text):
-            start = max(0, bisect_right(self._begins, at) - 1)
+            start = bisect_right(self._ends, at)  # the first token that ends beyond this place
             message = self._message(at, start, length)
             if not message.strip():  # a template may strip it to nothing
                 at += len(message)
@@ -125,8 +124,8 @@ class Conversations:
 
     def _message(self, at: int, start: int, length: int) -> str:
         """Return the text from a place on: more than ``length`` tokens of it, so that no chunk sees where it ends."""
-        last = min(start + 2 * length + _SLACK, len(self._places)) - 1
-        return self._text[at : max(at + 1, self._places[last][1])]
+        last = start + 2 * length + _SLACK
+        return self._text[at : self._ends[last] if last < len(self._ends) else len(self._text)]
 
     def _encoded(self, message: str) -> tuple[list[int], list[int]]:
         """Write and encode a message: the ids, and where each of them ends, in characters of the message."""

@@ -35,6 +35,11 @@ def notes_of(
     """
     count = len(records)
     notes = []
+    if "chat_template" in text.key:
+        notes.append(
+            "Each chunk is the beginning of a conversation, as the tokenizer's own chat template writes it: its first "
+            "message, of the user, is the text from there on, cut off where the chunk ends."
+        )
     if text.rows is not None:
         notes.append(
             f"Tokens that count: {text.facts['tokens that count']}. All tokens are attended to, and the loss whose "

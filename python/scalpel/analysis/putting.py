@@ -106,14 +106,13 @@ class Putting:
         return int(self._bos is not None)
 
     def facts(self, length: int, chunks: Sequence[Chunk]) -> dict[str, str]:
-        """Say what was put in front of the text, and around it."""
+        """Say what was put in front of the text, and around it, in lines short enough for the report's list."""
         facts = {"special tokens": self._special(chunks)}
         if self._conversations is None:
             return facts | {"chat template": "not used"}
         return facts | {
-            "chat template": f"the tokenizer's own ({self._template[:12]}): each chunk is the beginning of a "
-            "conversation, whose first message, of the user, is the text from there on; "
-            f"{self.opening(length)} of its {length} tokens stand before the message"
+            "chat template": f"the tokenizer's own ({self._template[:12]}); {self.opening(length)} of a chunk's "
+            f"{length} tokens stand before the message"
         }
 
     def key(self, chunks: Sequence[Chunk]) -> dict[str, Any]:
@@ -126,17 +125,15 @@ class Putting:
 
     def _special(self, chunks: Sequence[Chunk]) -> str:
         if self._bos is None:
-            around = "none added" if self._conversations is None else "those of the chat template, none added to them"
+            around = "none added" if self._conversations is None else "those of the chat template"
             if self._own is None or all(chunk.ids[0] == self._own for chunk in chunks):
                 return around
-            return (
-                f"{around}; the tokenizer itself would put {self._named(self._own)} in front of a text, as --bos does"
-            )
+            return f"{around}; the tokenizer itself would add {self._named(self._own)}: see --bos"
         had = self._beginning_with_it(chunks)
         if had == len(chunks):
-            return f"none added: each chunk begins with {self._named(self._bos)} already"
+            return f"none added: each chunk has {self._named(self._bos)} already"
         said = f"{self._named(self._bos)} in front of each chunk"
-        return said if not had else f"{said} but {had} of {len(chunks)}, which begin with it already"
+        return said if not had else f"{said}; {had} of {len(chunks)} had it already"
 
     def _beginning_with_it(self, chunks: Sequence[Chunk]) -> int:
         """Count the chunks that begin with the token by themselves."""
