@@ -59,7 +59,8 @@ def _front(first: int, bos: int | None) -> tuple[int, ...]:
 class Conversations:
     """Chunks that are each the beginning of a conversation, whose first message is the text from some place on.
 
-    What stands before the message is the opening. It depends on the template alone and is the same in each chunk.
+    What stands before the message is the opening. It depends on the template alone and is the same in each chunk. A
+    character of several tokens that the end of a chunk cuts off is not repeated in the next.
 
     Args:
         text: The text.
