@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..hooks.inputs import Inputs
 from ..models.tokenizer import Tokenizer
-from ..streams.rows import Rows
+from ..streams.rows import Rows, counted, key_of
 from .cutting import Chunk
 from .putting import Putting
 from .source import Source, conventions_beside
@@ -71,7 +71,7 @@ class Text:
         """
         if self.rows is None:
             return None
-        counts = self.rows.counted(ids, Inputs(ids), False)[0]
+        counts = counted(self.rows, ids, Inputs(ids))[0]
         if not bool(counts.any()):
             raise ValueError(
                 f"in a chunk of {ids.shape[1]} tokens none counts: give a larger --length, a smaller --skip-first, or "
@@ -160,7 +160,7 @@ def read_text(
             torch.tensor(ids, dtype=torch.int64, device="cpu").numpy().tobytes()
         ).hexdigest(),
     }
-    key = {**put.key(chunks), **({} if rows is None else {"rows": rows.key()})}
+    key = {**put.key(chunks), **({} if rows is None else {"rows": key_of(rows)})}
     found_text = Text(tuple(ids), facts, tuple(chunks), rows, max(put.opening(length), choice.skip_first) + 1, key)
     for chunk in range(len(chunks)):
         found_text.counted(found_text.chunk(chunk, length))

@@ -20,7 +20,7 @@ from ..hooks.running import ALONE, running
 from ..models.circuitgpt.core import MODULE_PATHS
 from ..models.circuitgpt.model import CircuitGPT
 from ..models.decoders.families import family_of_model, hooks_of_model
-from .rows import Rows, rows_at
+from .rows import Rows, counted, rows_at, without_mask
 
 GRADIENT = ".grad"  # what the name of a stream of gradients ends in
 
@@ -72,12 +72,12 @@ class Capture:
         hooks = {name.removesuffix(GRADIENT) for name in streams}
         gradients = [name for name in streams if name.endswith(GRADIENT)]
         with torch.inference_mode(False):
-            inputs = read_inputs(batch if self.rows is None else self.rows.for_model(batch), self.limits)
+            inputs = read_inputs(without_mask(self.rows, batch), self.limits)
             values, output = self._run(inputs, hooks, bool(gradients))
             by_stream = {name: values[name] for name in streams if not name.endswith(GRADIENT)}
             by_stream |= self._gradients(gradients, values, output, batch)
-        counted = {of: self._counted(batch, inputs, of) for of in {self._of_decoder(name) for name in streams}}
-        return {name: _joined(self._rows(name, by_stream[name], counted[self._of_decoder(name)])) for name in streams}
+        chosen = {of: self._counted(batch, inputs, of) for of in {self._of_decoder(name) for name in streams}}
+        return {name: _joined(self._rows(name, by_stream[name], chosen[self._of_decoder(name)])) for name in streams}
 
     def _of_decoder(self, name: str) -> bool:
         """Tell whether a stream has the tokens that a decoder reads, which may be others than ``input_ids``."""
@@ -86,12 +86,12 @@ class Capture:
     def _counted(self, batch: Any, inputs: Inputs, of_decoder: bool) -> Tensor | None:
         """Tell which tokens give a row, bool (B, L); None if all do."""
         if self.rows is not None:  # some models without an encoder have a module named "decoder", too
-            return self.rows.counted(batch, inputs, of_decoder and self._has_encoder)
+            return counted(self.rows, batch, inputs, of_decoder and self._has_encoder)
         return inputs.real_of_decoder if of_decoder else inputs.real
 
-    def _rows(self, name: str, values: list[Tensor], counted: Tensor | None) -> list[Tensor]:
+    def _rows(self, name: str, values: list[Tensor], chosen: Tensor | None) -> list[Tensor]:
         try:
-            return [rows_at(value.detach(), counted, exactly=self.rows is not None) for value in values]
+            return [rows_at(value.detach(), chosen, exactly=self.rows is not None) for value in values]
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
 

@@ -23,7 +23,7 @@ from ..covariance.streaming import Method
 from .budget import bytes_of, groups_of
 from .capture import Capture, Loss, Names
 from .marks import batch_mark, corpus_mark, function_mark, model_mark
-from .rows import RowsAsGiven, read_rows
+from .rows import RowsAsGiven, key_of, read_rows
 from .saved import WAY_OUT, Saved, States, Stored
 
 
@@ -130,7 +130,7 @@ def collect(
         "rank": rank,
         "method": None if rank is None else method,
         "center": center,
-        **({} if choice is None else {"rows": choice.key()}),
+        **({} if choice is None else {"rows": key_of(choice)}),
         **({} if precision == "accurate" else {"precision": precision}),
         **({} if kinds == {"cpu"} else {"places": sorted(kinds)}),  # other devices round differently
         "save_every": save_every,

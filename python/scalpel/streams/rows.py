@@ -13,7 +13,7 @@ from .._integers import integer
 from ..hooks.inputs import Inputs
 from .marks import function_mark
 
-__all__ = ["Rows", "RowsAsGiven", "read_rows", "rows_at"]
+__all__ = ["Rows", "RowsAsGiven", "counted", "key_of", "read_rows", "rows_at", "without_mask"]
 
 _READ_BY_MODELS = ("input_ids", "attention_mask", "position_ids")
 _OF_DECODER = "decoder_"  # what stands before the name of an entry about the text of a decoder, as in transformers
@@ -21,12 +21,12 @@ _OF_DECODER = "decoder_"  # what stands before the name of an entry about the te
 
 @dataclass(frozen=True)
 class Rows:
-    """Which tokens count as rows. A token counts if nothing here leaves it out.
+    """Which tokens count as rows: those that nothing here leaves out.
 
     The model attends to all tokens as before, and the loss whose gradients are taken covers all of them; only the rows
     are left out. Padding never counts.
 
-    Args:
+    Attributes:
         skip_first: How many tokens at the beginning of each text are left out, after padding in front: 1 leaves out a
             BOS token that the tokenizer added.
         skip_ids: Token ids that are left out wherever they stand, as integers or an integer tensor of one dimension:
@@ -71,86 +71,6 @@ class Rows:
                 "them out, give mask=lambda batch: batch['special_tokens_mask'] == 0, or their ids as skip_ids="
             )
 
-    def key(self) -> dict[str, Any]:
-        """Return plain data that differs between different choices."""
-        mask = function_mark(self.mask) if callable(self.mask) else self.mask
-        return {"skip_first": self.skip_first, "skip_ids": list(self.skip_ids), "mask": mask}
-
-    def for_model(self, batch: Any) -> Any:
-        """Return the batch without the entries of the mask."""
-        if not isinstance(self.mask, str) or not isinstance(batch, Mapping):
-            return batch
-        entries = (self.mask, _OF_DECODER + self.mask)
-        return {name: value for name, value in batch.items() if name not in entries}
-
-    def counted(self, batch: Any, inputs: Inputs, of_decoder: bool) -> Tensor:
-        """Tell which tokens count, bool (B, L).
-
-        Args:
-            batch: The batch as the user gave it.
-            inputs: What was read from it.
-            of_decoder: Whether the tokens are those that the decoder of an encoder-decoder model reads.
-
-        Raises:
-            TypeError: If the mask is not a tensor.
-            ValueError: If the batch has no such mask or it does not fit the tokens, or token ids are to be left out
-                where there are none.
-        """
-        ids = inputs.others.get("decoder_input_ids") if of_decoder else inputs.ids
-        shape = (inputs.ids if ids is None else ids).shape[:2]
-        if len(shape) < 2:
-            raise ValueError(f"the model's input has shape {tuple(shape)}, so it has no tokens of which some can count")
-        real = inputs.real_of_decoder if of_decoder else inputs.real
-        counts = torch.ones(shape, dtype=torch.bool, device=inputs.ids.device) if real is None else real
-        if self.skip_first:
-            counts = counts & (counts.cumsum(dim=1) > self.skip_first)
-        if self.skip_ids:
-            if ids is None:
-                raise ValueError(
-                    "skip_ids leaves out tokens of the decoder's text, which the model makes itself: give "
-                    "decoder_input_ids in the batch"
-                )
-            if ids.dim() != 2 or ids.dtype.is_floating_point:
-                raise ValueError(
-                    f"skip_ids leaves out token ids, and the model's input is {ids.dtype} of shape {tuple(ids.shape)}: "
-                    "leave it out, or give a mask"
-                )
-            counts = counts & ~torch.isin(ids, torch.tensor(self.skip_ids, device=ids.device))
-        if self.mask is not None:
-            counts = counts & self._mask(batch, tuple(shape), of_decoder).to(counts.device)
-        return counts
-
-    def _mask(self, batch: Any, shape: tuple[int, ...], of_decoder: bool) -> Tensor:
-        """Read the user's own mask, bool (B, L)."""
-        if isinstance(self.mask, str):
-            name = _OF_DECODER + self.mask if of_decoder else self.mask
-            if not isinstance(batch, Mapping) or name not in batch:
-                keys = f"has the keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else "is a tensor of ids"
-                raise ValueError(
-                    f"rows takes the mask {name!r} from each batch, and the batch {keys}: give a mapping with "
-                    f"input_ids and {name}, (batch, length), 1 where a token counts"
-                )
-            mask, where = batch[name], f"the mask {name!r}"
-        else:
-            assert self.mask is not None
-            if of_decoder:
-                raise ValueError(
-                    "the function of rows chooses tokens of input_ids, and this hook has those that the decoder reads: "
-                    "give mask= the name of an entry, NAME, and put the mask of the decoder's tokens into "
-                    f"{_OF_DECODER}NAME"
-                )
-            mask, where = self.mask(batch), "what the function of rows returns"
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"{where} is {type(mask).__name__}; it must be a tensor (batch, length)")
-        if tuple(mask.shape) != shape:
-            raise ValueError(f"{where} has shape {tuple(mask.shape)}; it must be {shape}, like the tokens")
-        if not bool(((mask == 0) | (mask == 1)).all()):
-            raise ValueError(
-                f"{where} holds {float(mask.min()):g} to {float(mask.max()):g}; it must hold True or 1 where a token "
-                "counts, and False or 0 elsewhere"
-            )
-        return mask.bool()
-
 
 RowsAsGiven = Rows | str | Callable[[Any], Tensor] | None
 
@@ -169,6 +89,90 @@ def read_rows(rows: RowsAsGiven) -> Rows | None:
         f"rows is {rows!r}; it must be None, the name of a mask in each batch, a function of a batch that returns one, "
         "or scalpel.Rows: Rows(skip_first=1) leaves out the first token of each text, Rows(skip_ids=[...]) token ids"
     )
+
+
+def key_of(rows: Rows) -> dict[str, Any]:
+    """Return plain data that differs between different choices."""
+    mask = function_mark(rows.mask) if callable(rows.mask) else rows.mask
+    return {"skip_first": rows.skip_first, "skip_ids": list(rows.skip_ids), "mask": mask}
+
+
+def without_mask(rows: Rows | None, batch: Any) -> Any:
+    """Return the batch as the model takes it, without the entries of the mask."""
+    if rows is None or not isinstance(rows.mask, str) or not isinstance(batch, Mapping):
+        return batch
+    entries = (rows.mask, _OF_DECODER + rows.mask)
+    return {name: value for name, value in batch.items() if name not in entries}
+
+
+def counted(rows: Rows, batch: Any, inputs: Inputs, of_decoder: bool = False) -> Tensor:
+    """Tell which tokens count, bool (B, L).
+
+    Args:
+        rows: The choice.
+        batch: The batch as the user gave it.
+        inputs: What was read from it.
+        of_decoder: Whether the tokens are those that the decoder of an encoder-decoder model reads.
+
+    Raises:
+        TypeError: If the mask is not a tensor.
+        ValueError: If the batch has no such mask or it does not fit the tokens, or token ids are to be left out
+            where there are none.
+    """
+    ids = inputs.others.get("decoder_input_ids") if of_decoder else inputs.ids
+    shape = (inputs.ids if ids is None else ids).shape[:2]
+    if len(shape) < 2:
+        raise ValueError(f"the model's input has shape {tuple(shape)}, so it has no tokens of which some can count")
+    real = inputs.real_of_decoder if of_decoder else inputs.real
+    counts = torch.ones(shape, dtype=torch.bool, device=inputs.ids.device) if real is None else real
+    if rows.skip_first:
+        counts = counts & (counts.cumsum(dim=1) > rows.skip_first)
+    if rows.skip_ids:
+        if ids is None:
+            raise ValueError(
+                "skip_ids leaves out tokens of the decoder's text, which the model makes itself: give "
+                "decoder_input_ids in the batch"
+            )
+        if ids.dim() != 2 or ids.dtype.is_floating_point:
+            raise ValueError(
+                f"skip_ids leaves out token ids, and the model's input is {ids.dtype} of shape {tuple(ids.shape)}: "
+                "leave it out, or give a mask"
+            )
+        counts = counts & ~torch.isin(ids, torch.tensor(rows.skip_ids, dtype=torch.int64, device=ids.device))
+    if rows.mask is not None:
+        counts = counts & _own_mask(rows.mask, batch, tuple(shape), of_decoder).to(counts.device)
+    return counts
+
+
+def _own_mask(given: str | Callable[[Any], Tensor], batch: Any, shape: tuple[int, ...], of_decoder: bool) -> Tensor:
+    """Read the user's own mask, bool (B, L)."""
+    if isinstance(given, str):
+        name = _OF_DECODER + given if of_decoder else given
+        if not isinstance(batch, Mapping) or name not in batch:
+            keys = f"has the keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else "is a tensor of ids"
+            raise ValueError(
+                f"rows takes the mask {name!r} from each batch, and the batch {keys}: give a mapping with "
+                f"input_ids and {name}, (batch, length), 1 where a token counts"
+            )
+        mask, where = batch[name], f"the mask {name!r}"
+    else:
+        if of_decoder:
+            raise ValueError(
+                "the function of rows chooses tokens of input_ids, and this hook has those that the decoder reads: "
+                "give mask= the name of an entry, NAME, and put the mask of the decoder's tokens into "
+                f"{_OF_DECODER}NAME"
+            )
+        mask, where = given(batch), "what the function of rows returns"
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{where} is {type(mask).__name__}; it must be a tensor (batch, length)")
+    if tuple(mask.shape) != shape:
+        raise ValueError(f"{where} has shape {tuple(mask.shape)}; it must be {shape}, like the tokens")
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(
+            f"{where} holds {float(mask.min()):g} to {float(mask.max()):g}; it must hold True or 1 where a token "
+            "counts, and False or 0 elsewhere"
+        )
+    return mask.bool()
 
 
 def rows_at(value: Tensor, real: Tensor | None, *, exactly: bool = False) -> Tensor:

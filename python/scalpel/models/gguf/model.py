@@ -118,8 +118,8 @@ def conventions(path: str | Path) -> Conventions:
 
     Example:
         >>> from scalpel.models.gguf import conventions
-        >>> conventions("model.gguf").bos
-        '<|endoftext|>'
+        >>> conventions("model.gguf").bos is None
+        True
     """
     file = _file(path)
     return Conventions(_read_tokenizer(file), str(file))
