@@ -144,7 +144,8 @@ def read_text(
             )
     skip_ids = sorted({*chosen.special_ids, *put.special}) if choice.skip_special else []
     rows = Rows(choice.skip_first, skip_ids) if choice.skip_first or skip_ids else None
-    left_out = [f"the first {choice.skip_first} of each chunk"] if choice.skip_first else []
+    first = "token" if choice.skip_first == 1 else f"{choice.skip_first} tokens"
+    left_out = [f"the first {first} of each chunk"] if choice.skip_first else []
     if choice.skip_special:
         left_out.append(
             f"special tokens ({len(skip_ids)} ids)" if skip_ids else "special tokens, of which the tokenizer has none"

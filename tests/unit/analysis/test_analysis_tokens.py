@@ -199,7 +199,7 @@ def test_no_bos_and_no_template(decoder: Folder, circuit: Path, text: Path, tmp_
     (tmp_path / "alone").mkdir()
     letters(13).save(tmp_path / "alone")
     given = read_text(text, load(circuit), decoder() / "tokenizer.json", LENGTH, Choice(skip_first=1))
-    assert given.facts["tokens that count"] == "all but the first 1 of each chunk"
+    assert given.facts["tokens that count"] == "all but the first token of each chunk"
     with pytest.raises(ValueError, match="names no token that begins"):
         read_text(text, load(decoder()), tmp_path / "alone", LENGTH, Choice(prepend_bos=True))
 
@@ -398,7 +398,10 @@ def test_the_command_says_what_was_done(decoder: Folder, text: Path, tmp_path: P
     sizes = ("--text", text, "--length", 8, "--chunks", 2, "--tangents", 2, "--spectra", 3, "--no-untrained")
     done = invoke(folder, *sizes, "--out", out, "--bos", "--chat-template", "--skip-first", 2, "--skip-special")
     assert done.exit_code == 0, done.stderr
-    for words in ("'<s>' (13) in front of each chunk", "all but the first 2 of each chunk and special tokens (4 ids)"):
+    for words in (
+        "'<s>' (13) in front of each chunk",
+        "all but the first 2 tokens of each chunk and special tokens (4 ids)",
+    ):
         assert words in done.stdout, words
     assert "5 of a chunk's 8 tokens stand before the message" in done.stdout
     assert (
@@ -412,7 +415,7 @@ def test_the_command_says_what_was_done(decoder: Folder, text: Path, tmp_path: P
     page = (out / "report.html").read_text()
     for words in (
         "the tokens that count to the tokens that count",
-        "<dt>Tokens that count</dt><dd>all but the first 2 of each chunk and special tokens (4 ids)</dd>",
+        "<dt>Tokens that count</dt><dd>all but the first 2 tokens of each chunk and special tokens (4 ids)</dd>",
         "<dt>Chat template</dt><dd>the tokenizer&#39;s own",
         "Each chunk is the beginning of a conversation",
         "Tokens that count: all but the first 2",
