@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .models.circuitgpt.config import CircuitGPTConfig
     from .models.circuitgpt.model import CircuitGPT
     from .streams.collecting import collect
+    from .streams.rows import Rows
     from .topk import AbsTopK, keep_topk, topk_indices, topk_mask
 
 _HOME = {
@@ -32,6 +33,7 @@ _HOME = {
     "lyapunov": "jacobians.depth.lyapunov",
     "StreamingCovariance": "covariance",
     "collect": "streams.collecting",
+    "Rows": "streams.rows",
     "CircuitGPT": "models.circuitgpt",
     "CircuitGPTConfig": "models.circuitgpt.config",
     "HoleGuard": "guard",
@@ -43,6 +45,7 @@ __all__ = [
     "CircuitGPT",
     "CircuitGPTConfig",
     "HoleGuard",
+    "Rows",
     "StreamingCovariance",
     "__version__",
     "circuits",

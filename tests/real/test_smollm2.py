@@ -17,8 +17,11 @@ from torch import Tensor
 import scalpel
 from decoder_cases import exact_norms
 from scalpel.analysis import source
-from scalpel.analysis.text import read_text
+from scalpel.analysis.source import Source
+from scalpel.analysis.text import Choice, read_text
 from scalpel.jacobians.stream import stream_layers
+from scalpel.models.gguf import conventions
+from scalpel.models.gguf import tokenizer as gguf_tokenizer
 from scalpel.models.tokenizer import Tokenizer
 from scalpel.models.weight_files import CheckpointError
 from wrapper_cases import mapped
@@ -120,6 +123,63 @@ def test_an_analysis_takes_the_file_alone(
     (tmp_path / "text.txt").write_text(CAPITAL)
     text = read_text(tmp_path / "text.txt", found, None, 4)
     assert text.ids == (504, 3575, 282, 4649, 314) and text.facts["tokenizer"] == "the model's own"
+
+
+# ---- which tokens count --------------------------------------------------------------------------
+
+
+LONG = TEXT + "\n\nIn 1827, it was \u201cnaïve\u201d:\n    return 日本 + x  # 3.14\n" + CAPITAL + (" " + TEXT) * 2
+
+
+@pytest.mark.parametrize("length", [32, 40])
+def test_bos_and_the_chat_template_are_those_of_transformers(length: int, smollm2_gguf: Path, tmp_path: Path) -> None:
+    """Each chunk is what transformers makes of a message with the rest of the text, up to the length."""
+    transformers = pytest.importorskip("transformers")
+    path = tmp_path / "text.txt"
+    path.write_text(LONG, encoding="utf-8")
+    ours = gguf_tokenizer(smollm2_gguf)
+    found = Source(
+        "decoder", {"name": "SmolLM2"}, 8192, 49152, ours, None, conventions=lambda: conventions(smollm2_gguf)
+    )
+    theirs = transformers.AutoTokenizer.from_pretrained(str(smollm2_gguf.parent), gguf_file=smollm2_gguf.name)
+    theirs.backend_tokenizer.pre_tokenizer = ours.inner.pre_tokenizer  # transformers does not split off digits
+    encoded = theirs(LONG, return_offsets_mapping=True)
+    plain = encoded.input_ids
+
+    begun = read_text(path, found, None, length, Choice(prepend_bos=True))
+    assert theirs.bos_token_id == 1 and len(begun.chunks) == len(plain) // (length - 1) > 1
+    for i, chunk in enumerate(begun.chunks):
+        assert list(chunk.ids) == [1, *plain[i * (length - 1) : (i + 1) * (length - 1)]]
+
+    for bos in (False, True):  # the template begins with the same token
+        written = read_text(path, found, None, length, Choice(prepend_bos=bos, chat_template=True))
+        at = 0
+        assert len(written.chunks) > 3
+        for chunk in written.chunks:
+            assert chunk.start == next(i for i, (_, end) in enumerate(encoded.offset_mapping) if end > at)
+            message = [{"role": "user", "content": LONG[at:]}]
+            assert list(chunk.ids) == theirs.apply_chat_template(message, return_dict=False)[:length]
+            said = theirs.apply_chat_template(message, tokenize=False)
+            offsets = theirs(said, return_offsets_mapping=True).offset_mapping
+            at += offsets[length - 1][1] - said.index(LONG[at:])
+        assert f"; 24 of a chunk's {length} tokens stand" in written.facts["chat template"]
+        said = "none added: each chunk has '<|im_start|>' (1) already" if bos else "those of the chat template"
+        assert written.facts["special tokens"] == said
+
+
+def test_states_without_the_first_token(smollm2: Any, smollm2_tokenizer: Tokenizer) -> None:
+    """The first token's norm is so large that it hides all others; it is attended to, and left out."""
+    ids = torch.cat([torch.tensor([[1]]), ids_of(smollm2_tokenizer, TEXT)], dim=1)
+    padded = {"input_ids": torch.nn.functional.pad(ids, (3, 0), value=2)}
+    padded["attention_mask"] = torch.tensor([[0] * 3 + [1] * ids.shape[1]])
+    value = residuals(smollm2, ids, range(12, 13))[0][0].double()
+    for batch in (ids, padded):
+        for rows in (scalpel.Rows(skip_first=1), scalpel.Rows(skip_ids=smollm2_tokenizer.special_ids)):
+            state = scalpel.collect(smollm2, [batch], ["12.resid_in"], rows=rows, progress=False)["12.resid_in"]
+            expected = torch.cov(value[1:].T, correction=0)
+            assert state.count == len(value) - 1
+            assert float((state.covariance() - expected).norm() / expected.norm()) < 1e-5
+    assert float(torch.cov(value.T, correction=0).trace() / expected.trace()) > 10
 
 
 # ---- its Jacobian --------------------------------------------------------------------------------

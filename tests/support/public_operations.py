@@ -332,6 +332,9 @@ OPERATIONS: dict[str, Callable[[Given], Any]] = {
     "collect": lambda g: collected(g, g.model, g.ids, ["0.resid_in", "1.mlp.post_act.grad"]),
     "collect, groups": lambda g: collected(g, g.model, g.ids, ["0.resid_in", "1.resid_in"], memory=70000),
     "collect, llama": lambda g: collected(g, g.llama, g.decoder_ids, ["1.resid_in", "1.resid_in.grad"], rank=2),
+    "Rows": lambda g: collected(
+        g, g.model, g.ids, ["0.resid_in", "0.resid_in.grad"], rows=scalpel.Rows(1, g.ids[0, :2])
+    ),
     # models
     "CircuitGPT": lambda g: [built(g, name) for name in ("like_csp_yolo2", "sinusoids_odd", "bigram_learnable")],
     "CircuitGPT, float64": lambda g: built(g, "plain", dtype=torch.float64),
@@ -385,6 +388,7 @@ OPERATIONS: dict[str, Callable[[Given], Any]] = {
     "analyze": lambda g: analysis(g, g.checkpoint),
     "analyze, transformers": lambda g: analysis(g, g.llama_folder),
     "analyze, streamed": lambda g: analysis(g, g.llama_folder, stream=True),
+    "analyze, tokens that count": lambda g: analysis(g, g.llama_folder, skip_first=1, skip_special=True),
     "bench": benched,
     "experiments.names": lambda g: scalpel.experiments.names(),
     "experiments.run": experiment("minimal_simulator", k_max=2, n_max=20, samples=3),

@@ -25,7 +25,7 @@ Record = dict[str, Any]
 
 
 def measure_chunks(
-    task: Task, store: Store, text: Text, length: int, count: int, job: Job, report: Progress
+    task: Task, store: Store, text: Text, count: int, job: Job, report: Progress
 ) -> tuple[list[Record], list[dict[str, int]]]:
     """Measure the chunks that fall to this process.
 
@@ -39,20 +39,21 @@ def measure_chunks(
             if times := store.times_cut_off(chunk):
                 cut_off.append({"chunk": chunk, "tokens": store.length, "times": times})
                 if times >= _CUT_OFF:
-                    store.shrink(chunk, _smaller(store.length, task.source))
-            ids = text.chunk(chunk, length, store.length).to(task.source.device)
+                    store.shrink(chunk, _smaller(store.length, task.source, text))
+            ids = text.chunk(chunk, store.length)
+            counted, ids = text.counted(ids), ids.to(task.source.device)
             step = _Step(report, f"chunk {chunk + 1} of {count}, {ids.shape[1]} tokens", chunk, count)
             store.begin_chunk(chunk)
             try:
-                figures = _within_memory(task, ids, step)
+                figures = _within_memory(task, ids, counted, step)
             except BaseException:
                 store.end()
                 raise
             if figures is None:
                 store.end()
-                store.shrink(chunk, _smaller(store.length, task.source))
+                store.shrink(chunk, _smaller(store.length, task.source, text))
                 continue
-            record = plain({"chunk": chunk, "start": chunk * length, "tokens": ids.shape[1], **figures})
+            record = plain({"chunk": chunk, "start": text.chunks[chunk].start, "tokens": ids.shape[1], **figures})
             store.save(chunk, record)
         records.append(record)
     return records, cut_off
@@ -69,18 +70,21 @@ class Task:
         self.products = products
         self._untrained: nn.Module | None = None
 
-    def __call__(self, ids: Tensor, step: Progress) -> dict[str, Figures]:
-        """Measure the figures at ``ids`` (1, L), under "trained" and, where there is such a model, "untrained"."""
+    def __call__(self, ids: Tensor, counted: list[int] | None, step: Progress) -> dict[str, Figures]:
+        """Measure the figures at ``ids`` (1, L), under "trained" and, where there is such a model, "untrained".
+
+        ``counted`` lists the positions of the tokens that count; None if all do.
+        """
         source = self.source
         if source.trained is None:
             assert source.folder is not None
             narrow = "bfloat16" in str(source.facts["dtype"])
-            return {"trained": measure_streamed(source.folder, ids, self.T, self.seed, narrow, step)}
+            return {"trained": measure_streamed(source.folder, ids, self.T, self.seed, narrow, step, counted)}
         step("trained", 0.0)
-        sides = {"trained": measure(source.trained, ids, self.T, self.seed, self.products)}
+        sides = {"trained": measure(source.trained, ids, self.T, self.seed, self.products, counted)}
         if self.beside and source.untrained is not None:
             step("untrained", 0.5)
-            sides["untrained"] = measure(self.untrained(), ids, self.T, self.seed, self.products)
+            sides["untrained"] = measure(self.untrained(), ids, self.T, self.seed, self.products, counted)
         return sides
 
     def untrained(self) -> nn.Module:
@@ -116,10 +120,10 @@ class _Step:
         self.report(f"{self.chunk}: {what}", (self.number + done) / self.count)
 
 
-def _within_memory(task: Task, ids: Tensor, step: _Step) -> dict[str, Figures] | None:
+def _within_memory(task: Task, ids: Tensor, counted: list[int] | None, step: _Step) -> dict[str, Figures] | None:
     """Return the figures of ``task``; None where memory ran out."""
     try:
-        return task(ids, step)
+        return task(ids, counted, step)
     except (MemoryError, RuntimeError, OSError) as error:
         if not ran_out(error):
             raise
@@ -127,9 +131,10 @@ def _within_memory(task: Task, ids: Tensor, step: _Step) -> dict[str, Figures] |
     return None
 
 
-def _smaller(length: int, source: Source) -> int:
-    """Return half the length, at least ``LEAST``; ValueError where a chunk is already that short."""
-    if length <= LEAST:
+def _smaller(length: int, source: Source, text: Text) -> int:
+    """Return half the length, at least ``LEAST`` and what the text needs; ValueError where it is already that short."""
+    least = max(LEAST, text.least)
+    if length <= least:
         remedy = "fewer --tangents" + (", or --stream" if source.kind == "decoder" else "")
         raise ValueError(f"memory ran out at chunks of {length} tokens, and shorter ones say little: try {remedy}")
-    return max(LEAST, length // 2)
+    return max(least, length // 2)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..hooks.positions import Selected, read_at
 from ..jacobians.depth.layers import layer_hooks
 from ..jacobians.depth.lyapunov import lyapunov_of
 from ..jacobians.depth.spectra import Spectra
@@ -21,17 +22,23 @@ from ..jacobians.entry import jacobians_between
 Figures = dict[str, Any]
 
 
-def measure(model: nn.Module, ids: Tensor, T: int, seed: int, products: bool) -> Figures:
-    """Measure ``model`` at ``ids`` (1, L), from all tokens to all tokens, with T directions.
+def measure(
+    model: nn.Module, ids: Tensor, T: int, seed: int, products: bool, counted: list[int] | None = None
+) -> Figures:
+    """Measure ``model`` at ``ids`` (1, L), from the tokens that count to the tokens that count, with T directions.
+
+    All tokens are attended to. ``counted`` lists the positions of those that count; None if all do. Tangents start at
+    these tokens of the first hook and are read at these tokens of the last, with all tokens taking part between them; a
+    layer by itself leads from these to these. Norms, active fractions and margins are taken over these tokens.
 
     The model runs once: one trace gives the layers' Jacobians, the active fractions and the margins.
     ``products``: whether the spectra of the first l layers' product are wanted for each depth l.
     """
-    names, values = layer_hooks(model, None), _Values()
+    names, values = layer_hooks(model, None), _Values(None if counted is None else tuple(counted))
     layers = jacobians_between(model, ids, names, see=values.see, see_mask=values.see_mask)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
-        depth = lyapunov_of(model, names, layers, T, seed=seed, cumulative=products)
+        depth = lyapunov_of(model, names, layers, T, positions=counted, seed=seed, cumulative=products)
     # "converged" and "residual" hold what lyapunov says of its sweeps; of the layers' own values only a warning tells.
     stopped = [str(warning.message) for warning in caught if "stopped after" in str(warning.message)]
     for warning in caught:
@@ -97,18 +104,19 @@ def share(value: Tensor) -> float:
 
 
 class _Values:
-    """What is kept of the values that pass the hooks of a trace: numbers alone, whatever their size."""
+    """What is kept of the values that pass the hooks of a trace, at the tokens that count: numbers alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, counted: Selected) -> None:
+        self._counted = counted
         self.active: dict[str, float] = {}
         self.margins: dict[str, Figures] = {}
 
     def see(self, name: str, value: Tensor) -> None:
-        self.active[name] = share(value)
+        self.active[name] = share(read_at(value, self._counted))
 
     def see_mask(self, name: str, x: Tensor, k: int | None) -> None:
         if k is not None and k < x.shape[-1]:
-            self.margins[name] = _margins(x.detach(), k)
+            self.margins[name] = _margins(read_at(x.detach(), self._counted), k)
 
 
 def _margins(x: Tensor, k: int) -> Figures:

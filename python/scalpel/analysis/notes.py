@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from .source import Source
+from .text import Text
 
 
 def notes_of(
     source: Source,
+    text: Text,
     records: list[dict[str, Any]],
     asked: int,
     shrunk: list[dict[str, int]],
@@ -20,6 +22,7 @@ def notes_of(
 
     Args:
         source: The model.
+        text: The text.
         records: The records of all chunks.
         asked: The number of chunks that was requested.
         shrunk: The times that chunks were made shorter.
@@ -32,6 +35,17 @@ def notes_of(
     """
     count = len(records)
     notes = []
+    if "chat_template" in text.key:
+        notes.append(
+            "Each chunk is the beginning of a conversation, as the tokenizer's own chat template writes it: its first "
+            "message, of the user, is the text from there on, cut off where the chunk ends."
+        )
+    if text.rows is not None:
+        notes.append(
+            f"Tokens that count: {text.facts['tokens that count']}. All tokens are attended to, and the loss whose "
+            "gradients are taken covers all; but Jacobians lead from the tokens that count to the tokens that count, "
+            "and norms, active fractions, margins and covariances are taken over these."
+        )
     if count < asked:
         notes.append(f"The text holds {count} whole chunks of the {asked} asked for.")
     if count == 1:

@@ -21,7 +21,7 @@ from .source import Source, load, ran_out
 from .spectra import RESIDUAL, Spectra
 from .store import Store
 from .summary import INTERVAL, summarise
-from .text import read_text
+from .text import Choice, read_text
 
 LENGTH = 64  # the default number of tokens of a chunk
 TANGENTS = 16  # the default number of directions
@@ -36,7 +36,8 @@ class Analysis:
     Attributes:
         model: Facts about the model: its name, kind, size and dtype, and a hash of its weights.
         text: Facts about the text: its file, its tokens and its tokenizer.
-        options: The options of the analysis: length, chunks, tangents, seed and streaming.
+        options: The options of the analysis: length, chunks, tangents, seed and streaming, how the text is put to the
+            model, and which tokens count.
         chunks: The first token of each chunk in the text, and the chunk's number of tokens.
         shrunk: The times that chunks were made shorter, because memory ran out or because runs were cut off from
             outside at the same chunk.
@@ -85,6 +86,10 @@ def analyze(
     out: str | Path,
     *,
     tokenizer: str | Path | None = None,
+    prepend_bos: bool = False,
+    chat_template: bool = False,
+    skip_first: int = 0,
+    skip_special: bool = False,
     length: int | None = None,
     chunks: int = 8,
     tangents: int | None = None,
@@ -112,6 +117,14 @@ def analyze(
         text: The path of a UTF-8 file.
         out: The folder that keeps the finished chunks.
         tokenizer: A tokenizer.json, or encoder.json with vocab.bpe; by default the model's own.
+        prepend_bos: Whether the token that begins a text (BOS) is put in front of each chunk that doesn't begin with
+            it; the chunk then holds one token less of the text. No special token is ever added otherwise.
+        chat_template: Whether each chunk is the beginning of a conversation, whose first message, of the user, is the
+            text from there on, written by the tokenizer's own chat template. A BOS that the template writes is not
+            doubled.
+        skip_first: How many tokens at the beginning of each chunk count in no figure. All tokens are attended to;
+            Jacobians lead from the tokens that count to the tokens that count.
+        skip_special: Whether the tokenizer's special tokens, such as BOS, count in no figure.
         length: Tokens of a chunk, by default 64 or the model's context.
         chunks: The number of chunks; fewer where the text is shorter.
         tangents: The number of directions, by default 16 or as many as a chunk has.
@@ -147,7 +160,12 @@ def analyze(
         2
     """
     report = progress or (lambda what, done: None)
-    for name, value, least in (("chunks", chunks, 1), ("tangents", tangents, 1), ("stretches", stretches, 0)):
+    for name, value, least in (
+        ("chunks", chunks, 1),
+        ("tangents", tangents, 1),
+        ("stretches", stretches, 0),
+        ("skip_first", skip_first, 0),
+    ):
         if value is not None and value < least:
             raise ValueError(f"{name} is {value}; it must be {least} or more")
     bytes_of(memory)
@@ -158,13 +176,18 @@ def analyze(
     length = min(LENGTH, source.context) if length is None else length
     if not 1 <= length <= source.context:
         raise ValueError(f"length is {length}; the model's context holds {source.context} tokens: give 1 to that many")
-    most = length * int(source.facts["width"])
+    if skip_first >= length:
+        raise ValueError(f"skip_first is {skip_first}, and a chunk has {length} tokens, so none counts: give less")
+    report("reading the text", 0.0)
+    choice = Choice(prepend_bos, chat_template, skip_first, skip_special)
+    tokens = read_text(text, source, tokenizer, length, choice, max(chunks, stretches))
+    count = min(chunks, len(tokens.chunks))
+    counts = [tokens.counted(tokens.chunk(i, length)) for i in range(count)]
+    fewest = min(length if counted is None else len(counted) for counted in counts)
+    most = fewest * int(source.facts["width"])
     tangents = min(TANGENTS, most) if tangents is None else tangents
     if tangents > most:
-        raise ValueError(f"tangents is {tangents}; {length} tokens of width {source.facts['width']} have {most}")
-    report("reading the text", 0.0)
-    tokens = read_text(text, source, tokenizer, length)
-    count = min(chunks, len(tokens.ids) // length)
+        raise ValueError(f"tangents is {tangents}; {fewest} tokens of width {source.facts['width']} have {most}")
     beside = untrained and source.untrained is not None
     key = {
         "format": _FORMAT,
@@ -182,6 +205,7 @@ def analyze(
         "torch": torch.__version__,
         # other devices round differently
         **({} if source.device.type == "cpu" else {"device": source.facts["device"]}),
+        **tokens.key,
     }
     if stretches and source.trained is not None:
         Capture(source.trained, hooks, None)  # raises an error for an unknown hook before anything is measured
@@ -191,7 +215,7 @@ def analyze(
         job.gathered([])
         store = Store(job.folder(Path(out)), key, length, fresh)
         task = Task(source, tangents, seed, beside, products)
-        own, own_cut_off = measure_chunks(task, store, tokens, length, count, job, report if job.rank == 0 else _silent)
+        own, own_cut_off = measure_chunks(task, store, tokens, count, job, report if job.rank == 0 else _silent)
         records = sorted(job.gathered(own), key=lambda record: int(record["chunk"]))
         cut_off, shrunk = job.gathered(own_cut_off), job.gathered(store.shrunk)
         spectra = None
@@ -205,10 +229,17 @@ def analyze(
     return Analysis(
         model=source.facts,
         text=tokens.facts,
-        options={"length": length, "chunks": chunks, "tangents": tangents, "seed": seed, "stream": stream},
+        options={
+            "length": length,
+            "chunks": chunks,
+            "tangents": tangents,
+            "seed": seed,
+            "stream": stream,
+            **asdict(choice),
+        },
         chunks=[{"start": record["start"], "tokens": record["tokens"]} for record in records],
         shrunk=shrunk,
-        notes=notes_of(source, records, chunks, shrunk, cut_off, beside, spectra),
+        notes=notes_of(source, tokens, records, chunks, shrunk, cut_off, beside, spectra),
         trained=summarise(sides["trained"]),
         untrained=summarise(sides["untrained"]) if "untrained" in sides else None,
         spectra=spectra,

@@ -17,9 +17,11 @@ from torch import nn
 from .._native import device_named
 from ..models.circuitgpt.checkpoint import CONFIG_FILES, shipped_models
 from ..models.circuitgpt.model import CircuitGPT
+from ..models.conventions import Conventions, conventions_in
 from ..models.decoders.families import decoder_of, family_of, supported
 from ..models.decoders.folder import FolderWeights, check_folder, decoder_in
 from ..models.decoders.strict import check_loaded, check_plain, config_in
+from ..models.gguf.model import conventions as gguf_conventions
 from ..models.gguf.model import plain_model, stored_as
 from ..models.gguf.model import tokenizer as gguf_tokenizer
 from ..models.gguf_files import gguf_in, no_stream
@@ -46,6 +48,8 @@ class Source:
         untrained: Makes a model of the same config from a seed; None for a folder that is streamed.
         folder: The folder of a transformers model.
         device: The device of the models, or of each layer of a streamed model while it is in memory.
+        conventions: Reads what begins a text and the chat template, as the model's own tokenizer says; None where there
+            is nothing to read it from.
         no_tokenizer: The reason why ``tokenizer`` is None, where a specific one is known.
     """
 
@@ -59,6 +63,7 @@ class Source:
     untrained: Callable[[int], nn.Module] | None = None
     folder: Path | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    conventions: Callable[[], Conventions] | None = None
     no_tokenizer: str | None = None
 
 
@@ -170,9 +175,17 @@ def _circuitgpt(name: str | Path, device: torch.device) -> Source:
     def untrained(seed: int) -> nn.Module:
         return CircuitGPT(config, seed=seed).to(device, model.dtype).eval()
 
-    return Source(
+    source = Source(
         "circuitgpt", facts, config.block_size, config.vocab_size, model.tokenizer, "tinypython", model, untrained
     )
+    source.conventions = conventions_beside(Path(name).expanduser())
+    return source
+
+
+def conventions_beside(folder: Path) -> Callable[[], Conventions] | None:
+    """Return what reads the conventions in a folder; None where it has none of the files that state them."""
+    stated = any((folder / name).is_file() for name in ("tokenizer_config.json", "special_tokens_map.json"))
+    return (lambda: conventions_in(folder)) if stated else None
 
 
 def _decoder(folder: Path, architecture: str, device: torch.device) -> Source:
@@ -210,6 +223,7 @@ def _decoder(folder: Path, architecture: str, device: torch.device) -> Source:
     source = _of_model(model.to(device, dtype), folder.resolve().name, dtype_text, str(folder), device)
     # "" names no pair, since a folder doesn't say how text is cut into words
     source.tokenizer = Tokenizer.from_folder(folder, "")
+    source.conventions = lambda: conventions_in(folder)
     source.folder = folder
     return source
 
@@ -226,6 +240,7 @@ def _gguf(file: Path, device: torch.device) -> Source:
         raise
     dtype_text = f"float32, dequantised from a GGUF whose tensors are {stored_as(file)}"
     source = _of_model(model, file.stem, dtype_text, str(file), device)
+    source.conventions = lambda: gguf_conventions(file)
     try:
         source.tokenizer = gguf_tokenizer(file)
     except CheckpointError as error:
@@ -282,7 +297,9 @@ def _streamed(folder: Path) -> Source:
     }
     limits = decoder.config.max_length, decoder.config.vocab_size
     pair = "gpt2" if str(names[0]).startswith("GPT2") else None
-    return Source("stream", facts, *limits, Tokenizer.from_folder(folder, ""), pair, folder=folder)
+    source = Source("stream", facts, *limits, Tokenizer.from_folder(folder, ""), pair, folder=folder)
+    source.conventions = lambda: conventions_in(folder)
+    return source
 
 
 def _name(dtype: torch.dtype) -> str:

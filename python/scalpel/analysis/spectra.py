@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import shutil
 import warnings
 from collections.abc import Callable
@@ -55,7 +56,7 @@ class Spectra:
     ) -> None:
         self.device = device
         self.text, self.length, self.hooks, self.memory, self.job, self.fresh = text, length, hooks, memory, job, fresh
-        self.stretches = min(stretches, len(text.ids) // length)
+        self.stretches = min(stretches, len(text.chunks))
         self.out = out
         self.pieces = Pieces(out)
 
@@ -73,6 +74,8 @@ class Spectra:
         """
         key = f"{mark} {self.length} {self.stretches} {self.hooks} {self.text.facts['tokens_sha256']} {self.job.world}"
         key += f" {__version__} {torch.__version__}"
+        if self.text.key:
+            key += f" {json.dumps(self.text.key, sort_keys=True)}"
         name = f"{side}-{_short(key)}"
         file, whole = f"spectra-{name}.json", self.out / "states" / side
         if not self.fresh and (figures := self._finished(file)) is not None and _text(whole / _OF) == name:
@@ -88,6 +91,7 @@ class Spectra:
                 batches,
                 self.hooks,
                 self.memory,
+                rows=self.text.rows,
                 folder=blocks_folder / f"{i}",
                 fresh=self.fresh,
                 shard=not self.job.alone,
@@ -125,9 +129,8 @@ class Spectra:
 
         Neighbours are in the same block, since neighbouring stretches may be alike.
         """
-        ids = torch.tensor(self.text.ids[: self.stretches * self.length], dtype=torch.int64, device="cpu")
-        rows = ids.reshape(self.stretches, self.length).to(self.device)
-        blocks = rows.tensor_split(min(BLOCKS, self.stretches))
+        stretches = [self.text.chunk(i, self.length) for i in range(self.stretches)]
+        blocks = torch.cat(stretches).to(self.device).tensor_split(min(BLOCKS, self.stretches))
         # batches are small enough that every process has at least one
         return [list(block.split(min(_BATCH, -(-len(block) // self.job.world)))) for block in blocks]
 

@@ -15,6 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..hooks.positions import Selected, read_at
+from ..jacobians.depth.layers import restricted
 from ..jacobians.depth.spectra import Spectra
 from ..jacobians.depth.sweeps import ROUNDING, tail_energy
 from ..jacobians.ends import End
@@ -28,9 +30,12 @@ _PROBES = 8
 Step = Callable[[str, float], None]
 
 
-def measure_streamed(folder: Path, ids: Tensor, T: int, seed: int, narrow: bool, step: Step) -> Figures:
+def measure_streamed(
+    folder: Path, ids: Tensor, T: int, seed: int, narrow: bool, step: Step, counted: list[int] | None = None
+) -> Figures:
     """Measure the model in ``folder`` at ``ids`` (1, L), with T directions.
 
+    ``counted`` lists the positions of the tokens that count, as for :func:`.measure.measure`; None if all do.
     ``narrow`` says whether its matrix products are bfloat16, which rounds singular values to about 1 % and keeps
     residuals from falling further. ``step(what, done)`` is called before each layer.
 
@@ -43,35 +48,40 @@ def measure_streamed(folder: Path, ids: Tensor, T: int, seed: int, narrow: bool,
     active: dict[str, float] = {}
     sizes: list[int] = []
     depth = decoder_in(folder).config.layers
+    at: Selected = None if counted is None else tuple(counted)
+    after_first: Selected = tuple(i for i in (range(ids.shape[1]) if at is None else at) if i > 0)
     frame: Tensor | None = None
 
     def see(name: str, value: Tensor) -> None:
-        active[name] = share(value)
+        active[name] = share(read_at(value, at))
 
     for layer in stream_layers(folder, ids, see=see):
         step(f"layer {layer.number + 1} of {depth}", layer.number / depth)
-        J = _operator(layer)
+        through = _operator(layer)
+        J = restricted(through, at, at, True)
         if min(J.shape) < T:
-            raise ValueError(f"T is {T}; a layer at {ids.shape[1]} tokens has {min(J.shape)} singular values")
+            tokens = math.prod(J.source_shape[:-1])
+            raise ValueError(f"T is {T}; a layer at {tokens} tokens has {min(J.shape)} singular values")
         if frame is None:
             random = torch.randn(J.shape[1], T, generator=generator, dtype=torch.float64, device="cpu")
             frame = torch.linalg.qr(random)[0].to(ids.device)
-            norms.append(_log_norm(layer.before))
-            norms_without_first.append(_log_norm(layer.before[:, 1:]))
+            norms.append(_log_norm(read_at(layer.before, at)))
+            norms_without_first.append(_log_norm(read_at(layer.before, after_first)))
         log_values, Vh, residual = _spectrum(J, T, seed, goal)
         logs.append(log_values.cpu())
         residuals.append(residual)
         tails.append(tail_energy([J], Vh, _PROBES, generator))
         sizes.append(min(J.shape))
-        frame, growth_here = _through(J, frame)
+        # between the first layer and the last, the frame is carried through all tokens
+        ends = at if layer.number == 0 else None, at if layer.number == depth - 1 else None
+        frame, growth_here = _through(restricted(through, *ends, True), frame)
         growth.append(growth_here.cpu())
-        norms.append(_log_norm(layer.after))
-        norms_without_first.append(_log_norm(layer.after[:, 1:]))
+        norms.append(_log_norm(read_at(layer.after, at)))
+        norms_without_first.append(_log_norm(read_at(layer.after, after_first)))
     frames = torch.stack(growth)
-    is_single_token = ids.shape[1] < 2
     return {
         "log_norms": _logs(norms),
-        "log_norms_without_first": None if is_single_token else _logs(norms_without_first),
+        "log_norms_without_first": None if not after_first else _logs(norms_without_first),
         "frame_growth": plain(frames),
         "mean_frame_growth": plain(frames.mean(dim=0)),
         "layers": spectra(

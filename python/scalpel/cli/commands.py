@@ -171,6 +171,34 @@ def analyze(
         Path | None,
         typer.Option(help="A tokenizer.json, or an encoder.json with a vocab.bpe beside it; by default the model's."),
     ] = None,
+    prepend_bos: Annotated[
+        bool,
+        typer.Option(
+            "--bos",
+            help="Put the token that begins a text in front of each chunk, unless it is there already. The chunk then "
+            "holds one token less of the text.",
+        ),
+    ] = False,
+    chat_template: Annotated[
+        bool,
+        typer.Option(
+            "--chat-template",
+            help="Make each chunk the beginning of a conversation, with the text from there on as the user's message, "
+            "by the tokenizer's own template.",
+        ),
+    ] = False,
+    skip_first: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="How many tokens at the beginning of each chunk count in no figure. They are attended to, and "
+            "Jacobians lead from the other tokens to the other tokens.",
+        ),
+    ] = 0,
+    skip_special: Annotated[
+        bool,
+        typer.Option("--skip-special", help="Count the tokenizer's special tokens in no figure. They are attended to."),
+    ] = False,
     length: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens in a chunk; by default 64, or the model's context if that is shorter."),
@@ -239,6 +267,10 @@ def analyze(
             text,
             out,
             tokenizer=tokenizer,
+            prepend_bos=prepend_bos,
+            chat_template=chat_template,
+            skip_first=skip_first,
+            skip_special=skip_special,
             length=length,
             chunks=chunks,
             tangents=tangents,

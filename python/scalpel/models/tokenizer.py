@@ -74,6 +74,12 @@ class Tokenizer:
         """The number of tokens, special ones included."""
         return int(self.inner.get_vocab_size(with_added_tokens=True))
 
+    @property
+    def special_ids(self) -> list[int]:
+        """The ids of the tokens that the tokenizer marks as special, such as those that begin or end a text."""
+        added = self.inner.get_added_tokens_decoder()
+        return sorted(token_id for token_id, token in added.items() if token.special)
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of ``text``.
 

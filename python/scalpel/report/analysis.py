@@ -23,7 +23,7 @@ __all__ = ["headlines", "render_analysis", "write_analysis"]
 _PARTS = {
     "collapse": (
         "What depth does to directions",
-        "A layer is its Jacobian from the residual stream before it to the one after it, all tokens to all tokens, the "
+        "A layer is its Jacobian from the residual stream before it to the one after it, {tokens} to {tokens}, the "
         "identity path included. Its singular values say by how much it stretches directions; those of the product of "
         "the first l layers, what is left of a change at the bottom. Where they fall apart by orders of magnitude, "
         "many directions have collapsed onto few.",
@@ -42,7 +42,7 @@ _PARTS = {
     ),
     "spectra": (
         "Spectra of activations and gradients",
-        "The covariance of a hook’s values over the tokens of the text, and of the gradient of the summed next-token "
+        "The covariance of a hook’s values over {tokens} of the text, and of the gradient of the summed next-token "
         "cross-entropy there, one row a token, centered. Any data has leading components, so the shares say little by "
         "themselves: what training did is the difference from the untrained model on the same text.",
     ),
@@ -84,8 +84,14 @@ def render_analysis(analysis: "Analysis") -> str:
     model = {name: value for name, value in analysis.model.items() if value is not None}
     known, _ = facts(plain(_shortened(model)))
     drawn = pictures(analysis)
+    tokens = "all tokens" if analysis.text["tokens that count"] == "all" else "the tokens that count"
     parts = [
-        {"name": name, "title": title, "about": about, "pictures": _drawn([p for p in drawn if p.part == name])}
+        {
+            "name": name,
+            "title": title,
+            "about": about.format(tokens=tokens),
+            "pictures": _drawn([p for p in drawn if p.part == name]),
+        }
         for name, (title, about) in _PARTS.items()
     ]
     return environment.get_template("analysis.html").render(
@@ -104,6 +110,9 @@ def render_analysis(analysis: "Analysis") -> str:
 def headlines(analysis: "Analysis") -> dict[str, str]:
     """The main figures in words, for a terminal: of the trained model, and of the untrained one if there is one."""
     lines = {"chunks": _lead(analysis)}
+    lines |= {name: str(analysis.text[name]) for name in ("special tokens", "tokens that count")}
+    if analysis.options["chat_template"]:
+        lines["chat template"] = str(analysis.text["chat template"])
     named = {
         "largest exponent, nats per layer": ("exponents", 0),
         "the same, less the growth of the norm": ("exponents_less_growth", 0),

@@ -22,6 +22,7 @@ from ..hooks.weights import showing_weights
 from ..models.circuitgpt.core import MODULE_PATHS
 from ..models.circuitgpt.model import CircuitGPT
 from ..models.decoders.families import decoder_inside
+from .rows import Rows, counted, rows_at, without_mask
 
 GRADIENT = ".grad"  # what the name of a stream of gradients ends in
 _WEIGHTS = ":pattern"  # after the path of an attention module: the weights of its attention
@@ -37,15 +38,19 @@ class Capture:
         model: Any model that :func:`scalpel.collect` takes.
         hooks: Names, a regular expression that matches whole names, or a function of a name.
         loss: A function of (logits, batch). None takes the cross-entropy of each next token, summed over tokens.
+        rows: Which tokens count as rows. None counts all that are not padding.
 
     Attributes:
         streams: The names of the chosen streams, with the streams of gradients after all others.
     """
 
-    def __init__(self, model: nn.Module, hooks: Names, loss: Loss | None) -> None:
+    def __init__(self, model: nn.Module, hooks: Names, loss: Loss | None, rows: Rows | None = None) -> None:
         self.model = as_written(model)
         self.limits = limits_of(self.model)
         self._decoder = decoder_inside(self.model)
+        self.rows = rows
+        config = getattr(self.model, "config", None)
+        self._has_encoder = bool(getattr(config, "is_encoder_decoder", False))
         self.loss = loss or self._default_loss()
         self._usable: dict[str, Tensor] | None = None
         self._places: dict[str, str] = {}  # each hook as the caller names it → its name in this model
@@ -64,29 +69,39 @@ class Capture:
             streams: The names of streams.
 
         Returns:
-            The rows of each stream, (n, width) with last stride 1, on the model's device, without rows at padding.
+            The rows of each stream, (n, width) with last stride 1, on the model's device, without rows at padding and
+            at tokens that do not count.
         """
         streams = list(streams)
         hooks = {name.removesuffix(GRADIENT) for name in streams}
         gradients = [name for name in streams if name.endswith(GRADIENT)]
         with torch.inference_mode(False):
-            inputs = read_inputs(batch, self.limits)
+            inputs = read_inputs(without_mask(self.rows, batch), self.limits)
             values, output = self._run(inputs, hooks, {name.removesuffix(GRADIENT) for name in gradients})
             by_stream = {name: values[name] for name in streams if not name.endswith(GRADIENT)}
             by_stream |= self._gradients(gradients, values, output, batch)
-        return {name: _joined(self._rows(name, by_stream[name], inputs)) for name in streams}
+        chosen = {of: self._counted(batch, inputs, of) for of in {self._of_decoder(name) for name in streams}}
+        return {name: _joined(self._rows(name, by_stream[name], chosen[self._of_decoder(name)])) for name in streams}
 
-    def _rows(self, name: str, values: list[Tensor], inputs: Inputs) -> list[Tensor]:
-        place = self._places[name.removesuffix(GRADIENT)]
-        real = inputs.real_of_decoder if "decoder" in place.split(":")[0].split(".") else inputs.real
+    def _of_decoder(self, name: str) -> bool:
+        """Tell whether a stream has the tokens that a decoder reads, which may be others than ``input_ids``."""
+        return "decoder" in self._places[name.removesuffix(GRADIENT)].split(":")[0].split(".")
+
+    def _counted(self, batch: Any, inputs: Inputs, of_decoder: bool) -> Tensor | None:
+        """Tell which tokens give a row, bool (B, L); None if all do."""
+        if self.rows is not None:  # some models without an encoder have a module named "decoder", too
+            return counted(self.rows, batch, inputs, of_decoder and self._has_encoder)
+        return inputs.real_of_decoder if of_decoder else inputs.real
+
+    def _rows(self, name: str, values: list[Tensor], chosen: Tensor | None) -> list[Tensor]:
         added = inside_wrappers(self.model).added
-        if added is not None and real is not None and any(value.shape[1:2] != real.shape[1:] for value in values):
+        if added is not None and chosen is not None and any(value.shape[1:2] != chosen.shape[1:] for value in values):
             raise ValueError(
-                f"{name}: the model puts {added} before each text, so rows at padding can't be told from others: give "
-                "texts without padding, one length a batch"
+                f"{name}: the model puts {added} before each text, so rows at padding, or those that do not count, "
+                "can't be told from others: give texts without padding, one length a batch, and leave rows= out"
             )
         try:
-            return [rows_at(value.detach(), real) for value in values]
+            return [rows_at(value.detach(), chosen, exactly=self.rows is not None) for value in values]
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
 
@@ -131,7 +146,7 @@ class Capture:
         return gradients
 
     def _default_loss(self) -> Loss:
-        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+        if self._has_encoder:
             return _no_next_token
         return _no_logits if self._decoder is not None and self._decoder.headless else next_token_loss
 
@@ -264,33 +279,6 @@ class Capture:
         return self.model(*arguments, **keywords)
 
 
-def rows_at(value: Tensor, real: Tensor | None) -> Tensor:
-    """Select the rows of a value that belong to real tokens and not to padding.
-
-    Args:
-        value: A value of shape (B, L, width) or (B·L, width). Of a value of another shape, all rows are returned.
-        real: Where a token is not padding, bool (B, L); None if no token is padding.
-
-    Returns:
-        The rows, (n, width).
-
-    Raises:
-        ValueError: If the value is (L, B, width) and there is padding, which cannot be left out of this shape.
-    """
-    if real is not None:
-        real = real.to(value.device)
-        if value.dim() > 2 and value.shape[:2] == real.shape:
-            value = value[real]
-        elif value.dim() > 2 and value.shape[:2] == real.T.shape:
-            raise ValueError(
-                f"the value has shape {tuple(value.shape)}, its length before its batch, so rows at padding can't be "
-                "left out: give texts without padding, one length a batch"
-            )
-        elif value.dim() == 2 and len(value) == real.numel():  # a mixture of experts joins batch and length
-            value = value[real.flatten()]
-    return value.reshape(-1, value.shape[-1] if value.dim() else 1)
-
-
 def _joined(parts: list[Tensor]) -> Tensor:
     rows = (parts[0] if len(parts) == 1 else torch.cat(parts)).resolve_neg()
     # The last stride of an expanded or transposed value is not 1.
@@ -359,4 +347,4 @@ def _chosen(hooks: Names, known: list[str], with_weights: list[str]) -> list[str
     return chosen
 
 
-__all__ = ["GRADIENT", "Capture", "Loss", "Names", "next_token_loss", "rows_at"]
+__all__ = ["GRADIENT", "Capture", "Loss", "Names", "next_token_loss"]

@@ -24,6 +24,7 @@ from ..hooks.names import spells_pattern
 from .budget import bytes_of, groups_of
 from .capture import Capture, Loss, Names
 from .marks import batch_mark, corpus_mark, function_mark, model_mark
+from .rows import RowsAsGiven, key_of, read_rows
 from .saved import WAY_OUT, Saved, States, Stored
 
 
@@ -33,6 +34,7 @@ def collect(
     hooks: Names,
     memory: str | int = "8GiB",
     *,
+    rows: RowsAsGiven = None,
     rank: int | None = None,
     method: Method = "tracker",
     center: bool = True,
@@ -62,6 +64,8 @@ def collect(
         memory: How much memory the states may take while they are filled, in bytes or as a text such as "8GiB". If not
             all states fit, the hooks are divided into groups and the corpus is read once for each group, so ``batches``
             must be something that can be read again, such as a list. For a model on a GPU this is memory of the GPU.
+        rows: Which tokens count as rows: :class:`scalpel.Rows`, or what its ``mask`` may be. The others are attended to
+            as before, and the loss covers them. None counts all tokens that are not padding.
         rank: As for :class:`scalpel.StreamingCovariance`. A stream that is narrower takes its own width as the rank.
         method: As for :class:`scalpel.StreamingCovariance`.
         center: As for :class:`scalpel.StreamingCovariance`.
@@ -85,7 +89,7 @@ def collect(
 
     Raises:
         ValueError: If there is no such hook, a single state does not fit into ``memory``, several groups are needed but
-            ``batches`` can be read only once, or ``folder`` holds something else.
+            ``batches`` can be read only once, ``folder`` holds something else, or no token of the whole corpus counts.
         RuntimeError: If ``shard`` is set and there is no distributed job, or another process has ended.
 
     Example:
@@ -100,7 +104,8 @@ def collect(
         raise ValueError(f"save_every is {save_every}; it must be 1 or more")
     bytes_of(memory)
     share = _Share.of_job() if shard else _Share(0, 1)
-    capture = Capture(model, hooks, loss)
+    choice = read_rows(rows)
+    capture = Capture(model, hooks, loss, choice)
     share.check_equal(capture.streams)
     first, batches, once = _peek(batches)
     rows_of = capture(first, capture.streams)
@@ -131,6 +136,7 @@ def collect(
         "rank": rank,
         "method": None if rank is None else method,
         "center": center,
+        **({} if choice is None else {"rows": key_of(choice)}),
         **({} if precision == "accurate" else {"precision": precision}),
         **({} if kinds == {"cpu"} else {"places": sorted(kinds)}),  # other devices round differently
         "save_every": save_every,
@@ -159,16 +165,32 @@ def collect(
                     "something with a fixed order, such as a list, or memory for all streams at once"
                 )
             corpus = read
+            if choice is not None and not shard:
+                _check_some(states)
             if saved is not None:
                 saved.finish(states, corpus)
             if len(groups) == 1:
                 filled = states
     if len(groups) > 1:
         assert saved is not None
-        return Stored(_merged_on_disk(saved, widths) if shard else saved, list(widths), temporary)
+        merged = _merged_on_disk(saved, widths, choice is not None) if shard else saved
+        return Stored(merged, list(widths), temporary)
     if saved is not None and not filled:
         filled = {name: saved.load(name).to(places[name]) for name in widths}
-    return {name: filled[name].all_reduce() if shard else filled[name] for name in widths}
+    result = {name: filled[name].all_reduce() if shard else filled[name] for name in widths}
+    if choice is not None:
+        _check_some(result)
+    return result
+
+
+def _check_some(states: Mapping[str, StreamingCovariance]) -> None:
+    """Raise ValueError for a state without rows."""
+    for name, state in states.items():
+        if state.count == 0:
+            raise ValueError(
+                f"no token of the whole corpus counts at {name}: rows= leaves all of them out; give longer texts, or "
+                "leave out fewer tokens"
+            )
 
 
 @contextmanager
@@ -268,14 +290,18 @@ def _not_finite(row: int) -> str:
     return f"row {row} is not finite, or beyond 1e150"
 
 
-def _merged_on_disk(saved: Saved, names: Iterable[str]) -> Saved:
+def _merged_on_disk(saved: Saved, names: Iterable[str], some: bool) -> Saved:
     """Merge the states of all processes, with one state at a time in memory, and save the results in a folder.
 
-    Each process keeps its own states as well, so that the job can be restarted.
+    Each process keeps its own states as well, so that the job can be restarted. With ``some``, a state without rows is
+    an error.
     """
     merged = Saved(saved.folder / "merged", {"of": "merged"}, fresh=True)
     for name in names:
-        merged.finish({name: saved.load(name).all_reduce()}, "merged")
+        state = saved.load(name).all_reduce()
+        if some:
+            _check_some({name: state})
+        merged.finish({name: state}, "merged")
     return merged
 
 

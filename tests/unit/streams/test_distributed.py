@@ -17,7 +17,10 @@ from scalpel import StreamingCovariance
 
 WORKER = SUPPORT / "distributed_worker.py"
 pytestmark = pytest.mark.slow
-TASKS = {2: ("merge", "again", "differ", "collect", "groups"), 4: ("merge", "again", "pair", "collect", "groups")}
+TASKS = {
+    2: ("merge", "again", "differ", "collect", "groups", "rows"),
+    4: ("merge", "again", "pair", "collect", "groups"),
+}
 
 
 def run(world: int, folder: Path, *tasks: str) -> list[subprocess.CompletedProcess[str]]:
@@ -95,6 +98,18 @@ def test_a_corpus_is_shared_out(world: int, task: str, jobs: dict[int, Path]) ->
         found = [loaded(jobs[world] / task, name, rank) for rank in range(world)]
         assert all(same_bits(each, found[0]) for each in found)
         assert_close(found[0], expected, 1e-10)
+
+
+def test_one_process_may_have_no_rows(jobs: dict[int, Path]) -> None:
+    model = build("like_csp_yolo2")
+    texts = [tokens(model, 2, length, seed=length) for length in (7, 6)]  # the others are of two tokens or fewer
+    rows = torch.cat([model.run_with_cache(ids)[1]["1.resid_in"][:, 2:].flatten(0, 1) for ids in texts]).detach()
+    for rank in range(2):
+        said = (jobs[2] / "rows" / f"error-{rank}").read_text()
+        assert "no token of the whole corpus counts at 1.resid_in" in said
+        assert_close(
+            loaded(jobs[2] / "rows", "1.resid_in", rank), StreamingCovariance(rows.shape[1]).update(rows), 1e-10
+        )
 
 
 def test_a_rank_that_dies_is_named_and_a_restart_goes_on(tmp_path: Path, jobs: dict[int, Path]) -> None:

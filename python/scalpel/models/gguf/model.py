@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from ..conventions import Conventions
 from ..decoders.families import config_of
 from ..decoders.strict import Expected, check_loaded, expected_by
 from ..gguf_files import HOW_TO_JOIN, gguf_in
@@ -30,7 +31,7 @@ from ..weight_files import CheckpointError
 from .checks import check_metadata, check_tensors, check_whole
 from .header import Header, read_header
 
-__all__ = ["plain_model", "stored_as", "tokenizer"]
+__all__ = ["conventions", "plain_model", "stored_as", "tokenizer"]
 
 _NAME = "model.gguf"
 
@@ -96,22 +97,32 @@ def tokenizer(path: str | Path) -> Tokenizer:
     kind, cut = (header.facts.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
     if kind is None:
         raise CheckpointError(f"{file} holds no tokenizer")
-    _check_packages()
-    from transformers import AutoTokenizer
-
-    try:
-        with _alone(file) as folder:
-            read: Any = AutoTokenizer.from_pretrained(
-                folder, gguf_file=_NAME, trust_remote_code=False, local_files_only=True
-            )
-        inner = read.backend_tokenizer
-    except Exception as error:  # transformers raises errors of many kinds; each means that the file can't be read
-        raise CheckpointError(
-            f"transformers can't read the tokenizer in {file}: {type(error).__name__}: {error}"
-        ) from error
+    inner = _read_tokenizer(file).backend_tokenizer
     if kind == "gpt2":
         _set_cut(inner, cut, file)
     return Tokenizer(inner)
+
+
+def conventions(path: str | Path) -> Conventions:
+    """Read which token begins a text, and the chat template, as the metadata of a GGUF file say.
+
+    Args:
+        path: A GGUF file, or a folder with one.
+
+    Returns:
+        The conventions of its tokenizer.
+
+    Raises:
+        CheckpointError: If there is no such file, or it has no tokenizer.
+        ImportError: If transformers or gguf is missing.
+
+    Example:
+        >>> from scalpel.models.gguf import conventions
+        >>> conventions("model.gguf").bos is None
+        True
+    """
+    file = _file(path)
+    return Conventions(_read_tokenizer(file), str(file))
 
 
 def stored_as(path: str | Path) -> str:
@@ -240,6 +251,21 @@ def _without_quantisation(model: Any, name: str) -> Any:
 
 
 # ---- text ----------------------------------------------------------------------------------------
+
+
+def _read_tokenizer(file: Path) -> Any:
+    """Read the tokenizer of a GGUF file by transformers."""
+    _check_packages()
+    from transformers import AutoTokenizer
+
+    auto: Any = AutoTokenizer
+    try:
+        with _alone(file) as folder:
+            return auto.from_pretrained(folder, gguf_file=_NAME, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises errors of many kinds; each means that the file can't be read
+        raise CheckpointError(
+            f"transformers can't read the tokenizer in {file}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _set_cut(inner: Any, cut: Any, file: Path) -> None:
