@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import scalpel
 from circuitgpt_cases import BASE, build, one_thread, tokens  # noqa: F401
 from scalpel import CircuitGPT, CircuitGPTConfig
 from scalpel.models.weight_files import CheckpointError
@@ -358,3 +359,29 @@ def test_other_models_load_as_before(tmp_path):
     assert found.use_cache is False and unused["foo"] == 1
     with pytest.raises((OSError, ValueError)):
         AutoConfig.from_pretrained(tmp_path / "absent")
+
+
+def test_functions_of_the_library_take_the_model_itself(wrapped, brackets):
+    ids, mask = brackets.tokenizer.batch(PROMPTS)
+    for source, target in (("0.attn.v", "1.attn.y"), ("circuit_model.transformer.h.0:in", "logits")):
+        theirs = scalpel.jacobian(wrapped, {"input_ids": ids, "attention_mask": mask}, source, target)
+        ours = scalpel.jacobian(brackets, ids, source.removeprefix("circuit_model."), target, attention_mask=mask)
+        tangent = torch.randn(1, *ours.source_shape, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(theirs.jvp(tangent), ours.jvp(tangent))
+    name = "circuit_model.transformer.h.1.mlp.c_proj:in"
+    states = scalpel.collect(wrapped, [ids], ["1.mlp.post_act", name], progress=False)
+    with torch.no_grad():
+        _, values = brackets.run_with_cache(ids, ["1.mlp.post_act"])
+    rows = values["1.mlp.post_act"].double().flatten(0, 1)
+    for state in states.values():
+        assert torch.allclose(state.covariance(), torch.cov(rows.T, correction=0), atol=1e-9)
+    assert torch.equal(scalpel.lyapunov(wrapped, ids, 3).exponents, scalpel.lyapunov(brackets, ids, 3).exponents)
+    task = scalpel.circuits.bracket_counting(wrapped, prompts=4, seed=0)
+    effects = scalpel.circuits.ablation_effects(wrapped, task, hooks=["1.attn.v"])
+    again = scalpel.circuits.ablation_effects(brackets, task, hooks=["1.attn.v"])
+    assert (effects.hooks["1.attn.v"] == again.hooks["1.attn.v"]).all()
+    guard = scalpel.HoleGuard(wrapped, scalpel.semigroup.ThresholdCounter("1/8"))
+    assert guard.distance("x = [[1, 2").tokens_left > 0
+    options = {"prompts": 2, "offsets": 2, "calibrate": (2,), "predict": (3,), "nulls": ()}
+    results = [scalpel.experiments.run("dilution", model, **options) for model in (wrapped, brackets)]
+    assert results[0].measured == results[1].measured

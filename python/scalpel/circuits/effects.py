@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._resume import WayOut, Work
+from ..hooks.modules import stood_for
 from ..models.circuitgpt.model import CircuitGPT
 from ..models.circuitgpt.recording import check_hooks, hook_width
 from ..models.fingerprint import identity
@@ -149,6 +150,7 @@ def ablation_effects(
         >>> effects.hooks["1.attn.v"].shape
         (128, 8, 2)
     """
+    model = stood_for(model)
     names = model.hook_names if hooks is None else [hooks] if isinstance(hooks, str) else list(hooks)
     check_hooks(model, names)
     if reference is None and not (kind == "mean" and "hook_means" in model.card):

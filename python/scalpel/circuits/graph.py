@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..hooks.modules import stood_for
 from ..models.circuitgpt.model import CircuitGPT
 
 __all__ = ["CircuitGraph", "circuit_graph"]
@@ -65,6 +66,7 @@ def circuit_graph(model: CircuitGPT, nodes: Iterable[str]) -> CircuitGraph:
         >>> scalpel.circuits.circuit_graph(model, ["1.attn.v:5", "1.attn.q:3"]).nodes
         ('1.attn.q:3', '1.attn.v:5')
     """
+    model = stood_for(model)
     order = {name: i for i, name in enumerate(model.hook_names)}
     kept = sorted(set(nodes), key=lambda node: (order[_hook(node)], _channel(node)))
     edges = [*_weights(model, set(kept)), *_residual(kept, order), *_attention(model, kept)]

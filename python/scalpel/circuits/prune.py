@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._resume import WayOut, Work
+from ..hooks.modules import stood_for
 from ..models.circuitgpt.ablation import KINDS
 from ..models.circuitgpt.model import CircuitGPT
 from ..models.fingerprint import identity
@@ -87,6 +88,7 @@ def prune(
         >>> len(pruning.circuits), pruning.best.reached, len(pruning.best.nodes) < pruning.total
         (1, True, True)
     """
+    model = stood_for(model)
     begun = time.monotonic()
     if ablation not in KINDS:
         raise ValueError(f"ablation is {ablation!r}; allowed: {', '.join(KINDS)}")

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..hooks.modules import stood_for
 from ..models.circuitgpt.model import CircuitGPT
 from ..models.tokenizer import Tokenizer
 from ..tasks.brackets import closers
@@ -252,6 +253,7 @@ def bracket_counting(model: CircuitGPT, prompts: int, seed: int) -> Task:
         >>> model.tokenizer.decode(task.prompt(0)), task.labels.tolist()
         ('<s>a = [3, None, x', [0, 1, 0, 1])
     """
+    model = stood_for(model)
     if model.tokenizer is None:
         raise Refused("the model has no tokenizer; bracket_counting is made of text")
     ids = closers(model.tokenizer)

@@ -90,8 +90,10 @@ def run(name: str, model: "CircuitGPT | str | None" = "bracket-mini", **options:
 
         model = CircuitGPT.from_pretrained(model)
     if needs_model:
+        from ..hooks.modules import stood_for
         from .askable import check_askable
 
+        model = stood_for(model)
         check_askable(model)
     result: Result = module.run(model, **options)
     return result

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..hooks.modules import stood_for
 from ..models.circuitgpt.model import CircuitGPT
 from ..tasks.held_out import NoHeldOutText
 from . import Refused, names, run
@@ -101,6 +102,7 @@ def run_suite(
     begun = time.monotonic()
     report = progress or (lambda what, done: None)
     report("loading the model", 0.0)
+    model = stood_for(model)
     loaded = model if isinstance(model, CircuitGPT) else CircuitGPT.from_pretrained(str(model))
     card = dict(loaded.card)
     if fresh or "accuracy" not in card:

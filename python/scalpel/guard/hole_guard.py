@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ..hooks.modules import stood_for
 from ..models.tokenizer import Tokenizer
 from ..semigroup.threshold import ThresholdCounter
 from ..tasks.brackets import START
@@ -326,7 +327,7 @@ class HoleGuard:
 
 
 def _tokenizer_of(model: Any, tokenizer: Any) -> Tokenizer:
-    inner = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
+    inner = tokenizer if tokenizer is not None else getattr(stood_for(model), "tokenizer", None)
     inner = getattr(inner, "backend_tokenizer", inner)  # a fast tokenizer of transformers holds a tokenizers.Tokenizer
     if isinstance(inner, Tokenizer):
         return inner

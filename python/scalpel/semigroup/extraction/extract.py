@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ...hooks.modules import stood_for
 from ...models.circuitgpt.model import CircuitGPT
 from ...models.untrained import untrained
 from ...tasks.refused import Refused
@@ -84,6 +85,7 @@ def extract(
         'Z_2'
     """
     begun = time.monotonic()
+    model = stood_for(model)
     questions = questions_of(model, alphabet, answers, prefix, suffix, valid)
     _check(questions, horizon, prefixes, pairs, tolerance, most_conflict, limit)
     report = progress or (lambda what, done: None)
