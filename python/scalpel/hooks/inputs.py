@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import inside_wrappers
-
 __all__ = [
     "Inputs",
     "Limits",
@@ -27,7 +25,6 @@ __all__ = [
     "positions_after_padding",
     "read_inputs",
     "real_tokens",
-    "without_cache",
 ]
 
 _BY_PRODUCTS = ("labels", "special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping")
@@ -266,16 +263,6 @@ def limits_of(model: nn.Module) -> Limits:
     if table is None:
         return Limits(device=device, takes_positions=takes_positions)
     return Limits(table.num_embeddings, _context(tables), device, takes_positions, dtype=table.weight.dtype)
-
-
-def without_cache(model: nn.Module) -> dict[str, bool]:
-    """Return the keywords that keep a language model from making a cache of keys, which would outlive a pass.
-
-    They are empty for a model that takes none, as far as it or the model inside its wrappers says.
-    """
-    models = (model, inside_wrappers(model).module)
-    takes = any("use_cache" in inspect.signature(each.forward).parameters for each in models)
-    return {"use_cache": False} if takes else {}
 
 
 def _token_table(model: nn.Module) -> nn.Embedding | None:

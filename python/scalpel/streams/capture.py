@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from ..hooks.adapters import inside_wrappers
-from ..hooks.inputs import Inputs, Limits, limits_of, read_inputs, without_cache
+from ..hooks.adapters import inside_wrappers, without_cache
+from ..hooks.inputs import Inputs, Limits, limits_of, read_inputs
 from ..hooks.modules import as_named, as_written, first_tensor, hooked, module_hooks, module_names, with_first_tensor
 from ..hooks.names import hook_named, known_hook, module_path
 from ..hooks.running import ALONE, running

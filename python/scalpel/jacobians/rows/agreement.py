@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...hooks.inputs import Inputs, without_cache
+from ...hooks.adapters import without_cache
+from ...hooks.inputs import Inputs
 from ...hooks.running import running
 from ...models.decoders.decoder import Decoder
 from ...models.decoders.families import marks_of
