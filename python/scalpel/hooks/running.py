@@ -6,7 +6,6 @@ switch turns it, and the last one turns it back.
 
 from __future__ import annotations
 
-import inspect
 import sys
 import threading
 from collections.abc import Iterator
@@ -18,11 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .adapters import inside_wrappers
 from .grouped import GroupByGroup, groups_in_float64
 from .modules import asks_for_gradients
 
-__all__ = ["ALONE", "eager", "evaluating", "running", "without_cache"]
+__all__ = ["ALONE", "eager", "evaluating", "running"]
 
 # Held while something is changed that the whole process shares: PyTorch's forward derivatives, of which only one level
 # can be open at a time, the choice of the attention backend, or a model's buffers while others stand in for them.
@@ -90,16 +88,6 @@ def eager() -> Iterator[None]:
             if _eager_passes == 0:
                 _stance.__exit__(None, None, None)
                 _stance = None
-
-
-def without_cache(model: nn.Module) -> dict[str, bool]:
-    """Return the keywords that keep a language model from making a cache of keys, which would outlive a pass.
-
-    They are empty for a model that takes none, as far as it or the model inside its wrappers says.
-    """
-    models = (model, inside_wrappers(model).module)
-    takes = any("use_cache" in inspect.signature(each.forward).parameters for each in models)
-    return {"use_cache": False} if takes else {}
 
 
 class _NoRequestsForGradients(TorchFunctionMode):

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..hooks.adapters import without_cache
 from ..hooks.grouped import GroupByGroup
 from ..hooks.inputs import holds_ids, limits_of, read_inputs
 from ..hooks.modules import first_tensor, hooked, leaves, module_hooks, watching_outputs, with_first_tensor
 from ..hooks.names import LOGITS, known_hook
-from ..hooks.running import ALONE, running, without_cache
+from ..hooks.running import ALONE, running
 from ..hooks.stopping import Stop
 from .passes import Pass, buffers_mark, kept
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from ..hooks.adapters import inside_wrappers
+from ..hooks.adapters import inside_wrappers, without_cache
 from ..hooks.inputs import Inputs, Limits, limits_of, read_inputs
 from ..hooks.modules import as_named, as_written, first_tensor, hooked, module_hooks, module_names, with_first_tensor
 from ..hooks.names import hook_named, is_pattern, known_hook, module_path, spells_pattern, with_patterns
-from ..hooks.running import ALONE, running, without_cache
+from ..hooks.running import ALONE, running
 from ..hooks.weights import showing_weights
 from ..models.circuitgpt.core import MODULE_PATHS
 from ..models.circuitgpt.model import CircuitGPT

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...hooks.adapters import without_cache
 from ...hooks.inputs import Inputs
-from ...hooks.running import running, without_cache
+from ...hooks.running import running
 from ...models.decoders.decoder import Decoder
 from ...models.decoders.families import marks_of
 from .primal import Text
