@@ -255,6 +255,20 @@ def test_virtual_tokens_are_refused(kind: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
 
 
+def test_adapters_that_begin_at_zero_are_no_reason_to_trust_the_rules() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(model_of("llama"), peft.LoraConfig(target_modules=["q_proj"])).double().eval()
+    ids = ids_of()
+    scalpel.jacobian(model, ids, "0.resid_in", "logits")  # the adapters change nothing yet
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+        expected = model(ids).logits
+    found = scalpel.jacobian(model, ids, "0.resid_in", "logits").primal
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+
+
 @pytest.mark.parametrize("switch", ["off", "merged", "another", "scaled"])
 def test_adapters_that_are_switched_after_the_jacobian(switch: str) -> None:
     peft = pytest.importorskip("peft")
