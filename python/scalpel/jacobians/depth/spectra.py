@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...hooks.modules import as_written
 from ...models.circuitgpt.model import CircuitGPT
 from .graded import GradedProduct
 
@@ -230,6 +231,7 @@ def rank_bound(model: Any, source: str, target: str, tokens: int, identity: bool
     modules with forward hooks; and for J − I where a TopK or ReLU on the residual stream, or an intervention, adds more
     to it than attention and MLP.
     """
+    model = as_written(model)
     if not isinstance(model, CircuitGPT):
         return None
     config = model.config
