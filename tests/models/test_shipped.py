@@ -171,9 +171,9 @@ def test_the_readme_example_runs():
 
 
 def test_the_readme_example_of_the_algebra_runs():
-    """Run the fourth block."""
+    """Run the fifth block."""
     names = {"scalpel": scalpel, "m": scalpel.CircuitGPT.from_pretrained("bracket-mini")}
-    exec(readme_blocks()[3], names)
+    exec(readme_blocks()[4], names)
     assert names["S"].size == 3 and names["holes"].tolist() == [3]
     assert names["found"].verdict == "finite" and names["found"].semigroup().groups()[0].name == "Z_3"
     card = scalpel.CircuitGPT.from_pretrained("mod3-mini").card["machine"]
@@ -195,8 +195,19 @@ def test_the_readme_example_of_a_decoder_runs(tmp_path: Path):
     assert names["J"].source_shape == (1, 5, 12)
 
 
+def test_the_readme_example_of_transformers_classes_runs():
+    """Run the third block unchanged."""
+    pytest.importorskip("transformers")
+    names: dict = {"scalpel": scalpel}
+    exec(readme_blocks()[2], names)
+    core = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+    expected = scalpel.jacobian(core, names["batch"]["input_ids"])
+    tangent = torch.ones(1, *expected.source_shape)
+    assert torch.allclose(names["J"].jvp(tangent), expected.jvp(tangent), atol=1e-4)
+
+
 def test_the_readme_example_of_a_gguf_file_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Run the third block on a tiny file with the name used there."""
+    """Run the fourth block on a tiny file with the name used there."""
     for package in ("transformers", "gguf", "accelerate"):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
@@ -204,7 +215,7 @@ def test_the_readme_example_of_a_gguf_file_runs(tmp_path: Path, monkeypatch: pyt
 
     model = gguf_cases.llama()
     gguf_cases.write(tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf", gguf_cases.tensors_of(model))
-    exec(readme_blocks()[2], {"folder": tmp_path / "saved"})
+    exec(readme_blocks()[3], {"folder": tmp_path / "saved"})
     assert (tmp_path / "saved" / "tokenizer.json").is_file()
     ids = ids_of(1, 5)
     *_, last = stream_layers(tmp_path / "saved", ids)
