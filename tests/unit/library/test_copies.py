@@ -25,6 +25,7 @@ from scalpel.jacobians.operator import Jacobian
 from scalpel.jacobians.scipy_operator import JacobianLinearOperator
 from scalpel.jacobians.svd import NotFinite
 from scalpel.models.circuitgpt.ablation import Ablation
+from scalpel.models.circuitgpt.near_ties import NearTie
 from scalpel.models.weight_files import CheckpointError
 from scalpel.semigroup.anchor import NoDirection, find_anchors
 from scalpel.semigroup.greedy import greedy_orbits
@@ -142,6 +143,8 @@ WORKS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         of_guard,
     ),
     "Distance": (lambda: Distance(2, 3, 4.0, False), shown),
+    "NearTie": (lambda: NearTie(0, 3, "0.attn.q", 1e-6), shown),
+    "Rows": (lambda: scalpel.Rows(1, [5, 3], "counts"), shown),
     "StreamingCovariance": (lambda: covariance.StreamingCovariance(4).update(rows(9, 4)), of_state),
     "StreamingCovariance, a sketch": (lambda: covariance.StreamingCovariance(8, rank=2).update(rows(30, 8)), of_state),
     "Eigen": (lambda: covariance.StreamingCovariance(4).update(rows(9, 4)).eigh(), shown),
