@@ -157,7 +157,7 @@ def test_what_may_need_the_whole_text_gets_it():
             model.generate(ids, 6, use_cache=True)
     handle = model.transformer.h[0].register_forward_hook(lambda module, inputs, output: output.flip(1))
     flipped = model.generate(ids, 6)
-    with pytest.raises(ValueError, match="has a hook"):
+    with pytest.raises(ValueError, match="has been hooked"):
         model.generate(ids, 6, use_cache=True)
     handle.remove()
     expected = ids

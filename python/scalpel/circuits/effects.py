@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._resume import WayOut, Work
-from ..hooks.modules import stood_for
+from ..hooks.standing import stood_for
 from ..models.circuitgpt.model import CircuitGPT
 from ..models.circuitgpt.recording import check_hooks, hook_width
 from ..models.fingerprint import identity

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..hooks.modules import stood_for
+from ..hooks.adapters import check_unadapted
+from ..hooks.standing import stood_for
 from ..models.circuitgpt.model import CircuitGPT
 
 __all__ = ["CircuitGraph", "circuit_graph"]
@@ -67,6 +68,7 @@ def circuit_graph(model: CircuitGPT, nodes: Iterable[str]) -> CircuitGraph:
         ('1.attn.q:3', '1.attn.v:5')
     """
     model = stood_for(model)
+    check_unadapted(model, "the edges of a circuit are its weights")
     order = {name: i for i, name in enumerate(model.hook_names)}
     kept = sorted(set(nodes), key=lambda node: (order[_hook(node)], _channel(node)))
     edges = [*_weights(model, set(kept)), *_residual(kept, order), *_attention(model, kept)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._resume import WayOut, Work
-from ..hooks.modules import stood_for
+from ..hooks.standing import stood_for
 from ..models.circuitgpt.ablation import KINDS
 from ..models.circuitgpt.model import CircuitGPT
 from ..models.fingerprint import identity

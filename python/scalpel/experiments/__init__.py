@@ -90,7 +90,7 @@ def run(name: str, model: "CircuitGPT | str | None" = "bracket-mini", **options:
 
         model = CircuitGPT.from_pretrained(model)
     if needs_model:
-        from ..hooks.modules import stood_for
+        from ..hooks.standing import stood_for
         from .askable import check_askable
 
         model = stood_for(model)

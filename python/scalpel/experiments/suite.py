@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..hooks.modules import stood_for
+from ..hooks.standing import stood_for
 from ..models.circuitgpt.model import CircuitGPT
 from ..tasks.held_out import NoHeldOutText
 from . import Refused, names, run

@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..hooks.modules import stood_for
+from ..hooks.standing import stood_for
 from ..models.tokenizer import Tokenizer
 from ..semigroup.threshold import ThresholdCounter
 from ..tasks.brackets import START

@@ -12,7 +12,7 @@ from torch import nn
 
 from .modules import wrapped_at
 
-__all__ = ["Wrapped", "adapters_mark", "inside_wrappers", "resting_layers", "without_cache"]
+__all__ = ["Wrapped", "adapters_mark", "check_unadapted", "inside_wrappers", "resting_layers", "without_cache"]
 
 
 class Wrapped(NamedTuple):
@@ -89,6 +89,19 @@ def resting_layers(model: nn.Module) -> list[str]:
         and "base_layer" in module._modules
         and bool(module.merged) != bool(module.disable_adapters)
     ]
+
+
+def check_unadapted(model: nn.Module, consequence: str, kind: type[ValueError] = ValueError) -> None:
+    """Raise ``kind`` where a layer computes with an adapter beside its own weight, so that the weight says too little.
+
+    ``consequence`` ends the sentence that begins with what was found.
+    """
+    for name, module in model.named_modules():
+        if "base_layer" in module._modules:
+            raise kind(
+                f"the module {name!r} is an adapter around the model's own layer, and {consequence}: merge the adapter "
+                "first, with PEFT's merge_and_unload"
+            )
 
 
 def adapters_mark(model: nn.Module) -> list[tuple[Any, ...]]:

@@ -28,7 +28,6 @@ __all__ = [
     "module_names",
     "plain_name",
     "rebuilt",
-    "stood_for",
     "user_hooks",
     "watching_outputs",
     "with_first_tensor",
@@ -169,24 +168,14 @@ def as_written(model: nn.Module) -> nn.Module:
     """Return the module that was given to ``torch.compile`` or to data parallelism, or the model itself.
 
     Such a wrapper calls the module inside and nothing else, so the module has the same values without it. A wrapper
-    that somebody has put a hook on stays. A module for which another one stands, see :func:`stood_for`, gives that.
+    that somebody has put a hook on stays.
 
     Raises:
         TypeError: If the model is a ScriptModule, which runs no hooks.
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model is a {type(model).__name__}, which runs no hooks: give the module that it was made of")
-    return stood_for(_layers_of_wrapping(model)[0])
-
-
-def stood_for(model: Any) -> Any:
-    """Return the model that is analysed in place of ``model``; ``model`` itself for most.
-
-    A module that only calls another model in terms of another library, such as a CircuitGPT as transformers knows it,
-    names that model in its attribute ``scalpel_model``.
-    """
-    analysed = getattr(model, "scalpel_model", None) if isinstance(model, nn.Module) else None
-    return analysed if isinstance(analysed, nn.Module) else model
+    return _layers_of_wrapping(model)[0]
 
 
 def as_named(model: nn.Module, name: Any) -> Any:
@@ -203,11 +192,6 @@ def as_named(model: nn.Module, name: Any) -> Any:
         if (path == step or path.startswith(f"{step}.")) and _has(wrapper, path):
             path = inside
         wrapper = wrapper._modules[step]  # type: ignore[assignment]
-    analysed = stood_for(wrapper)
-    if analysed is not wrapper:
-        for step, child in wrapper.named_children():
-            if stood_for(child) is analysed and path.startswith(f"{step}."):
-                path = path.removeprefix(f"{step}.")
     return plain_name(path) + colon + end
 
 

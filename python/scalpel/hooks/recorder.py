@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -66,6 +68,7 @@ def hook_recorder(
         yield recorded
     finally:
         _taps.reset(token)
+    tap.warn()
 
 
 def recorder_taps() -> tuple[Tap, ...]:
@@ -90,8 +93,20 @@ class _Recorder:
     ) -> None:
         self._recorded, self._pattern = recorded, pattern
         self._interventions, self._save_grads = interventions, save_grads
+        self._met: dict[str, None] = {}
+
+    def warn(self) -> None:
+        """Warn of names that no model had while one ran."""
+        for name in self._interventions.keys() - self._met.keys() if self._met else ():
+            near = difflib.get_close_matches(name, self._met, n=3)
+            also = f" Close: {', '.join(near)}." if near else ""
+            warnings.warn(f"hook_recorder: nothing was changed at {name!r}, which is no hook.{also}", stacklevel=4)
+        if self._met and not any(self._pattern.match(name) for name in self._met):
+            expression = self._pattern.pattern
+            warnings.warn(f"hook_recorder: regex {expression!r} matches no hook of what ran", stacklevel=4)
 
     def __call__(self, name: str, value: Tensor) -> Tensor:
+        self._met[name] = None
         if name in self._interventions:
             value = self._interventions[name](value)
         if self._pattern.match(name):

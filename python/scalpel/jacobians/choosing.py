@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..hooks.modules import as_named, as_written
+from ..hooks.standing import as_analysed, as_named
 from ..models.circuitgpt.model import CircuitGPT
 from .module_pass import ModulePass
 from .passes import CircuitPass, Pass
@@ -25,7 +25,7 @@ def pass_between(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; it must be a CircuitGPT or another torch.nn.Module")
     source, target = as_named(model, source), as_named(model, target)
-    model = as_written(model)
+    model = as_analysed(model)
     needs = f"precision={precision!r} needs the rules of a transformers model, and "
     if isinstance(model, CircuitGPT):
         if precision is not None:

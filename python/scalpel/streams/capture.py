@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from ..hooks.adapters import inside_wrappers, without_cache
 from ..hooks.inputs import Inputs, Limits, limits_of, read_inputs
-from ..hooks.modules import as_named, as_written, first_tensor, hooked, module_hooks, module_names, with_first_tensor
+from ..hooks.modules import first_tensor, hooked, module_hooks, module_names, with_first_tensor
 from ..hooks.names import hook_named, is_pattern, known_hook, module_path, spells_pattern, with_patterns
 from ..hooks.running import ALONE, running
+from ..hooks.standing import as_analysed, as_named
 from ..hooks.weights import showing_weights
 from ..models.circuitgpt.core import MODULE_PATHS
 from ..models.circuitgpt.model import CircuitGPT
@@ -45,7 +46,7 @@ class Capture:
     """
 
     def __init__(self, model: nn.Module, hooks: Names, loss: Loss | None, rows: Rows | None = None) -> None:
-        self.model = as_written(model)
+        self.model = as_analysed(model)
         self.limits = limits_of(self.model)
         self._decoder = decoder_inside(self.model)
         self.rows = rows

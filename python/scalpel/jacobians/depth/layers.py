@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...hooks.modules import as_written
 from ...hooks.positions import Selected, read_at, select
+from ...hooks.standing import as_analysed
 from ...models.decoders.families import hooks_of_model
 from ..ends import End
 from ..operator import Jacobian, Product
@@ -27,7 +27,7 @@ def layer_hooks(model: nn.Module, hooks: Sequence[str] | None) -> list[str]:
         if len(hooks) < 2 or len(set(hooks)) < len(hooks):
             raise ValueError(f"hooks is {list(hooks)!r}; it must name at least two hooks, each once")
         return list(hooks)
-    model = as_written(model)
+    model = as_analysed(model)
     known = getattr(model, "hook_names", None) or hooks_of_model(model)
     if not known:
         raise ValueError(

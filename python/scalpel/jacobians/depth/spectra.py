@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...hooks.modules import as_written
+from ...hooks.standing import as_analysed
 from ...models.circuitgpt.model import CircuitGPT
 from .graded import GradedProduct
 
@@ -231,7 +231,7 @@ def rank_bound(model: Any, source: str, target: str, tokens: int, identity: bool
     modules with forward hooks; and for J − I where a TopK or ReLU on the residual stream, or an intervention, adds more
     to it than attention and MLP.
     """
-    model = as_written(model)
+    model = as_analysed(model)
     if not isinstance(model, CircuitGPT):
         return None
     config = model.config

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ...hooks.adapters import check_unadapted
 from ..gguf_files import gguf_in, no_circuitgpt
 from ..tokenizer import TOKENIZER_FILES, Tokenizer
 from ..weight_files import CheckpointError, read_json, read_weights, some, write_weights
@@ -31,15 +33,18 @@ Model = TypeVar("Model", bound=LoadedCore)
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "checked_weights",
+    "find_checkpoint",
     "from_pretrained",
     "read_checkpoint",
+    "read_config",
     "save_pretrained",
     "shipped_models",
 ]
 
 CONFIG_FILES = ("beeg_config.json", "config.json")
 _HUB_PREFIX = "circuit_model."
-_HUB_OPTIONS = {"revision", "cache_dir", "local_files_only", "token", "force_download"}
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 _CAUSAL_BUFFER = re.compile(r"transformer\.h\.(\d+)\.attn\.bias")
 _LOG = logging.getLogger(__name__)
 
@@ -48,12 +53,10 @@ _LOG = logging.getLogger(__name__)
 class Checkpoint:
     """What a checkpoint holds, checked against its configuration.
 
-    ``fields``: the configuration as it stands in the file. ``weights``: CPU tensors, by the names of the model's state
-    dict. ``notes``: what was harmless and passed over.
+    ``weights``: CPU tensors, by the names of the model's state dict. ``notes``: what was harmless and passed over.
     """
 
     folder: Path
-    fields: dict[str, Any]
     config: CircuitGPTConfig
     weights: dict[str, Tensor]
     notes: list[str]
@@ -81,31 +84,46 @@ class Checkpoint:
                 _LOG.info("%s: %s", self.folder, note)
 
 
-def read_checkpoint(
-    source: str | Path, *, config: CircuitGPTConfig | None = None, subfolder: str = "", **hub: Any
-) -> Checkpoint:
-    """Find a checkpoint and read it strictly.
+def find_checkpoint(source: str | Path, subfolder: str = "", **hub: Any) -> Path:
+    """Find the folder of a checkpoint, given the name of a shipped model, a folder, or a hub id, which is downloaded.
+
+    ``subfolder``: the folder in it that holds the model. ``**hub``: options of huggingface_hub's ``snapshot_download``.
+    """
+    return _locate(source, hub) / (subfolder or "")
+
+
+def read_checkpoint(folder: Path, config: CircuitGPTConfig | None = None) -> Checkpoint:
+    """Read a checkpoint strictly.
 
     Args:
-        source: The name of a shipped model, a folder or a hub id.
+        folder: Where it is.
         config: What to check the weights against instead of the checkpoint's own configuration.
-        subfolder: The folder in it that holds the model.
-        **hub: Options of huggingface_hub's ``snapshot_download``, for a hub id.
 
     Raises:
         CheckpointError: As for :meth:`scalpel.CircuitGPT.from_pretrained`.
     """
-    folder = _locate(source, hub) / (subfolder or "")
-    fields, own_config = _read_config(folder)
-    config = config or own_config
-    weights = _without_prefix(read_weights(folder))
+    config = config or read_config(folder)[1]
+    weights, notes = checked_weights(config, read_weights(folder))
+    return Checkpoint(folder, config, weights, notes)
+
+
+def checked_weights(config: CircuitGPTConfig, given: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Check a state dict, in the public layout or the hub's, against a configuration.
+
+    Returns:
+        The weights by the names of the model's state dict, and notes on what was harmless and passed over.
+
+    Raises:
+        CheckpointError: As for :meth:`scalpel.CircuitGPT.from_pretrained`.
+    """
+    weights = _without_prefix(dict(given))
     notes = [
         f"config field {name!r} = {value!r} is unknown; it is off and was kept"
         for name, value in config.unknown_fields().items()
     ]
     notes += _fit(CircuitCore(config, device="meta"), weights)  # shapes only: nothing is drawn at random
     _check_finite(weights)
-    return Checkpoint(folder, fields, config, weights, notes)
+    return weights, notes
 
 
 def from_pretrained(
@@ -121,11 +139,11 @@ def from_pretrained(
         raise TypeError(f"dtype is {dtype!r}; it must be a torch.dtype, as torch.float32")
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}; a model's weights are floating point")
-    if unknown := sorted(hub.keys() - _HUB_OPTIONS):
+    if unknown := sorted(hub.keys() - set(HUB_OPTIONS)):
         raise TypeError(
-            f"from_pretrained has no option {unknown[0]!r}; allowed: dtype, device, {', '.join(sorted(_HUB_OPTIONS))}"
+            f"from_pretrained has no option {unknown[0]!r}; allowed: dtype, device, {', '.join(HUB_OPTIONS)}"
         )
-    checkpoint = read_checkpoint(source, **hub)
+    checkpoint = read_checkpoint(find_checkpoint(source, **hub))
     weights = checkpoint.weights_as(dtype or checkpoint.default_dtype, device)
     model = cls(checkpoint.config, device="meta")  # no second copy of the weights is made
     model.load_state_dict(weights, strict=True, assign=True)
@@ -143,6 +161,7 @@ def save_pretrained(model: LoadedCore, folder: str | Path, *, compress: bool = T
     the model would have been refused. ``compress``: see :func:`scalpel.models.weight_files.write_weights`.
     """
     folder = Path(folder)
+    check_unadapted(model, "its weights can't be saved without it", CheckpointError)
     weights = dict(model.state_dict())
     _check_finite(weights)
     texts = {"beeg_config.json": json.dumps(model.config.to_public_dict(), indent=2)}
@@ -166,6 +185,22 @@ def save_pretrained(model: LoadedCore, folder: str | Path, *, compress: bool = T
         for path in drafted:
             os.replace(path, folder / path.name)
     for name in {"card.json", *TOKENIZER_FILES} - {path.name for path in drafted}:
+        (folder / name).unlink(missing_ok=True)
+    _remove_layout_of_the_hub(folder)
+
+
+def _remove_layout_of_the_hub(folder: Path) -> None:
+    """Remove an earlier CircuitGPT in the hub's layout, whose config transformers would read in place of this one's."""
+    path = folder / CONFIG_FILES[1]
+    if path.is_file() and read_json(path).get("model_type") == "circuitgpt":
+        for pattern in (CONFIG_FILES[1], "model*.safetensors*", "pytorch_model*.bin*"):
+            for file in folder.glob(pattern):
+                file.unlink()
+
+
+def remove_public_layout(folder: Path) -> None:
+    """Remove an earlier CircuitGPT in the public layout, which would be read in place of one saved by transformers."""
+    for name in (CONFIG_FILES[0], "final_model.pt"):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -214,7 +249,7 @@ def _download(source: str, hub: dict[str, Any]) -> Path:
         ) from error
 
 
-def _read_config(folder: Path) -> tuple[dict[str, Any], CircuitGPTConfig]:
+def read_config(folder: Path) -> tuple[dict[str, Any], CircuitGPTConfig]:
     """Read the configuration: its fields as they stand in the file, and what they say."""
     for name in CONFIG_FILES:
         if (folder / name).is_file():

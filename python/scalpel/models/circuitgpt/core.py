@@ -264,6 +264,12 @@ class CircuitCore(nn.Module):
     def _checked_ids(self, input_ids: Tensor) -> Tensor:
         return checked_ids(input_ids, self.config.vocab_size, self.config.block_size).to(self.device)
 
+    def _places(self, before: int, length: int) -> Tensor:
+        """The embeddings of consecutive positions, through the module, so that an adapter or a hook there counts."""
+        columns = torch.arange(before, before + length, dtype=torch.int64, device=self.device)
+        places: Tensor = self.transformer.wpe(columns)
+        return places
+
     def _check_room(self, before: int, length: int) -> None:
         if before + length > self.config.block_size:
             raise ValueError(
@@ -278,7 +284,7 @@ class CircuitCore(nn.Module):
         length, block_size = input_ids.shape[1], self.config.block_size
         if position_ids is None:
             if mask is None:
-                return self.transformer.wpe.weight[before : before + length]
+                return self._places(before, length)
             if mask.dim() == 2:
                 position_ids = (mask.bool().long().cumsum(-1) - 1).clamp(min=0)[:, before:]
             elif before:
@@ -289,7 +295,7 @@ class CircuitCore(nn.Module):
             else:
                 position_ids = positions_after_padding(real_tokens(input_ids, mask.to(input_ids.device)))
                 if position_ids is None:
-                    return self.transformer.wpe.weight[:length]
+                    return self._places(0, length)
         position_ids = position_ids.to(input_ids.device)
         rows = ((length,), (1, length), tuple(input_ids.shape))
         low, high = int(position_ids.min()), int(position_ids.max())

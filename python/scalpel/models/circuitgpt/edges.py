@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...hooks.adapters import check_unadapted
 from .core import CircuitCore
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def edges(model: CircuitCore) -> EdgeTable:
 
     Where the head is tied to the embedding, the same entries stand twice, once for each use.
     """
+    check_unadapted(model, "the weights alone are not its edges")
     names: list[NDArray[np.object_]] = []
     starts: dict[str, int] = {}
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
+from ..._integers import integer
 from ...hooks.modules import user_hooks
 from ...hooks.recorder import recording
 from .key_values import KeyValueCache
@@ -29,6 +30,11 @@ def generate(
     use_cache: bool | None = None,
 ) -> Tensor:
     """Continue texts token by token: :meth:`scalpel.CircuitGPT.generate`."""
+    if use_cache not in (None, True, False):
+        raise TypeError(f"use_cache is {use_cache!r}; allowed: True, False, None")
+    if attention_mask is not None and not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask is {type(attention_mask).__name__}; it must be a tensor")
+    max_new_tokens = integer(max_new_tokens, "max_new_tokens")
     if max_new_tokens < 0 or not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
         raise ValueError(
             f"max_new_tokens is {max_new_tokens}, temperature {temperature}, top_k {top_k}; allowed: "
@@ -86,9 +92,11 @@ def needs_whole_texts(model: LoadedCore) -> str | None:
         return "an intervention is in force that may depend on the whole text, such as a resampling ablation"
     if recording():
         return "a hook_recorder is in force, which records the values of a pass"
-    if hooks := user_hooks(model):
-        return f"{hooks[0][0]} has a hook, which would see the new tokens alone"
-    return None
+    # accelerate replaces the forward methods of modules, too, to move tensors between devices
+    moved = {name for name, module in model.named_modules() if hasattr(module, "_hf_hook")}
+    ours = {f"the forward method of the module {name!r}" for name in moved}
+    where = next((where for where, _ in user_hooks(model) if where not in ours), None)
+    return None if where is None else f"{where} has been hooked or replaced, and would see the new tokens alone"
 
 
 def _pick(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...hooks.adapters import check_unadapted
 from ...topk import topk_mask
 from .core import CircuitCore
 from .loaded import LoadedCore
@@ -104,6 +105,7 @@ def logit_attribution(
     **inputs: Any,
 ) -> LogitAttribution:
     """Split a logit into what each head, MLP and node contributes: :meth:`scalpel.CircuitGPT.logit_attribution`."""
+    check_unadapted(model, "the parts of a logit are computed from the weights")
     ids = _token_ids(model, tokens)
     input_ids = model._checked_ids(input_ids)
     inputs |= {name: value.to(model.device) for name, value in inputs.items() if isinstance(value, Tensor)}

@@ -35,8 +35,9 @@ def near_ties(
     model: CircuitCore, input_ids: Tensor, within: float = 1e-5, attention_mask: Tensor | None = None
 ) -> list[NearTie]:
     """List the places where a choice is decided by less than ``within``: :meth:`scalpel.CircuitGPT.near_ties`."""
-    if not 0 <= within < math.inf:
-        raise ValueError(f"within is {within}; it must be a number that is not negative")
+    if not isinstance(within, int | float) or not 0 <= within < math.inf:
+        raise ValueError(f"within is {within!r}; it must be a number that is not negative")
+    input_ids = model._checked_ids(input_ids)
     found: list[NearTie] = []
     # Padding is no text: whichever entries survive there, no token of the text reads them.
     real = torch.ones(input_ids.shape, dtype=torch.bool, device=model.device)

@@ -1,10 +1,12 @@
 """The configuration of a CircuitGPT as transformers keeps it: the model's own fields beside those of every config."""
 
+import json
 from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
+from ..circuitgpt.checkpoint import CONFIG_FILES
 from ..circuitgpt.config import HUB_FIELDS, CircuitGPTConfig
 from ..weight_files import read_json
 
@@ -12,7 +14,6 @@ __all__ = ["CircuitGPTHubConfig", "public_fields_in"]
 
 # Arguments of every config that are stored under another name.
 _ARGUMENTS = ("attn_implementation", "experts_implementation", "name_or_path", "num_labels")
-_PUBLIC_FILE, _HUB_FILE = "beeg_config.json", "config.json"
 
 
 class CircuitGPTHubConfig(PretrainedConfig):
@@ -87,17 +88,16 @@ def public_fields_in(folder: Any, subfolder: str = "") -> dict[str, Any] | None:
         The fields; None if this is no such folder.
 
     Raises:
-        scalpel.models.weight_files.CheckpointError: The file is damaged.
+        scalpel.models.weight_files.CheckpointError: The ``beeg_config.json`` is damaged.
     """
     try:
         path = Path(folder) / (subfolder or "")
-    except TypeError:
+        if (path / CONFIG_FILES[1]).is_file():
+            fields = json.loads((path / CONFIG_FILES[1]).read_text(encoding="utf-8"))
+            nameless = "model_type" not in fields and "CircuitGPT" in str(fields.get("architectures"))
+            return fields if nameless else None
+    except (TypeError, ValueError, AttributeError, OSError):
+        return None  # whatever this is, transformers says what is wrong with it
+    if not (path / CONFIG_FILES[0]).is_file():
         return None
-    if (path / _HUB_FILE).is_file():
-        fields = read_json(path / _HUB_FILE)
-        names = fields.get("architectures") or []
-        nameless = "model_type" not in fields and any("CircuitGPT" in str(name) for name in names)
-        return fields if nameless else None
-    if not (path / _PUBLIC_FILE).is_file():
-        return None
-    return {"architectures": ["CircuitGPTForCausalLM"]} | read_json(path / _PUBLIC_FILE)
+    return {"architectures": ["CircuitGPTForCausalLM"]} | read_json(path / CONFIG_FILES[0])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +13,18 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ...hooks.names import PATTERN
-from ..circuitgpt.checkpoint import Checkpoint, read_checkpoint
+from ..._files import replace_text
+from ...hooks.names import FINAL, PATTERN
+from ..circuitgpt.checkpoint import (
+    CONFIG_FILES,
+    HUB_OPTIONS,
+    Checkpoint,
+    checked_weights,
+    find_checkpoint,
+    read_checkpoint,
+    read_config,
+    remove_public_layout,
+)
 from ..circuitgpt.generation import needs_whole_texts
 from ..circuitgpt.model import CircuitGPT
 from .cache import TransformersKeyValues, new_cache
@@ -23,15 +35,14 @@ __all__ = ["CircuitGPTForCausalLM"]
 
 # transformers 5.24 renamed the cache in arguments and outputs
 _CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
-_HUB_OPTIONS = ("revision", "cache_dir", "local_files_only", "token", "force_download")
 
 
 class CircuitGPTForCausalLM(PreTrainedModel, GenerationMixin):
     """A :class:`scalpel.CircuitGPT` that transformers treats as one of its own models.
 
-    ``AutoModelForCausalLM.from_pretrained`` gives it for every folder and hub id that
-    :meth:`scalpel.CircuitGPT.from_pretrained` reads. It is read in the same way: strictly, and without running code
-    that comes with the checkpoint. The logits are the same to the bit.
+    ``AutoModelForCausalLM.from_pretrained`` gives it for a folder in the public layout, and for a folder or a hub id in
+    the hub's. The checkpoint is read as :meth:`scalpel.CircuitGPT.from_pretrained` reads it: strictly, and without
+    running code that comes with it. The logits are the same to the bit.
 
     Every function of Scalpel that takes a model takes this one, and analyses its :attr:`circuitgpt`.
 
@@ -161,39 +172,48 @@ class CircuitGPTForCausalLM(PreTrainedModel, GenerationMixin):
         if inputs_embeds is not None or input_ids is None:
             raise ValueError("a CircuitGPT takes input_ids and no inputs_embeds: its bigram table reads the ids")
         core = self.circuitgpt
+        if any(parameter.is_meta for parameter in core.parameters()):
+            raise ValueError(
+                "some weights are offloaded, or have a shape and no numbers; a CircuitGPT also reads weights outside "
+                "of their modules' forward passes, so it has to be on one device"
+            )
         cache = past_key_values if cache is None else cache
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and cache is None and core.config.n_layer:
             cache = new_cache(self.config)
-        patterns, states, weights = [], [], []
+        patterns, weights, last = [], [], []
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             patterns = [f"{i}.{PATTERN}" for i in range(core.config.n_layer)]
         with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
 
         def tap(name: str, value: Tensor) -> Tensor:
-            if with_states and name.endswith(".resid_in"):
-                states.append(value)
-            elif name in patterns:
+            if name in patterns:
                 weights.append(value.unflatten(-1, (core.config.n_head, -1)).transpose(1, 2))
+            elif with_states and name == FINAL:
+                last.append(core.transformer.ln_f(value))
             return value
 
-        past = None if cache is None else TransformersKeyValues(cache, core.config.n_head)
+        past = None if cache is None or not core.config.n_layer else TransformersKeyValues(cache, core.config.n_head)
         input_ids = input_ids.to(core.device)
         if attention_mask is not None and attention_mask.dim() == 4:
             attention_mask = _for_each_query(attention_mask, input_ids, past)
-        residual = core.residual(input_ids, attention_mask, position_ids, tap=tap, past=past, patterns=patterns)
-        if with_states:
-            states.append(core.transformer.ln_f(residual))
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = core.unembed(residual[:, kept], input_ids[:, kept])
+        logits, _, states = self.circuit_model(
+            input_ids,
+            keep=slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep,
+            tap=tap,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past=past,
+            patterns=patterns,
+        )
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **loss_options)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            hidden_states=tuple(states) if with_states else None,
+            hidden_states=(*states, *last) if with_states else None,
             attentions=tuple(weights) if patterns else None,
             **{_CACHE: cache if use_cache else None},
         )
@@ -205,7 +225,10 @@ class CircuitGPTForCausalLM(PreTrainedModel, GenerationMixin):
 
         While an intervention or a recorder that may look at several tokens is in force, every step runs the whole text.
         """
-        if options.get("use_cache") is None and needs_whole_texts(self.circuitgpt) is not None:
+        reason = needs_whole_texts(self.circuitgpt)
+        if reason is not None and options.get("use_cache"):
+            raise ValueError(f"use_cache=True, but {reason}: leave use_cache out")
+        if reason is not None or not self.config.n_layer:
             options["use_cache"] = False
         return super().generate(*arguments, **options)
 
@@ -225,26 +248,52 @@ class CircuitGPTForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             scalpel.models.weight_files.CheckpointError: As for :meth:`scalpel.CircuitGPT.from_pretrained`.
         """
-        if pretrained_model_name_or_path is None or options.get("state_dict") is not None:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_arguments, **options)
-        place = {name: options.pop(name) for name in (*_HUB_OPTIONS, "subfolder") if name in options}
-        config = options.pop("config", None)
-        own_config = config.circuitgpt() if isinstance(config, CircuitGPTHubConfig) else None
-        checkpoint = read_checkpoint(pretrained_model_name_or_path, config=own_config, **place)
-        if own_config is None:
-            fields = checkpoint.fields if config is None else dict(config)
-            config, options = CircuitGPTHubConfig.from_dict(fields, return_unused_kwargs=True, **options)
-        dtype = _dtype_of(options, checkpoint)
+        place = {name: options.pop(name) for name in (*HUB_OPTIONS, "subfolder") if name in options}
+        asked: dict[str, Any] = {name: options.pop(name) for name in ("dtype", "torch_dtype") if name in options}
+        config, given = options.pop("config", None), options.pop("state_dict", None)
+        folder = None if given is not None else find_checkpoint(pretrained_model_name_or_path, **place)
+        if not isinstance(config, CircuitGPTHubConfig):
+            fields = dict(config) if folder is None else read_config(folder)[0]
+            config, options = CircuitGPTHubConfig.from_dict(dict(fields), return_unused_kwargs=True, **options)
+        own_config = config.circuitgpt()
+        if folder is None:
+            checkpoint = Checkpoint(Path(), own_config, *checked_weights(own_config, given))
+        else:
+            checkpoint = read_checkpoint(folder, own_config)
+            if "generation_config" not in options and (folder / "generation_config.json").is_file():
+                options["generation_config"] = GenerationConfig.from_pretrained(folder)
+        dtype = _dtype_of(asked, checkpoint)
         weights = checkpoint.weights_as(dtype, None)
         prefixed = {f"{cls.base_model_prefix}.{key}": tensor for key, tensor in weights.items()}
-        if "generation_config" not in options and (checkpoint.folder / "generation_config.json").is_file():
-            options["generation_config"] = GenerationConfig.from_pretrained(checkpoint.folder)
+        adapter = (options.get("adapter_kwargs") or {}).pop("_adapter_model_path", None)
         result = super().from_pretrained(
             None, *model_arguments, config=config, state_dict=prefixed, dtype=dtype, **options
         )
         model = result[0] if isinstance(result, tuple) else result
-        model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
-        checkpoint.describe(model.circuitgpt)
+        if config.sinusoidal_cat_pos_emb:
+            model.circuit_model.transformer["wpe"].weight.requires_grad_(False)
+        if folder is not None:
+            model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
+            checkpoint.describe(model.circuitgpt)
+        if adapter is not None:
+            model.load_adapter(adapter)
+        return result
+
+    def save_pretrained(self, save_directory: Any, *arguments: Any, **options: Any) -> Any:  # noqa: D417
+        """Write the hub's layout, as transformers does, and the card that the checkpoint came with.
+
+        An earlier CircuitGPT in the public layout is removed from the folder, since it would be read in place of this.
+
+        Args:
+            save_directory: The folder.
+            **options: Those of transformers' ``save_pretrained``.
+        """
+        result = super().save_pretrained(save_directory, *arguments, **options)
+        folder, card = Path(save_directory), self.circuitgpt.card
+        if folder.is_dir() and (folder / CONFIG_FILES[1]).is_file():
+            remove_public_layout(folder)
+            if card:
+                replace_text(folder / "card.json", json.dumps(card, indent=2) + "\n")
         return result
 
 
@@ -259,10 +308,7 @@ def _for_each_query(mask: Tensor, input_ids: Tensor, past: TransformersKeyValues
 
 def _dtype_of(options: dict[str, Any], checkpoint: Checkpoint) -> torch.dtype:
     """Take the dtype out of transformers' options: ``"auto"`` is the widest that is stored."""
-    names = [name for name in ("dtype", "torch_dtype") if options.get(name) is not None]
-    dtype = options[names[0]] if names else checkpoint.default_dtype
-    for name in ("dtype", "torch_dtype"):
-        options.pop(name, None)
+    dtype = next((asked for asked in options.values() if asked is not None), checkpoint.default_dtype)
     if dtype == "auto":
         return functools.reduce(torch.promote_types, {tensor.dtype for tensor in checkpoint.weights.values()})
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype

@@ -1,11 +1,12 @@
 """A CircuitGPT that is called as the published class of Gao et al. 2025 is: it gives logits, loss and state."""
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..circuitgpt.layers import Tap
 from ..circuitgpt.model import CircuitGPT
 
 __all__ = ["PublishedGPT"]
@@ -40,8 +41,20 @@ class PublishedGPT(nn.Module):
             self.__dict__[registry] = core.__dict__[registry]
         self.training = core.training
 
+    def train(self, mode: bool = True) -> Self:
+        """Switch training on or off, here and in ``core`` alike."""
+        self.core.training = mode
+        return super().train(mode)
+
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, include_resid_mid: bool = False
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        include_resid_mid: bool = False,
+        *,
+        keep: Any = slice(None),
+        tap: Tap | None = None,
+        **inputs: Any,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Compute logits, loss and state.
 
@@ -49,6 +62,10 @@ class PublishedGPT(nn.Module):
             idx: Token ids (B, L).
             targets: The token that should follow at each place, (B, L), with -1 where none counts.
             include_resid_mid: Whether the state has the residual stream between attention and MLP too.
+            keep: The tokens whose logits are wanted, as an index of their columns; all by default.
+            tap: As for :meth:`scalpel.CircuitGPT.forward`.
+            **inputs: ``attention_mask``, ``position_ids``, ``past`` and ``patterns``, as for
+                :meth:`scalpel.CircuitGPT.forward`.
 
         Returns:
             The logits (B, L, vocab); the mean cross-entropy in nats, or zeros(1) without targets; and the residual
@@ -66,12 +83,14 @@ class PublishedGPT(nn.Module):
         ends = (".resid_in", ".resid_mid") if include_resid_mid else (".resid_in",)
         state: list[Tensor] = []
 
-        def tap(name: str, value: Tensor) -> Tensor:
+        def watch(name: str, value: Tensor) -> Tensor:
+            value = value if tap is None else tap(name, value)
             if name.endswith(ends):
                 state.append(value)
             return value
 
-        logits = self.core(idx, tap=tap)
+        residual = self.core.residual(idx, tap=watch, **inputs)
+        logits = self.core.unembed(residual[:, keep], idx.to(residual.device)[:, keep])
         if targets is None:
             return logits, torch.zeros(1, dtype=logits.dtype, device=logits.device), state
         loss = F.cross_entropy(logits.flatten(0, 1), targets.to(logits.device).flatten(), ignore_index=-1)

@@ -34,16 +34,19 @@ def register_config(module: ModuleType) -> None:
 
     auto = module.AutoConfig
     auto.register(CircuitGPTHubConfig.model_type, CircuitGPTHubConfig, exist_ok=True)
-    as_written = auto.from_pretrained.__func__
+    of_transformers = auto.from_pretrained.__func__
+    if getattr(of_transformers, "knows_circuitgpt", False):
+        return  # this library was imported before, and reloaded
 
-    @functools.wraps(as_written)
+    @functools.wraps(of_transformers)
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, **options: Any) -> Any:
         fields = public_fields_in(pretrained_model_name_or_path, options.get("subfolder", ""))
         if fields is None:
-            return as_written(cls, pretrained_model_name_or_path, **options)
+            return of_transformers(cls, pretrained_model_name_or_path, **options)
         options = {name: value for name, value in options.items() if name not in _OF_THE_HUB}
         return CircuitGPTHubConfig.from_dict(fields, name_or_path=str(pretrained_model_name_or_path), **options)
 
+    from_pretrained.knows_circuitgpt = True  # type: ignore[attr-defined]
     auto.from_pretrained = classmethod(from_pretrained)
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from ..circuitgpt.checkpoint import CONFIG_FILES, read_config, shipped_models
 from ..tokenizer import Tokenizer
-from ..weight_files import read_json
 
 __all__ = ["CircuitGPTTokenizer"]
 
@@ -14,7 +14,6 @@ __all__ = ["CircuitGPTTokenizer"]
 _ROLES = {
     "<|endoftext|>": "eos_token",
     "</s>": "eos_token",
-    "<s>": "bos_token",
     "<pad>": "pad_token",
     "<unk>": "unk_token",
 }
@@ -50,10 +49,13 @@ class CircuitGPTTokenizer(PreTrainedTokenizerFast):
         Raises:
             OSError: There is none.
         """
-        folder = Path(str(pretrained_model_name_or_path)) / options.get("subfolder", "")
+        source = str(pretrained_model_name_or_path)
+        folder = shipped_models().get(source, Path(source)) / options.get("subfolder", "")
         if not folder.is_dir() or (folder / "tokenizer_config.json").is_file():
             return super().from_pretrained(pretrained_model_name_or_path, *arguments, **options)
-        tokenizer = Tokenizer.from_folder(folder, _name_in(folder))
+        config = read_config(folder)[1] if any((folder / name).is_file() for name in CONFIG_FILES) else None
+        limit = {} if config is None else {"model_max_length": config.block_size}
+        tokenizer = Tokenizer.from_folder(folder, *([] if config is None else [config.tokenizer_name]))
         if tokenizer is None:
             raise OSError(
                 f"{folder} holds no tokenizer: no tokenizer.json, and no encoder.json with vocab.bpe that is known by "
@@ -62,16 +64,8 @@ class CircuitGPTTokenizer(PreTrainedTokenizerFast):
         return cls(
             tokenizer_object=tokenizer.inner,
             name_or_path=str(pretrained_model_name_or_path),
-            **(_special_tokens(tokenizer) | options),
+            **(_special_tokens(tokenizer) | limit | options),
         )
-
-
-def _name_in(folder: Path) -> str:
-    """The name of the tokenizer that the config of a folder gives, or the one that public checkpoints have."""
-    for file in ("beeg_config.json", "config.json"):
-        if (folder / file).is_file():
-            return str(read_json(folder / file).get("tokenizer_name", "tinypython_2k"))
-    return "tinypython_2k"
 
 
 def _special_tokens(tokenizer: Tokenizer) -> dict[str, str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ...hooks.modules import stood_for
+from ...hooks.standing import stood_for
 from ...models.circuitgpt.model import CircuitGPT
 from ...models.untrained import untrained
 from ...tasks.refused import Refused
