@@ -48,3 +48,10 @@ def lens_matrix(full: Tensor, tokens: range, targets: str) -> Tensor:
             if later == t or (targets == "after" and later > t):
                 total += full[later, :, t]
     return total / len(tokens)
+
+
+def blocks_of(model: Any) -> Any:
+    """The layers of a model of the table of decoders."""
+    if hasattr(model, "transformer"):
+        return model.transformer.h
+    return model.gpt_neox.layers if hasattr(model, "gpt_neox") else model.model.layers
