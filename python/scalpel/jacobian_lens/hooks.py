@@ -64,6 +64,8 @@ def ends_of(model: nn.Module, layers: Iterable[Layer], target: Layer | None) -> 
             f"layers are numbers, and this {type(model).__name__} belongs to no family whose layers are known: give "
             "the paths of its blocks, such as 'model.layers.0', and the path of the last one as target"
         )
+    if not count:
+        raise ValueError(f"this {type(model).__name__} has no layers, and so no lens")
     last = count - 1 if target is None else int(target)
     for layer in (last, *chosen):
         if not 0 <= layer < count:

@@ -32,6 +32,7 @@ from ..hooks.names import known_hook
 from ..jacobians.choosing import pass_between
 from ..jacobians.module_pass import ModulePass
 from ..jacobians.passes import CircuitPass
+from ..jacobians.precision import plain_tensors
 from ..jacobians.rows.decoder_pass import DecoderPass
 from ..jacobians.sweep import Seen, Sweep, sweep_of
 from ..jacobians.trace import has_rules
@@ -88,16 +89,16 @@ def lens_matrices(
     if groups is not None and groups < 1:
         raise ValueError(f"groups is {groups}; allowed: 1 or more, or None for exact matrices")
     hooks, end = ends_of(model, layers, target)
-    batch = text_alone(input_ids)
-    sweep, tokens = _sweep(model, batch, list(dict.fromkeys([*hooks.values(), end])), end, skip_first, precision)
-    count = tokens.stop - tokens.start
-    if targets == "after":
-        signs = torch.ones(1, count, dtype=sweep.dtype, device=sweep.device)
-    else:
-        signs = _signs(batch, count, count if groups is None else min(groups, count), seed).to(
-            sweep.device, sweep.dtype
-        )
-    found = lens_of_sweep(sweep, list(hooks.values()), signs)
+    with plain_tensors():
+        batch = text_alone(input_ids)
+        sweep, tokens = _sweep(model, batch, list(dict.fromkeys([*hooks.values(), end])), end, skip_first, precision)
+        count = tokens.stop - tokens.start
+        if targets == "after":
+            signs = torch.ones(1, count, dtype=sweep.dtype, device=sweep.device)
+        else:
+            signs = _signs(batch, count, count if groups is None else min(groups, count), seed)
+            signs = signs.to(sweep.device, sweep.dtype)
+        found = lens_of_sweep(sweep, list(hooks.values()), signs)
     return {layer: found[hook] for layer, hook in hooks.items()}
 
 
@@ -142,6 +143,9 @@ def _sweep(
         tokens = valid_tokens(run.length, skip_first)
         if residual and has_rules(run):
             return sweep_of(run, hooks, tokens), tokens
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+    if isinstance(ids, Tensor) and len(ids) != 1:
+        raise ValueError(f"input_ids holds {len(ids)} prompts; the matrices are those of one: give them one by one")
     copies = COPIES if holds_ids(batch) else 1
     many = repeated(batch, copies) if holds_ids(batch) else batch
     if isinstance(run, CircuitPass):
