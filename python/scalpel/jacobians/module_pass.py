@@ -1,6 +1,6 @@
 """A forward pass of any module between two of its modules' values."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -57,14 +57,9 @@ class ModulePass(Pass):
                 stop(first_tensor(value, hook))
             return value
 
-        with ALONE, running(self.model), sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
-            if self._grouped.used or not self._measured:
-                stack.enter_context(self._grouped)
-            for hook in dict.fromkeys((self.source, self.target)):
-                if hook != self.target or not self._logits:
-                    stack.enter_context(hooked(self.model, hook, meet))
-            with Stop() as stop:
-                output = self._called() if self._measured else self._called_and_measured()
+        hooks = [self.source] if self._logits else [self.source, self.target]
+        with ALONE, sdpa_kernel(SDPBackend.MATH), Stop() as stop:
+            output = self.output(hooks, meet)
         if stop.reached:
             reached: Tensor = stop.value
             return reached
@@ -77,6 +72,15 @@ class ModulePass(Pass):
             f"no path from {self.source!r} to {self.target!r}: {self.target!r} does not run after the "
             "source. Swap them, or choose a later target"
         )
+
+    def output(self, hooks: Sequence[str], meet: Callable[[Any, str], Any]) -> Any:
+        """Return the model's output. ``meet(value, hook)`` is called at ``hooks``, and its result goes on."""
+        with running(self.model), ExitStack() as stack:
+            if self._grouped.used or not self._measured:
+                stack.enter_context(self._grouped)
+            for hook in dict.fromkeys(hooks):
+                stack.enter_context(hooked(self.model, hook, meet))
+            return self._called() if self._measured else self._called_and_measured()
 
     def _called(self) -> Any:
         """Return the model's output.

@@ -6,7 +6,7 @@ the order of the model's forward pass, ``pull`` in the opposite order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -175,7 +175,22 @@ class CircuitProducts:
         rows = [self._pull(chunk) for chunk in cotangents.split(LANES)] if len(cotangents) else []
         return _together(rows) if rows else cotangents.new_zeros(0, *self.source.shape)
 
-    def _pull(self, cotangents: Tensor) -> Tensor:
+    def pull_past(self, cotangents: Tensor, hooks: Sequence[str], see: Callable[[str, Tensor, int], None]) -> None:
+        """Carry T cotangents (T, *target) back to the source, which are seen at ``hooks`` of the residual stream.
+
+        ``see(hook, rows, first)`` gets sixteen cotangents at a time, from number ``first`` on, at the positions of the
+        source. After an intervention at a hook they are those of the value that it makes.
+        """
+        for number, chunk in enumerate(cotangents.split(LANES)):
+            first, count = number * LANES, len(chunk)
+
+            def passed(name: str, lanes: Lanes, first: int = first, count: int = count) -> None:
+                if name in hooks:
+                    see(name, self._taken(lanes, self.at[0], name, count), first)
+
+            self._pull(chunk, passed)
+
+    def _pull(self, cotangents: Tensor, passed: Callable[[str, Lanes], None] | None = None) -> Tensor:
         count = cotangents.shape[0]
         resid: Lanes | None = None
         start: Lanes | None = None
@@ -192,24 +207,32 @@ class CircuitProducts:
         else:
             start = self._placed(cotangents, self.at[1], self.run.target)
         with Stop() as stop:
-            self._pull_layers(start, resid, heads, count, stop)
+            self._pull_layers(start, resid, heads, count, stop, passed)
         lanes: Lanes | None = stop.value
         if lanes is not None:
             return self._taken(lanes, self.at[0], self.run.source, count)
         return cotangents.new_zeros(count, *self.source.shape)
 
     def _pull_layers(
-        self, start: Lanes | None, resid: Lanes | None, heads: tuple[Lanes, Lanes] | None, count: int, stop: Stop
+        self,
+        start: Lanes | None,
+        resid: Lanes | None,
+        heads: tuple[Lanes, Lanes] | None,
+        count: int,
+        stop: Stop,
+        passed: Callable[[str, Lanes], None] | None,
     ) -> None:
         """Go back from the target, of which one of ``start``, ``resid`` and ``heads`` is the cotangent.
 
         ``resid`` is the residual stream after the last layer, and ``heads`` are q and k of the last layer's weights of
-        attention.
+        attention. ``passed`` is called at every hook that a cotangent reaches.
         """
 
         def hook(name: str, lanes: Lanes | None) -> Lanes | None:
             if name == self.run.target:
                 lanes = start
+            if passed is not None and lanes is not None:
+                passed(name, lanes)
             if name == self.run.source:
                 stop(lanes)
             if name in self.changed and lanes is not None:

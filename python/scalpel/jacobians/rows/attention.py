@@ -10,7 +10,7 @@ tangents, so no array of length x length is kept: apart from the tangents, only 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -130,26 +130,45 @@ class DenseAttention:
             out_tile.copy_(dy.view(out_tile.shape)) if dy is not None else out_tile.zero_()
         return out
 
-    def vjp(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the cotangents of q, k and v, given that of y, (T, B, stop, heads, d), zero from token ``stop`` on."""
-        count, batch, stop = u.shape[:3]
-        dq = torch.empty_like(u)
-        dk = u.new_zeros(count, batch, stop, *self.k.shape[2:])
-        dv = torch.zeros_like(dk)
-        for tile in self._tiles(count, slice(0, stop)):
+    def vjp(self, u: Tensor, first: int = 0, out: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the cotangents of q, k and v at tokens ``first`` … stop - 1, given that of y there.
+
+        ``u`` is (T, B, stop - first, heads, d), and the cotangent of y is zero from token ``stop`` on. What it is
+        before ``first`` doesn't matter: those queries read no key from ``first`` on. The cotangents of keys and values
+        before ``first`` are left out, though the queries read them. ``out``: memory for the three results, which may
+        hold anything.
+        """
+        count, batch, tokens = u.shape[:3]
+        queries = slice(first, first + tokens)
+        of_keys = (count, batch, tokens, *self.k.shape[2:])
+        dq, dk, dv = out or (torch.empty_like(u), u.new_empty(of_keys), u.new_empty(of_keys))
+        several = next(self._query_ranges(count, queries)).stop < queries.stop
+        if several:
+            dk.zero_()
+            dv.zero_()
+        for tile in self._tiles(count, queries):
+            local_queries = slice(tile.queries.start - first, tile.queries.stop - first)
+            wanted_keys = slice(max(tile.keys.start, first), tile.keys.stop)
+            local_keys = slice(wanted_keys.start - first, wanted_keys.stop - first)
+            before = wanted_keys.start - tile.keys.start  # keys at the head of the tile that come before ``first``
             q, weights = self._weights(tile)
             k, v = self.k[tile.text, tile.keys, tile.kv_head], self.v[tile.text, tile.keys, tile.kv_head]
             rows, keys = q.shape[0] * q.shape[1], k.shape[0]
             y = self.y[tile.text, tile.queries, tile.heads].reshape(rows, -1)
-            dq_tile = dq[:, tile.text, tile.queries, tile.heads]
-            u_tile = u[:, tile.text, tile.queries, tile.heads].reshape(count, rows, -1)
+            dq_tile = dq[:, tile.text, local_queries, tile.heads]
+            flat_u = u[:, tile.text, local_queries, tile.heads].reshape(count * rows, -1)
+            u_tile = flat_u.view(count, rows, -1)
             flat_weights = weights.view(rows, keys)
-            dscores = (u_tile.reshape(count * rows, -1) @ v.T).view(count, rows, keys)
-            dscores.sub_((u_tile * y).sum(-1, keepdim=True)).mul_(flat_weights.mul(self.scale))
+            dscores = (flat_u @ v.T).view(count, rows, keys)
+            dscores.sub_(torch.einsum("trd,rd->tr", u_tile, y)[..., None]).mul_(flat_weights.mul(self.scale))
             dq_tile.copy_((dscores.view(-1, keys) @ k).view(dq_tile.shape))
             flat_q = q.reshape(rows, -1)
-            dk[:, tile.text, tile.keys, tile.kv_head] += dscores.transpose(1, 2) @ flat_q
-            dv[:, tile.text, tile.keys, tile.kv_head] += flat_weights.T @ u_tile
+            for whole, part in (
+                (dk, dscores[:, :, before:].transpose(1, 2) @ flat_q),
+                (dv, flat_weights[:, before:].T @ u_tile),
+            ):
+                place = whole[:, tile.text, local_keys, tile.kv_head]
+                place.add_(part) if several else place.copy_(part)
         return dq, dk, dv
 
     def _tiles(self, count: int, queries: slice) -> Iterator[_Tile]:

@@ -7,6 +7,7 @@ of zero, such as before the source, and for a cotangent of zero, such as after t
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -151,35 +152,49 @@ class DenseLayer:
     # ---- backward ------------------------------------------------------------------------------
 
     def pull(self, x: Tensor | None, hook: Hook) -> Tensor | None:
-        """Return the cotangent of the residual stream before the layer, given the cotangent ``x`` after it."""
+        """Return the cotangent of the residual stream before the layer, given the cotangent ``x`` after it.
+
+        ``x`` is overwritten, and is what is returned where a cotangent is given; values at hooks within the layer are
+        in buffers, and hold until the next layer's turn.
+        """
         prefix, layer, primal = f"{self.i}.", self.layer, self.primal
         delta_out = hook(f"{prefix}mlp.resid_delta", x)
-        neurons = hook(f"{prefix}mlp.post_act", self._back([(layer.down, delta_out)]))
+        neurons = hook(f"{prefix}mlp.post_act", self._back([(layer.down, delta_out)], "neurons"))
         parts: list[tuple[Dense, Tensor | None]] = []
         if neurons is not None:
-            parts.append((layer.up[0], neurons * primal.slope[:, self.part]))
             if primal.opened is not None:
-                parts.append((layer.up[1], neurons * primal.opened[:, self.part]))
-        normed = hook(f"{prefix}mlp.act_in", self._back(parts))
-        from_mlp = None if normed is None else primal.norm2.rows(self.part).vjp(normed)
-        if self.config.parallel:
-            delta, resid = x, _sum(x, from_mlp)
-        else:
-            delta = resid = hook(f"{prefix}resid_mid", _sum(x, from_mlp))
+                beside = self.buffers("beside", tuple(neurons.shape), neurons.dtype, neurons.device)
+                parts.append((layer.up[1], torch.mul(neurons, primal.opened[:, self.part], out=beside)))
+            parts.append((layer.up[0], neurons.mul_(primal.slope[:, self.part])))
+        from_mlp = hook(f"{prefix}mlp.act_in", self._back(parts, "read"))
+        delta = x
+        if not self.config.parallel:
+            x = delta = hook(f"{prefix}resid_mid", self._unnormed("norm2", from_mlp, x))
         delta_out = hook(f"{prefix}attn.resid_delta", delta)
-        y = hook(f"{prefix}attn.y", self._back([(layer.out, delta_out)]))
-        normed = hook(f"{prefix}attn.act_in", self._back(self._attended_back(y, hook)))
-        from_attention = None if normed is None else primal.norm1.rows(self.part).vjp(normed)
-        return hook(f"{prefix}resid_in", _sum(resid, from_attention))
+        y = hook(f"{prefix}attn.y", self._back([(layer.out, delta_out)], "y"))
+        if self.config.parallel:  # not before, since the cotangent of attention's output is that after the layer
+            x = self._unnormed("norm2", from_mlp, x)
+        normed = hook(f"{prefix}attn.act_in", self._back(self._attended_back(y, hook), "read"))
+        return hook(f"{prefix}resid_in", self._unnormed("norm1", normed, x))
+
+    def _unnormed(self, name: str, normed: Tensor | None, x: Tensor | None) -> Tensor | None:
+        """Add to ``x`` what ``normed``, the cotangent after the norm ``name``, gives before it; None is zero."""
+        if normed is None:
+            return x
+        norm: DenseNorm = getattr(self.primal, name)
+        return norm.rows(self.part).add_vjp(normed, torch.zeros_like(normed) if x is None else x)
 
     def _attended_back(self, y: Tensor | None, hook: Hook) -> list[tuple[Dense, Tensor | None]]:
         heads: list[Tensor | None] = [None, None, None]
         weights = None if self.pattern is None else hook(f"{self.i}.{PATTERN}", None)
         if self.pattern is not None and weights is not None:
-            q, k = self.pattern.vjp(weights, self.part.stop)
+            q, k = (of_all[:, :, self.part.start :] for of_all in self.pattern.vjp(weights, self.part.stop))
             heads = [self._turned(q, self.primal.q_norm, -1), self._turned(k, self.primal.k_norm, -1), None]
         if y is not None:
-            q, k, v = self.primal.attention.vjp(y.unflatten(-1, (self.config.heads, -1)))
+            u = y.unflatten(-1, (self.config.heads, -1))
+            shapes = [(*u.shape[:3], count, u.shape[-1]) for count in (self.config.heads, *[self.config.kv_heads] * 2)]
+            out = [self.buffers(f"qkv{number}", shape, u.dtype, u.device) for number, shape in enumerate(shapes)]
+            q, k, v = self.primal.attention.vjp(u, self.part.start, out)
             heads = [self._turned(q, self.primal.q_norm, -1), self._turned(k, self.primal.k_norm, -1), v]
         for number, name in ((2, "v"), (0, "q"), (1, "k")):
             heads[number] = self._hooked(f"{self.i}.attn.{name}", heads[number], hook)
@@ -196,38 +211,62 @@ class DenseLayer:
 
     def _product(self, dense: Dense, t: Tensor, name: str) -> Tensor:
         """Compute W t, with W the matrix of ``dense``, in the buffer ``name``."""
-        dtype = dense.weight.dtype
-        out = self.buffers(name, (*t.shape[:-1], dense.weight.shape[0]), dtype, t.device)
-        torch.mm(self._rows(t, dtype), dense.weight.T, out=out.view(-1, out.shape[-1]))
+        weight = self._matrix(dense, t.dtype)
+        dtype = weight.dtype
+        out = self.buffers(name, (*t.shape[:-1], weight.shape[0]), dtype, t.device)
+        torch.mm(self._rows(t, dtype), weight.T, out=out.view(-1, out.shape[-1]))
         return out if dtype == t.dtype else self.buffers(name, tuple(out.shape), t.dtype, t.device).copy_(out)
 
     def _add_product(self, x: Tensor, dense: Dense, t: Tensor) -> Tensor:
         """Add W t to ``x`` in place, with W the matrix of ``dense``."""
-        if dense.weight.dtype != x.dtype:
+        weight = self._matrix(dense, x.dtype)
+        if weight.dtype != x.dtype:
             return x.add_(self._product(dense, t, "delta"))
         rows = x.view(-1, x.shape[-1])
-        torch.addmm(rows, self._rows(t, t.dtype), dense.weight.T, out=rows)
+        torch.addmm(rows, self._rows(t, t.dtype), weight.T, out=rows)
         return x
+
+    def _matrix(self, dense: Dense, dtype: torch.dtype) -> Tensor:
+        """The matrix of ``dense``, of its own dtype, or in ``dtype`` where that makes its products faster.
+
+        A CPU without instructions for bfloat16 takes up to a hundred times as long for a product in it.
+        """
+        weight = dense.weight
+        if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or _multiplies_bfloat16():
+            return weight
+        return self.buffers("weight", tuple(weight.shape), dtype, weight.device).copy_(weight)
 
     def _rows(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """The tangents of all tokens as rows of one matrix, in the dtype ``dtype``."""
         rows = t.reshape(-1, t.shape[-1])
         return rows if rows.dtype == dtype else self.buffers("rows", tuple(rows.shape), dtype, rows.device).copy_(rows)
 
-    def _back(self, parts: list[tuple[Dense, Tensor | None]]) -> Tensor | None:
-        """Return the sum of Wᵀ u over pairs of a matrix W and a cotangent u; None where every cotangent is None."""
+    def _back(self, parts: list[tuple[Dense, Tensor | None]], name: str) -> Tensor | None:
+        """Compute the sum of Wᵀ u over pairs of a matrix W and a cotangent u, in the buffer ``name``.
+
+        None where every cotangent is None.
+        """
         total: Tensor | None = None
         for dense, u in parts:
-            if u is not None:
-                dtype = dense.weight.dtype
-                back = (u.reshape(-1, u.shape[-1]).to(dtype) @ dense.weight).to(u.dtype)
-                back = back.view(*u.shape[:-1], -1)
-                total = back if total is None else total.add_(back)
+            if u is None:
+                continue
+            weight = self._matrix(dense, u.dtype)
+            shape = (*u.shape[:-1], weight.shape[1])
+            rows = self._rows(u, weight.dtype)
+            first = total is None
+            if total is None:
+                total = self.buffers(name, shape, u.dtype, u.device)
+            if weight.dtype == u.dtype:
+                into = total.view(-1, shape[-1])
+                torch.mm(rows, weight, out=into) if first else torch.addmm(into, rows, weight, out=into)
+            else:
+                narrow = self.buffers("narrow", shape, weight.dtype, u.device)
+                torch.mm(rows, weight, out=narrow.view(-1, shape[-1]))
+                total.copy_(narrow) if first else total.add_(narrow)
         return total
 
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """Add two cotangents, of which None is zero."""
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
+@cache
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU has a fast product of bfloat16 matrices."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -1,7 +1,8 @@
 """Products with the Jacobian of a dense decoder, in which T tangents are rows of the same matrix products.
 
-The primal runs once. Tangents are zero before the first source token, and not needed after the last target token, so
-those tokens are left out. Tangents are processed in chunks, which bounds the memory.
+The primal runs once. Tangents are zero before the first source token, and not needed after the last target token.
+Cotangents are zero after the last target token, and those before the first source token reach no source, since
+attention is causal. Those tokens are left out. Tangents are processed in chunks, which bounds the memory.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ class DenseProducts:
         return products
 
     def _pull(self, cotangents: Tensor, buffers: Buffers) -> Tensor:
-        part = slice(0, self.stop)
+        part = slice(self.first, self.stop)
         x: Tensor | None = None
         at_target: Tensor | None = None
         if self.run.target == "logits":
@@ -163,13 +164,17 @@ class DenseProducts:
         return DenseLayer(decoder, i, decoder.layer(i), primal, self.places, part, buffers, pattern)
 
     def _placed(self, rows: Tensor, selected: Selected, part: slice) -> Tensor:
-        """Place ``rows``, (T, B, selected tokens, width), among the tokens of ``part``, which are zero elsewhere."""
+        """Place ``rows``, (T, B, selected tokens, width), among the tokens of ``part``, which are zero elsewhere.
+
+        Rows of selected tokens outside ``part`` are left out.
+        """
         count, batch, _, width = rows.shape
         full = rows.new_zeros(count, batch, part.stop - part.start, width)
         if selected is None:
             full.copy_(rows[:, :, part])
         else:
-            full[:, :, [token - part.start for token in selected]] = rows
+            inside = [place for place, token in enumerate(selected) if part.start <= token < part.stop]
+            full[:, :, [selected[place] - part.start for place in inside]] = rows[:, :, inside]
         return full
 
     def _taken(self, full: Tensor, selected: Selected, part: slice) -> Tensor:

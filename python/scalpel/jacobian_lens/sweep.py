@@ -1,0 +1,186 @@
+"""The matrices of a Jacobian lens for one prompt, by one sweep of cotangents back through all layers.
+
+With V the valid positions of the prompt (after the first ``skip_first`` tokens, and without the last), the matrix of
+layer l is
+    J_l = 1/|V| · Σ_{t in V} Σ_{t' in V, t' ≥ t} ∂h_target[t'] / ∂h_l[t]
+for ``targets="after"``, and the sum over t' = t alone for ``targets="same"``. Its rows are the target's dimensions.
+
+"after" takes one cotangent for each dimension d of the target: 1 at dimension d of every t' in V at once. What arrives
+at a token t is the sum over all t' ≥ t, by causality.
+
+"same" takes random signs z in place of the ones, multiplies what arrives at t by z_t, and takes the mean. Terms of
+t' ≠ t have a factor z_t z_t', whose expectation is zero: the matrix is unbiased, and its noise falls with the number of
+prompts as their scatter does. Signs are drawn from the prompt's tokens and ``seed``, so that they differ from prompt to
+prompt; the same ones for all would leave the same terms in every prompt. ``groups`` makes the noise smaller: positions
+fall into that many groups, t and t + groups into the same one, and each group has a sweep of its own, so only terms of
+positions of one group are left (probing, Tang and Saad 2012). The cost is groups · width cotangents. With |V| groups no
+term is left and the result is exact, for |V| times the price.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..hooks.inputs import holds_ids
+from ..hooks.modules import as_written, module_hooks
+from ..hooks.names import known_hook
+from ..jacobians.choosing import pass_between
+from ..jacobians.module_pass import ModulePass
+from ..jacobians.passes import CircuitPass
+from ..jacobians.precision import plain_tensors
+from ..jacobians.rows.decoder_pass import DecoderPass
+from ..jacobians.sweep import Seen, Sweep, sweep_of
+from ..jacobians.trace import has_rules
+from ..models.decoders.families import decoder_inside
+from .autograd_sweep import COPIES, AutogradSweep, repeated
+from .hooks import Layer, ends_of, is_residual
+from .positions import text_alone, valid_tokens
+
+__all__ = ["lens_matrices", "lens_of_sweep"]
+
+_BESIDE: dict[str, Any] = {"attention_mask": None, "position_ids": None}
+
+
+def lens_matrices(
+    model: nn.Module,
+    input_ids: Any,
+    *,
+    layers: Iterable[Layer],
+    target: Layer | None = None,
+    skip_first: int = 16,
+    targets: str = "after",
+    groups: int | None = 1,
+    seed: int = 0,
+    precision: str | None = None,
+) -> dict[Any, Tensor]:
+    """Compute the matrices of one prompt, as the docstring of this file defines them.
+
+    A model that has rules runs once, and its cotangents go back once, whatever the number of layers. Any other model
+    goes through autograd, {COPIES} copies of the prompt at a time.
+
+    Args:
+        model: As :func:`scalpel.jacobian` takes it.
+        input_ids: (1, S) integers, or a batch of one text, whose attention mask may say that it is padded.
+        layers: Numbers of layers, from 0, whose outputs are the sources; or paths of modules.
+        target: The layer whose output is the target, before the final norm; by default the last one.
+        skip_first: How many real tokens at the beginning don't count.
+        targets: ``"after"`` or ``"same"``.
+        groups: For ``"same"``, how many groups of positions have sweeps of their own; None for the exact matrices.
+        seed: For ``"same"``, of the signs.
+        precision: As :func:`scalpel.jacobian` takes it.
+
+    Returns:
+        {layer: (width, width)}, float64 for a float64 model and float32 otherwise.
+
+    Raises:
+        ValueError: For a prompt that is too short, several prompts, an unknown layer or option.
+    """
+    if targets not in ("after", "same"):
+        raise ValueError(f"targets is {targets!r}; allowed: 'after', 'same'")
+    if precision not in (None, "bfloat16"):
+        raise ValueError(f"precision is {precision!r}; allowed: None, 'bfloat16'")
+    if skip_first < 0:
+        raise ValueError(f"skip_first is {skip_first}; it counts tokens, and is at least 0")
+    if groups is not None and groups < 1:
+        raise ValueError(f"groups is {groups}; allowed: 1 or more, or None for exact matrices")
+    hooks, end = ends_of(model, layers, target)
+    with plain_tensors():
+        batch = text_alone(input_ids)
+        sweep, tokens = _sweep(model, batch, list(dict.fromkeys([*hooks.values(), end])), end, skip_first, precision)
+        count = tokens.stop - tokens.start
+        if targets == "after":
+            signs = torch.ones(1, count, dtype=sweep.dtype, device=sweep.device)
+        else:
+            signs = _signs(batch, count, count if groups is None else min(groups, count), seed)
+            signs = signs.to(sweep.device, sweep.dtype)
+        found = lens_of_sweep(sweep, list(hooks.values()), signs)
+    return {layer: found[hook] for layer, hook in hooks.items()}
+
+
+def lens_of_sweep(
+    sweep: Sweep, hooks: Iterable[str], signs: Tensor, dimensions: slice | None = None
+) -> dict[str, Tensor]:
+    """Reduce a sweep's cotangents to the rows of the matrices of ``hooks``, each (width, width).
+
+    Args:
+        sweep: The sweep.
+        hooks: Where it is seen.
+        signs: (groups, tokens), the factor of each valid position in each group of "same"; a row of ones for "after".
+        dimensions: The target's dimensions whose rows are computed; others stay zero. All by default.
+    """
+    wide, count = sweep.width, signs.shape[1]
+    found = {hook: torch.zeros(wide, wide, dtype=sweep.dtype, device=sweep.device) for hook in hooks}
+    first, stop, _ = (dimensions or slice(None)).indices(wide)
+    for factors in signs:
+        for start in range(first, stop, sweep.block):
+            rows = torch.arange(start, min(stop, start + sweep.block), device=sweep.device)
+            cotangents = torch.zeros(len(rows), 1, count, wide, dtype=sweep.dtype, device=sweep.device)
+            cotangents[torch.arange(len(rows), device=sweep.device), 0, :, rows] = factors
+
+            def see(hook: str, pulled: Tensor, of: int, factors: Tensor = factors, start: int = start) -> None:
+                if hook in found:
+                    found[hook][start + of : start + of + len(pulled)] += factors @ pulled[:, 0]
+
+            sweep.pull(cotangents, see)
+    return {hook: matrix.div_(count) for hook, matrix in found.items()}
+
+
+def _sweep(
+    model: nn.Module, batch: Any, hooks: list[str], end: str, skip_first: int, precision: str | None
+) -> tuple[Sweep, slice]:
+    """The sweep of the kind that the model has, and the prompt's valid tokens. ``hooks`` begin with the earliest."""
+    residual = all(map(is_residual, (*hooks, end)))
+    run = pass_between(model, batch, _BESIDE, hooks[0], end, precision)
+    if isinstance(run, (CircuitPass, DecoderPass)):
+        prompts = (run.text.ids if isinstance(run, DecoderPass) else run.inputs[0]).shape[0]
+        if prompts != 1:
+            raise ValueError(f"input_ids holds {prompts} prompts; the matrices are those of one: give them one by one")
+        tokens = valid_tokens(run.length, skip_first)
+        if residual and has_rules(run):
+            return sweep_of(run, hooks, tokens), tokens
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+    if isinstance(ids, Tensor) and len(ids) != 1:
+        raise ValueError(f"input_ids holds {len(ids)} prompts; the matrices are those of one: give them one by one")
+    copies = COPIES if holds_ids(batch) else 1
+    many = repeated(batch, copies) if holds_ids(batch) else batch
+    if isinstance(run, CircuitPass):
+        run = pass_between(model, many, _BESIDE, hooks[0], end)
+        places = {hook: hook for hook in hooks}
+    else:
+        inside = as_written(model)
+        found = decoder_inside(inside)
+        if found is None:
+            kind = f"this {type(inside).__name__}, whose hooks are module paths (':in' ends an input's)"
+            for hook in hooks:
+                known_hook(hook, module_hooks(inside), "layer", kind)
+        places = {hook: hook if found is None else found.place(hook, inside, "source") for hook in hooks}
+        run = ModulePass(inside, many, {}, places[hooks[0]], places[end])
+    sweep = AutogradSweep(run, list(places.values()), places[end], skip_first, copies)
+    return _Renamed(sweep, {place: hook for hook, place in places.items()}), sweep.tokens
+
+
+class _Renamed:
+    """A sweep whose hooks are seen under other names."""
+
+    def __init__(self, sweep: Sweep, names: Mapping[str, str]) -> None:
+        self._sweep, self._names = sweep, names
+        self.width, self.dtype, self.device, self.block = sweep.width, sweep.dtype, sweep.device, sweep.block
+
+    def pull(self, cotangents: Tensor, see: Seen) -> None:
+        self._sweep.pull(cotangents, lambda hook, rows, first: see(self._names[hook], rows, first))
+
+
+def _signs(batch: Any, count: int, groups: int, seed: int) -> Tensor:
+    """Random signs of ``count`` positions, (groups, count): each position has one in its own group, and 0 in others."""
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+    text = ids.detach().cpu().contiguous().numpy().tobytes() if isinstance(ids, Tensor) else b""
+    digest = hashlib.blake2b(text, digest_size=7, key=str(seed).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    signs = torch.randint(0, 2, (count,), generator=generator, device="cpu", dtype=torch.int64) * 2 - 1
+    own = torch.arange(count, device="cpu") % groups == torch.arange(groups, device="cpu")[:, None]
+    return own * signs
