@@ -13,6 +13,7 @@ PAGES = {
     "covariance": ("bench_covariance", "table"),
     "dense_jacobian": ("bench_dense_jacobian", "table"),
     "evidence": ("evidence", "page"),
+    "generation": ("bench_generation", "table"),
     "jacobian": ("bench_jacobian", "table"),
     "stream": ("bench_stream", "table"),
     "topk": ("bench_topk", "table"),
