@@ -90,7 +90,12 @@ def test_who_does_not_compile_does_not_import_the_compiler() -> None:
     """It takes as long to import as torch itself; once it is there, it takes each function as one node."""
     code = """
 import sys, torch, scalpel
-import scalpel.cli.commands, scalpel.experiments.suite, scalpel.jacobians.entry, scalpel.topk
+import scalpel.cli.commands, scalpel.experiments.suite
+model = scalpel.CircuitGPT.from_pretrained("parity-mini")
+ids = torch.tensor([[1, 2, 3]])
+J = scalpel.jacobian(model, ids)
+J.jvp(torch.ones(1, *J.source_shape))
+scalpel.collect(model, [ids], ["0.resid_in", "0.resid_in.grad"], progress=False)
 assert "torch._dynamo" not in sys.modules
 graphs = []
 def backend(graph, inputs):
