@@ -73,8 +73,8 @@ def targets_of(wrapper: str, name: str) -> list[str]:
     return [hook for hook in PLACES[name] if hook != "0.resid_in" and not (hook == "logits" and without_head)]
 
 
-# A family decides where its base model and its layers are, and which of them an adapter changes. So each kind of wrapper
-# meets each family, while two wrappers of one kind meet only Llama.
+# A family decides where its base model and its layers are, and which of them an adapter changes. So each kind of
+# wrapper meets each family, while two wrappers of one kind meet only Llama.
 OF_EVERY_KIND = (
     "one layer compiled",
     "all but the head compiled",
