@@ -1,5 +1,6 @@
 """Fixtures for every test, and the distribution of tests over processes."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -48,6 +49,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
         if "stand_in" in fixtures:
             item.add_marker(pytest.mark.native)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Keep the million objects of imported libraries out of every later collection of garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)
