@@ -50,7 +50,7 @@ def fit(
 ) -> JacobianLens:
     """Fit a Jacobian lens: for each layer, the mean Jacobian of the last residual stream with respect to that layer's.
 
-    The matrix of layer l is J̄_l = E[1/|V| Σ_{t in V} Σ_{t' in V, t' ≥ t} ∂h_target[t'] / ∂h_l[t]], the mean over prompts,
+    The matrix of layer l is J̄_l = E[1/|V| Σ_{t in V} Σ_{t' in V, t' ≥ t} ∂h_target[t'] / ∂h_l[t]], a mean over prompts,
     with V the prompt's tokens after the first ``skip_first`` and without the last. It carries what layer l writes to
     where the model's own unembedding can read it (Gurnee et al. 2026, "Verbalizable Representations Form a Global
     Workspace in Language Models", and the code published with it). Nothing is trained.
@@ -109,8 +109,15 @@ def fit(
             f"{skip_first + 2} tokens or more"
         )
     share = Share.of_job() if shard else Share()
-    options = {"target": target, "skip_first": skip_first, "targets": targets, "estimator": estimator}
-    subject = Subject(model, layers, precision=precision, **options)
+    subject = Subject(
+        model,
+        layers,
+        target=target,
+        skip_first=skip_first,
+        targets=targets,
+        estimator=estimator,
+        precision=precision,
+    )
     words = words_of(model, tokenizer)
     about = about_of(subject, max_tokens)
     work = None
@@ -168,11 +175,10 @@ class _Fitting:
     def read(self, prompts: Iterator[Any]) -> None:
         """Read the prompts, ``world`` at a time, one for each process."""
         done = 0 if self.sums is None else self._share.rounds(self.sums.read)
-        begin, rounds = max(self._share.gathered(done)), 0
-        for few in _batched(prompts, self._share.world):
+        begin = max(self._share.gathered(done))
+        for rounds, few in enumerate(_batched(prompts, self._share.world), start=1):
             for prompt in few:
                 self._take(prompt)
-            rounds += 1
             if self._tolerance is not None and rounds >= begin and self._precise():
                 return
         read = 0 if self.sums is None else self.sums.read

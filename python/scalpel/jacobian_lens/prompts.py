@@ -50,9 +50,7 @@ def read_prompts(prompts: Any, words: Words | None, max_tokens: int) -> Iterator
         prompts = [prompts]
     if not isinstance(prompts, Iterable):
         raise TypeError(f"prompts is {type(prompts).__name__}; allowed: {_ALLOWED}")
-    if (isinstance(prompts, Tensor) and prompts.dim() == 1) or (
-        isinstance(prompts, list | tuple) and prompts and all(type(entry) is int for entry in prompts)
-    ):
+    if _is_one(prompts):
         prompts = [prompts]
     for prompt in prompts:
         yield from _of_one(prompt, words, max_tokens)
@@ -67,6 +65,13 @@ def mark_of(prompt: Tensor) -> bytes:
     """Bytes that distinguish a prompt from others."""
     raw = prompt.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(f"{tuple(prompt.shape)} {prompt.dtype} ".encode() + raw).digest()
+
+
+def _is_one(prompts: Iterable[Any]) -> bool:
+    """Whether the ids of a single prompt were given, rather than several prompts."""
+    if isinstance(prompts, Tensor):
+        return prompts.dim() == 1
+    return isinstance(prompts, list | tuple) and bool(prompts) and all(type(entry) is int for entry in prompts)
 
 
 def _of_one(prompt: Any, words: Words | None, max_tokens: int) -> Iterator[Any]:

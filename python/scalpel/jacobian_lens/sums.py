@@ -109,8 +109,9 @@ class Sums:
         read = numbers[-1] + 1
         if self._work is not None:
             other = 1 - self._current
-            assert isinstance(self._files[other], np.memmap)
-            self._files[other].flush()
+            file = self._files[other]
+            assert isinstance(file, np.memmap)
+            file.flush()
             records = np.concatenate([np.array(numbers, dtype=np.float64)[:, None], adding.norms], axis=1)
             _append(self._work.path(_NORMS), self.n * records[0].nbytes, records)
             if self.probes:
