@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from . import controls
+from .attached.scores import score
 from .items import Item, read_items
 from .matrices import Lens, Made, chosen_layers
 from .readout import SKIPPED, transported
-from .attached.scores import score
 
 __all__ = ["RULES", "Evaluation", "Share", "evaluate"]
 

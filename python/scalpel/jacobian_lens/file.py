@@ -1,8 +1,9 @@
 """The published file of a Jacobian lens, and what stands beside it.
 
-The file is what ``torch.save`` writes of a dict with J, {layer: matrix}, n_prompts, source_layers and d_model, in float16 by default. It doesn't say which model, target, corpus or estimator a lens is of, and has no errors. Both
-stand in a second file, ``<name>.scalpel.json``, which is bound to the first by its SHA-256: beside another file of the
-same name it isn't believed.
+The file is what ``torch.save`` writes of a dict with J, {layer: matrix}, n_prompts, source_layers and d_model, in
+float16 by default. It doesn't say which model, target, corpus or estimator a lens is of, and has no errors. Both stand
+in a second file, ``<name>.scalpel.json``, which is bound to the first by its SHA-256: beside another file of the same
+name it isn't believed.
 """
 
 from __future__ import annotations

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from . import controls, file, hub
+from .folder import sums_in
 from .in_use import LensInUse
 from .matrices import Layer, widened
 from .merging import check_mergeable, merged_about, merged_means
+from .sums import Means
 
 __all__ = ["JacobianLens"]
 
@@ -188,12 +190,16 @@ class JacobianLens(LensInUse):
         return merged
 
     @classmethod
-    def from_sums(cls, sums: Any, about: Mapping[str, Any]) -> JacobianLens:
+    def from_sums(
+        cls, sums: Any, about: Mapping[str, Any], model: nn.Module | None = None, tokenizer: Any = None
+    ) -> Self:
         """Make a lens of the sums that :func:`scalpel.jacobian_lens.fit` keeps.
 
         Args:
             sums: The sums of matrices and of their squared norms.
             about: How they were made.
+            model: The model to attach.
+            tokenizer: For a model that has none of its own.
 
         Returns:
             The lens, whose matrices are computed from the sums when they are asked for.
@@ -206,7 +212,29 @@ class JacobianLens(LensInUse):
             >>> scalpel.JacobianLens.from_sums(sums, {}).n_prompts
             1
         """
-        return cls(Means(sums), sums.n, error=sums.errors(), about=about, sums=sums)
+        return cls(Means(sums), sums.n, error=sums.errors(), about=about, sums=sums, model=model, tokenizer=tokenizer)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, model: nn.Module | None = None, tokenizer: Any = None) -> Self:
+        """Read the lens that a folder of :func:`scalpel.jacobian_lens.fit` holds, finished or not.
+
+        Args:
+            folder: The folder.
+            model: The model to attach.
+            tokenizer: For a model that has none of its own.
+
+        Returns:
+            The lens over the prompts that were done.
+
+        Example:
+            >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+            >>> texts = ["x = [1, 2, [3, 4], 5]", "y = [[1], 2, [3]]"]
+            >>> _ = scalpel.jacobian_lens.fit(model, texts, skip_first=2, folder="lens", progress=False)
+            >>> scalpel.JacobianLens.from_folder("lens").n_prompts
+            2
+        """
+        sums, about = sums_in(folder)
+        return cls.from_sums(sums, about, model, tokenizer)
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
         """Write the lens in the published form, which other tools read, and beside it what that form lacks.

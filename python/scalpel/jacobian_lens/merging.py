@@ -11,25 +11,9 @@ import torch
 from torch import Tensor
 
 from .matrices import Lens
+from .provenance import SAME
 
 __all__ = ["check_mergeable", "merged_about", "merged_means"]
-
-# What two lenses must have in common to be means of the same thing. The corpus is not among it.
-_ALIKE = (
-    "model",
-    "weights_sha256",
-    "revision",
-    "dtype",
-    "precision",
-    "target",
-    "skip_first",
-    "max_tokens",
-    "targets",
-    "estimator",
-    "groups",
-)
-# Names of one model may differ, such as a path and a hub id: equal weights are enough.
-_NAMES = ("model", "revision")
 
 
 def check_mergeable(lenses: Sequence[Lens]) -> None:
@@ -46,22 +30,27 @@ def check_mergeable(lenses: Sequence[Lens]) -> None:
                 f"{first.d_model} and {other.source_layers} of width {other.d_model}; they must be the same"
             )
         one, two = first.about, other.about
-        same_weights = one.get("weights_sha256") is not None and one.get("weights_sha256") == two.get("weights_sha256")
-        compared = [name for name in _ALIKE if not (same_weights and name in _NAMES)]
-        known = [name for name in compared if name in one and name in two]
+        known = [name for name in SAME if name in one and name in two]
         differing = [name for name in known if one[name] != two[name]]
         if differing:
             listed = ", ".join(f"{name} ({one[name]!r} and {two[name]!r})" for name in differing)
             raise ValueError(
                 f"the lens and number {number} of the others differ in {listed}, so their mean is a lens of neither"
             )
-        unknown = [name for name in compared if (name in one) != (name in two)]
-        if unknown or not known:
-            what = ", ".join(unknown) if unknown else "how they were fitted"
+        unknown = [name for name in SAME if name not in known]
+        if unknown:
             warnings.warn(
-                f"of the lenses that are merged one doesn't say {what}, so it can't be checked that they are alike",
+                f"the lenses that are merged don't all say {', '.join(unknown)}, so it can't be checked that these are "
+                "the same",
                 stacklevel=4,
             )
+    corpora = [lens.about["corpus_sha256"] for lens in lenses if lens.about.get("corpus_sha256") is not None]
+    if len(set(map(str, corpora))) < len(corpora):
+        warnings.warn(
+            "two of the lenses that are merged were fitted on the same prompts, which now count twice: the errors are "
+            "those of independent prompts, and too small",
+            stacklevel=3,
+        )
 
 
 def merged_means(lenses: Sequence[Any]) -> tuple[dict[Any, Tensor], int, dict[Any, float]]:
@@ -106,12 +95,15 @@ def _error(norms: float, square: float, n: int) -> float:
 
 
 def merged_about(abouts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What is the same in all lenses; of the corpora, each one's digest."""
-    first, *others = abouts
-    merged = {
-        name: value for name, value in first.items() if all(name in each and each[name] == value for each in others)
-    }
-    for name in sorted({name for each in abouts for name in each if "corpus" in name}):
-        if name not in merged:
-            merged[name] = [each.get(name) for each in abouts]
+    """What is the same in all lenses; of prompts, how many in all, and of corpora, each one's digest."""
+    names = list(dict.fromkeys(name for about in abouts for name in about))
+    merged: dict[str, Any] = {}
+    for name in names:
+        values = [about.get(name) for about in abouts]
+        if "corpus" in name:
+            merged[name] = values
+        elif name.startswith("prompts_") and all(isinstance(value, int) for value in values):
+            merged[name] = sum(values)
+        elif all(value == values[0] for value in values):
+            merged[name] = values[0]
     return merged

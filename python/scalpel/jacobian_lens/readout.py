@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..hooks.positions import select
 from .attached.model import AttachedModel, Values
-from .matrices import Lens, chosen_layers, matrix_of
 from .attached.scores import Scores, of_logits, score
+from .matrices import Lens, chosen_layers, matrix_of
 
 __all__ = ["SKIPPED", "Readout", "ranks", "readout", "transported"]
 
