@@ -27,7 +27,7 @@ from torch import Tensor
 from . import controls
 from .attached.scores import score
 from .items import Item, read_items
-from .matrices import Lens, Made, chosen_layers
+from .matrices import Lens, Made, check_width, chosen_layers
 from .readout import SKIPPED, transported
 
 __all__ = ["RULES", "Evaluation", "Share", "evaluate"]
@@ -147,6 +147,7 @@ def evaluate(
             "no item has an intermediate that is one token of this tokenizer, so there is nothing to score"
         )
     states = _states(lens, scored, chosen)
+    check_width(lens, states)
     reader = _Reader(lens, scored, states, [chosen.index(layer) for layer in banded])
     J = Made(chosen, lambda layer: lens.J[layer])
     lenses: dict[str, Mapping[Any, Tensor] | None] = {

@@ -5,16 +5,21 @@ Each method is the short way to a function in a file of its own.
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 from torch import Tensor, nn
 
+from ..models.marks import model_mark
 from . import evaluation, interventions, readout, vectors
 from .attached.model import AttachedModel
 from .matrices import Layer
 
 __all__ = ["LensInUse"]
+
+_DIGEST = re.compile("[0-9a-f]{64}")  # other values are digests of a part of the weights
 
 
 class LensInUse:
@@ -28,7 +33,12 @@ class LensInUse:
     _attached: AttachedModel | None = None
 
     def attach(
-        self, model: nn.Module, tokenizer: Any = None, *, unembed: Callable[[Tensor], Tensor] | None = None
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,
+        *,
+        unembed: Callable[[Tensor], Tensor] | None = None,
+        check: bool = True,
     ) -> Self:
         """Say which model the lens is of, so that it can be read and steered.
 
@@ -38,6 +48,8 @@ class LensInUse:
             unembed: For a model whose last norm and head aren't known, a function from residual streams (rows, width)
                 to logits (rows, vocab). Its attribute ``weight`` (vocab, width), if it has one, gives the vectors of
                 tokens.
+            check: Whether to compare the digest of the model's weights with that of the model that the lens was fitted
+                on, where that is known; a warning says that they differ. It reads all weights once.
 
         Returns:
             The lens itself.
@@ -53,6 +65,13 @@ class LensInUse:
         attached = AttachedModel(model, tokenizer, unembed)
         for layer in self.source_layers:
             attached.place(layer)
+        known = self.about.get("model_sha256")
+        if check and isinstance(known, str) and _DIGEST.fullmatch(known) and model_mark(attached.inside) != known:
+            warnings.warn(
+                f"the weights of this {type(attached.inside).__name__} aren't those that the lens was fitted on: its "
+                "readouts may mean nothing here. check=False passes over that",
+                stacklevel=2,
+            )
         self._attached = attached
         return self
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from .attached.model import AttachedModel
 from .attached.text import Text
+from .words import Words
 
 __all__ = ["Item", "read_items"]
 
@@ -92,12 +93,19 @@ def _item(entry: Any, number: int, model: AttachedModel, read_at: str) -> Item:
         single: list[int] = []
         for spelling in spellings:
             for form in (f" {spelling.strip()}", spelling.strip()):
-                ids = words.encode_alone(form) if form.strip() else []
-                if len(ids) == 1:
-                    single.append(ids[0])
+                single += _alone(words, form)
         if single:
             tokens.append(tuple(dict.fromkeys(single)))
         else:
             excluded.append(" / ".join(spellings))
     assert text.ids is not None
     return Item(name, text, len(text.ids) - 1, tuple(tokens), tuple(excluded))
+
+
+def _alone(words: Words, form: str) -> list[int]:
+    """The token that a spelling is; none where it is several, or the tokenizer has none for it."""
+    try:
+        ids = words.encode_alone(form)
+    except ValueError:
+        return []
+    return ids if len(ids) == 1 else []

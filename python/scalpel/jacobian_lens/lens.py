@@ -87,7 +87,7 @@ class JacobianLens(LensInUse):
         self.about: dict[str, Any] = dict(about or {})
         self.sums = sums
         if model is not None:
-            self.attach(model, tokenizer)
+            self.attach(model, tokenizer, check=False)  # fit gives the model that it has used
 
     # ---- controls ------------------------------------------------------------------------------------
 
@@ -233,8 +233,8 @@ class JacobianLens(LensInUse):
             >>> scalpel.JacobianLens.from_folder("lens").n_prompts
             2
         """
-        sums, about = sums_in(folder)
-        return cls.from_sums(sums, about, model, tokenizer)
+        lens = cls.from_sums(*sums_in(folder))
+        return lens if model is None else lens.attach(model, tokenizer)
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
         """Write the lens in the published form, which other tools read, and beside it what that form lacks.
@@ -285,7 +285,8 @@ class JacobianLens(LensInUse):
             {'identity_slot': 0}
         """
         stored = file.read(Path(path).expanduser())
-        return cls(stored.J, stored.n_prompts, error=stored.error, about=stored.about, model=model, tokenizer=tokenizer)
+        lens = cls(stored.J, stored.n_prompts, error=stored.error, about=stored.about)
+        return lens if model is None else lens.attach(model, tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -321,7 +322,8 @@ class JacobianLens(LensInUse):
         path, beside, name = hub.fetched(repo, filename, revision, **options)
         stored = file.read(path, beside)
         about = stored.about | {"from": {"repo": repo, "filename": name, "revision": revision}}
-        return cls(stored.J, stored.n_prompts, error=stored.error, about=about, model=model, tokenizer=tokenizer)
+        lens = cls(stored.J, stored.n_prompts, error=stored.error, about=about)
+        return lens if model is None else lens.attach(model, tokenizer)
 
     # ---- copies and how it looks -----------------------------------------------------------------
 

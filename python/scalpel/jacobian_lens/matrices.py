@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .attached.model import AttachedModel
 
-__all__ = ["Layer", "Lens", "Made", "chosen_layers", "widened"]
+__all__ = ["Layer", "Lens", "Made", "check_width", "chosen_layers", "matrix_of", "target_layer", "widened"]
 
 Layer = int | str  # the number of a block, or the path of a module
 
@@ -119,6 +119,20 @@ def target_layer(lens: Lens) -> Any:
 def matrix_of(lens: Lens, layer: Any) -> Tensor | None:
     """The matrix of a layer; None for the target, whose matrix is the identity."""
     return lens.J[layer] if layer in lens.source_layers else None
+
+
+def check_width(lens: Lens, states: Mapping[Any, Tensor]) -> None:
+    """Check that what layers left has the lens's width.
+
+    Raises:
+        ValueError: It hasn't.
+    """
+    for layer, state in states.items():
+        if state.shape[-1] != lens.d_model:
+            raise ValueError(
+                f"layer {layer!r} leaves states of width {state.shape[-1]}, and the lens is one of width "
+                f"{lens.d_model}: attach the model that it was fitted on"
+            )
 
 
 def _listed(layers: list[Any]) -> str:

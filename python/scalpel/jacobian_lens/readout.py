@@ -14,7 +14,7 @@ from torch import Tensor
 from ..hooks.positions import select
 from .attached.model import AttachedModel, Values
 from .attached.scores import Scores, of_logits, score
-from .matrices import Lens, chosen_layers, matrix_of
+from .matrices import Lens, check_width, chosen_layers, matrix_of
 
 __all__ = ["SKIPPED", "Readout", "ranks", "readout", "transported"]
 
@@ -201,6 +201,7 @@ def readout(lens: Lens, text: Any, layers: Any, positions: Any, k: int, kind: st
     chosen = chosen_layers(lens, layers, end=True)
     model = lens.attached
     values = model.values(model.text(text), chosen)
+    check_width(lens, values.states)
     columns = _columns(values, positions)
     own = _own(model, values, columns, k)
     ids, first = _at(values.ids, columns), own.tokens[:, :1]
@@ -239,6 +240,7 @@ def ranks(lens: Lens, text: Any, tokens: Sequence[Any], layers: Any, positions: 
     if (wanted < 0).any():
         raise ValueError(f"tokens holds {int(wanted.min())}; ids are 0 or more")
     values = model.values(model.text(text), chosen, last=False)
+    check_width(lens, values.states)
     columns = _columns(values, positions)
     watch, ids = wanted.expand(len(columns), -1), _at(values.ids, columns)
     found = []
