@@ -28,7 +28,6 @@ the forward pass keep their bits. The matrix is no Jacobian then: J h is not h's
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -49,7 +48,8 @@ from ..jacobians.trace import has_rules
 from ..models.circuitgpt.model import CircuitGPT
 from ..models.decoders.families import decoder_inside, decoder_or_reason
 from .autograd_sweep import COPIES, AutogradSweep, repeated
-from .estimators import check_activation, check_estimator
+from .cotangents import check_options, ones_at, signs_of
+from .estimators import check_activation
 from .hooks import Layer, ends_of, is_residual
 from .positions import text_alone, valid_tokens
 
@@ -97,15 +97,7 @@ def lens_matrices(
         ValueError: For a prompt that is too short, several prompts, an unknown layer or option, or the relevance lens
             of a model without rules.
     """
-    check_estimator(estimator)
-    if targets not in ("after", "same"):
-        raise ValueError(f"targets is {targets!r}; allowed: 'after', 'same'")
-    if precision not in (None, "bfloat16"):
-        raise ValueError(f"precision is {precision!r}; allowed: None, 'bfloat16'")
-    if skip_first < 0:
-        raise ValueError(f"skip_first is {skip_first}; it counts tokens, and is at least 0")
-    if groups is not None and groups < 1:
-        raise ValueError(f"groups is {groups}; allowed: 1 or more, or None for exact matrices")
+    check_options(targets, precision, skip_first, groups, estimator)
     hooks, end = ends_of(model, layers, target)
     with plain_tensors():
         batch, relevance = text_alone(input_ids), estimator == "relevance"
@@ -113,11 +105,7 @@ def lens_matrices(
             model, batch, list(dict.fromkeys([*hooks.values(), end])), end, skip_first, precision, relevance
         )
         count = tokens.stop - tokens.start
-        if targets == "after":
-            signs = torch.ones(1, count, dtype=sweep.dtype, device=sweep.device)
-        else:
-            signs = _signs(batch, count, count if groups is None else min(groups, count), seed)
-            signs = signs.to(sweep.device, sweep.dtype)
+        signs = signs_of(batch, count, targets, groups, seed, sweep.dtype, sweep.device)
         found = lens_of_sweep(sweep, list(hooks.values()), signs)
     return {layer: found[hook] for layer, hook in hooks.items()}
 
@@ -138,9 +126,7 @@ def lens_of_sweep(
     first, stop, _ = (dimensions or slice(None)).indices(wide)
     for factors in signs:
         for start in range(first, stop, sweep.block):
-            rows = torch.arange(start, min(stop, start + sweep.block), device=sweep.device)
-            cotangents = torch.zeros(len(rows), 1, count, wide, dtype=sweep.dtype, device=sweep.device)
-            cotangents[torch.arange(len(rows), device=sweep.device), 0, :, rows] = factors
+            cotangents = ones_at(slice(start, min(stop, start + sweep.block)), factors, wide)
 
             def see(hook: str, pulled: Tensor, of: int, factors: Tensor = factors, start: int = start) -> None:
                 if hook in found:
@@ -219,14 +205,3 @@ class _Renamed:
 
     def pull(self, cotangents: Tensor, see: Seen) -> None:
         self._sweep.pull(cotangents, lambda hook, rows, first: see(self._names[hook], rows, first))
-
-
-def _signs(batch: Any, count: int, groups: int, seed: int) -> Tensor:
-    """Random signs of ``count`` positions, (groups, count): each position has one in its own group, and 0 in others."""
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
-    text = ids.detach().cpu().contiguous().numpy().tobytes() if isinstance(ids, Tensor) else b""
-    digest = hashlib.blake2b(text, digest_size=7, key=str(seed).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-    signs = torch.randint(0, 2, (count,), generator=generator, device="cpu", dtype=torch.int64) * 2 - 1
-    own = torch.arange(count, device="cpu") % groups == torch.arange(groups, device="cpu")[:, None]
-    return own * signs
