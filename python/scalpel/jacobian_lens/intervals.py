@@ -85,9 +85,9 @@ def intervals(
     vocabulary = unembed(mean[:1].to(per_prompt.dtype)).shape[-1]
     at_once = max(1, _NUMBERS // (vocabulary * max(1, len(mean))))
     read = [_read(unembed, part.to(per_prompt.dtype), chosen) for part in means.split(at_once)]
-    ends = [torch.cat(each).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype, device=values.device), 0)
-            for each in zip(*read, strict=True)]  # fmt: skip
-    return Intervals(logits, *ends[0], ranks, *ends[1])
+    levels = torch.tensor([0.025, 0.975], dtype=values.dtype, device=values.device)
+    of_logits, of_ranks = (torch.cat(each).quantile(levels, 0) for each in zip(*read, strict=True))
+    return Intervals(logits, of_logits[0], of_logits[1], ranks, of_ranks[0], of_ranks[1])
 
 
 def _read(unembed: Callable[[Tensor], Tensor], x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
