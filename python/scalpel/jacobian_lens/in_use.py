@@ -116,7 +116,7 @@ class LensInUse:
             >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
             >>> lens = scalpel.JacobianLens({0: torch.eye(128)}, 1, model=model)
             >>> lens.readout("x = [[1, 2 ", k=3).jacobian.tokens.shape  # layers, tokens, k
-            torch.Size([1, 10, 3])
+            torch.Size([1, 9, 3])
         """
         return readout.readout(self, text, layers, positions, k, lens)
 
@@ -229,7 +229,7 @@ class LensInUse:
             >>> lens = scalpel.JacobianLens({0: torch.eye(128)}, 1, model=model)
             >>> with lens.ablate(["]", ","], layers=0):
             ...     _, values = model.run_with_cache(torch.tensor([[5, 6]]), ["1.resid_in"])
-            >>> float((values["1.resid_in"] @ lens.vector("]", 0)).abs().max()) < 1e-4
+            >>> bool((values["1.resid_in"] @ lens.vector("]", 0)).abs().max() < 1e-4)
             True
         """
         return interventions.ablate(self, tokens, layers, positions)

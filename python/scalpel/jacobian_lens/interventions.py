@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ContextDecorator, ExitStack, contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,13 @@ class Intervention(ContextDecorator):
         model: The model.
         changes: {layer: what is done to its output}.
         prepare: Called when the context is entered.
+
+    Example:
+        >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+        >>> lens = scalpel.JacobianLens({0: torch.eye(128)}, 1, model=model)
+        >>> with lens.steer("]", 2.0, layers=0), lens.ablate(",", layers=0) as steered:
+        ...     steered is model
+        True
     """
 
     def __init__(
@@ -75,6 +82,12 @@ class Intervention(ContextDecorator):
         self._model, self._changes, self._prepare = model, dict(changes), prepare
         self._entered: list[ExitStack] = []
         self._places = {model.place(layer): change for layer, change in self._changes.items()}
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "an intervention can't be copied or pickled, because it holds only in this process: make it where it is "
+            "entered"
+        )
 
     def __enter__(self) -> Any:
         if self._prepare is not None and not self._entered:

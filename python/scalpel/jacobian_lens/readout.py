@@ -73,8 +73,9 @@ class Readout:
         Example:
             >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
             >>> lens = scalpel.JacobianLens({0: torch.eye(128)}, 1, model=model)
-            >>> [token for token, _ in lens.readout("x = [[1", positions=-1, k=2).top(0, -1, "model")]
-            [',', ']']
+            >>> (first, share), *others = lens.readout("x = [[1", positions=-1, k=9).top(0, -1, "model")
+            >>> len(others), all(share >= other for _, other in others)
+            (8, True)
         """
         scores, row, column = self._scores(lens), self._row(layer) if lens != "model" else 0, self._column(position)
         ids = scores.tokens[column] if lens == "model" else scores.tokens[row, column]

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..jacobians.precision import plain_tensors
 from . import sweep as sweeps
 from .attached.model import AttachedModel
-from .hooks import ends_of
+from .cotangents import check_options
+from .hooks import all_layers, ends_of
 from .matrices import Lens, chosen_layers, matrix_of
 from .positions import text_alone
 
@@ -83,6 +84,7 @@ def token_vectors(
     skip_first: int = 16,
     max_tokens: int = 128,
     norm_gain: bool = False,
+    estimator: str = "jacobian",
     precision: str | None = None,
     tokenizer: Any = None,
 ) -> dict[Any, Tensor]:
@@ -102,6 +104,7 @@ def token_vectors(
         skip_first: How many real tokens at the beginning of a prompt don't count; the last one doesn't, either.
         max_tokens: Prompts are cut to so many tokens.
         norm_gain: Whether the last norm's gain is a factor of the output matrix.
+        estimator: As :func:`scalpel.jacobian_lens.fit` takes it.
         precision: As :func:`scalpel.jacobian` takes it.
         tokenizer: For a model that has none of its own.
 
@@ -118,13 +121,10 @@ def token_vectors(
         >>> {layer: tuple(vectors.shape) for layer, vectors in found.items()}
         {0: (2, 128)}
     """
-    if skip_first < 0:
-        raise ValueError(f"skip_first is {skip_first}; it counts tokens, and is at least 0")
+    check_options("after", precision, skip_first, None, estimator)
     attached = AttachedModel(model, tokenizer)
     if isinstance(layers, str) and layers == "all":
-        if attached.layers is None:
-            raise ValueError('layers="all" needs a model whose layers have numbers: give paths of modules')
-        layers = range(attached.layers - 1 if target is None else int(target))
+        layers = all_layers(model, target)
     hooks, end = ends_of(model, [layers] if isinstance(layers, int | str) else layers, target)
     rows = rows_of(attached, tokens, norm_gain)
     sums: dict[str, Tensor] = {}
@@ -134,7 +134,7 @@ def token_vectors(
         batch = batch[:, :max_tokens] if isinstance(batch, Tensor) else batch
         with plain_tensors():
             every = list(dict.fromkeys([*hooks.values(), end]))
-            sweep, places = sweeps._sweep(model, batch, every, end, skip_first, precision)
+            sweep, places = sweeps._sweep(model, batch, every, end, skip_first, precision, estimator == "relevance")
             found = _swept(sweep, rows, places.stop - places.start)
         for hook in hooks.values():
             sums[hook] = sums[hook] + found[hook] if hook in sums else found[hook]

@@ -42,6 +42,6 @@ def test_refusals() -> None:
         token_vectors(model, [1], [[1, 2, 3]])
     with pytest.raises(ValueError, match="skip_first is -1"):
         token_vectors(model, [1], [[1, 2, 3]], skip_first=-1)
-    with pytest.raises(ValueError, match=r"paths of modules"):
+    with pytest.raises(ValueError, match="the paths of the modules as layers"):
         token_vectors(torch.nn.Linear(3, 3), [1], [[1, 2, 3]])
     assert scalpel.jacobian_lens.token_vectors is token_vectors

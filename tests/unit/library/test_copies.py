@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import scalpel
+from analysis_cases import letters
 from bracket_fixtures import small_tokenizer
 from circuitgpt_cases import build, one_thread, tokens
 from scalpel import circuits, covariance, experiments, jacobian_lens, semigroup
@@ -121,17 +122,12 @@ def of_ablated(one: Ablation) -> Any:
 @cache
 def lens() -> jacobian_lens.JacobianLens:
     J = {0: rows(12, 12)}
-    return jacobian_lens.JacobianLens(J, 3, error={0: 0.5}, about={"skip_first": 1}, model=model())
+    about = {"skip_first": 1}
+    return jacobian_lens.JacobianLens(J, 3, error={0: 0.5}, about=about, model=model(), tokenizer=letters(13))
 
 
 def of_lens(one: jacobian_lens.JacobianLens) -> Any:
     return shown(dict(one.J)), one.n_prompts, one.error, one.source_layers, one.d_model, one.about
-
-
-def of_steered(one: jacobian_lens.Intervention) -> Any:
-    with one as steered:
-        inside = steered(ids())
-    return shown(inside), shown(model()(ids()))
 
 
 def of_error(one: Exception) -> Any:
@@ -171,6 +167,7 @@ WORKS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "ValidityRadius": (lambda: jacobian().validity_radius(rows(96, 1).reshape(1, 2, 4, 12)), shown),
     "JacobianLens": (lens, of_lens),
     "Readout": (lambda: lens().readout(ids()[:1], k=2), lambda one: (shown(one), repr(one), one.to_json())),
+    "Evaluation": (lambda: lens().evaluate(ITEMS, derangements=0), lambda one: (one.to_json(), repr(one))),
     "EdgeTable": (lambda: model().edges(), shown),
     "Ablation": (lambda: model().ablate("0.attn.v:1", "mean", reference=ids()), of_ablated),
     "Ablation, resampled": (lambda: model().ablate("0.attn.v", "resample", reference=ids()), of_ablated),
@@ -233,7 +230,7 @@ def test_a_copy_behaves_as_the_original(name: str, how: Callable[[Any], Any]) ->
 
 
 def test_the_table_holds_every_public_class() -> None:
-    listed = {name.split(",")[0] for name in WORKS} | {"Jacobian", "JacobianLinearOperator"}
+    listed = {name.split(",")[0] for name in WORKS} | {"Jacobian", "JacobianLinearOperator", "Intervention"}
     for home in (scalpel, semigroup, circuits, covariance, experiments, jacobian_lens):
         for name in home.__all__:
             if inspect.isclass(getattr(home, name)):
@@ -262,6 +259,12 @@ def test_a_context_of_a_watch_says_why_it_is_not_pickled() -> None:
     for how in (pickled, copy.deepcopy):
         with pytest.raises(TypeError, match="mask_watches.*this process.*where it is entered"):
             how(watch_masks(print))
+
+
+def test_an_intervention_says_why_it_is_not_pickled() -> None:
+    for how in (pickled, copy.deepcopy):
+        with pytest.raises(TypeError, match="an intervention can't be copied or pickled.*where it is entered"):
+            how(lens().steer(1, 1.0, 0))
 
 
 # ---- what a copy shares with its original -------------------------------------------------------

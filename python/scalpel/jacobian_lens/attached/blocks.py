@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ...models.decoders.families import decoder_inside
+from ..hooks import blocks_in
 
 __all__ = ["Blocks", "blocks_of"]
 
@@ -16,19 +17,19 @@ _NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm")
 
 @dataclass(frozen=True)
 class Blocks:
-    """The layers of a language model of transformers.
+    """The layers of a model that is no CircuitGPT.
 
     Attributes:
         paths: The module path of each layer, whose output is the residual stream after it.
         around: The module path of the module that runs them; empty where it is the model itself.
-        norm: The module path of the last norm.
-        model: The language model, whose config says how logits are capped or scaled.
+        norm: The module path of the last norm; None where it isn't known.
+        model: The model with the config that says how logits are capped or scaled.
         head: The output matrix; None where the model has none.
     """
 
     paths: tuple[str, ...]
     around: str
-    norm: str
+    norm: str | None
     model: Any
     head: Any
 
@@ -36,8 +37,9 @@ class Blocks:
 def blocks_of(model: nn.Module) -> Blocks | None:
     """Find the layers of a model that :func:`scalpel.hooks.standing.as_analysed` gave; None where they are not known.
 
-    A model of a family that has rules is known by its family. Of other language models of transformers it is enough
-    that they have one list of as many layers as their config says, and one last norm beside it.
+    A model of a family that has rules is known by its family. In others the layers are the blocks that
+    :func:`scalpel.jacobian_lens.hooks.blocks_in` finds, and in another language model of transformers the last norm is
+    the one beside them.
 
     Raises:
         ValueError: The model puts virtual tokens before each text.
@@ -51,20 +53,14 @@ def blocks_of(model: nn.Module) -> Blocks | None:
         head = None if found.headless else found.module.get_output_embeddings()
         blocks = tuple(paths["after"].format(i=i) for i in range(layers))
         return Blocks(blocks, norm.rpartition(".")[0], norm, found.module, head)
-    if not type(model).__module__.startswith("transformers.models."):
+    try:
+        listed = blocks_in(model)
+    except ValueError:
         return None
-    config: Any = getattr(model, "config", None)
-    count = getattr(config, "num_hidden_layers", None)
-    places = []
-    for path, module in model.named_modules():
-        children = dict(module.named_children())
-        lists = [name for name, child in children.items() if isinstance(child, nn.ModuleList) and len(child) == count]
-        norms = [name for name in _NORMS if name in children]
-        if len(lists) == len(norms) == 1:
-            places.append((path, lists[0], norms[0]))
-    if len(places) != 1 or not count:
-        return None
-    around, name, norm = places[0]
+    around = listed[0].rpartition(".")[0].rpartition(".")[0]
+    children = dict(model.get_submodule(around).named_children())
+    norms = [name for name in _NORMS if name in children]
     before = f"{around}." if around else ""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return Blocks(tuple(f"{before}{name}.{i}" for i in range(count)), around, before + norm, model, head)
+    ours = type(model).__module__.startswith("transformers.models.") and len(norms) == 1
+    head = getattr(model, "get_output_embeddings", lambda: None)() if ours else None
+    return Blocks(tuple(listed), around, before + norms[0] if ours else None, model, head)

@@ -142,8 +142,12 @@ def head_of(model: Any, blocks: Blocks | None, unembed: Callable[[Tensor], Tenso
         return GivenHead(unembed, parameter.device, parameter.dtype)
     if isinstance(model, CircuitGPT):
         return CircuitHead(model)
-    if blocks is None or blocks.head is None:
-        what = "has no output matrix" if blocks is not None else "is of no kind whose last norm and head are known"
+    if blocks is None or blocks.norm is None or blocks.head is None:
+        what = (
+            "has no output matrix"
+            if blocks is not None and blocks.norm is not None
+            else "is of no kind whose last norm and head are known"
+        )
         raise ValueError(
             f"this {type(model).__name__} {what}, so residual streams can't be read as tokens: load it with a head for "
             "language modelling, or give unembed= to attach, a function from the residual stream to logits"

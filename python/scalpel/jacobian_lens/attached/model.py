@@ -75,7 +75,7 @@ class AttachedModel:
     Attributes:
         model: The model as it was given.
         inside: The module that is analysed.
-        blocks: Its layers, where it is a language model of transformers.
+        blocks: Its layers, where they are known and it is no CircuitGPT.
     """
 
     def __init__(
@@ -209,8 +209,8 @@ class AttachedModel:
                 position_ids=inputs.positions,
             )
             return found, found[end][0] if last else None, None
-        known = self.blocks is not None and self._unembed is None
-        end = f"{self.blocks.norm}:in" if self.blocks is not None and known else ""
+        norm = None if self.blocks is None or self._unembed is not None else self.blocks.norm
+        known, end = norm is not None, f"{norm}:in"
         found, output = {}, None
 
         def meet(value: Any, hook: str) -> Any:
@@ -220,12 +220,12 @@ class AttachedModel:
             return value
 
         with running(self.inside), ExitStack() as stack, Stop() as stop:
-            for place in dict.fromkeys([*places, *([end] if end else [])]):
+            for place in dict.fromkeys([*places, *([end] if known else [])]):
                 stack.enter_context(hooked(self.inside, place, meet))
             output = self._called(batch)
         if not last:
             return found, None, None
-        if end and found.get(end) is None:
+        if known and found.get(end) is None:
             raise ValueError(f"the model never ran its last norm, {end!r}")
         if stop.reached:
             return found, found[end][0], None
