@@ -37,8 +37,7 @@ def write_lens(
         folder: It is created if need be.
         lens: The lens.
         readout: What it reads of a text, beside the logit lens.
-        intervals: For each layer and position, ``"logits"`` (layers, positions, k, 2), the 95 % intervals of the
-            logits that are listed, and ``"rank"`` (layers, positions, 2), that of the rank of the model's own choice.
+        intervals: Its intervals, ``lens.intervals(...).to_json()``.
         name: What the page calls the model; by default what the lens knows.
 
     Returns:
