@@ -30,7 +30,7 @@ def _exact() -> Iterator[None]:
 
 
 def test_a_folder_is_fitted_without_its_model_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_of("llama")
+    model = model_of("llama").float()  # in float64, bits depend on how many prompts share a product
     model.save_pretrained(tmp_path / "model")
     given = [*prompts(4), [1, 2], *prompts(2, seed=1)]
     with pytest.warns(UserWarning, match="1 of 7"):
