@@ -98,7 +98,11 @@ def run(
 def experiment(
     name: Annotated[str, typer.Argument(help=f"One of: {', '.join(experiment_names())}.")],
     model: Annotated[
-        str, typer.Option(help="A shipped model, a checkpoint's folder, or an id on the hub.")
+        str,
+        typer.Option(
+            help="A shipped model, a checkpoint's folder, or an id on the hub; for composition also a folder of "
+            "transformers, or a GGUF file."
+        ),
     ] = "bracket-mini",
     option: Annotated[
         list[str] | None,

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from torch import Tensor, nn
 
 from ..models.marks import model_mark
-from . import evaluation, interventions, readout, vectors
+from . import evaluation, interventions, readout, readout_intervals, vectors
 from .attached.model import AttachedModel
 from .matrices import Layer
+from .readout import Readout
 
 __all__ = ["LensInUse"]
 
@@ -27,6 +28,7 @@ class LensInUse:
 
     J: Mapping[Any, Tensor]
     error: dict[Any, float]
+    n_prompts: int
     source_layers: list[Layer]
     d_model: int
     about: dict[str, Any]
@@ -119,6 +121,48 @@ class LensInUse:
             torch.Size([1, 9, 3])
         """
         return readout.readout(self, text, layers, positions, k, lens)
+
+    def intervals(
+        self,
+        read: Readout,
+        text: Any,
+        prompts: Iterable[Any],
+        *,
+        resamples: int = 200,
+        seed: int = 0,
+        progress: Callable[[int], None] | None = None,
+    ) -> readout_intervals.ReadoutIntervals:
+        """Compute how far a readout depends on the prompts that the lens was fitted on.
+
+        The text's states go through the Jacobian of each of ``prompts``, which costs a forward pass of as many tangents
+        as the readout has cells. Their scatter gives, by a bootstrap over prompts, the intervals of a mean over as many
+        prompts as the lens has.
+
+        Args:
+            read: What :meth:`readout` gave.
+            text: The same text.
+            prompts: Token ids (1, S), of the kind that the lens was fitted on; two or more.
+            resamples: How often prompts are drawn.
+            seed: Of the draws.
+            progress: Called with the number of prompts done.
+
+        Returns:
+            95 % intervals of the listed logits, and of the rank of the model's own first choice.
+
+        Raises:
+            ValueError: Fewer than two prompts are long enough, the lens is a relevance lens, or the text is another.
+
+        Example:
+            >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+            >>> prompts = [torch.arange(i, i + 20)[None] for i in range(4)]
+            >>> lens = scalpel.jacobian_lens.fit(model, prompts, skip_first=2, progress=False)
+            >>> read = lens.readout("x = [[1", positions=-1, k=3)
+            >>> lens.intervals(read, "x = [[1", prompts).logits.shape  # layers, positions, k, ends
+            torch.Size([1, 1, 3, 2])
+        """
+        return readout_intervals.intervals_of(
+            self, read, text, prompts, resamples=resamples, seed=seed, progress=progress
+        )
 
     def ranks(
         self, text: Any, tokens: Any, layers: Any = None, positions: Any = None, *, lens: str = "jacobian"

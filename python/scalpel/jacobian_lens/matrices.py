@@ -35,6 +35,10 @@ class Lens(Protocol):
         """The width of the residual stream."""
 
     @property
+    def n_prompts(self) -> int:
+        """The number of prompts."""
+
+    @property
     def about(self) -> Mapping[str, Any]:
         """How the lens was made."""
 

@@ -26,9 +26,10 @@ from ..jacobians.passes import CircuitPass
 from ..jacobians.precision import plain_tensors
 from ..jacobians.rows.decoder_pass import DecoderPass
 from ..jacobians.trace import has_rules
+from .cotangents import signs_of
 from .hooks import Layer, ends_of, is_residual
 from .positions import text_alone, valid_tokens
-from .sweep import _BESIDE, _signs
+from .sweep import _BESIDE
 
 __all__ = ["Transported", "transported"]
 
@@ -142,10 +143,7 @@ def transported(
                 continue
             sweep, tokens = _forward(model, batch, list(hooks.values()), end, skip_first, precision)
             count = tokens.stop - tokens.start
-            if targets == "after":
-                factors = torch.ones(1, count, dtype=torch.int64, device="cpu")
-            else:
-                factors = _signs(batch, count, count if groups is None else min(groups, count), seed)
+            factors = signs_of(batch, count, targets, groups, seed, sweep.dtype, sweep.device)
             of_prompts.append(_of_prompt(sweep, hooks, rows, factors))
     if skipped:
         warnings.warn(
@@ -179,7 +177,7 @@ def _of_prompt(
             )
         found[layer] = torch.zeros(len(rows), sweep.width, dtype=sweep.dtype, device=sweep.device)
     numbered = [(layer, number) for layer in hooks for number in range(len(vectors[layer]))]
-    for signs in factors.to(sweep.device, sweep.dtype):
+    for signs in factors:
         for first in range(0, len(numbered), sweep.block):
             parts: dict[Any, list[int]] = {}
             for layer, number in numbered[first : first + sweep.block]:

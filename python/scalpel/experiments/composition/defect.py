@@ -4,10 +4,10 @@ Prompts go in pairs (p, q), which are the units. A unit gives, for every probe r
     a_l = u·½(J_p + J_q)^{l→D}              (the left side), and
     b_lm = ½(u·J_p^{m→D} J_q^{l→m} + u·J_q^{m→D} J_p^{l→m})   (the right side: its two factors are from two prompts),
 so that E a = u·J̄_{l→D} and E b = u·J̄_{m→D} J̄_{l→m}. With z = a − b, the mean of ⟨z_i, z_j⟩ over pairs of different
-units i ≠ j is an unbiased estimate of ‖u(J̄_{l→D} − J̄_{m→D} J̄_{l→m})‖². It never multiplies two values of one prompt, and
-it is what one gets by taking the left side from one half of the units and the right side from the other half, by
-subtracting the noise of both, and by averaging over all ways to form halves. Probes are random signs, for which
-E‖uᵀA‖² = ‖A‖²_F (Hutchinson 1989).
+units i ≠ j is an unbiased estimate of ‖u(J̄_{l→D} − J̄_{m→D} J̄_{l→m})‖². It never multiplies two values of one
+prompt. It is what one gets by taking the left side from one half of the units and the right side from the other half,
+by subtracting the noise of both, and by averaging over all ways to form halves. Probes are random signs, for which the
+mean of ‖uᵀA‖² is ‖A‖²_F (Hutchinson 1989).
 
 Everything that follows needs only the inner products of units, for each probe: (units, units).
 """

@@ -5,9 +5,9 @@ lens is made of, Jacobians averaged over positions and prompts. If it holds for 
 part of a model to another: fitted once for l → m, it serves every target behind m.
 
 Measured: the defect ‖J̄_{l→D} − J̄_{m→D} J̄_{l→m}‖ / ‖J̄_{l→D} − I‖, D being the last layer, for cotangents summed over
-later tokens ("after") and for those of the same token ("same"). It is taken relative to J̄ − I, since the identity of the
-residual path would hide everything else. :mod:`.defect` says how the bias is avoided that noise gives to a norm, and
-why the two sides, and the product's two factors, never share a prompt.
+later tokens ("after") and for those of the same token ("same"). It is taken relative to J̄ − I, since the identity of
+the residual path would hide everything else. :mod:`.defect` says how the bias is avoided that noise gives to a norm,
+and why the two sides, and the product's two factors, never share a prompt.
 Nulls: "split" exchanges the two sides in a random half of the prompts, which compares one half with the other and has 0
 as its truth. J̄_{l→D} of one half against that of the other is shown, too. It decides nothing, since it is noisier than
 the defect, whose two sides share their prompts' scatter: a real defect would hide in it. "frozen" is the same model
@@ -41,14 +41,14 @@ SEED_FIGURE = "layer maps form a semigroup under composition; no figure is given
 NULLS = ("split", "frozen")
 LEAST = 8  # prompts: two units for each half
 RULE = (
-    "The figure of a kind of targets is the root of the mean over all (l, m) of the squared defect, which noise may make "
-    "negative. Zero stands for it if it is not above the 95 % of both nulls: the 97.5 % point of the same figure with the "
-    "two sides exchanged in a random half of the prompts, and the upper end of the interval of the same figure with "
-    "frozen attention. "
-    "Reproduced iff zero stands for both kinds. Not reproduced iff for one of them the 95 % interval lies above both of "
-    "these ends. Indistinguishable otherwise: then averages compose no worse than those of a model with fixed attention, "
-    "or the interval is too wide to tell. Growth is the rival's prediction: Spearman's correlation of the defect with "
-    "D − l over (l, m) has a 95 % interval above 0. Not testable if a null was not asked for."
+    "The figure of a kind of targets is the root of the mean over all (l, m) of the squared defect, which noise may "
+    "make negative. Zero stands for it if it is not above the 95 % of both nulls: the 97.5 % point of the same figure "
+    "with both sides exchanged in a random half of the prompts, and the upper end of the interval of the same figure "
+    "with frozen attention. Reproduced iff zero stands for both kinds. Not reproduced iff for one of them the 95 % "
+    "interval lies above both of these ends. Indistinguishable otherwise: then averages compose no worse than those of "
+    "a model with fixed attention, or the interval is too wide to tell. Growth is the rival's prediction: Spearman's "
+    "correlation of the defect with D − l over (l, m) has a 95 % interval above 0. Not testable if a null was not "
+    "asked for."
 )
 opened = asked  # a user may name a model of any kind that has rules
 
