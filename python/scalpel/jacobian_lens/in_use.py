@@ -331,6 +331,8 @@ class LensInUse:
 
         The rules and intervals are defined in :mod:`scalpel.jacobian_lens.evaluation`, and what is read of an item in
         :func:`scalpel.jacobian_lens.items.read_items`. The model runs once for each item; all else reads its states.
+        With derangements each layer is read with the matrices of the others, up to layers² readouts for each item,
+        which is most of the work: name fewer layers where that is too much.
 
         Args:
             items: The path of a published file of items, or a list of mappings with prompt, intermediates and,
