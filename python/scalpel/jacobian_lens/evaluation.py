@@ -30,14 +30,14 @@ from .items import Item, read_items
 from .matrices import Lens, Made, check_width, chosen_layers
 from .readout import SKIPPED, transported
 
-__all__ = ["RULES", "Evaluation", "Share", "evaluate"]
+__all__ = ["RULES", "Evaluation", "PassRate", "evaluate"]
 
 RULES = ("minimum", "band")
 _SAMPLES = 2000
 
 
 @dataclass(frozen=True)
-class Share:
+class PassRate:
     """A mean over items with its interval.
 
     Attributes:
@@ -77,8 +77,8 @@ class Evaluation:
     below_skip_first: int
     layers: tuple[Any, ...]
     band: tuple[Any, ...]
-    passed: dict[str, dict[str, dict[int, Share]]]
-    over_logit: dict[str, dict[int, Share]]
+    passed: dict[str, dict[str, dict[int, PassRate]]]
+    over_logit: dict[str, dict[int, PassRate]]
     derangements: int
     beaten: dict[str, dict[int, float]]
     tied: dict[str, dict[int, float]]
@@ -272,17 +272,17 @@ def _against_derangements(
     return beaten, tied, len(orders)
 
 
-def _interval(values: np.ndarray, drawn: np.ndarray) -> Share:
+def _interval(values: np.ndarray, drawn: np.ndarray) -> PassRate:
     low, high = np.quantile(values[drawn].mean(1), [0.025, 0.975])
-    return Share(float(values.mean()), float(low), float(high))
+    return PassRate(float(values.mean()), float(low), float(high))
 
 
-def _shown(share: Share) -> str:
+def _shown(share: PassRate) -> str:
     return f"{share.value:.3f} [{share.low:.3f}, {share.high:.3f}]"
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Share):
+    if isinstance(value, PassRate):
         return {"value": value.value, "low": value.low, "high": value.high}
     if isinstance(value, dict):
         return {str(key): _plain(each) for key, each in value.items()}
