@@ -91,6 +91,12 @@ def generated(g: Given, intervention: Any) -> Tensor:
         return model.generate(g.decoder_ids, max_new_tokens=2, do_sample=False)
 
 
+def with_intervals(g: Given) -> Any:
+    lens = scalpel.JacobianLens(g.lens.J, 3, about={"target": 1, "skip_first": 1}, model=g.model)
+    read = lens.readout(g.ids[:1], positions=[-1], k=2)
+    return lens.intervals(read, g.ids[:1], list(g.ids.split(1)), resamples=20).to_json()
+
+
 def evaluated(g: Given) -> Any:
     items = [{"prompt": "abc", "intermediates": ["a", "d"]}, {"prompt": "cab", "intermediates": ["b"]}]
     return g.lens.evaluate(items, derangements=0).to_json()
@@ -346,6 +352,7 @@ OPERATIONS: dict[str, Callable[[Given], Any]] = {
     "JacobianLens.readout": lambda g: [g.lens.readout(g.ids[:1], [0, 1]), g.lens.readout("abc  ").to_json()],
     "JacobianLens.readout, llama": lambda g: llama_lens(g).readout(g.decoder_ids[:1], k=3),
     "JacobianLens.ranks": lambda g: g.lens.ranks(g.ids[:1], [1, "c"]),
+    "JacobianLens.intervals": with_intervals,
     "JacobianLens.vector": lambda g: [g.lens.vector("a", 0), g.lens.vector(2, 0, norm_gain=True)],
     "JacobianLens.steer": lambda g: changed(g, g.lens.steer("a", 2.0, 0)),
     "JacobianLens.steer, llama": lambda g: generated(g, llama_lens(g).steer(3, 2.0, [0, 1], [1, -1], norm=3.0)),
