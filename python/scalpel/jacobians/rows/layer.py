@@ -255,10 +255,10 @@ class DenseLayer:
         rows = t.reshape(-1, t.shape[-1])
         return rows if rows.dtype == dtype else self.buffers("rows", tuple(rows.shape), dtype, rows.device).copy_(rows)
 
-    def _back(self, parts: list[tuple[Dense, Tensor | None]], name: str, narrow: bool = False) -> Tensor | None:
+    def _back(self, parts: list[tuple[Dense, Tensor | None]], name: str, kept: bool = False) -> Tensor | None:
         """Compute the sum of Wᵀ u over pairs of a matrix W and a cotangent u, in the buffer ``name``.
 
-        None where every cotangent is None. ``narrow``: the sum may have the dtype of the matrices.
+        None where every cotangent is None. ``kept``: the sum may have the dtype of the matrices.
         """
         total: Tensor | None = None
         for dense, u in parts:
@@ -269,7 +269,7 @@ class DenseLayer:
             rows = self._rows(u, weight.dtype)
             first = total is None
             if total is None:
-                total = self.buffers(name, shape, weight.dtype if narrow else u.dtype, u.device)
+                total = self.buffers(name, shape, weight.dtype if kept else u.dtype, u.device)
             if weight.dtype == total.dtype:
                 into = total.view(-1, shape[-1])
                 torch.mm(rows, weight, out=into) if first else torch.addmm(into, rows, weight, out=into)
