@@ -33,7 +33,7 @@ class Words:
         >>> from scalpel.jacobian_lens.words import Words
         >>> words = Words(scalpel.CircuitGPT.from_pretrained("bracket-mini").tokenizer)
         >>> [words.piece(i) for i in words.encode("x = [")]
-        ['x', ' =', ' [']
+        ['x', ' ', '=', ' ', '[']
     """
 
     def __init__(self, inner: Any) -> None:
