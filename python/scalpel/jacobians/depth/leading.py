@@ -3,8 +3,8 @@
 W has orthonormal columns, and A W = Q R, so that the SVD of the small R gives approximate triples (u, σ, v): u in the
 span of Q, v in that of W. Then Aᵀu = σv + r, where r is orthogonal to W (Golub and Kahan 1965), and ‖r‖ bounds the
 distance from σ to a true singular value. A step carries back only what the wanted u have gained since the last step,
-and carries forward only the few directions outside W along which the r are longest. So a step costs about eight
-products in each direction, however many values are wanted, and a good W at the start saves most of the steps.
+and carries forward only the few directions outside W along which the r are longest. So a step costs about a
+dozen products in each direction, however many values are wanted, and a good W at the start saves most of the steps.
 
 (The search directions are those of block Golub–Kahan bidiagonalisation, :mod:`scalpel.jacobians.svd`, whose blocks
 must be as wide as the number of wanted values, and which can't use a basis that isn't a Krylov space of A.)
@@ -23,7 +23,7 @@ from ..svd import NotFinite
 __all__ = ["OVERSAMPLE", "Found", "Map", "Search", "random_start"]
 
 OVERSAMPLE = 8  # directions beyond T, which speed up the T-th value and resolve clusters (Halko et al. 2011, section 4)
-_BLOCK = 8  # the most directions by which a step extends the basis
+_BLOCK = 12  # the most directions by which a step extends the basis
 _WIDEST = 8  # times T + OVERSAMPLE: the columns of W at which it is cut to the leading ones
 _KEPT = 3  # times T + OVERSAMPLE: how many are kept then, and for the next search
 _PATIENCE = 12  # steps in which the residual must halve, or it counts as stuck
@@ -120,7 +120,7 @@ class Search:
         self.W = basis
         self.work = basis.dtype
         self._begin(images, scale)
-        least, since_halved = math.inf, 0
+        halved, since_halved = math.inf, 0
         for taken in range(1, self.most + 1):
             u, sigma, vh = torch.linalg.svd(self.R)
             T = min(self.T, len(sigma))
@@ -135,8 +135,9 @@ class Search:
             above = each * sigma[:T] > 30 * self.A.eps * sigma[0]
             worst = float(torch.linalg.vector_norm(each[above]))
             self.step(worst)
-            since_halved = 0 if worst < least / 2 else since_halved + 1
-            least = min(least, worst)
+            since_halved += 1
+            if worst < halved / 2:
+                halved, since_halved = worst, 0
             if worst <= self.goal or since_halved >= _PATIENCE or taken == self.most:
                 break
             if len(sigma) >= _WIDEST * (self.T + OVERSAMPLE):
