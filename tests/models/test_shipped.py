@@ -131,6 +131,7 @@ SHORT = {
     "alignment": {"amounts": (1, 2, 3, 4), "prompts": 4, "length": 64, "resamples": 20, "draws": 99},
     "collapse": {"tokens": 96, "nulls": ("shuffled",)},
     "depth": {"prompts": 2, "tokens": 6},
+    "composition": {"prompts": 8, "tokens": 24, "probes": 2, "resamples": 50},
     "orbits": {"prompts": 4, "window": 8, "steps": 16, "starts": 2, "iterations": 20},
 }
 
