@@ -21,7 +21,7 @@ from scalpel.experiments.composition.defect import Products, exchanged, measure,
 from scalpel.experiments.composition.experiment import _pairs, _verdict, run
 from scalpel.experiments.composition.prompts import Prompts
 from scalpel.experiments.composition.summary import Summary, summarise
-from scalpel.jacobian_lens.sweep import lens_matrices
+from scalpel.jacobian_lens.sweeps.sweep import lens_matrices
 
 WIDTH, POSITIONS = 5, 3
 

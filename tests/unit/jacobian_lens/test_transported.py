@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from circuitgpt_cases import build, tokens, torch_func
 from decoder_cases import MODELS, exact_norms, ids_of, model_of
 from lens_oracle import block_jacobian, blocks_of, lens_matrix
-from scalpel.jacobian_lens.intervals import intervals
-from scalpel.jacobian_lens.sweep import lens_matrices
-from scalpel.jacobian_lens.transported import Transported, transported
+from scalpel.jacobian_lens.reading.intervals import intervals
+from scalpel.jacobian_lens.reading.transported import Transported, transported
+from scalpel.jacobian_lens.sweeps.sweep import lens_matrices
 
 pytest.importorskip("transformers")
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
