@@ -67,7 +67,8 @@ __all__ = [
 
 _moved.install()
 _when_imported.when_imported(
-    {
+    {"torch._dynamo": "scalpel.topk:stay_whole"}
+    | {
         module: f"scalpel.models.transformers_classes.registration:{function}"
         for module, function in (
             ("transformers.models.auto.configuration_auto", "register_config"),

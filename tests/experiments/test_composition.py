@@ -291,3 +291,20 @@ def test_of_a_decoder_and_of_text_of_the_users_own(tmp_path: Any) -> None:
         run(model, text=str(file), **options)
     with pytest.raises(TypeError, match="takes a CircuitGPT or a transformers model"):
         asked(SimpleNamespace())
+
+
+def test_a_folder_of_transformers_is_found_by_its_path(tmp_path: Any) -> None:
+    pytest.importorskip("transformers")
+    model = model_of("qwen2").float()
+    model.save_pretrained(tmp_path / "qwen")
+    found = asked(str(tmp_path / "qwen"))
+    assert (found.name, found.layers, found.width, found.tokenizer) == ("qwen", 3, 12, None)
+    assert torch.equal(found.model(ids_of()).logits, model(ids_of()).logits)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"architectures": ["BertModel"]}')
+    with pytest.raises(ValueError, match="holds a BertModel; supported are CircuitGPT, GPT2LMHeadModel"):
+        asked(tmp_path / "other")
+    with pytest.raises(scalpel.experiments.Refused, match="no rules, which this experiment needs"):
+        asked(torch.nn.Linear(2, 2))
+    with pytest.raises(scalpel.experiments.Refused, match="weights are torch.bfloat16"):
+        asked(model_of("llama").bfloat16())

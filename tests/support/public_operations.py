@@ -30,6 +30,8 @@ from scalpel.circuits.closure import closes_over
 from scalpel.circuits.task import answer_logits
 from scalpel.cli import bench
 from scalpel.covariance import DebiasedCKA, leave_one_out
+from scalpel.jacobian_lens.intervals import intervals
+from scalpel.jacobian_lens.transported import transported
 from scalpel.jacobians.stream import stream_layers
 from scalpel.models.circuitgpt.ablation import hook_means
 from scalpel.models.circuitgpt.config import CircuitGPTConfig
@@ -89,6 +91,12 @@ def changed(g: Given, intervention: Any) -> Tensor:
 def generated(g: Given, intervention: Any) -> Tensor:
     with intervention as model:
         return model.generate(g.decoder_ids, max_new_tokens=2, do_sample=False)
+
+
+def with_intervals(g: Given) -> Any:
+    lens = scalpel.JacobianLens(g.lens.J, 3, about={"target": 1, "skip_first": 1}, model=g.model)
+    read = lens.readout(g.ids[:1], positions=[-1], k=2)
+    return lens.intervals(read, g.ids[:1], list(g.ids.split(1)), resamples=20).to_json()
 
 
 def evaluated(g: Given) -> Any:
@@ -296,6 +304,13 @@ def experiment(name: str, **options: Any) -> Callable[[Given], Any]:
     return run
 
 
+def of_a_lens(g: Given) -> Any:
+    found = transported(g.llama, [g.decoder_ids[:1], g.decoder_ids[1:]], {0: drawn(2, 12), 1: drawn(12)}, skip_first=1)
+    of_circuit = transported(g.model, [g.ids[:1]], {0: drawn(2, g.model.config.d_model)}, skip_first=1, targets="same")
+    read = intervals(lambda x: x[..., :5], found.per_prompt[0], [0, 3], resamples=9)
+    return [found.mean, found.error, found.standard_error, of_circuit.mean, *vars(read).values()]
+
+
 def benched(g: Given) -> Any:
     for case in bench.cases(quick=True):
         case.check()
@@ -346,6 +361,7 @@ OPERATIONS: dict[str, Callable[[Given], Any]] = {
     "JacobianLens.readout": lambda g: [g.lens.readout(g.ids[:1], [0, 1]), g.lens.readout("abc  ").to_json()],
     "JacobianLens.readout, llama": lambda g: llama_lens(g).readout(g.decoder_ids[:1], k=3),
     "JacobianLens.ranks": lambda g: g.lens.ranks(g.ids[:1], [1, "c"]),
+    "JacobianLens.intervals": with_intervals,
     "JacobianLens.vector": lambda g: [g.lens.vector("a", 0), g.lens.vector(2, 0, norm_gain=True)],
     "JacobianLens.steer": lambda g: changed(g, g.lens.steer("a", 2.0, 0)),
     "JacobianLens.steer, llama": lambda g: generated(g, llama_lens(g).steer(3, 2.0, [0, 1], [1, -1], norm=3.0)),
@@ -445,6 +461,8 @@ OPERATIONS: dict[str, Callable[[Given], Any]] = {
     "semigroup.extract": extracted,
     "anchors": anchors,
     "greedy_orbits": lambda g: greedy_orbits(g.brackets, [[1, 2, 3], [4]], window=6, steps=6),
+    # lenses
+    "transported": of_a_lens,
     # everything that builds on the above
     "train": trained,
     "analyze": lambda g: analysis(g, g.checkpoint),
@@ -454,5 +472,6 @@ OPERATIONS: dict[str, Callable[[Given], Any]] = {
     "bench": benched,
     "experiments.names": lambda g: scalpel.experiments.names(),
     "experiments.run": experiment("minimal_simulator", k_max=2, n_max=20, samples=3),
+    "experiments.run, composition": experiment("composition", prompts=8, tokens=5, skip_first=1, probes=1, resamples=9),
     "experiments.run, depth": experiment("depth", prompts=2, tokens=3, directions=1, draws=1, nulls=[]),
 }

@@ -30,14 +30,14 @@ from .items import Item, read_items
 from .matrices import Lens, Made, check_width, chosen_layers
 from .readout import SKIPPED, transported
 
-__all__ = ["RULES", "Evaluation", "Share", "evaluate"]
+__all__ = ["RULES", "Evaluation", "PassRate", "evaluate"]
 
 RULES = ("minimum", "band")
 _SAMPLES = 2000
 
 
 @dataclass(frozen=True)
-class Share:
+class PassRate:
     """A mean over items with its interval.
 
     Attributes:
@@ -77,8 +77,8 @@ class Evaluation:
     below_skip_first: int
     layers: tuple[Any, ...]
     band: tuple[Any, ...]
-    passed: dict[str, dict[str, dict[int, Share]]]
-    over_logit: dict[str, dict[int, Share]]
+    passed: dict[str, dict[str, dict[int, PassRate]]]
+    over_logit: dict[str, dict[int, PassRate]]
     derangements: int
     beaten: dict[str, dict[int, float]]
     tied: dict[str, dict[int, float]]
@@ -156,10 +156,10 @@ def evaluate(
         "permuted": controls.permuted(J, seed),
         "random": controls.random(J, seed),
     }
-    ranked = {}
+    ranked: dict[str, np.ndarray] = {}
     for name, matrices in lenses.items():
-        own = [reader.ranks(place, None if matrices is None else matrices[chosen[place]]) for place in range(count)]
-        ranked[name] = np.stack(own)
+        own = [(place, None if matrices is None else matrices[chosen[place]]) for place in range(count)]
+        ranked[name] = reader.ranks(own)
     scores = {
         name: {rule: {k: reader.scores(ranks, rule, k) for k in ks} for rule in RULES} for name, ranks in ranked.items()
     }
@@ -224,13 +224,19 @@ class _Reader:
         read = [item.text.ids[item.position] for item in items if item.text.ids]
         self._ids = torch.tensor(read, dtype=torch.int64, device="cpu")
 
-    def ranks(self, place: int, matrix: Tensor | None) -> np.ndarray:
-        """The ranks (intermediates,) at the layer of number ``place``, with the best spelling of each."""
-        rows = transported(matrix, self._states[place])
-        found = score(self._head, rows, self._ids, 0, self._watch).ranks.numpy()
-        return np.array(
-            [found[item, start:stop].min() for item, (start, stop) in zip(self._of_item, self._spans, strict=True)]
-        )
+    def ranks(self, pairs: Sequence[tuple[int, Tensor | None]]) -> np.ndarray:
+        """The ranks (pairs, intermediates), with the best spelling of each.
+
+        A pair is the number of a layer whose states are read, and the matrix that carries them.
+        """
+        if not pairs:
+            return np.zeros((0, len(self._spans)), dtype=np.int64)
+        rows = torch.cat([transported(matrix, self._states[place]) for place, matrix in pairs])
+        count = len(pairs)
+        found = score(self._head, rows, self._ids.repeat(count), 0, self._watch.repeat(count, 1)).ranks.numpy()
+        found = found.reshape(count, self._items, -1)
+        spans = zip(self._of_item, self._spans, strict=True)
+        return np.stack([found[:, item, start:stop].min(1) for item, (start, stop) in spans], 1)
 
     def scores(self, ranks: np.ndarray, rule: str, k: int) -> np.ndarray:
         """The score of each item, from the ranks (layers, intermediates)."""
@@ -251,8 +257,9 @@ def _against_derangements(
     pairs: dict[tuple[int, int], np.ndarray] = {}
     for taken, layer in enumerate(layers):  # a lazy matrix is computed once
         matrix = J[layer]
-        for place in {place for order in orders for place, m in enumerate(order) if m == taken}:
-            pairs[place, taken] = reader.ranks(place, matrix)
+        places = sorted({place for order in orders for place, m in enumerate(order) if m == taken})
+        found = reader.ranks([(place, matrix) for place in places])
+        pairs |= {(place, taken): ranks for place, ranks in zip(places, found, strict=True)}
     beaten: dict[str, dict[int, float]] = {rule: {} for rule in RULES}
     tied: dict[str, dict[int, float]] = {rule: {} for rule in RULES}
     deranged = [np.stack([pairs[place, taken] for place, taken in enumerate(order)]) for order in orders]
@@ -265,17 +272,17 @@ def _against_derangements(
     return beaten, tied, len(orders)
 
 
-def _interval(values: np.ndarray, drawn: np.ndarray) -> Share:
+def _interval(values: np.ndarray, drawn: np.ndarray) -> PassRate:
     low, high = np.quantile(values[drawn].mean(1), [0.025, 0.975])
-    return Share(float(values.mean()), float(low), float(high))
+    return PassRate(float(values.mean()), float(low), float(high))
 
 
-def _shown(share: Share) -> str:
+def _shown(share: PassRate) -> str:
     return f"{share.value:.3f} [{share.low:.3f}, {share.high:.3f}]"
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Share):
+    if isinstance(value, PassRate):
         return {"value": value.value, "low": value.low, "high": value.high}
     if isinstance(value, dict):
         return {str(key): _plain(each) for key, each in value.items()}

@@ -50,8 +50,8 @@ class LensInUse:
             unembed: For a model whose last norm and head aren't known, a function from residual streams (rows, width)
                 to logits (rows, vocab). Its attribute ``weight`` (vocab, width), if it has one, gives the vectors of
                 tokens.
-            check: Whether to compare the digest of the model's weights with that of the model that the lens was fitted
-                on, where that is known; a warning says that they differ. It reads all weights once.
+            check: Whether to compare the digest of the model's weights, config and modules with that of the model that
+                the lens was fitted on, where that is known; a warning says that they differ. It reads all weights once.
 
         Returns:
             The lens itself.
@@ -70,8 +70,8 @@ class LensInUse:
         known = self.about.get("model_sha256")
         if check and isinstance(known, str) and _DIGEST.fullmatch(known) and model_mark(attached.inside) != known:
             warnings.warn(
-                f"the weights of this {type(attached.inside).__name__} aren't those that the lens was fitted on: its "
-                "readouts may mean nothing here. check=False passes over that",
+                f"this {type(attached.inside).__name__} isn't the model that the lens was fitted on, by the digest of "
+                "its weights, config and modules: readouts may mean nothing here. check=False passes over that",
                 stacklevel=2,
             )
         self._attached = attached
@@ -331,6 +331,8 @@ class LensInUse:
 
         The rules and intervals are defined in :mod:`scalpel.jacobian_lens.evaluation`, and what is read of an item in
         :func:`scalpel.jacobian_lens.items.read_items`. The model runs once for each item; all else reads its states.
+        With derangements each layer is read with the matrices of the others, up to layers² readouts for each item,
+        which is most of the work: name fewer layers where that is too much.
 
         Args:
             items: The path of a published file of items, or a list of mappings with prompt, intermediates and,

@@ -26,12 +26,13 @@ from ..jacobians.passes import CircuitPass
 from ..jacobians.precision import plain_tensors
 from ..jacobians.rows.decoder_pass import DecoderPass
 from ..jacobians.trace import has_rules
-from .cotangents import signs_of
+from .cotangents import check_options, signs_of
 from .hooks import Layer, ends_of, is_residual
 from .positions import text_alone, valid_tokens
-from .sweep import _BESIDE
 
 __all__ = ["Transported", "transported"]
+
+_BESIDE: dict[str, Any] = {"attention_mask": None, "position_ids": None}
 
 
 @dataclass(frozen=True)
@@ -124,12 +125,7 @@ def transported(
         >>> found.mean[0].shape, found.error[0].shape
         (torch.Size([3, 128]), torch.Size([3]))
     """
-    if targets not in ("after", "same"):
-        raise ValueError(f"targets is {targets!r}; allowed: 'after', 'same'")
-    if skip_first < 0:
-        raise ValueError(f"skip_first is {skip_first}; it counts tokens, and is at least 0")
-    if groups is not None and groups < 1:
-        raise ValueError(f"groups is {groups}; allowed: 1 or more, or None for exact products")
+    check_options(targets, precision, skip_first, groups, "jacobian")
     rows = {layer: each[None] if each.dim() == 1 else each for layer, each in vectors.items()}
     hooks, end = ends_of(model, rows, target)
     of_prompts: list[dict[Any, Tensor]] = []
@@ -142,8 +138,7 @@ def transported(
                 skipped += 1
                 continue
             sweep, tokens = _forward(model, batch, list(hooks.values()), end, skip_first, precision)
-            count = tokens.stop - tokens.start
-            factors = signs_of(batch, count, targets, groups, seed, sweep.dtype, sweep.device)
+            factors = signs_of(batch, tokens.stop - tokens.start, targets, groups, seed, sweep.dtype, sweep.device)
             of_prompts.append(_of_prompt(sweep, hooks, rows, factors))
     if skipped:
         warnings.warn(

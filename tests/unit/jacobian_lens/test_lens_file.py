@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import scalpel
+from lens_cases import lens_model
 from scalpel import JacobianLens
 
 
@@ -185,6 +186,19 @@ def test_copies_and_pickles_hold_the_matrices() -> None:
     assert len(pickle.dumps(lens)) < 2 * 128 * 128 * 4
     for twin in (copy.copy(lens), copy.deepcopy(lens)):
         assert twin.J[0].equal(lens.J[0]) and twin.attached.model is model and twin.about == lens.about
+
+
+@pytest.mark.parametrize("kind", ["llama", "circuit"])
+def test_a_lens_knows_its_model_again(kind: str, tmp_path: Path) -> None:
+    model = lens_model(kind).float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fitted = scalpel.jacobian_lens.fit(model, [[1, 2, 3, 4, 5, 6]] * 2, skip_first=2, progress=False)
+        fitted.save(tmp_path / "x.pt", dtype=torch.float32)
+        model.generate(torch.tensor([[1, 2]]), max_new_tokens=2)
+        again = JacobianLens.load(tmp_path / "x.pt", model)
+    assert again.about == fitted.about and again.error == fitted.error
+    assert torch.equal(again.readout([1, 2, 3]).jacobian.tokens, fitted.readout([1, 2, 3]).jacobian.tokens)
 
 
 # ---- merging -------------------------------------------------------------------------------------

@@ -270,7 +270,7 @@ def test_attaching_another_model_warns() -> None:
     lens.attach(model)
     other = copy.deepcopy(model)
     other.lm_head.weight[0, 0] += 1
-    with pytest.warns(UserWarning, match="weights of this GPT2LMHeadModel aren't those"):
+    with pytest.warns(UserWarning, match="this GPT2LMHeadModel isn't the model that the lens was fitted on"):
         lens.attach(other)
     lens.attach(other, check=False)
 

@@ -145,7 +145,7 @@ def texts_of(source: Asked, count: int, tokens: int, path: str, seed: int) -> tu
         if path:
             raise ValueError(f"the model has no tokenizer, so {path!r} can't be read: leave option 'text' out")
         ids = rng.integers(source.vocabulary, size=(count, tokens))
-        return [torch.tensor(row[None], device=device) for row in ids], {"text": "random token ids"}
+        return [torch.tensor(row[None], device=device, dtype=torch.int64) for row in ids], {"text": "random token ids"}
     if path:
         text, name = Path(path).expanduser().read_text(encoding="utf-8"), Path(path).name
     elif isinstance(source.model, CircuitGPT):

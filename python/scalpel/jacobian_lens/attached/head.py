@@ -25,10 +25,12 @@ class Head(Protocol):
     Attributes:
         device: Where it computes.
         dtype: The dtype of a model's own residual stream.
+        vocabulary: How many logits there are; None until it is known.
     """
 
     device: torch.device
     dtype: torch.dtype
+    vocabulary: int | None
 
     def logits(self, x: Tensor, ids: Tensor | None) -> Tensor:
         """Compute logits (rows, vocab), float32 or float64, of rows of the residual stream after the last layer.
@@ -56,6 +58,7 @@ class DecoderHead:
                 "give unembed= to attach, a function from the residual stream to logits"
             )
         self._norm, self._head, self._weight = norm, head, weight
+        self.vocabulary: int | None = len(weight)
         self.device = weight.device
         gains = next(iter(norm.parameters()), weight)
         self.dtype = gains.dtype
@@ -87,6 +90,7 @@ class CircuitHead:
 
     def __init__(self, core: CircuitGPT) -> None:
         self._core = core
+        self.vocabulary: int | None = core.config.vocab_size
         self.device, self.dtype = core.device, core.dtype
 
     def logits(self, x: Tensor, ids: Tensor | None) -> Tensor:
@@ -107,6 +111,7 @@ class GivenHead:
 
     def __init__(self, unembed: Callable[[Tensor], Tensor], device: torch.device, dtype: torch.dtype) -> None:
         self._unembed = unembed
+        self.vocabulary: int | None = None
         self.device, self.dtype = device, dtype
 
     def logits(self, x: Tensor, ids: Tensor | None) -> Tensor:

@@ -66,22 +66,28 @@ def score(head: Head, x: Tensor, ids: Tensor | None, k: int, watch: Tensor | Non
     """
     watch = torch.zeros(len(x), 0, dtype=torch.int64, device="cpu") if watch is None else watch
     parts: list[Scores] = []
-    first, rows = 0, 1  # the first row says how large the vocabulary is
+    first, rows = 0, _rows_at_once(head.vocabulary)
     with without_gradients():
         while first < len(x):
             chunk = slice(first, first + rows)
             logits = head.logits(x[chunk], None if ids is None else ids[chunk])
             parts.append(_of_logits(logits, k, watch[chunk]))
-            first, rows = first + rows, max(1, _LOGITS_AT_ONCE // logits.shape[1])
+            head.vocabulary = logits.shape[1]
+            first, rows = first + rows, _rows_at_once(head.vocabulary)
     return Scores.joined(parts)
 
 
 def of_logits(logits: Tensor, k: int, watch: Tensor | None = None) -> Scores:
     """Score logits (rows, vocab) that are known already, as :func:`score` does."""
     watch = torch.zeros(len(logits), 0, dtype=torch.int64, device="cpu") if watch is None else watch
-    rows = max(1, _LOGITS_AT_ONCE // logits.shape[1])
+    rows = _rows_at_once(logits.shape[1])
     pairs = zip(logits.split(rows), watch.split(rows), strict=True)
     return Scores.joined([_of_logits(some, k, wanted) for some, wanted in pairs])
+
+
+def _rows_at_once(vocabulary: int | None) -> int:
+    """How many rows are scored together; one where the size of the vocabulary isn't known yet."""
+    return 1 if vocabulary is None else max(1, _LOGITS_AT_ONCE // vocabulary)
 
 
 def _of_logits(logits: Tensor, k: int, watch: Tensor) -> Scores:
@@ -93,7 +99,7 @@ def _of_logits(logits: Tensor, k: int, watch: Tensor) -> Scores:
     best = logits.gather(1, tokens)
     order = best.argsort(dim=1, descending=True, stable=True)  # tokens ascend, so equals stay in the order of their ids
     tokens, best = tokens.gather(1, order), best.gather(1, order)
-    probabilities = (best - logits.logsumexp(dim=1, keepdim=True)).exp()
+    probabilities = (best - logits.logsumexp(dim=1, keepdim=True)).exp() if k else best
     ranks = torch.zeros(watch.shape, dtype=torch.int64, device=logits.device)
     watched = torch.full(watch.shape, torch.nan, dtype=logits.dtype, device=logits.device)
     numbers = torch.arange(vocabulary, device=logits.device)
@@ -101,8 +107,12 @@ def _of_logits(logits: Tensor, k: int, watch: Tensor) -> Scores:
         asked = (wanted >= 0).nonzero()[:, 0]
         if len(asked):
             token = wanted[asked, None]
-            value = logits[asked].gather(1, token)
-            before = (logits[asked] > value) | ((logits[asked] == value) & (numbers < token))
-            ranks[asked, column] = 1 + before.sum(1)
+            some = logits if len(asked) == len(logits) else logits[asked]
+            value = some.gather(1, token)
+            found = 1 + (some > value).sum(1)
+            equal = some == value
+            if int(equal.sum()) > len(asked):  # ties, of which the lower ids come first
+                found += (equal & (numbers < token)).sum(1)
+            ranks[asked, column] = found
             watched[asked, column] = value[:, 0]
     return Scores(tokens.cpu(), best.cpu(), probabilities.cpu(), ranks.cpu(), watched.cpu())

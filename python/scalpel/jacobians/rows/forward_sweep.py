@@ -63,7 +63,7 @@ class DenseForwardSweep:
                 rows = x[first : min(joined, first + self.piece)]
                 after = rules.push(rows, lambda _, value: value, set())
                 assert after is not None
-                if after.data_ptr() != rows.data_ptr():  # sublayers in parallel need the value before them once more
+                if after is not rows:  # sublayers in parallel need the value before them once more
                     rows.copy_(after)
         joined = join(self.target)
         return {hook: x[place, :, wanted] for hook, place in places.items()}
