@@ -17,8 +17,8 @@ in that way ("edges") is what a defect has to exceed.
 
 The first form of the rule asked for more: a defect above that with frozen attention. It proved wrong in practice.
 Freezing attention leaves all that MLPs and norms vary with, and takes a model to states that it was never trained on,
-where averages may compose worse than in the model itself. Then even a large defect would pass for indistinguishable from
-zero. The comparison stays in the result as "beyond_frozen_attention".
+where averages may compose worse than in the model itself. Then even a large defect would pass for indistinguishable
+from zero. The comparison stays in the result as "beyond_frozen_attention".
 """
 
 from __future__ import annotations
