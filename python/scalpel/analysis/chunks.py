@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from ..experiments.result import plain
 from .job import Job
 from .measure import Figures, measure
+from .pace import Clock, Plan, Progress, Stopped
 from .source import Source, ran_out
 from .store import Store
 from .streamed import measure_streamed
@@ -20,32 +20,48 @@ from .text import Text
 LEAST = 8  # the fewest tokens to which a chunk is shortened for lack of memory
 _CUT_OFF = 2  # after this many runs were cut off at the same chunk, a lack of memory is assumed
 
-Progress = Callable[[str, float], None]
 Record = dict[str, Any]
 
 
 def measure_chunks(
-    task: Task, store: Store, text: Text, count: int, job: Job, report: Progress
+    task: Task,
+    store: Store,
+    text: Text,
+    count: int,
+    job: Job,
+    plan: Plan,
+    clock: Clock,
+    first: Callable[[list[Record]], None],
 ) -> tuple[list[Record], list[dict[str, int]]]:
-    """Measure the chunks that fall to this process.
+    """Measure the chunks that fall to this process, until they are finished or time is over.
 
-    Returns their records as they are on disk, so that a resumed analysis has identical results, and the chunks at which
+    ``first`` is called with the records of the finished chunks once the first of those that this call measures is.
+
+    Returns the records as they are on disk, so that a resumed analysis has identical results, and the chunks at which
     earlier runs were cut off.
     """
-    records, cut_off = [], []
+    records: list[Record] = []
+    cut_off: list[dict[str, int]] = []
+    measured = 0
     for chunk in filter(job.mine, range(count)):
         record = store.load(chunk)
         while record is None:
+            if clock.over:
+                return records, cut_off
             if times := store.times_cut_off(chunk):
                 cut_off.append({"chunk": chunk, "tokens": store.length, "times": times})
                 if times >= _CUT_OFF:
                     store.shrink(chunk, _smaller(store.length, task.source, text))
             ids = text.chunk(chunk, store.length)
             counted, ids = text.counted(ids), ids.to(task.source.device)
-            step = _Step(report, f"chunk {chunk + 1} of {count}, {ids.shape[1]} tokens", chunk, count)
+            words = f"chunk {chunk + 1} of {count}, {ids.shape[1]} tokens"
+            steps = {side: plan.of(f"{side} {chunk}", words) for side in task.sides(chunk)}
             store.begin_chunk(chunk)
             try:
-                figures = _within_memory(task, ids, counted, step)
+                figures = _within_memory(task, ids, counted, steps)
+            except Stopped:
+                store.end()
+                return records, cut_off
             except BaseException:
                 store.end()
                 raise
@@ -55,23 +71,31 @@ def measure_chunks(
                 continue
             record = plain({"chunk": chunk, "start": text.chunks[chunk].start, "tokens": ids.shape[1], **figures})
             store.save(chunk, record)
+            clock.achieved()
+            measured += 1
+            if measured == 1:
+                first([*records, record])
         records.append(record)
     return records, cut_off
 
 
 class Task:
-    """The measurement of one chunk, for the trained and the untrained model."""
+    """The measurement of one chunk, for the trained model and, at the first chunk, the untrained one."""
 
-    def __init__(self, source: Source, T: int, seed: int, beside: bool, products: bool) -> None:
+    def __init__(self, source: Source, T: int, seed: int, beside: bool, depths: Sequence[int]) -> None:
         self.source = source
         self.T = T
         self.seed = seed
         self.beside = beside
-        self.products = products
+        self.depths = depths
         self._untrained: nn.Module | None = None
 
-    def __call__(self, ids: Tensor, counted: list[int] | None, step: Progress) -> dict[str, Figures]:
-        """Measure the figures at ``ids`` (1, L), under "trained" and, where there is such a model, "untrained".
+    def sides(self, chunk: int) -> list[str]:
+        """Which models are measured at a chunk: the untrained one at the first alone."""
+        return ["trained", "untrained"] if self.beside and chunk == 0 else ["trained"]
+
+    def __call__(self, ids: Tensor, counted: list[int] | None, steps: dict[str, Progress]) -> dict[str, Figures]:
+        """Measure the figures at ``ids`` (1, L) of the models whose progress ``steps`` report, by their names.
 
         ``counted`` lists the positions of the tokens that count; None if all do.
         """
@@ -79,12 +103,14 @@ class Task:
         if source.trained is None:
             assert source.folder is not None
             narrow = "bfloat16" in str(source.facts["dtype"])
-            return {"trained": measure_streamed(source.folder, ids, self.T, self.seed, narrow, step, counted)}
-        step("trained", 0.0)
-        sides = {"trained": measure(source.trained, ids, self.T, self.seed, self.products, counted)}
-        if self.beside and source.untrained is not None:
-            step("untrained", 0.5)
-            sides["untrained"] = measure(self.untrained(), ids, self.T, self.seed, self.products, counted)
+            return {
+                "trained": measure_streamed(source.folder, ids, self.T, self.seed, narrow, steps["trained"], counted)
+            }
+        sides = {}
+        for side, step in steps.items():
+            step(side, 0.0)
+            model = source.trained if side == "trained" else self.untrained()
+            sides[side] = measure(model, ids, self.T, self.seed, self.depths, counted, _within(side, step))
         return sides
 
     def untrained(self) -> nn.Module:
@@ -107,23 +133,17 @@ class Task:
             ) from error
 
 
-@dataclass(frozen=True)
-class _Step:
-    """Progress within a chunk, which is reported as progress of the whole analysis."""
-
-    report: Progress
-    chunk: str
-    number: int
-    count: int
-
-    def __call__(self, what: str, done: float) -> None:
-        self.report(f"{self.chunk}: {what}", (self.number + done) / self.count)
+def _within(side: str, step: Progress) -> Progress:
+    """Report steps within the measurement of one model, which is named."""
+    return lambda what, done: step(f"{side}: {what}", done)
 
 
-def _within_memory(task: Task, ids: Tensor, counted: list[int] | None, step: _Step) -> dict[str, Figures] | None:
+def _within_memory(
+    task: Task, ids: Tensor, counted: list[int] | None, steps: dict[str, Progress]
+) -> dict[str, Figures] | None:
     """Return the figures of ``task``; None where memory ran out."""
     try:
-        return task(ids, counted, step)
+        return task(ids, counted, steps)
     except (MemoryError, RuntimeError, OSError) as error:
         if not ran_out(error):
             raise

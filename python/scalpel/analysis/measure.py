@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,13 @@ Figures = dict[str, Any]
 
 
 def measure(
-    model: nn.Module, ids: Tensor, T: int, seed: int, products: bool, counted: list[int] | None = None
+    model: nn.Module,
+    ids: Tensor,
+    T: int,
+    seed: int,
+    depths: Sequence[int],
+    counted: list[int] | None = None,
+    step: Callable[[str, float], None] | None = None,
 ) -> Figures:
     """Measure ``model`` at ``ids`` (1, L), from the tokens that count to the tokens that count, with T directions.
 
@@ -32,18 +39,24 @@ def measure(
     layer by itself leads from these to these. Norms, active fractions and margins are taken over these tokens.
 
     The model runs once: one trace gives the layers' Jacobians, the active fractions and the margins.
-    ``products``: whether the spectra of the first l layers' product are wanted for each depth l.
+    ``depths``: the numbers l of layers for which the spectra of the first l layers' product are wanted; empty for none.
+    ``step(what, done)`` is called before each layer and each product, with ``done`` from 0 to 1.
     """
     names, values = layer_hooks(model, None), _Values(None if counted is None else tuple(counted))
     layers = jacobians_between(model, ids, names, see=values.see, see_mask=values.see_mask)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
-        depth = lyapunov_of(model, names, layers, T, positions=counted, seed=seed, cumulative=products)
-    # "converged" and "residual" hold what lyapunov says of its sweeps; of the layers' own values only a warning tells.
-    stopped = [str(warning.message) for warning in caught if "stopped after" in str(warning.message)]
-    for warning in caught:
-        if "stopped after" not in str(warning.message):
+        cumulative = list(depths) or False
+        depth = lyapunov_of(model, names, layers, T, positions=counted, seed=seed, cumulative=cumulative, step=step)
+    for warning in caught:  # "converged" and "residual" hold what lyapunov says of its own residuals
+        if "lyapunov stopped" not in str(warning.message):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    residuals = [float(depth.residual.max()), *depth.layer_residual.tolist()]
+    products: Figures = {}
+    if depth.cumulative is not None and depth.cumulative_residual is not None:
+        of_products = depth.cumulative_residual.tolist()
+        residuals += of_products
+        products = {"depths": list(depth.depths), **spectra(depth.cumulative), "residual": of_products}
     return {
         "hooks": list(depth.hooks),
         "exponents": plain(depth.exponents),
@@ -53,8 +66,8 @@ def measure(
         "log_norms_without_first": plain(depth.log_norms_without_first),
         "frame_growth": plain(depth.frame_growth),
         "mean_frame_growth": plain(depth.mean_frame_growth),
-        "layers": spectra(depth.layers),
-        **({} if depth.cumulative is None else {"products": spectra(depth.cumulative)}),
+        "layers": spectra(depth.layers) | {"residual": depth.layer_residual.tolist()},
+        **({"products": products} if products else {}),
         "alignment": {
             "overlap": plain(depth.alignment.overlap),
             "expected_at_random": plain(depth.alignment.expected),
@@ -65,8 +78,8 @@ def measure(
         "lost": list(depth.lost),
         "active": values.active,
         "margins": values.margins,
-        "converged": depth.converged and not stopped,
-        "residual": float(depth.residual.max()),
+        "converged": depth.converged,
+        "residual": max(residuals),
         "sweeps": depth.sweeps,
     }
 

@@ -12,6 +12,7 @@ def notes_of(
     source: Source,
     text: Text,
     records: list[dict[str, Any]],
+    planned: int,
     asked: int,
     shrunk: list[dict[str, int]],
     cut_off: list[dict[str, int]],
@@ -23,7 +24,8 @@ def notes_of(
     Args:
         source: The model.
         text: The text.
-        records: The records of all chunks.
+        records: The records of the chunks that are finished.
+        planned: How many chunks are to be measured.
         asked: The number of chunks that was requested.
         shrunk: The times that chunks were made shorter.
         cut_off: The chunks at which earlier runs were cut off.
@@ -46,8 +48,8 @@ def notes_of(
             "gradients are taken covers all; but Jacobians lead from the tokens that count to the tokens that count, "
             "and norms, active fractions, margins and covariances are taken over these."
         )
-    if count < asked:
-        notes.append(f"The text holds {count} whole chunks of the {asked} asked for.")
+    if planned < asked:
+        notes.append(f"The text holds {planned} whole chunks of the {asked} asked for.")
     if count == 1:
         notes.append("One chunk has no interval: nothing here says how much another stretch of this text would change.")
     if shrunk:
@@ -75,13 +77,18 @@ def notes_of(
         notes.append("There is no untrained model beside it, so nothing says which of this is due to training.")
     if all(share == 1 for record in records for share in record["trained"]["active"].values()):
         notes.append("No hook holds a zero: active fractions are 1 throughout, and no TopK has a margin.")
+    if beside and count > 1:
+        notes.append(
+            "The untrained model was measured at the first chunk alone, so its curves have no intervals; the trained "
+            "model's means are over all chunks."
+        )
     for side in ("trained", "untrained"):
         unconverged = sum(not record[side]["converged"] for record in records if side in record)
         if unconverged:
             worst = max(record[side]["residual"] for record in records if side in record)
             notes.append(
-                f"{side.capitalize()}: in {unconverged} of {count} chunks some singular values did not converge "
-                f"(largest residual {worst:.1e}); they may be too small."
+                f"{side.capitalize()}: in {unconverged} of {sum(side in record for record in records)} chunks some "
+                f"singular values did not converge (largest residual {worst:.1e}); they may be too small."
             )
     if spectra is not None:
         constant = [name for name, figures in spectra["trained"].items() if figures["variance"] == 0]

@@ -21,6 +21,7 @@ from ..covariance import StreamingCovariance, leave_one_out
 from ..covariance.measures import effective_rank, participation_ratio
 from ..streams import collect
 from .job import Job
+from .pace import Clock, Progress, Stopped
 from .text import Text
 
 RESIDUAL = r"(\d+\.resid_in|final_resid)(\.grad)?"  # the residual stream before each layer and after the last
@@ -30,9 +31,8 @@ _SHOWN = 32  # leading eigenvalues whose shares are kept
 _ALL = 1024  # dimensions up to which all eigenvalues are computed for each block that is left out
 _SHARES = (1, 3, 10)
 _TOPS = tuple(f"top_{k}" for k in _SHARES)
+_SHARE = 0.6  # the share of the time, roughly, that the model's passes over the text take
 _OF = "of.txt"  # in a folder of states, the file that names the measurement they belong to
-
-Step = Callable[[str, float], None]
 
 
 class Spectra:
@@ -53,14 +53,16 @@ class Spectra:
         job: Job,
         fresh: bool,
         device: torch.device,
+        clock: Clock,
     ) -> None:
         self.device = device
+        self.clock = clock
         self.text, self.length, self.hooks, self.memory, self.job, self.fresh = text, length, hooks, memory, job, fresh
         self.stretches = min(stretches, len(text.chunks))
         self.out = out
         self.pieces = Pieces(out)
 
-    def measure(self, side: str, model: Callable[[], nn.Module], mark: str, step: Step) -> dict[str, Any]:
+    def measure(self, side: str, model: Callable[[], nn.Module], mark: str, step: Progress) -> dict[str, Any]:
         """Measure one model, or read its figures from disk where they are kept.
 
         Args:
@@ -71,6 +73,9 @@ class Spectra:
 
         Returns:
             The figures by stream.
+
+        Raises:
+            Stopped: Time is over. Finished blocks are kept.
         """
         key = f"{mark} {self.length} {self.stretches} {self.hooks} {self.text.facts['tokens_sha256']} {self.job.world}"
         key += f" {__version__} {torch.__version__}"
@@ -85,7 +90,10 @@ class Spectra:
         blocks = self._blocks()
         states = []
         for i, batches in enumerate(blocks):
-            step(f"{side}, spectra, block {i + 1} of {len(blocks)}", i / len(blocks))
+            step(f"block {i + 1} of {len(blocks)}", _SHARE * i / len(blocks))
+            if any(self.job.gathered([self.clock.over])):  # together, since processes meet in collect
+                raise Stopped
+            began = not (blocks_folder / f"{i}").is_dir()
             collected = collect(
                 model(),
                 batches,
@@ -97,6 +105,8 @@ class Spectra:
                 shard=not self.job.alone,
                 progress=False,
             )
+            if began:
+                self.clock.achieved()
             # The states of all blocks are held at once, so they go to the CPU, which has more memory. States that
             # collect leaves on disk are read to the CPU anyway.
             in_memory = isinstance(collected, dict)
@@ -105,8 +115,8 @@ class Spectra:
             shutil.rmtree(whole, ignore_errors=True)  # states of another measurement
             whole.mkdir(parents=True)
         figures = {}
-        for stream in states[0]:
-            step(f"{side}, spectrum at {stream}", 1.0)
+        for i, stream in enumerate(states[0]):
+            step(f"spectrum at {stream}", _SHARE + (1 - _SHARE) * i / len(states[0]))
             figures[stream] = self._figures([block[stream] for block in states], whole / f"{stream}.safetensors")
         if self.job.rank == 0:
             self.pieces.write(file, figures)

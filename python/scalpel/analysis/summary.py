@@ -8,6 +8,8 @@ import numpy as np
 
 from ..experiments.statistics import mean_interval
 
+_ALIKE = ("depths",)  # lists that say which entries the others have, alike in all chunks
+
 INTERVAL = "mean ± Student's t (0.975, chunks − 1) × standard deviation / √chunks"
 
 
@@ -18,7 +20,8 @@ def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
     its 95 % interval by Student's t, which is None for a single chunk. The interval is right where chunks differ like
     independent draws from a normal distribution; successive chunks of a text may be more alike than that. If a chunk
     has no finite value, the mean is None, and ``undefined_in`` counts such chunks. A bool becomes ``{"true", "of"}``:
-    in how many chunks it is True, of how many. A string, or an entry that no chunk has, stays as it is.
+    in how many chunks it is True, of how many. A string, the list ``depths``, or an entry that no chunk has, stays as
+    it is.
 
     Args:
         records: One dict of figures for each chunk, all with the entries of the first.
@@ -26,14 +29,22 @@ def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
     Returns:
         One dict with the same entries.
     """
-    return {name: _entry([record.get(name) for record in records]) for name in records[0]}
+    return _summary(records)
+
+
+def _summary(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Summarise dicts, entry by entry."""
+    return {
+        name: value if name in _ALIKE else _entry([record.get(name) for record in records])
+        for name, value in records[0].items()
+    }
 
 
 def _entry(values: list[Any]) -> Any:
     """Summarise one entry, given its values in all chunks."""
     first = values[0]
     if isinstance(first, dict):
-        return {name: _entry([(value or {}).get(name) for value in values]) for name in first}
+        return _summary([first, *(value or {} for value in values[1:])])
     if isinstance(first, bool):
         return {"true": sum(map(bool, values)), "of": len(values)}
     if all(value is None for value in values) or _is_text(first):

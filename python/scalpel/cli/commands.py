@@ -208,7 +208,7 @@ def analyze(
         int | None,
         typer.Option(min=1, help="Tokens in a chunk; by default 64, or the model's context if that is shorter."),
     ] = None,
-    chunks: Annotated[int, typer.Option(min=1, help="How many chunks to analyse, from the start of the text on.")] = 8,
+    chunks: Annotated[int, typer.Option(min=1, help="How many chunks to analyse, from the start of the text on.")] = 4,
     tangents: Annotated[
         int | None, typer.Option(min=1, help="How many singular values to compute; by default 16.")
     ] = None,
@@ -220,16 +220,21 @@ def analyze(
     untrained: Annotated[
         bool,
         typer.Option(
-            "--untrained/--no-untrained", help="Also analyse an untrained model of the same shape, for comparison."
+            "--untrained/--no-untrained",
+            help="Also analyse an untrained model of the same shape, for comparison, at the first chunk.",
         ),
     ] = True,
     products: Annotated[
         bool,
         typer.Option(
             "--products/--no-products",
-            help="Also compute spectra of products of layers, at about half the depth times the other cost.",
+            help="Also compute spectra of products of the first layers, which takes about half of the time.",
         ),
     ] = True,
+    depths: Annotated[
+        int,
+        typer.Option(min=1, help="At how many depths, evenly spread over the layers, these products are measured."),
+    ] = 12,
     spectra: Annotated[
         int,
         typer.Option(
@@ -253,6 +258,14 @@ def analyze(
         "scalpel-analysis"
     ),
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard what the folder holds, and begin again.")] = False,
+    stop_after: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="Stop after this time, such as 10m or 1h30m, with a report of what is finished; the same command goes "
+            "on later. At least one chunk is finished.",
+        ),
+    ] = None,
     seed: Seed = 0,
     open_: Annotated[bool, typer.Option("--open/--no-open", help="Open the report in a browser.")] = False,
     as_json: Json = False,
@@ -260,12 +273,15 @@ def analyze(
 ) -> None:
     """Measure how a model's layers act on a text: spectra, ranks, active fractions and margins, with a report.
 
-    If it is stopped, the same command continues where it was.
+    The report is written after the first chunk, and replaced at the end. If it is stopped, the same command continues
+    where it was.
     """
     check_folder(out)
     from ..analysis import analyze as measure
+    from ..analysis.pace import seconds_of
     from ..report.analysis import headlines, write_analysis
 
+    seconds = None if stop_after is None else seconds_of(stop_after)
     with show.Steps("analyze") as steps:
         analysis = measure(
             model,
@@ -283,16 +299,18 @@ def analyze(
             device=device,
             untrained=untrained,
             products=products,
+            depths=depths,
             stretches=spectra,
             hooks=hooks,
             memory=memory,
             fresh=fresh,
             seed=seed,
+            stop_after=seconds,
             progress=steps.stage,
+            first=lambda found: steps.note(f"first picture: {write_analysis(out, found)}"),
         )
         if os.environ.get("RANK", "0") != "0":  # under torchrun, the first process writes for all
             return
-        steps.stage("writing the report", 1.0)
         page = write_analysis(out, analysis)
     if as_json:
         print_json(analysis.to_json(indent=2))

@@ -174,7 +174,6 @@ def show(
         import itertools
 
         from ..jacobian_lens.prompts import read_prompts
-        from ..jacobian_lens.reading import intervals_of
         from ..jacobian_lens.words import words_of
         from ..report.lens import write_lens
 
@@ -187,14 +186,11 @@ def show(
         intervals = None
         if prompts is not None:
             given = list(itertools.islice(read_prompts(prompts, words, int(found.about.get("max_tokens", 128))), most))
-            intervals = intervals_of(
-                found,
-                readout,
-                text,
-                given,
-                seed=seed,
-                progress=lambda share: steps.stage("intervals", 0.1 + 0.9 * share),
-            )
+
+            def step(done: int) -> None:
+                steps.stage(f"intervals, prompt {done} of {len(given)}", 0.1 + 0.9 * done / len(given))
+
+            intervals = found.intervals(readout, text, given, seed=seed, progress=step).to_json()
         page = write_lens(out, found, readout, intervals, Path(model).stem if Path(model).exists() else model)
     if as_json:
         print_json(json.dumps({**readout.to_json(), "intervals": intervals}, indent=2, allow_nan=False))

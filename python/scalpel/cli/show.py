@@ -158,10 +158,12 @@ class Steps:
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
+            speed_estimate_period=300,  # a step of an analysis may take minutes
             disable=not self._terminal,
         )
         self._task = self._bar.add_task(description, total=1.0)
         self._last = ("", 0.0)
+        self._begun: tuple[float, float] | None = None  # the time and the share done when work began
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -175,7 +177,24 @@ class Steps:
     def stage(self, name: str, fraction: float) -> None:
         """A callback for a suite or an analysis: what is being done, and the share of all work done, from 0 to 1."""
         self._bar.update(self._task, description=name, completed=fraction)
-        self._line(name, f"{fraction:4.0%} {name}")
+        stage, colon, within = name.rpartition(": ")  # "chunk 1 of 4: trained: layer 3 of 30" is part of one stage
+        self._line(stage if colon and within else name, f"{fraction:4.0%} {name}{self._to_go(fraction)}")
+
+    def note(self, text: str) -> None:
+        """Show a line beside the progress."""
+        self._console.print(text, soft_wrap=True)
+
+    def _to_go(self, fraction: float) -> str:
+        """How long the rest will take at the pace so far, in words; empty where nothing tells."""
+        now = time.monotonic()
+        if self._begun is None:
+            self._begun = (now, fraction) if fraction > 0 else None
+            return ""
+        since, before = self._begun
+        if fraction <= before or fraction >= 1:
+            return ""
+        seconds = (1 - fraction) * (now - since) / (fraction - before)
+        return f", {seconds:.0f} s to go" if seconds < 90 else f", {seconds / 60:.0f} min to go"
 
     def step(self, done: int, total: int, loss: float) -> None:
         """A callback for training: the steps done, the number of all steps, and the smoothed loss in nats."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,15 +26,17 @@ class Bar:
         self._bar: Any = tqdm(total=total, unit="prompt", disable=None if progress is True else True)
         self._done = 0
 
-    def step(self, errors: dict[Any, float] | None) -> None:
-        """Count a prompt; ``errors`` are those of the layers now."""
+    def step(self) -> None:
+        """Count a prompt that was read."""
         self._done += 1
-        if errors:
-            layer, worst = max(errors.items(), key=lambda item: item[1])
-            self._bar.set_postfix_str(f"largest error {worst:.1%} (layer {layer})" if worst == worst else "")
         self._bar.update()
         if self._report is not None:
             self._report(self._done)
+
+    def errors(self, errors: dict[Any, float]) -> None:
+        """Show the largest of the layers' errors."""
+        layer, worst = max(errors.items(), key=lambda item: item[1])
+        self._bar.set_postfix_str("" if math.isnan(worst) else f"largest error {worst:.1%} (layer {layer})")
 
     def __enter__(self) -> Bar:
         return self

@@ -21,7 +21,7 @@ from .prompts import length_of, mark_of, read_prompts
 from .provenance import about_of, key_of
 from .share import Share
 from .subject import Subject
-from .sums import Sums
+from .sums import Adding, Sums
 from .words import words_of
 
 __all__ = ["fit"]
@@ -109,6 +109,11 @@ def fit(
             f"{skip_first + 2} tokens or more"
         )
     share = Share.of_job() if shard else Share()
+    if tolerance is not None and share.world > 1 and isinstance(model, str | Path):
+        raise ValueError(
+            "tolerance= with shard=True needs a model in memory, since processes that stream a folder read prompts "
+            "ahead: leave one of them out"
+        )
     subject = Subject(
         model,
         layers,
@@ -148,8 +153,7 @@ def fit(
     }
     if work is not None:
         work.note(about=about)
-    attached = None if isinstance(model, str | Path) else model
-    return JacobianLens.from_sums(sums, about, model=attached, tokenizer=words)
+    return JacobianLens.from_sums(sums, about, None if subject.folder is not None else subject.model, words)
 
 
 class _Fitting:
@@ -167,6 +171,8 @@ class _Fitting:
         self._subject, self._share, self._work = subject, share, work
         self._probes, self._tolerance, self._bar = probes, tolerance, bar
         self.count, self.skipped, self.digest = 0, 0, hashlib.sha256()
+        self._digests: dict[int, str] = {}  # of all prompts up to that one
+        self._shortest = subject.options["skip_first"] + 2
         self.stopped: dict[str, Any] | None = None
         self.sums: Sums | None = None
         if work is not None and (width := stored_width(work)) is not None:
@@ -174,49 +180,65 @@ class _Fitting:
 
     def read(self, prompts: Iterator[Any]) -> None:
         """Read the prompts, ``world`` at a time, one for each process."""
-        done = 0 if self.sums is None else self._share.rounds(self.sums.read)
-        begin = max(self._share.gathered(done))
+        adding: Adding | None = None
+        waiting: list[int] = []  # complete, while rows of others are still missing
+
+        def see(number: int, layer: Any, first: int, rows: Tensor) -> None:
+            nonlocal adding
+            if self.sums is None:
+                self.sums = self._new(rows.shape[1])
+            adding = self.sums.begin(number) if adding is None else adding
+            adding.add(layer, first, rows, prompt=number, probes=self._probes_of(layer))
+
+        for finished in self._subject.rows(self._counted(prompts), see):
+            waiting += finished
+            if adding is None or len(waiting) < len(adding.norms):
+                continue
+            assert self.sums is not None
+            self.sums.commit(adding, self._digests[max(waiting)])
+            self._bar.errors(self.sums.errors())
+            adding, waiting = None, []
+            if self._share.world == 1 and self._precise():
+                break
+
+    def _counted(self, prompts: Iterator[Any]) -> Iterator[tuple[int, Any]]:
+        """The prompts that count, fall to this process and aren't in the sums yet, with their numbers."""
+        begun = 0 if self.sums is None else self.sums.read
+        begin = max(self._share.gathered(self._share.rounds(begun)))
         for rounds, few in enumerate(_batched(prompts, self._share.world), start=1):
             for prompt in few:
-                self._take(prompt)
-            if self._tolerance is not None and rounds >= begin and self._precise():
+                number = self._note(prompt, begun)
+                if number >= begun and self._share.mine(number):
+                    if length_of(prompt) >= self._shortest:
+                        yield number, prompt
+                    elif self.sums is not None:
+                        self.sums.pass_over(self.count, self._digests[number])
+                self._bar.step()
+            if (rounds == begin or (self._share.world > 1 and rounds > begin)) and self._precise():
                 return
-        read = 0 if self.sums is None else self.sums.read
-        if read > self.count:
+        if begun > self.count:
             raise ValueError(
-                f"there are {self.count} prompts, and the folder's lens was made of the first {read} of more: give the "
-                "same prompts, another folder, or fresh=True"
+                f"there are {self.count} prompts, and the folder's lens was made of the first {begun} of more: give "
+                "the same prompts, another folder, or fresh=True"
             )
 
-    def _take(self, prompt: Any) -> None:
-        """Read a prompt, and add its matrices if it counts, falls to this process and isn't in the sums yet."""
+    def _note(self, prompt: Any, begun: int) -> int:
+        """Count a prompt that was read, and return its number."""
         number, self.count = self.count, self.count + 1
         self.digest.update(mark_of(prompt))
-        short = length_of(prompt) < self._subject.skip_first + 2
-        self.skipped += short
-        read = 0 if self.sums is None else self.sums.read
-        if self.count == read and self.sums is not None and self.digest.hexdigest() != self.sums.digest:
+        self._digests[number] = self.digest.hexdigest()
+        self.skipped += length_of(prompt) < self._shortest
+        if self.count == begun and self.sums is not None and self._digests[number] != self.sums.digest:
             raise ValueError(
-                f"the first {read} prompts are not those that the folder's lens was made of: give the same prompts, "
+                f"the first {begun} prompts are not those that the folder's lens was made of: give the same prompts, "
                 "another folder, or fresh=True"
             )
-        if number >= read and self._share.mine(number):
-            if not short:
-                self._add(prompt, number)
-            elif self.sums is not None:
-                self.sums.pass_over(self.count, self.digest.hexdigest())
-        errors = None if self.sums is None else self.sums.errors()
-        self._bar.step(errors)
+        return number
 
-    def _add(self, prompt: Any, number: int) -> None:
-        matrices = self._subject.matrices(prompt)
-        if self.sums is None:
-            self.sums = self._new(len(next(iter(matrices.values()))))
-        probes = self._probes
-        with self.sums.adding([number], self.digest.hexdigest()) as adding:
-            for place, (layer, matrix) in enumerate(matrices.items()):
-                own = probes[place] if probes is not None and probes.dim() == 3 else probes
-                adding.add(layer, 0, matrix, probes=own)
+    def _probes_of(self, layer: Any) -> Tensor | None:
+        if self._probes is None or self._probes.dim() == 2:
+            return self._probes
+        return self._probes[self._subject.layers.index(layer)]
 
     def _new(self, width: int) -> Sums:
         probes, layers = self._probes, self._subject.layers
@@ -235,8 +257,9 @@ class _Fitting:
 
     def _precise(self) -> bool:
         """Whether the error of every layer is within the tolerance; a NaN never is."""
+        if self._tolerance is None:
+            return False
         errors = self._share.errors(self.sums)
-        assert self._tolerance is not None
         if not errors or not all(error <= self._tolerance for error in errors):
             return False
         worst = max(range(len(errors)), key=errors.__getitem__)

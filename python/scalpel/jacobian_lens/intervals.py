@@ -19,7 +19,7 @@ _NUMBERS = 1 << 25  # logits in memory at a time
 class Intervals:
     """Logits and ranks of chosen tokens, each with the ends of its 95 % interval, all (n, tokens) float64.
 
-    A rank is 0 for the token of the largest logit; of equal logits the lower id comes first.
+    A rank counts from 1, the token of the largest logit; of equal logits the lower id comes first.
     """
 
     logits: Tensor
@@ -37,6 +37,8 @@ def intervals(
     *,
     resamples: int = 400,
     seed: int = 0,
+    mean: Tensor | None = None,
+    n_prompts: int | None = None,
 ) -> Intervals:
     """Compute intervals by a bootstrap over prompts, in which the final norm and the unembedding act on every mean.
 
@@ -51,6 +53,9 @@ def intervals(
         tokens: The ids whose logits and ranks are wanted.
         resamples: How many times prompts are drawn.
         seed: Of the draws.
+        mean: (n, width), J̄ h of a lens, whose readout gets the intervals; by default the mean over these prompts.
+        n_prompts: How many prompts that lens was fitted on, if others than these: the scatter of these, for a mean over
+            so many.
 
     Returns:
         The figures of the mean over prompts with their intervals; the ends are NaN for a single prompt.
@@ -64,7 +69,7 @@ def intervals(
         >>> values = torch.tensor([[[1.0, 0.0]], [[1.2, 0.1]], [[0.8, -0.1]]])
         >>> found = intervals(lambda x: x @ torch.eye(2), values, [0])
         >>> float(found.ranks), bool(found.logits_low < 1 < found.logits_high)
-        (0.0, True)
+        (1.0, True)
     """
     if per_prompt.dim() != 3 or not len(per_prompt):
         raise ValueError(f"per_prompt has shape {tuple(per_prompt.shape)}; it must be (prompts, n, width), not empty")
@@ -73,7 +78,8 @@ def intervals(
     count = len(per_prompt)
     chosen = torch.as_tensor(tokens, dtype=torch.int64, device=per_prompt.device)
     values = per_prompt.double()
-    mean = values.mean(0)
+    center = values.mean(0)
+    mean = center if mean is None else mean.double()
     logits, ranks = _read(unembed, mean.to(per_prompt.dtype), chosen)
     if count == 1:
         none = torch.full_like(logits, torch.nan)
@@ -81,7 +87,8 @@ def intervals(
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples) / count
     shares = torch.as_tensor(drawn, dtype=values.dtype, device=values.device)
     wider = float(stdtrit(count - 1, 0.975)) / 1.959964 * (count / (count - 1)) ** 0.5
-    means = mean + wider * torch.einsum("rp,pnw->rnw", shares, values - mean)
+    wider *= 1 if n_prompts is None else (count / n_prompts) ** 0.5
+    means = mean + wider * torch.einsum("rp,pnw->rnw", shares, values - center)
     vocabulary = unembed(mean[:1].to(per_prompt.dtype)).shape[-1]
     at_once = max(1, _NUMBERS // (vocabulary * max(1, len(mean))))
     read = [_read(unembed, part.to(per_prompt.dtype), chosen) for part in means.split(at_once)]
@@ -98,5 +105,5 @@ def _read(unembed: Callable[[Tensor], Tensor], x: Tensor, tokens: Tensor) -> tup
     for place, token in enumerate(tokens.tolist()):
         this = own[..., place, None]
         before = (logits > this).sum(-1) + (logits[..., :token] == this).sum(-1)
-        ranks.append(before.double())
+        ranks.append(1 + before.double())
     return own.double(), torch.stack(ranks, -1)

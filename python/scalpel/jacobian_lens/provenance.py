@@ -24,14 +24,11 @@ SAME = ("model_sha256", "target", "targets", "estimator", "skip_first", "max_tok
 def about_of(subject: Subject, max_tokens: int) -> dict[str, Any]:
     """The facts about the lens of a model, as plain data."""
     return {
-        **(_of_folder(Path(subject.model)) if isinstance(subject.model, str | Path) else _of_model(subject.model)),
+        **(_of_model(subject.model) if subject.folder is None else _of_folder(subject.folder)),
         "target": subject.target,
-        "targets": subject.targets,
-        "estimator": subject.estimator,
-        "skip_first": subject.skip_first,
+        **subject.options,
         "max_tokens": max_tokens,
         "positions": "counted from the first real token; the last one is left out",
-        "precision": subject.precision,
         "scalpel": __version__,
         "torch": torch.__version__,
     }

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .._resume import Work
 
-__all__ = ["FILES", "Means", "Sums", "relative_errors"]
+__all__ = ["FILES", "Adding", "Means", "Sums", "relative_errors"]
 
 _GRID = 2.0**36  # one over the unit of the sums
 _FILES = ("sums-a.f64", "sums-b.f64")
@@ -88,41 +88,56 @@ class Sums:
     # ---- adding prompts --------------------------------------------------------------------------
 
     @contextmanager
-    def adding(self, numbers: Sequence[int] | None = None, digest: str = "") -> Iterator[_Adding]:
-        """Add the matrices of one or more prompts, all or nothing.
+    def adding(self, number: int | None = None, digest: str = "") -> Iterator[Adding]:
+        """Add the matrices of one prompt, all or nothing.
 
         Args:
-            numbers: Which prompts of the corpus they are, ascending; by default the next one.
-            digest: The digest of all prompts up to the last of them.
+            number: Which prompt of the corpus it is; by default the next one.
+            digest: The digest of all prompts up to it.
         """
-        numbers = [self.read] if numbers is None else list(numbers)
+        adding = self.begin(self.read if number is None else number)
+        yield adding
+        self.commit(adding, digest)
+
+    def begin(self, number: int = 0) -> Adding:
+        """Begin to add prompts, which count when :meth:`commit` ends; ``number`` is the one that rows are of at first.
+
+        In a folder nothing is lost if they never are committed. In memory the sums are then of no use any more.
+        """
         if self._work is None:
             into = self._files[0]
         else:
             into = self._files[1 - self._current]
             np.copyto(into, self._files[self._current])
-        adding = _Adding(self, into, len(numbers))
-        yield adding
-        self._commit(adding, numbers, digest)
+        return Adding(self, into, number)
 
-    def _commit(self, adding: _Adding, numbers: list[int], digest: str) -> None:
-        read = numbers[-1] + 1
+    def commit(self, adding: Adding, digest: str) -> None:
+        """Count the prompts that were added, on the disk where there is a folder.
+
+        Args:
+            adding: What :meth:`begin` gave.
+            digest: The digest of all prompts of the corpus up to the last of them.
+        """
+        numbers = sorted(adding.norms)
+        norms = np.stack([adding.norms[number].sum(1) for number in numbers])
+        probed = np.stack([adding.probed[number] for number in numbers])
+        read = max(self.read, numbers[-1] + 1)
         if self._work is not None:
             other = 1 - self._current
             file = self._files[other]
             assert isinstance(file, np.memmap)
             file.flush()
-            records = np.concatenate([np.array(numbers, dtype=np.float64)[:, None], adding.norms], axis=1)
+            records = np.concatenate([np.array(numbers, dtype=np.float64)[:, None], norms], axis=1)
             _append(self._work.path(_NORMS), self.n * records[0].nbytes, records)
             if self.probes:
-                _append(self._work.path(_PROBED), self.probed.nbytes, adding.probed)
-            n = self.n + adding.prompts
+                _append(self._work.path(_PROBED), self.probed.nbytes, probed)
+            n = self.n + len(numbers)
             self._work.note(current=_FILES[other], n=n, read=read, digest=digest, probes=self.probes)
             self._current = other
-        self.n, self.read, self.digest = self.n + adding.prompts, read, digest
+        self.n, self.read, self.digest = self.n + len(numbers), read, digest
         self.numbers = np.concatenate([self.numbers, np.array(numbers, dtype=np.int64)])
-        self.norms = np.concatenate([self.norms, adding.norms])
-        self.probed = np.concatenate([self.probed, adding.probed])
+        self.norms = np.concatenate([self.norms, norms])
+        self.probed = np.concatenate([self.probed, probed])
         self._squares = self._squared()
 
     def pass_over(self, read: int, digest: str) -> None:
@@ -205,33 +220,46 @@ class Sums:
         self._squares = self._squared()
 
 
-class _Adding:
-    """The prompts that are being added."""
+class Adding:
+    """The prompts that are being added.
 
-    def __init__(self, sums: Sums, into: np.ndarray, prompts: int) -> None:
-        self.prompts = prompts
-        self.norms = np.zeros((prompts, len(sums.layers)))
-        self.probed = np.zeros((prompts, len(sums.layers), sums.probes, sums.width), dtype=np.float32)
-        self._places = {layer: number for number, layer in enumerate(sums.layers)}
-        self._into = into
+    Attributes:
+        norms: {number of a prompt: (layers, width)}, the squared norm of each row of J_p.
+        probed: {number of a prompt: (layers, probes, width)}.
+    """
 
-    def add(self, layer: Any, first: int, rows: Tensor, prompt: int = 0, probes: Tensor | None = None) -> None:
-        """Add rows ``first`` … of a prompt's matrix of ``layer``, each row once.
+    def __init__(self, sums: Sums, into: np.ndarray, number: int) -> None:
+        self.norms: dict[int, np.ndarray] = {}
+        self.probed: dict[int, np.ndarray] = {}
+        self._number, self._into = number, into
+        self._shapes = (len(sums.layers), sums.width), (len(sums.layers), sums.probes, sums.width)
+        self._places = {layer: place for place, layer in enumerate(sums.layers)}
+
+    def add(
+        self, layer: Any, first: int, rows: Tensor, *, prompt: int | None = None, probes: Tensor | None = None
+    ) -> None:
+        """Add rows ``first`` and following of a prompt's matrix of ``layer``, each row once.
 
         Args:
             layer: The layer.
             first: The number of the first row.
             rows: (rows, width).
-            prompt: Which of the prompts that are being added.
+            prompt: The prompt's number; by default the one that :meth:`Sums.begin` was given.
             probes: (probes, width), the vectors that are followed.
         """
+        number = self._number if prompt is None else prompt
+        if number not in self.norms:
+            of_norms, of_probes = self._shapes
+            self.norms[number] = np.zeros(of_norms)
+            self.probed[number] = np.zeros(of_probes, dtype=np.float32)
         place = self._places[layer]
         values = rows.detach().to("cpu", torch.float64).numpy()
         self._into[place, first : first + len(values)] += np.rint(values * _GRID) / _GRID
-        self.norms[prompt, place] += float(np.vdot(values, values))
+        # a number for each row, so that it doesn't matter how many rows come at a time
+        self.norms[number][place, first : first + len(values)] = np.square(values).sum(1)
         if probes is not None and len(probes):
             found = probes.to(rows.device, rows.dtype) @ rows.T
-            self.probed[prompt, place, :, first : first + len(values)] = found.float().cpu().numpy()
+            self.probed[number][place, :, first : first + len(values)] = found.float().cpu().numpy()
 
 
 class Means(Mapping[Any, Tensor]):

@@ -28,7 +28,8 @@ the forward pass keep their bits. The matrix is no Jacobian then: J h is not h's
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ from .estimators import check_activation
 from .hooks import Layer, ends_of, is_residual
 from .positions import text_alone, valid_tokens
 
-__all__ = ["lens_matrices", "lens_of_sweep"]
+__all__ = ["lens_matrices", "lens_of_sweep", "lens_rows", "rows_of_sweep"]
 
 _BESIDE: dict[str, Any] = {"attention_mask": None, "position_ids": None}
 
@@ -97,8 +98,75 @@ def lens_matrices(
         ValueError: For a prompt that is too short, several prompts, an unknown layer or option, or the relevance lens
             of a model without rules.
     """
+    found: dict[Any, Tensor] = {}
+
+    def see(layer: Any, first: int, rows: Tensor) -> None:
+        if layer not in found:
+            found[layer] = torch.zeros(rows.shape[1], rows.shape[1], dtype=rows.dtype, device=rows.device)
+        found[layer][first : first + len(rows)] = rows
+
+    ordered = lens_rows(
+        model,
+        input_ids,
+        see,
+        layers=layers,
+        target=target,
+        skip_first=skip_first,
+        targets=targets,
+        groups=groups,
+        seed=seed,
+        precision=precision,
+        estimator=estimator,
+    )
+    return {layer: found[layer] for layer in ordered}
+
+
+def lens_rows(
+    model: nn.Module,
+    input_ids: Any,
+    see: Callable[[Any, int, Tensor], None],
+    *,
+    layers: Iterable[Layer],
+    target: Layer | None = None,
+    skip_first: int = 16,
+    targets: str = "after",
+    groups: int | None = 1,
+    seed: int = 0,
+    precision: str | None = None,
+    estimator: str = "jacobian",
+) -> list[Any]:
+    """Compute the matrices of one prompt as :func:`lens_matrices` does, and keep none: their rows are given to ``see``.
+
+    Args:
+        model: As there.
+        input_ids: As there.
+        see: Called with a layer, the number of the first row, and some rows of the layer's matrix, (rows, width), each
+            row once. They hold until it returns.
+        layers: As there, like the options that follow.
+        target: As there.
+        skip_first: As there.
+        targets: As there.
+        groups: As there.
+        seed: As there.
+        precision: As there.
+        estimator: As there.
+
+    Returns:
+        The layers in the model's order.
+
+    Raises:
+        ValueError: As for :func:`lens_matrices`.
+    """
     check_options(targets, precision, skip_first, groups, estimator)
     hooks, end = ends_of(model, layers, target)
+    by_hook: dict[str, list[Any]] = {}
+    for layer, hook in hooks.items():
+        by_hook.setdefault(hook, []).append(layer)
+
+    def see_hook(hook: str, first: int, rows: Tensor) -> None:
+        for layer in by_hook[hook]:
+            see(layer, first, rows)
+
     with plain_tensors():
         batch, relevance = text_alone(input_ids), estimator == "relevance"
         sweep, tokens = _sweep(
@@ -106,34 +174,74 @@ def lens_matrices(
         )
         count = tokens.stop - tokens.start
         signs = signs_of(batch, count, targets, groups, seed, sweep.dtype, sweep.device)
-        found = lens_of_sweep(sweep, list(hooks.values()), signs)
-    return {layer: found[hook] for layer, hook in hooks.items()}
+        rows_of_sweep(sweep, set(by_hook), signs, see_hook)
+    return list(hooks)
 
 
 def lens_of_sweep(
     sweep: Sweep, hooks: Iterable[str], signs: Tensor, dimensions: slice | None = None
 ) -> dict[str, Tensor]:
-    """Reduce a sweep's cotangents to the rows of the matrices of ``hooks``, each (width, width).
+    """Reduce a sweep's cotangents to the matrices of ``hooks``, each (width, width); see :func:`rows_of_sweep`.
+
+    Rows of dimensions that are left out are zero.
+    """
+    wide = sweep.width
+    found = {hook: torch.zeros(wide, wide, dtype=sweep.dtype, device=sweep.device) for hook in hooks}
+
+    def see(hook: str, first: int, rows: Tensor) -> None:
+        found[hook][first : first + len(rows)] = rows
+
+    rows_of_sweep(sweep, found, signs, see, dimensions)
+    return found
+
+
+def rows_of_sweep(
+    sweep: Sweep,
+    hooks: Collection[str],
+    signs: Tensor,
+    see: Callable[[str, int, Tensor], None],
+    dimensions: slice | None = None,
+) -> None:
+    """Reduce a sweep's cotangents to rows of the matrices of ``hooks``, and give each row to ``see`` once.
 
     Args:
         sweep: The sweep.
         hooks: Where it is seen.
         signs: (groups, tokens), the factor of each valid position in each group of "same"; a row of ones for "after".
-        dimensions: The target's dimensions whose rows are computed; others stay zero. All by default.
+        see: Called with a hook, the number of the first row, and some rows, (rows, width).
+        dimensions: The target's dimensions whose rows are computed. All by default.
     """
-    wide, count = sweep.width, signs.shape[1]
-    found = {hook: torch.zeros(wide, wide, dtype=sweep.dtype, device=sweep.device) for hook in hooks}
+    wide = sweep.width
     first, stop, _ = (dimensions or slice(None)).indices(wide)
-    for factors in signs:
-        for start in range(first, stop, sweep.block):
-            cotangents = ones_at(slice(start, min(stop, start + sweep.block)), factors, wide)
+    for start in range(first, stop, sweep.block):
+        part = slice(start, min(stop, start + sweep.block))
+        waiting: dict[tuple[str, int], Tensor] = {}  # sums over groups, of which the last is still to come
+        for number, factors in enumerate(signs):
+            last = number == len(signs) - 1
+            reduce = partial(_reduced, hooks, factors, waiting, part.start, see if last else None)
+            sweep.pull(ones_at(part, factors, wide), reduce)
 
-            def see(hook: str, pulled: Tensor, of: int, factors: Tensor = factors, start: int = start) -> None:
-                if hook in found:
-                    found[hook][start + of : start + of + len(pulled)] += factors @ pulled[:, 0]
 
-            sweep.pull(cotangents, see)
-    return {hook: matrix.div_(count) for hook, matrix in found.items()}
+def _reduced(
+    hooks: Collection[str],
+    factors: Tensor,
+    waiting: dict[tuple[str, int], Tensor],
+    start: int,
+    see: Callable[[str, int, Tensor], None] | None,
+    hook: str,
+    pulled: Tensor,
+    of: int,
+) -> None:
+    """Sum a group's cotangents over positions; the last group has ``see``, which gets the mean over all of them."""
+    if hook not in hooks:
+        return
+    rows = factors @ pulled[:, 0]
+    if (hook, of) in waiting:
+        rows = waiting.pop((hook, of)).add_(rows)
+    if see is None:
+        waiting[hook, of] = rows
+    else:
+        see(hook, start + of, rows.div_(len(factors)))
 
 
 def _sweep(

@@ -131,7 +131,7 @@ class StreamedSweep:
                 if i == self._target:
                     check_numbers(after, self._after(i))
             part = self._tokens[share.text]
-            rules = DenseLayer(self._decoder, i, narrow, primal, places, part, buffers)
+            rules = DenseLayer(self._decoder, i, narrow, primal, places, part, buffers, unseen=True)
             for rows, first in pulled_pieces(rules, cotangents, self.sizes(share.text).piece):
                 share.see(i - 1, rows, first)
 

@@ -32,10 +32,15 @@ def truncated_svd(J: LinearMap, k: Any, *, seed: int, tol: float | None) -> tupl
     if k == 0:
         no_values = torch.zeros(0, dtype=work, device=J.device)
         return no_values.new_zeros(m, 0), no_values, no_values.new_zeros(0, n)
-    if min(m, n) <= max(_SMALL, (_BLOCKS + 1) * width):
+    if is_small((m, n), k):
         U, S, Vh = torch.linalg.svd(_finite(J.to_dense().to(work)), full_matrices=False)
         return U[:, :k], S[:k], Vh[:k]
     return _Bidiagonalisation(J, k, width, work, seed).solve(tol)
+
+
+def is_small(shape: tuple[int, ...], k: int) -> bool:
+    """Whether k triples of a map of this shape are best taken from the decomposition of its matrix."""
+    return min(shape) <= max(_SMALL, (_BLOCKS + 1) * (k + _OVERSAMPLE))
 
 
 def _checked_k(k: Any, most: int) -> int:

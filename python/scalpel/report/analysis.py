@@ -154,7 +154,8 @@ def _figure(leaf: dict[str, Any], i: int) -> str:
 def _lead(analysis: "Analysis") -> str:
     count, lengths = len(analysis.chunks), sorted({chunk["tokens"] for chunk in analysis.chunks}, reverse=True)
     chunk_lengths = " and ".join(map(str, lengths))
-    beside = ", beside an untrained model of the same shape" if analysis.untrained else ""
+    where = "" if count == 1 else ", which was measured at the first of them"
+    beside = f", beside an untrained model of the same shape{where}" if analysis.untrained else ""
     return (
         f"{count} {'chunk' if count == 1 else 'chunks'} of {chunk_lengths} tokens, "
         f"{analysis.options['tangents']} directions{beside}."

@@ -37,8 +37,7 @@ def write_lens(
         folder: It is created if need be.
         lens: The lens.
         readout: What it reads of a text, beside the logit lens.
-        intervals: For each layer and position, ``"logits"`` (layers, positions, k, 2), the 95 % intervals of the
-            logits that are listed, and ``"rank"`` (layers, positions, 2), that of the rank of the model's own choice.
+        intervals: Its intervals, ``lens.intervals(...).to_json()``.
         name: What the page calls the model; by default what the lens knows.
 
     Returns:
@@ -66,7 +65,7 @@ def render_lens(
     environment, style = environment_and_style()
     style += text_of(environment, "lens.css")
     script = text_of(environment, "lens.js")
-    found = readout.to_json()
+    found = _visible(readout.to_json())
     largest = max(2, _largest_rank(found))
     found["levels"] = _levels(found, largest)
     legend = {"rank": [f"rank {largest:,} or more", "rank 1"], "share": ["probability 0", "1"]}
@@ -107,11 +106,28 @@ def render_lens(
         heads=[{"text": text, "skipped": skipped} for text, skipped in pairs],
         rows=rows,
         outside=any(found["skipped"]),
-        skip_first=about.get("skip_first", 16),
+        fitted_from=about.get("skip_first", 16) + 1,
         errors=[(layer, "unknown" if error is None else f"{error:.1%}") for layer, error in _errors(lens)],
         provenance={key: value for key, value in about.items() if value is not None},
         data=Markup(_escaped(found)),
     )
+
+
+def _visible(found: dict[str, Any]) -> dict[str, Any]:
+    """The same readout with texts of tokens in which spaces at the beginning and ends of lines can be seen."""
+
+    def text(token: str) -> str:
+        bare = token.lstrip(" ")
+        shown = "·" * (len(token) - len(bare)) + bare
+        return shown.replace("\n", "↵").replace("\t", "⇥").replace("\r", "␍")
+
+    def listed(top: Any) -> Any:
+        if top and isinstance(top[0], int):
+            return [top[0], text(top[1]), *top[2:]]
+        return [listed(part) for part in top]
+
+    lenses = {name: {**found[name], "top": listed(found[name]["top"])} for name in ("model", "jacobian", "logit")}
+    return {**found, **lenses, "tokens": [text(token) for token in found["tokens"]]}
 
 
 def _lead(lens: JacobianLens, readout: Readout, found: Mapping[str, Any]) -> list[str]:
@@ -119,9 +135,13 @@ def _lead(lens: JacobianLens, readout: Readout, found: Mapping[str, Any]) -> lis
     tokens, layers = len(found["positions"]), found["layers"]
     prompts = f"{lens.n_prompts} prompt{'' if lens.n_prompts == 1 else 's'}"
     known = [error for _, error in _errors(lens) if error is not None]
-    of_error = f", relative error {min(known):.1%} to {max(known):.1%} by layer" if known else ", of unknown error"
+    of_error = ", of unknown error"
+    if known:
+        span = f"{min(known):.1%}" + (f" to {max(known):.1%} by layer" if len(known) > 1 else "")
+        of_error = f", with a relative error of {span}"
     read = "1 token" if tokens == 1 else f"{tokens} tokens"
-    sentences = [f"{read} of a text, read at {len(layers)} layers through a lens fitted on {prompts}{of_error}."]
+    at = "1 layer" if len(layers) == 1 else f"{len(layers)} layers"
+    sentences = [f"{read} of a text, read at {at} through a lens fitted on {prompts}{of_error}."]
     cells = [
         (ours, theirs)
         for ours_row, theirs_row in zip(found["jacobian"]["rank"], found["logit"]["rank"], strict=True)

@@ -28,9 +28,9 @@ def test_the_figures_of_a_circuitgpt_are_those_of_lyapunov(circuit: Path, text: 
     analysis = analyze(circuit, text, tmp_path / "out", seed=3, **SIZES)
     model = CircuitGPT.from_pretrained(circuit)
     assert [c["start"] for c in analysis.chunks] == [0, 12, 24] and {c["tokens"] for c in analysis.chunks} == {12}
-    for side, of in (("trained", model), ("untrained", CircuitGPT(model.config, seed=3).double())):
+    for side, of, count in (("trained", model, 3), ("untrained", CircuitGPT(model.config, seed=3).double(), 1)):
         exponents = []
-        for i in range(3):
+        for i in range(count):
             ids = ids_of(text, i, 12, 12)
             L, found = lyapunov(of, ids, 4, seed=3), chunk(tmp_path / "out", i)[side]
             assert [found["exponents"]] == lists(L.exponents)
@@ -43,6 +43,7 @@ def test_the_figures_of_a_circuitgpt_are_those_of_lyapunov(circuit: Path, text: 
             assert [found["log_norms"]] == lists(L.log_norms)
             assert found["frame_growth"] == lists(L.frame_growth)
             assert found["lost"] == list(L.lost)
+            assert found["products"]["depths"] == list(L.depths) == [1, 2]
             exponents.append(L.exponents)
         mean = getattr(analysis, side)["exponents"]["mean"]
         np.testing.assert_allclose(mean, torch.stack(exponents).mean(dim=0), rtol=1e-12)
@@ -70,7 +71,9 @@ def test_active_fractions_and_margins(circuit: Path, text: Path, tmp_path: Path)
 def test_a_folder_of_transformers(llama: Path, text: Path, tmp_path: Path) -> None:
     analysis = analyze(llama, text, tmp_path / "out", length=6, chunks=2, tangents=4, seed=1)
     model = model_of("llama")
-    L, found = lyapunov(model, ids_of(text, 1, 6, 6), 4, seed=1), chunk(tmp_path / "out", 1)
+    L, found = lyapunov(model, ids_of(text, 0, 6, 6), 4, seed=1), chunk(tmp_path / "out", 0)
+    assert "untrained" not in chunk(tmp_path / "out", 1)
+    assert "untrained model was measured at the first chunk alone" in " ".join(analysis.notes)
     np.testing.assert_allclose(found["trained"]["exponents"], L.exponents, rtol=1e-10)
     assert found["trained"]["exponents"] != found["untrained"]["exponents"]
     hooks = {"0.resid_in", "2.mlp.post_act", "final_resid"}
@@ -142,7 +145,7 @@ def test_the_command_writes_a_report(circuit: Path, text: Path, tmp_path: Path) 
     done = invoke(circuit, *options)
     assert done.exit_code == 0
     assert "largest exponent, nats per layer" in done.stdout and str(out / "report.html") in done.stdout
-    assert "chunk 3 of 3, 12 tokens: untrained" in done.stderr and "chunk 3" not in done.stdout
+    assert "chunk 1 of 3, 12 tokens: untrained" in done.stderr and "chunk 1" not in done.stdout
     page = (out / "report.html").read_text()
     for words in (
         "Jacobian collapse",
@@ -177,7 +180,7 @@ def test_the_command_without_products(circuit: Path, text: Path, tmp_path: Path)
 def test_the_command_streams(llama: Path, text: Path, tmp_path: Path) -> None:
     done = invoke(llama, "--stream", "--text", text, "--out", tmp_path / "out", "--length", 6, "--tangents", 3)
     assert done.exit_code == 0 and "frame growth" in done.stdout
-    assert "read a layer at a time" in done.stderr and "chunk 6 of 6, 6 tokens: layer 3 of 3" in done.stderr
+    assert "read a layer at a time" in done.stderr and "chunk 4 of 4, 6 tokens: layer 1 of 3" in done.stderr
     page = (tmp_path / "out" / "report.html").read_text()
     assert "read a layer at a time" in page and "Jacobian collapse" not in page
 

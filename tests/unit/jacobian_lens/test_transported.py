@@ -148,7 +148,7 @@ def test_intervals_cover_what_a_norm_makes_of_the_true_mean() -> None:
 def test_ties_one_prompt_and_refusals() -> None:
     values = torch.tensor([[[1.0, 1.0, 0.0]]])
     found = intervals(lambda x: x, values, [0, 1, 2])
-    assert found.ranks.tolist() == [[0.0, 1.0, 2.0]]
+    assert found.ranks.tolist() == [[1.0, 2.0, 3.0]]
     assert bool(found.logits_low.isnan().all()) and bool(found.ranks_high.isnan().all())
     with pytest.raises(ValueError, match=r"per_prompt has shape \(1, 3\)"):
         intervals(lambda x: x, values[0], [0])

@@ -1,9 +1,10 @@
 """The semigroup of depth: what the product of a model's layers does to directions of the residual stream.
 
-The product P = J_D … J_1 of the layers' Jacobians is never formed. :mod:`.sweeps` goes forward and back through the
-layers, and :mod:`.graded` multiplies the triangular factors, so that each singular value has a small relative error
-even where they are hundreds of orders of magnitude apart. The sweeps end when a bound on the error,
-``Lyapunov.residual``, is small enough, and not merely when a step is small.
+The product P = J_D … J_1 of the layers' Jacobians is never formed. :mod:`.products` searches for its leading singular
+values with a basis that is carried through the layers, and shared by all depths. Where values are too far apart for the
+dtype, :mod:`.sweeps` goes forward and back through the layers, and :mod:`.graded` multiplies the triangular factors, so
+that each singular value has a small relative error even where they are hundreds of orders of magnitude apart. Both end
+when a bound on the error, ``Lyapunov.residual``, is small enough, and not merely when a step is small.
 """
 
 import math
@@ -18,12 +19,18 @@ from ..._integers import integer
 from ...hooks.positions import Selected, read_at
 from ..entry import jacobians_between
 from ..operator import Jacobian
-from .layers import chain_of, check_count, check_dtype, check_square, chosen_tokens, layer_hooks, restricted
+from .layers import check_count, check_dtype, check_square, chosen_tokens, layer_hooks, restricted
+from .products import Product, Step, Triples, depths_of, layer_triples, measure_products, product_tails
 from .result import Lyapunov
 from .spectra import Spectra, measure_alignment, rank_bound
-from .sweeps import ROUNDING, Sweeps, SweptProduct, frame_growth, tail_energy
+from .sweeps import ROUNDING, frame_growth, tail_energy
 
 __all__ = ["Lyapunov", "lyapunov", "lyapunov_of"]
+
+# Products with tangents that a search takes, roughly, on language models: for a layer, and for each layer of a product.
+# They decide only how progress is told.
+_LAYER = 190
+_DEPTH = 90
 
 
 def lyapunov(
@@ -34,7 +41,7 @@ def lyapunov(
     hooks: Sequence[str] | None = None,
     positions: Any = None,
     identity: bool = True,
-    cumulative: bool = True,
+    cumulative: bool | int | Sequence[int] = True,
     probes: int = 8,
     draws: int = 16,
     tol: float | None = None,
@@ -47,9 +54,11 @@ def lyapunov(
 
     The result, a :class:`Lyapunov`, also holds the spectra of the layers on the way, their alignment and their ranks.
 
-    A sweep is D jvps and D vjps of T + 8 tangents. The first one starts from Krylov vectors of the product
-    (:meth:`Jacobian.svd`), which resolve large and clustered singular values; the sweeps then resolve small ones. A
-    model that has rules of its own runs once, and its layers share that trace.
+    The values come from block Krylov searches, in which each depth starts from the right singular vectors of the depth
+    before it, and from the images of these at that depth: no search begins again at the first layer. Operators of a few
+    hundred dimensions, and products whose values are too far apart for the dtype, take sweeps instead, of D jvps and D
+    vjps of T + 8 tangents, which resolve small values too. A model that has rules of its own runs once, and its layers
+    share that trace.
 
     Args:
         model: As :func:`scalpel.jacobian` takes it. Give an untrained model to measure a null for a trained one.
@@ -64,13 +73,15 @@ def lyapunov(
             first hook and is read at the chosen tokens of the last, and between them all tokens take part:
             ``positions=-1`` goes from the last token to the last token. A layer by itself is restricted at both ends.
         identity: Whether a layer includes the residual path; see :class:`Lyapunov`.
-        cumulative: Whether to measure the spectra of J_l … J_1 at each depth l too, which costs D / 2 times the rest.
+        cumulative: The depths l at which the spectra of J_l … J_1 are measured too: True for at most 12, evenly spread,
+            a number for that many, or a list of depths; the last depth is always among them. False measures none.
         probes: The number of random vectors that estimate the energy of the spectra's unseen tails; with 0 there is no
             estimate.
         draws: The number of random products for the null of the alignment.
-        tol: The largest residual that counts as converged, by default 1e-7 in float64 and 1e-3 in float32 (the error
-            of log σ_i is proportional to its square).
-        max_sweeps: The largest number of sweeps for one product.
+        tol: The largest residual that counts as converged, of the product, the products and the layers, by default
+            1e-7 in float64 and 3e-2 in float32. Every σ_i is within this fraction of a true singular value, and the
+            error of log σ_i is about half its square: 5e-4 nats in float32.
+        max_sweeps: The largest number of sweeps, or steps of a search, for one product.
         seed: Seed of the starting frames, the probes and the null.
         attention_mask: As :func:`scalpel.jacobian` takes it.
         position_ids: As :func:`scalpel.jacobian` takes them.
@@ -121,16 +132,18 @@ def lyapunov_of(
     *,
     positions: Any = None,
     identity: bool = True,
-    cumulative: bool = True,
+    cumulative: bool | int | Sequence[int] = True,
     probes: int = 8,
     draws: int = 16,
     tol: float | None = None,
     max_sweeps: int = 200,
     seed: int = 0,
+    step: Step | None = None,
 ) -> Lyapunov:
     """Measure what :func:`lyapunov` does for layers whose Jacobians are already made.
 
-    ``layers[i]`` leads from hook ``names[i]`` to hook ``names[i + 1]``.
+    ``layers[i]`` leads from hook ``names[i]`` to hook ``names[i + 1]``. ``step(what, done)`` is called before each
+    layer and each product, with ``done`` from 0 to 1, the share of the work that is done by then.
     """
     T = _integer("T", T, 1)
     probes, draws = _integer("probes", probes, 0), _integer("draws", draws, 0)
@@ -142,14 +155,38 @@ def lyapunov_of(
     single_layers = [restricted(J, tokens, tokens, identity) for J in layers]
     check_count(T, single_layers, names)
     eps = float(torch.finfo(layers[0].dtype).eps)
-    goal = (1e-7 if eps < 1e-12 else 1e-3) if tol is None else float(tol)
-
+    goal = (1e-7 if eps < 1e-12 else 3e-2) if tol is None else float(tol)
     depth = len(layers)
+    depths = depths_of(cumulative, depth)
+    wanted = depths or [depth]
+    of_layers = _LAYER * depth
+    work = of_layers + _DEPTH * sum(wanted) + 2 * T * depth  # the last for the frame and the probes
+
+    def of_products(what: str, done: float) -> None:
+        assert step is not None
+        step(what, (of_layers + _DEPTH * sum(wanted) * done) / work)
+
     bounds = [_bound(model, layers, single_layers, i, names, identity) for i in range(depth)]
-    triples = [J.svd(T, seed=seed) for J in single_layers]
-    depths = range(1 if cumulative else depth, depth + 1)
-    products = [Sweeps(chain_of(layers[:stop], tokens, identity), T, seed).solve(goal, max_sweeps) for stop in depths]
+    triples = []
+    for i, J in enumerate(single_layers):
+        if step is not None:
+            step(f"layer {i + 1} of {depth}", _LAYER * i / work)
+        triples.append(layer_triples(J, T, seed, goal))
+    _warn_of_layers(triples, names, goal)
+    products = measure_products(
+        layers,
+        tokens,
+        identity,
+        T,
+        wanted,
+        seed=seed,
+        goal=goal,
+        most=max_sweeps,
+        step=None if step is None else of_products,
+    )
     _warn(products, names, goal)
+    if step is not None:
+        step("frame and probes", 1 - 2 * T * depth / work)
 
     sizes = [
         min(J.shape) if bound is None else min(*J.shape, bound)
@@ -165,10 +202,10 @@ def lyapunov_of(
     tails = tails_of_products = None
     if probes:
         energies = [
-            tail_energy([J], Vh, probes, generator) for J, (_, _, Vh) in zip(single_layers, triples, strict=True)
+            tail_energy([J], found.Vh, probes, generator) for J, found in zip(single_layers, triples, strict=True)
         ]
         tails = torch.tensor(energies, dtype=torch.float64, device="cpu")
-        energies = [tail_energy(product.chain, product.right.flatten(1), probes, generator) for product in products]
+        energies = product_tails(layers, tokens, identity, products, probes, generator)
         tails_of_products = torch.tensor(energies, dtype=torch.float64, device="cpu")
     spectra_of_products = Spectra(torch.stack([p.logs for p in products]), tuple(sizes_of_products), tails_of_products)
     full_product = products[-1]
@@ -181,17 +218,20 @@ def lyapunov_of(
         full_product.right,
         full_product.residual,
         full_product.sweeps,
-        all(product.converged for product in products),
+        all(p.converged for p in products) and all(found.converged for found in triples),
         frame_growth(full_product.chain, T, seed),
-        Spectra(torch.stack([_logs(S, eps) for _, S, _ in triples]), tuple(sizes), tails),
-        spectra_of_products if cumulative else None,
-        measure_alignment(triples, ROUNDING * eps, draws, seed),
+        Spectra(torch.stack([_logs(found.S, eps) for found in triples]), tuple(sizes), tails),
+        spectra_of_products if depths else None,
+        measure_alignment([(found.U, found.S, found.Vh) for found in triples], ROUNDING * eps, draws, seed),
         _log_norms(layers, tokens),
         None if tokens_without_first == () else _log_norms(layers, tokens_without_first),
         tuple(bound for bound, _ in bounds),
         tuple(
             None if bound is None else J.shape[1] - bound for J, (bound, _) in zip(single_layers, bounds, strict=True)
         ),
+        tuple(depths),
+        torch.tensor([found.residual for found in triples], dtype=torch.float64, device="cpu"),
+        torch.stack([product.residual[-1] for product in products]) if depths else None,
     )
 
 
@@ -205,7 +245,20 @@ def _bound(
     return between_chosen, between_all
 
 
-def _warn(products: list[SweptProduct], names: list[str], goal: float) -> None:
+def _warn_of_layers(layers: list[Triples], names: list[str], goal: float) -> None:
+    """Warn of each layer whose search did not converge."""
+    for i, found in enumerate(layers):
+        if not found.converged:
+            warnings.warn(
+                f"lyapunov stopped at the layer from {names[i]!r} to {names[i + 1]!r} with a residual of "
+                f"{found.residual:.2e}, above tol = {goal:.0e}: each of its singular values is within that fraction of "
+                "a true one. Give another T (a gap below it hastens the search), float64, or a larger tol",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+
+def _warn(products: list[Product], names: list[str], goal: float) -> None:
     """Warn of each product whose sweeps did not converge."""
     for product in products:
         if not product.converged:

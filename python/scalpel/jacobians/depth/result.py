@@ -25,19 +25,20 @@ class Lyapunov:
         log_singular_values: (T,), descending: log σ_i(J_D … J_1), which is D times ``exponents``.
         right: (T, *source_shape), in the model's dtype and on its device: the right singular vectors, which are the
             directions at the first hook; 0 where the singular value is 0. Their signs are arbitrary.
-        residual: (T,), an upper bound on sin θ, with θ the largest angle between the i leading right singular vectors
-            of the last sweep and the block of the sweep before. If these vectors were exact, log σ_i of that block
-            would be too small by at most −log cos θ ≈ θ²/2. Further sweeps would still turn them a little: where a
-            sweep shrinks the residual only to a fraction ρ, the angle is about θ / (1 − ρ) instead of θ.
-        sweeps: The number of passes forward and back that the product of all layers took.
-        converged: Whether every residual met ``tol``, those of ``cumulative`` included.
+        residual: (T,), an upper bound on sin θ, with θ the largest angle between the i leading right singular vectors,
+            carried forward and back once more, and the directions from which they were taken. If these vectors were
+            exact, log σ_i would be too small by at most −log cos θ ≈ θ²/2. A further sweep would still turn them a
+            little: where it shrinks the residual only to a fraction ρ, the angle is about θ / (1 − ρ) instead of θ.
+            Whatever the angle is, each σ_i lies within the fraction tan θ of itself from a true singular value.
+        sweeps: The number of passes forward and back, or of steps of the search, that the product of all layers took.
+        converged: Whether every residual met ``tol``, those of ``cumulative`` and of the layers included.
         frame_growth: (D, T), log |R_ii| of the QR factorisation after each layer in one forward sweep from a random
             frame (Benettin et al. 1980). The mean over the layers, ``mean_frame_growth`` (T,), tends to the Lyapunov
             exponents as D goes to infinity; at a finite depth it differs from the exponents, and may be far from them.
         layers: :class:`Spectra` of each layer by itself, between the chosen positions. They give the effective and the
             stable rank as intervals, as do those of ``cumulative``.
-        cumulative: :class:`Spectra` of J_l … J_1 for l = 1 … D, restricted at both ends; None where they were not
-            requested.
+        cumulative: :class:`Spectra` of J_l … J_1 for each l of ``depths``, restricted at both ends; None where they
+            were not requested.
         alignment: :class:`Alignment` of successive layers of ``layers``, with its null.
         log_norms: (D + 1,), the logarithm of the Frobenius norm of the residual stream at each hook over the chosen
             positions.
@@ -49,6 +50,11 @@ class Lyapunov:
             least that many dimensions to zero, and no later layer can recover them; which ones is not known here. None
             where there is no bound, though directions may be lost there too: ``layers.zeros`` counts the zeros among
             the T values.
+        depths: The depths l of ``cumulative``, ascending, the last of them D; empty where they were not requested.
+        layer_residual: (D,), for the values of each layer what the last entry of ``residual`` is for the product; 0
+            where the layer was small enough for a dense decomposition.
+        cumulative_residual: (len(depths),), the same for the product at each of ``depths``; None where they were not
+            requested.
     """
 
     hooks: tuple[str, ...]
@@ -67,6 +73,9 @@ class Lyapunov:
     log_norms_without_first: Tensor | None
     rank_bounds: tuple[int | None, ...]
     lost: tuple[int | None, ...]
+    depths: tuple[int, ...]
+    layer_residual: Tensor
+    cumulative_residual: Tensor | None
 
     @property
     def depth(self) -> int:
@@ -90,7 +99,7 @@ class Lyapunov:
 
     @property
     def cumulative_spectra(self) -> Tensor | None:
-        """The singular values (D, T) of J_l … J_1; None where they were not requested.
+        """The singular values (len(depths), T) of J_l … J_1; None where they were not requested.
 
         Their logarithms, which cover any range, are ``cumulative.log_values``.
         """

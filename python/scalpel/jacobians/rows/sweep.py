@@ -78,6 +78,8 @@ class DenseSweep:
         buffers = Buffers()
         see(self.target, cotangents, 0)
         for i, primal in reversed(self.primals.items()):
-            rules = DenseLayer(self.decoder, i, self.decoder.layer(i), primal, self.trace.places, self.tokens, buffers)
+            rules = DenseLayer(
+                self.decoder, i, self.decoder.layer(i), primal, self.trace.places, self.tokens, buffers, unseen=True
+            )
             for rows, first in pulled_pieces(rules, cotangents, self.piece):
                 see(f"{i}.resid_in", rows, first)

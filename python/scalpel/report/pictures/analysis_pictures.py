@@ -95,7 +95,8 @@ def _collapse(sides: Sides, bands: str) -> list[Picture]:
             layers.append(_curve(label + suffix, list(range(1, D + 1)), leaf, style, label))
             if "products" in side:
                 leaf = _log10(_column(side["products"]["log_singular_values"], i))
-                products.append(_curve(label + suffix, list(range(D + 1)), _after_nothing(leaf), style, label))
+                depths = [0, *side["products"]["depths"]]
+                products.append(_curve(label + suffix, depths, _after_nothing(leaf), style, label))
         last_layer = {part: side["layers"]["log_singular_values"][part][-1] for part in _PARTS}
         last = (
             {part: side["products"]["log_singular_values"][part][-1] for part in _PARTS} if "products" in side else {}
@@ -111,7 +112,7 @@ def _collapse(sides: Sides, bands: str) -> list[Picture]:
             "collapse-depth",
             "collapse",
             "Jacobian collapse: singular values of the first layers’ product, by depth",
-            f"log₁₀ σᵢ of Jₗ … J₁; at depth 0 every one is 1.{dashed}{bands}",
+            f"log₁₀ σᵢ of Jₗ … J₁{_at_depths(sides)}; at depth 0 every one is 1.{dashed}{bands}",
             ("layers passed", "log₁₀ of the singular value"),
             series=products,
             hlines=[{"y": _ONE, "label": ""}],  # a name would lie on the curves, which all start there
@@ -136,6 +137,14 @@ def _collapse(sides: Sides, bands: str) -> list[Picture]:
             hlines=kept,
         ),
     ]
+
+
+def _at_depths(sides: Sides) -> str:
+    """Name the depths where they are not all depths."""
+    depths = sides[0][2].get("products", {}).get("depths", [])
+    if len(depths) == len(sides[0][2]["log_norms"]["mean"]) - 1:
+        return ""
+    return f", measured at l = {', '.join(map(str, depths))}"
 
 
 def _growth(sides: Sides, bands: str) -> list[Picture]:
@@ -219,7 +228,7 @@ def _ranks(sides: Sides, count: int) -> list[Picture]:
                     continue
                 leaf = side[where][f"{kind}_rank_estimated"]["mean"]
                 low, high = ([_log_of(row[end]) for row in leaf] for end in (0, 1))
-                x = list(range(1, len(leaf) + 1))
+                x = side[where]["depths"] if where == "products" else list(range(1, len(leaf) + 1))
                 name = suffix.strip() or "trained"
                 apart = max(
                     ((b - a) for a, b in zip(low, high, strict=True) if a is not None and b is not None), default=0

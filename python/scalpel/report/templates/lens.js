@@ -73,7 +73,7 @@ function show(button) {
     detail.append(list(title, listOf(lens, row, column), intervals));
     let sentence = "The model’s own choice has rank " + rank;
     if (lens === "jacobian" && data.intervals)
-      sentence += " (95 %: " + data.intervals.rank[row][column].join(" to ") + ")";
+      sentence += " (95 %: " + data.intervals.ranks[row][column].join(" to ") + ")";
     detail.append(element("p", sentence + ".", { class: "note" }));
   }
 }
