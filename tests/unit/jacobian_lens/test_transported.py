@@ -126,7 +126,7 @@ def test_intervals_of_logits_follow_students_t_and_ranks_are_counted() -> None:
     np.testing.assert_allclose((found.logits_high - found.logits_low).numpy() / 2, half, rtol=0.06)
     for row in range(2):
         order = sorted(range(vocab), key=lambda token: (-mean[row, token], token))
-        assert found.ranks[row].tolist() == [order.index(3), order.index(7)]
+        assert found.ranks[row].tolist() == [order.index(3) + 1, order.index(7) + 1]
     assert bool((found.ranks_low <= found.ranks).all()) and bool((found.ranks <= found.ranks_high).all())
     assert bool((found.ranks_low < found.ranks_high).any())
 
