@@ -22,7 +22,6 @@ hypothesis.settings.load_profile("ci")
 
 # The files that take longest start first, so that no process is left with one of them at the end.
 FIRST = [
-    "test_fuzz.py",
     "test_build.py",
     "test_shipped.py",
     "test_topk_cuda.py",

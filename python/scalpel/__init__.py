@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from . import _moved, _when_imported
 
 if TYPE_CHECKING:
-    from . import circuits, experiments, reference, semigroup
+    from . import circuits, experiments, jacobian_lens, reference, semigroup
     from ._info import __version__, show_config
     from .covariance import StreamingCovariance
     from .guard.hole_guard import HoleGuard
+    from .jacobian_lens.lens import JacobianLens
     from .jacobians.depth.lyapunov import lyapunov
     from .jacobians.entry import jacobian
     from .models.circuitgpt.config import CircuitGPTConfig
@@ -34,17 +35,19 @@ _HOME = {
     "StreamingCovariance": "covariance",
     "collect": "streams.collecting",
     "Rows": "streams.rows",
+    "JacobianLens": "jacobian_lens.lens",
     "CircuitGPT": "models.circuitgpt",
     "CircuitGPTConfig": "models.circuitgpt.config",
     "HoleGuard": "guard",
 }
-_SUBPACKAGES = ("circuits", "experiments", "reference", "semigroup")
+_SUBPACKAGES = ("circuits", "experiments", "jacobian_lens", "reference", "semigroup")
 
 __all__ = [
     "AbsTopK",
     "CircuitGPT",
     "CircuitGPTConfig",
     "HoleGuard",
+    "JacobianLens",
     "Rows",
     "StreamingCovariance",
     "__version__",
@@ -52,6 +55,7 @@ __all__ = [
     "collect",
     "experiments",
     "jacobian",
+    "jacobian_lens",
     "keep_topk",
     "lyapunov",
     "reference",
@@ -63,7 +67,8 @@ __all__ = [
 
 _moved.install()
 _when_imported.when_imported(
-    {
+    {"torch._dynamo": "scalpel.topk:stay_whole"}
+    | {
         module: f"scalpel.models.transformers_classes.registration:{function}"
         for module, function in (
             ("transformers.models.auto.configuration_auto", "register_config"),

@@ -1,7 +1,8 @@
 """Calling a function of ours once somebody has imported a module of another package.
 
-Scalpel adds classes to the registries of transformers, which may be imported after Scalpel or not at all. Importing it
-here would cost every user seconds, so a finder waits for its modules and calls the function after they have run.
+Scalpel adds classes to the registries of transformers, and tells torch's compiler about its ops. Both may be imported
+after Scalpel or not at all. Importing them here would cost every user seconds, so a finder waits for their modules and
+calls the function after they have run.
 """
 
 import sys
@@ -91,7 +92,7 @@ def _call(then: Then, module: ModuleType) -> None:
         getattr(import_module(home), function)(module)
     except Exception as error:  # of any kind: the module itself is fine, and its importer must not be the one to suffer
         warnings.warn(
-            f"Scalpel could not add its classes to {module.__name__}: {type(error).__name__}: {error}. Loading a "
+            f"Scalpel could not make itself known to {module.__name__}: {type(error).__name__}: {error}. Loading a "
             "CircuitGPT with scalpel.CircuitGPT.from_pretrained is not affected",
             RuntimeWarning,
             stacklevel=2,

@@ -11,6 +11,7 @@ exists, which is wherever the k-th and the (k+1)-th ranked values differ.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
@@ -309,9 +310,9 @@ def _call_numpy(op: str, x: np.ndarray, k: int, by: str, out: Any) -> np.ndarray
 # The mask and the indices are custom ops, which is what torch.compile and dispatch modes see. They take a detached x,
 # because a custom op whose input is differentiated silently loses its derivative under func.jvp; a mask has no
 # derivative. keep_topk is not an op of its own: it is torch.where of the mask, so its derivatives of any order and
-# under any transform are those of torch.where. One function around each of them goes into dynamo's graph as it is.
-# A call that nothing traces or transforms goes straight to the core, because on a small tensor the custom op alone
-# costs more than the whole PyTorch expression.
+# under any transform are those of torch.where. One function around each of them goes into dynamo's graph as it is,
+# for which `stay_whole` tells dynamo about it. A call that nothing traces or transforms goes straight to the core,
+# because on a small tensor the custom op alone costs more than the whole PyTorch expression.
 
 
 def _result_dtype(op: str, x: torch.Tensor) -> torch.dtype:
@@ -368,21 +369,18 @@ _mask_op = _define("topk_mask")
 _indices_op = _define("topk_indices")
 
 
-@torch.compiler.allow_in_graph
 def _mask_dispatch(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
     if unwatched(x):
         return _run("topk_mask", x, k, by)
     return _mask_op(x.detach(), k, by)
 
 
-@torch.compiler.allow_in_graph
 def _indices_dispatch(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
     if unwatched(x):
         return _run("topk_indices", x, k, by)
     return _indices_op(x.detach(), k, by)
 
 
-@torch.compiler.allow_in_graph
 def _keep_dispatch(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
     if unwatched(x):
         if x.requires_grad and torch.is_grad_enabled():
@@ -392,3 +390,14 @@ def _keep_dispatch(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
 
 
 _DISPATCH = {"topk_mask": _mask_dispatch, "keep_topk": _keep_dispatch, "topk_indices": _indices_dispatch}
+
+
+def stay_whole(dynamo: ModuleType) -> None:
+    """Let torch.compile put each function of ``_DISPATCH`` into its graph as one node, without looking inside.
+
+    ``import scalpel`` arranges that this is called with ``torch._dynamo`` when somebody imports it, which
+    torch.compile does. As a decorator, ``torch.compiler.allow_in_graph`` would import it at once, and that takes about
+    as long as the import of torch itself.
+    """
+    for function in _DISPATCH.values():
+        dynamo.allow_in_graph(function)

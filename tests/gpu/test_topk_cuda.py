@@ -54,7 +54,8 @@ CPU = {op: on_the_cpu(op) for op in OPS}
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.op in OPS and case.shape[-1] < 5000], ids=str)
 def test_the_table_of_cases(case: Case, gpu: Gpu) -> None:
-    x = torch.randn(case.shape).to(case.dtype)[:40]
+    # On the stand-in a row takes milliseconds, and twelve are two blocks of warps, of which one is not full.
+    x = torch.randn(case.shape).to(case.dtype)[: 40 if gpu.real else 12]
     for k in interesting_ks(x.shape[-1]):
         check(x, k, "magnitude", gpu.device)
 

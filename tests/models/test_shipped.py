@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from scalpel.experiments.abilities import accuracies
 from scalpel.experiments.controls import Controls, untrained
 from scalpel.experiments.provenance import fingerprint
 from scalpel.jacobians.stream import stream_layers
+from scalpel.tasks import held_out, literals
 from scalpel.tasks.brackets import answer
 from scalpel.training import bracket_mini, python_small
 from scalpel.training.bracket_mini import CONTROLS, SHORT_TOKENS, accuracy_card, held_out_questions
@@ -26,6 +28,22 @@ from scalpel.training.recipe import density_table
 NAMES = ["bracket-mini", *(f"bracket-mini-{control}" for control in CONTROLS if control != "none")]
 
 PYTHON_NAMES = [f"python-small{'' if control == 'none' else f'-{control}'}" for control in python_small.CONTROLS]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _parsed_once():
+    """Parse each file of numpy and scipy once, though several tests and experiments ask about its list literals."""
+    real, known = literals.literals_of, {}
+
+    def literals_of(source, name="", max_chars=2000):
+        if (source, max_chars) not in known:
+            known[source, max_chars] = list(real(source, "", max_chars))
+        return iter([replace(literal, source=name) for literal in known[source, max_chars]])
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (literals, held_out):
+            patch.setattr(module, "literals_of", literals_of)
+        yield
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -113,6 +131,7 @@ SHORT = {
     "alignment": {"amounts": (1, 2, 3, 4), "prompts": 4, "length": 64, "resamples": 20, "draws": 99},
     "collapse": {"tokens": 96, "nulls": ("shuffled",)},
     "depth": {"prompts": 2, "tokens": 6},
+    "composition": {"prompts": 8, "tokens": 24, "probes": 2, "resamples": 50},
     "orbits": {"prompts": 4, "window": 8, "steps": 16, "starts": 2, "iterations": 20},
 }
 

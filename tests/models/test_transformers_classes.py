@@ -347,7 +347,7 @@ def test_a_class_that_cannot_be_added_leaves_transformers_usable():
         "print(AutoConfig.for_model('gpt2').model_type, said)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("gpt2 ['Scalpel could not add its classes"), done.stdout + done.stderr
+    assert done.stdout.startswith("gpt2 ['Scalpel could not make itself known"), done.stdout + done.stderr
 
 
 def test_other_models_load_as_before(tmp_path):

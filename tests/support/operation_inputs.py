@@ -69,6 +69,10 @@ class Given:
         letters(13).save(self.llama_folder)
         self.yarn_folder = folder / "yarn"
         model_of("llama, yarn").save_pretrained(self.yarn_folder)
+        self.lens = scalpel.JacobianLens({0: drawn(12, 12, seed=5)}, 3, error={0: 0.5}, about={"target": 1})
+        self.lens.attach(self.model, letters(13))
+        self.lens_file = folder / "lens.pt"
+        self.lens.save(self.lens_file)
         self.text = folder / "text.txt"
         self.text.write_text(text_of(40))
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +18,7 @@ from ..models.circuitgpt.model import CircuitGPT
 from ..models.conventions import Conventions, conventions_in
 from ..models.decoders.families import decoder_of, family_of, supported
 from ..models.decoders.folder import FolderWeights, check_folder, decoder_in
+from ..models.decoders.marks import sampled_mark
 from ..models.decoders.strict import check_loaded, check_plain, config_in
 from ..models.gguf.model import conventions as gguf_conventions
 from ..models.gguf.model import plain_model, stored_as
@@ -29,7 +28,6 @@ from ..models.tokenizer import Tokenizer
 from ..models.weight_files import CheckpointError, read_json
 
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "alloc_failed")
-_SAMPLES, _SAMPLE = 4, 1 << 13  # pieces of each tensor of a streamed model that are hashed, and bytes of a piece
 
 
 @dataclass
@@ -293,7 +291,7 @@ def _streamed(folder: Path) -> Source:
         "width": decoder.config.width,
         "parameters": sum(place.bytes // place.dtype.itemsize for place in weights.places.values()),
         "dtype": ", ".join(dtypes),
-        "weights_sampled_sha256": _sampled(weights, folder),
+        "weights_sampled_sha256": sampled_mark(weights, folder),
     }
     limits = decoder.config.max_length, decoder.config.vocab_size
     pair = "gpt2" if str(names[0]).startswith("GPT2") else None
@@ -312,18 +310,3 @@ def _fingerprint(model: nn.Module) -> str:
     from ..experiments.provenance import fingerprint
 
     return fingerprint(model)  # type: ignore[arg-type]  # it needs state_dict alone
-
-
-def _sampled(weights: FolderWeights, folder: Path) -> str:
-    """Return the SHA-256 of the config, and of each tensor's name, shape, dtype and evenly spaced pieces.
-
-    Hashing all weights would require reading a model that is too large for memory before anything is measured.
-    """
-    digest = hashlib.sha256(json.dumps(read_json(folder / "config.json"), sort_keys=True).encode())
-    for name, place in sorted(weights.places.items()):
-        digest.update(f"{name} {place.shape} {place.dtype}".encode())
-        with place.path.open("rb") as file:
-            for i in range(_SAMPLES):
-                file.seek(place.begin + max(0, place.bytes - _SAMPLE) * i // (_SAMPLES - 1))
-                digest.update(file.read(min(_SAMPLE, place.bytes)))
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The command line: ``scalpel run``, ``experiment``, ``analyze``, ``train``, ``prune``, ``bench``.
+"""The command line: ``scalpel run``, ``experiment``, ``analyze``, ``lens``, ``train``, ``prune``, ``bench``.
 
 Modules that need torch are imported inside the commands, so that ``--help`` answers at once. Results go to stdout, and
 everything else goes to stderr. Exit codes: 0 if the command has done its work (whatever the verdicts are), 1 if
@@ -16,7 +16,8 @@ import typer
 from .._files import check_folder, replace_text
 from .._info import __version__
 from ..experiments import names as experiment_names
-from . import models as models  # registers its commands
+from . import lens as lens  # registers its commands, and so does the next
+from . import models as models
 from . import show
 from .application import Debug, Json, Seed, app, guarded, print_json
 
@@ -97,7 +98,11 @@ def run(
 def experiment(
     name: Annotated[str, typer.Argument(help=f"One of: {', '.join(experiment_names())}.")],
     model: Annotated[
-        str, typer.Option(help="A shipped model, a checkpoint's folder, or an id on the hub.")
+        str,
+        typer.Option(
+            help="A shipped model, a checkpoint's folder, or an id on the hub; for composition also a folder of "
+            "transformers, or a GGUF file."
+        ),
     ] = "bracket-mini",
     option: Annotated[
         list[str] | None,

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from ..tasks.refused import Refused
 
 if TYPE_CHECKING:
-    from ..models.circuitgpt.model import CircuitGPT
     from .result import Result
 
 __all__ = ["Refused", "names", "run"]
@@ -31,6 +30,7 @@ _FILES = {
     "alignment": "alignment.experiment",
     "collapse": "collapse.experiment",
     "depth": "depth.experiment",
+    "composition": "composition.experiment",
     "orbits": "orbits.experiment",
 }
 
@@ -56,12 +56,13 @@ def module_of(name: str) -> ModuleType:
     return import_module(f".{_FILES[name]}", __name__)
 
 
-def run(name: str, model: "CircuitGPT | str | None" = "bracket-mini", **options: Any) -> "Result":
+def run(name: str, model: Any = "bracket-mini", **options: Any) -> "Result":
     """Run one experiment on a model.
 
     Args:
         name: One of :func:`names`.
-        model: A CircuitGPT on the CPU, or what ``CircuitGPT.from_pretrained`` takes.
+        model: A CircuitGPT on the CPU, or what ``CircuitGPT.from_pretrained`` takes. For "composition" also a
+            transformers model that has rules, its folder, or a GGUF file.
         options: Keyword arguments of that experiment's ``run``.
 
     Returns:
@@ -85,6 +86,8 @@ def run(name: str, model: "CircuitGPT | str | None" = "bracket-mini", **options:
         if option not in parameters:
             raise ValueError(f"experiment {name!r} has no option {option!r}; it has {', '.join(parameters)}")
         _check(name, option, value, parameters[option].default)
+    if needs_model and hasattr(module, "opened"):  # it takes other models than a CircuitGPT, too
+        needs_model, model = False, module.opened(model)
     if needs_model and isinstance(model, str):
         from ..models.circuitgpt.model import CircuitGPT
 
@@ -111,6 +114,8 @@ def _check(name: str, option: str, value: Any, default: Any) -> None:
         kind = "a list of whole numbers"
     elif isinstance(default, int):
         right, kind = type(value) is int, "a whole number"
+    elif isinstance(default, str):
+        right, kind = isinstance(value, str), "text"
     elif isinstance(default, float):
         right, kind = type(value) in (int, float), "a number"
     elif option == "law":

@@ -17,17 +17,18 @@ from .result import Result, plain
 # Rough shares of the time, for the progress bar only.
 _SHARES = {
     "minimal_simulator": 0.01,
-    "dilution": 0.16,
+    "dilution": 0.15,
     "distractors": 0.09,
     "agreement": 0.11,
     "causes": 0.09,
     "guard": 0.09,
-    "machine": 0.12,
+    "machine": 0.11,
     "circuit": 0.04,
     "mapping": 0.07,
     "alignment": 0.04,
     "collapse": 0.06,
     "depth": 0.06,
+    "composition": 0.02,
     "orbits": 0.06,
 }
 # A model that was trained on a machine can be asked only by these.

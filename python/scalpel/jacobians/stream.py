@@ -165,13 +165,24 @@ def stream_layers(
     """
     ids = input_ids.get("input_ids") if isinstance(input_ids, Mapping) else input_ids
     decoder = decoder_in(folder, getattr(ids, "device", "cpu"))
+    return _layers(decoder, inputs_for(decoder, input_ids, attention_mask, position_ids), see)
+
+
+def inputs_for(
+    decoder: Decoder, input_ids: Any, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+) -> Inputs:
+    """Read the inputs of a streamed model.
+
+    Raises:
+        ValueError: For inputs that the model or the rules do not take.
+    """
     config = decoder.config
     limits = Limits(config.vocab_size, None if config.rotary is not None else config.max_length, takes_positions=True)
     inputs = read_inputs(input_ids, limits, attention_mask=attention_mask, position_ids=position_ids)
     reason = beyond_rules(decoder, inputs)
     if reason is not None:
         raise ValueError(f"a streamed model goes through rules of its own, and {reason}")
-    return _layers(decoder, inputs, see)
+    return inputs
 
 
 def _layers(decoder: Decoder, inputs: Inputs, see: See | None) -> Iterator[StreamedLayer]:

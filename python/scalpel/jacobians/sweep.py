@@ -79,7 +79,7 @@ class _CircuitSweep:
         self._products.pull_past(cotangents, self._hooks, see)
 
 
-def sweep_of(run: Pass, hooks: Sequence[str], tokens: slice) -> Sweep:
+def sweep_of(run: Pass, hooks: Sequence[str], tokens: slice, relevance: bool = False) -> Sweep:
     """Run the model of a pass that has rules, one text, and give its sweep over ``hooks`` at ``tokens``.
 
     ``hooks`` are values of the residual stream in the model's order, from the source of the pass to its target.
@@ -90,11 +90,13 @@ def sweep_of(run: Pass, hooks: Sequence[str], tokens: slice) -> Sweep:
     of ``tokens`` is zero at every hook; and what arrives at one of ``tokens`` never comes from a token before the first
     of them, so it doesn't matter what is there.
 
+    With ``relevance`` cotangents go back by the rules of the relevance lens; see :mod:`scalpel.jacobian_lens.sweep`.
+
     Raises:
         ValueError: Where the primal holds NaN.
     """
     with without_gradients():
-        trace = trace_of(run, list(dict.fromkeys(hooks)))
+        trace = trace_of(run, list(dict.fromkeys(hooks)), relevance=relevance)
         for hook in (run.source, run.target):
             check_numbers(trace.values[hook], hook)
         if isinstance(run, DecoderPass):

@@ -73,18 +73,25 @@ def has_rules(run: Pass) -> bool:
     return isinstance(run, DecoderPass) or (isinstance(run, CircuitPass) and has_products(run._frozen))
 
 
-def trace_of(run: Pass, hooks: Sequence[str], see: See | None = None, see_mask: MaskWatch | None = None) -> Trace:
+def trace_of(
+    run: Pass,
+    hooks: Sequence[str],
+    see: See | None = None,
+    see_mask: MaskWatch | None = None,
+    relevance: bool = False,
+) -> Trace:
     """The trace of a pass that :func:`has_rules`, to be cut at ``hooks``.
 
     ``see(hook, value)`` is called at every hook from the embedding to the last of ``hooks``, with the value that the
     hook records for all tokens; ``see_mask`` is called at every mask of a CircuitGPT on the way, as
-    :func:`scalpel.hooks.masks.watch_masks` says. Both must leave what they see as it is.
+    :func:`scalpel.hooks.masks.watch_masks` says. Both must leave what they see as it is. With ``relevance`` products
+    follow the rules of the relevance lens instead of the derivative, as :mod:`scalpel.jacobian_lens.sweep` says.
     """
     with torch.no_grad(), no_autocast(), explained(run):
         if isinstance(run, DecoderPass):
-            return DenseTrace(run.decoder, run.text, hooks, see).run()
+            return DenseTrace(run.decoder, run.text, hooks, see, relevance).run()
         assert isinstance(run, CircuitPass)
-        return CircuitTrace(run, hooks, see, see_mask)
+        return CircuitTrace(run, hooks, see, see_mask, relevance)
 
 
 def products_of(

@@ -12,7 +12,7 @@ from typing import Any
 
 from .weight_files import CheckpointError
 
-__all__ = ["Conventions", "conventions_in"]
+__all__ = ["Conventions", "conventions_in", "tokenizer_in"]
 
 _HOW_TO_INSTALL = "pip install 'semigroup-scalpel[transformers]'"
 
@@ -90,6 +90,15 @@ def conventions_in(folder: Path) -> Conventions:
     Raises:
         CheckpointError: If transformers is not installed, or can't read the tokenizer.
     """
+    return Conventions(tokenizer_in(folder), str(folder))
+
+
+def tokenizer_in(folder: Path) -> Any:
+    """Read the tokenizer in a folder by transformers.
+
+    Raises:
+        CheckpointError: If transformers is not installed, or can't read the tokenizer.
+    """
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
@@ -97,9 +106,8 @@ def conventions_in(folder: Path) -> Conventions:
             f"what begins a text, and the chat template in {folder}, are read by transformers: {_HOW_TO_INSTALL}"
         ) from error
     try:
-        inner: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises errors of many kinds; each means that it can't be read
         raise CheckpointError(
             f"transformers can't read the tokenizer in {folder}: {type(error).__name__}: {error}"
         ) from error
-    return Conventions(inner, str(folder))

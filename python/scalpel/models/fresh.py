@@ -21,7 +21,10 @@ def linear(inputs: int, outputs: int, bias: bool, device: torch.device) -> nn.Li
 
 def embedding(rows: int, width: int, device: torch.device) -> nn.Embedding:
     """Make a table of embeddings, (rows, width), with torch's own initial weights."""
-    return nn.Embedding(rows, width, device=device, dtype=PARAMETER_DTYPE)
+    # With a weight given, nothing is drawn. On the meta device there are no numbers, and to draw none, torch would
+    # import its compiler, which takes a second.
+    given = zeros(rows, width, device=device) if device.type == "meta" else None
+    return nn.Embedding(rows, width, device=device, dtype=PARAMETER_DTYPE, _weight=given)
 
 
 def zeros(*shape: int, device: torch.device) -> Tensor:

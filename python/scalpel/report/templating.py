@@ -4,7 +4,7 @@ import jinja2
 
 from .card import number
 
-__all__ = ["environment_and_style"]
+__all__ = ["environment_and_style", "text_of"]
 
 
 def environment_and_style() -> tuple[jinja2.Environment, str]:
@@ -17,6 +17,11 @@ def environment_and_style() -> tuple[jinja2.Environment, str]:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["number"] = number
+    return environment, text_of(environment, "style.css")
+
+
+def text_of(environment: jinja2.Environment, name: str) -> str:
+    """The text of a file beside the templates, such as a style or a script."""
     loader = environment.loader
     assert loader is not None
-    return environment, loader.get_source(environment, "style.css")[0]
+    return loader.get_source(environment, name)[0]

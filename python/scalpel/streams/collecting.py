@@ -21,9 +21,10 @@ from ..covariance import StreamingCovariance
 from ..covariance.on_device import OnDevice, Precision, update_all
 from ..covariance.streaming import Method
 from ..hooks.names import spells_pattern
+from ..models.marks import model_mark
 from .budget import bytes_of, groups_of
 from .capture import Capture, Loss, Names
-from .marks import batch_mark, corpus_mark, function_mark, model_mark
+from .marks import batch_mark, corpus_mark, function_mark
 from .rows import RowsAsGiven, key_of, read_rows
 from .saved import WAY_OUT, Saved, States, Stored
 

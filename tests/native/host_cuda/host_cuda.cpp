@@ -25,6 +25,7 @@ struct Barrier {
 
 struct Warp {
   std::map<unsigned, Barrier> barriers;  // keyed by mask
+  unsigned live = 0;                     // the lanes that are there and haven't ended
   std::uint64_t slots[32];
   unsigned words[32][6];  // per lane: the arguments a and b of mma_bf16
 };
@@ -78,6 +79,7 @@ void resume(Fiber& fiber) {
 void enter() {
   (*block->kernel)();
   block->current->done = true;
+  block->warps[block->current->index / 32].live &= ~(1u << block->current->index % 32);
   --block->live;
   ++block->progress;
   yield();
@@ -96,6 +98,7 @@ void run_block(const std::function<void()>& kernel, const Place& at) {
   for (unsigned i = 0; i < count; ++i) {
     Fiber& fiber = here.fibers[i];
     fiber.index = i;
+    here.warps[i / 32].live |= 1u << i % 32;
     fiber.place = at;
     fiber.place.thread = dim3(i % at.block_size.x, i / at.block_size.x % at.block_size.y,
                               i / (at.block_size.x * at.block_size.y));
@@ -149,16 +152,13 @@ void block_barrier() {
 }
 
 void warp_barrier(unsigned mask) {
-  const unsigned first = block->current->index / 32 * 32;
-  for (unsigned i = 0; i < 32; ++i) {
-    const bool there = first + i < block->fibers.size() && !block->fibers[first + i].done;
-    if (!there) mask &= ~(1u << i);
-  }
+  Warp& warp = block->warps[block->current->index / 32];
+  mask &= warp.live;
   if (!(mask >> lane() & 1u)) {
     std::fprintf(stderr, "host_cuda: a lane calls a warp's operation whose mask leaves it out\n");
     std::abort();
   }
-  Barrier& at = block->warps[block->current->index / 32].barriers[mask];
+  Barrier& at = warp.barriers[mask];
   const std::uint64_t mine = at.passed;
   if (++at.arrived == static_cast<unsigned>(__builtin_popcount(mask))) {
     at.arrived = 0;

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from decoder_cases import MODELS, exact_norms, ids_of, model_of
 from lens_oracle import block_jacobian, blocks_of, lens_matrix
-from scalpel.jacobian_lens import sweep as lens_sweep
 from scalpel.jacobian_lens.autograd_sweep import AutogradSweep
+from scalpel.jacobian_lens.cotangents import signs_of
 from scalpel.jacobian_lens.sweep import lens_matrices
 
 pytest.importorskip("transformers")
@@ -155,11 +155,14 @@ def test_signs_are_unbiased_and_groups_make_them_exact() -> None:
 
 
 def test_signs_differ_from_prompt_to_prompt() -> None:
-    first, second = (lens_sweep._signs(ids_of(1, 40, seed), 38, 1, 0) for seed in (0, 1))
+    def signs(ids: Tensor, groups: int) -> Tensor:
+        return signs_of(ids, 38, "same", groups, 0, torch.float32, torch.device("cpu"))
+
+    first, second = (signs(ids_of(1, 40, seed), 1) for seed in (0, 1))
     assert first.abs().unique().tolist() == [1]
     assert not torch.equal(first, second)
-    parts = lens_sweep._signs(ids_of(1, 40), 38, 4, 0)
-    assert torch.equal(parts.abs().sum(0), torch.ones(38, dtype=torch.int64))
+    parts = signs(ids_of(1, 40), 4)
+    assert torch.equal(parts.abs().sum(0), torch.ones(38))
     assert torch.equal(parts.sum(0), first[0])
 
 

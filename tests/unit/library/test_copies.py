@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 import scalpel
+from analysis_cases import letters
 from bracket_fixtures import small_tokenizer
 from circuitgpt_cases import build, one_thread, tokens
-from scalpel import circuits, covariance, experiments, semigroup
+from scalpel import circuits, covariance, experiments, jacobian_lens, semigroup
 from scalpel.circuits.result import Measured, Pruning, SeedCircuit
 from scalpel.cli.bench import WrongAnswer
 from scalpel.experiments.suite import Suite
@@ -118,6 +119,17 @@ def of_ablated(one: Ablation) -> Any:
     return shown(inside), shown(ablated(ids()))
 
 
+@cache
+def lens() -> jacobian_lens.JacobianLens:
+    J = {0: rows(12, 12)}
+    about = {"skip_first": 1}
+    return jacobian_lens.JacobianLens(J, 3, error={0: 0.5}, about=about, model=model(), tokenizer=letters(13))
+
+
+def of_lens(one: jacobian_lens.JacobianLens) -> Any:
+    return shown(dict(one.J)), one.n_prompts, one.error, one.source_layers, one.d_model, one.about
+
+
 def of_error(one: Exception) -> Any:
     return type(one), str(one), one.args, shown(vars(one))
 
@@ -127,6 +139,7 @@ def ablated_model() -> scalpel.CircuitGPT:
         return copy.deepcopy(model())
 
 
+ITEMS = [{"prompt": "abc", "intermediates": ["d"]}]
 LABELS = np.array([0, 1, 1]), np.array([0, 0, 1])
 
 # The class, how to make an instance, and what the instance does.
@@ -152,6 +165,9 @@ WORKS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "Interval": (lambda: covariance.Interval(*rows(4, 2)), shown),
     "Lyapunov": (lambda: scalpel.lyapunov(build("plain"), ids(), 2), shown),
     "ValidityRadius": (lambda: jacobian().validity_radius(rows(96, 1).reshape(1, 2, 4, 12)), shown),
+    "JacobianLens": (lens, of_lens),
+    "Readout": (lambda: lens().readout(ids()[:1], k=2), lambda one: (shown(one), repr(one), one.to_json())),
+    "Evaluation": (lambda: lens().evaluate(ITEMS, derangements=0), lambda one: (one.to_json(), repr(one))),
     "EdgeTable": (lambda: model().edges(), shown),
     "Ablation": (lambda: model().ablate("0.attn.v:1", "mean", reference=ids()), of_ablated),
     "Ablation, resampled": (lambda: model().ablate("0.attn.v", "resample", reference=ids()), of_ablated),
@@ -214,8 +230,8 @@ def test_a_copy_behaves_as_the_original(name: str, how: Callable[[Any], Any]) ->
 
 
 def test_the_table_holds_every_public_class() -> None:
-    listed = {name.split(",")[0] for name in WORKS} | {"Jacobian", "JacobianLinearOperator"}
-    for home in (scalpel, semigroup, circuits, covariance, experiments):
+    listed = {name.split(",")[0] for name in WORKS} | {"Jacobian", "JacobianLinearOperator", "Intervention"}
+    for home in (scalpel, semigroup, circuits, covariance, experiments, jacobian_lens):
         for name in home.__all__:
             if inspect.isclass(getattr(home, name)):
                 assert name in listed, f"{home.__name__}.{name} isn't tried"
@@ -243,6 +259,12 @@ def test_a_context_of_a_watch_says_why_it_is_not_pickled() -> None:
     for how in (pickled, copy.deepcopy):
         with pytest.raises(TypeError, match="mask_watches.*this process.*where it is entered"):
             how(watch_masks(print))
+
+
+def test_an_intervention_says_why_it_is_not_pickled() -> None:
+    for how in (pickled, copy.deepcopy):
+        with pytest.raises(TypeError, match="an intervention can't be copied or pickled.*where it is entered"):
+            how(lens().steer(1, 1.0, 0))
 
 
 # ---- what a copy shares with its original -------------------------------------------------------

@@ -1,10 +1,12 @@
 """The examples run unchanged and print what they promise."""
 
 import runpy
+from functools import partial
 from importlib import import_module
 
 import pytest
 
+import scalpel
 from places import ROOT
 from scalpel.circuits.masks import Schedule
 
@@ -13,14 +15,16 @@ EXAMPLES = ROOT / "examples"
 
 
 @pytest.mark.parametrize(("name", "words"), [("mod3-mini", "Z_3"), ("flip-flop-mini", "aperiodic")])
-def test_token_semigroup(name, words, capsys):
+def test_token_semigroup(name, words, capsys, monkeypatch):
+    # What an extraction with as many trials as usual finds of these models is tested in test_extraction_models.py.
+    monkeypatch.setattr(scalpel.semigroup, "extract", partial(scalpel.semigroup.extract, prefixes=64, pairs=112))
     runpy.run_path(str(EXAMPLES / "token_semigroup.py"))["main"](name)
     out = capsys.readouterr().out
     assert out.startswith("finite: ") and words in out and "shuffled_labels" in out
 
 
 def test_cut_open(capsys, monkeypatch):
-    monkeypatch.setattr(prune, "Schedule", lambda: Schedule(steps=40, batch=16))
+    monkeypatch.setattr(prune, "Schedule", lambda: Schedule(steps=8, batch=8))
     runpy.run_path(str(EXAMPLES / "cut_open.py"))["main"](seeds=1, prompts=32)
     out = capsys.readouterr().out
     assert out.count("the loss rises by") == 5 and "seed 0: " in out

@@ -55,6 +55,7 @@ SLOW = {
 NO_OPERATION = {
     "circuits": "a package; its names are in the table",
     "experiments": "a package; its names are in the table",
+    "jacobian_lens": "a package; its names are in the table",
     "semigroup": "a package; its names are in the table",
     "StreamingCovariance.all_reduce": "takes processes: tests/support/distributed_worker.py runs it under meta",
     "circuits.TASKS": "a table of functions like bracket_counting",
@@ -70,6 +71,11 @@ NO_OPERATION = {
     "covariance.Eigen": "what eigh gives",
     "covariance.Interval": "what leave_one_out gives",
     "covariance.StreamingCovariance": "stands in the flat list",
+    "JacobianLens.from_pretrained": "downloads, and then does what load does",
+    "jacobian_lens.Evaluation": "what evaluate gives",
+    "jacobian_lens.Intervention": "what steer gives",
+    "jacobian_lens.JacobianLens": "stands in the flat list",
+    "jacobian_lens.Readout": "what readout gives",
     "semigroup.Extraction": "what extract gives",
     "semigroup.MooreMachine": "a part of Extraction, of plain numbers",
     "semigroup.SemigroupTooLarge": "an error",
@@ -123,10 +129,10 @@ def test_the_same_bits(name: str, case: str, given: Given, ordinary: Callable[[s
 def test_every_public_name_is_among_them() -> None:
     known = {name.partition(",")[0] for name in OPERATIONS} | NO_OPERATION.keys()
     names = set(scalpel.__all__)
-    for package in ("circuits", "covariance", "experiments", "semigroup"):
+    for package in ("circuits", "covariance", "experiments", "jacobian_lens", "semigroup"):
         room = getattr(scalpel, package, None) or __import__(f"scalpel.{package}", fromlist=["x"])
         names |= {f"{package}.{name}" for name in getattr(room, "__all__", ("names", "run"))}
-    for kind in (Jacobian, scalpel.StreamingCovariance, scalpel.CircuitGPT):
+    for kind in (Jacobian, scalpel.JacobianLens, scalpel.StreamingCovariance, scalpel.CircuitGPT):
         names |= {f"{kind.__name__}.{name}" for name in methods_of(kind)}
     assert sorted(names - known) == []
     assert sorted(name for name in NO_OPERATION if name not in names) == []

@@ -16,8 +16,9 @@ import scalpel
 from circuitgpt_cases import build, one_thread, tokens  # noqa: F401
 from covariance_states import same_bits, state_of
 from decoder_cases import model_of
+from scalpel.models.marks import model_mark
 from scalpel.streams.budget import state_bytes
-from scalpel.streams.marks import function_mark, model_mark
+from scalpel.streams.marks import function_mark
 
 collect = scalpel.collect
 IDS = torch.randint(0, 11, (3, 4), generator=torch.Generator().manual_seed(0))

@@ -183,57 +183,11 @@ def test_autograd_notices_that_out_was_overwritten(x: Tensor) -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_out_compiles(x: Tensor, mask: Tensor, backend: str) -> None:
-    def f(x: Tensor, out: Tensor) -> Tensor:
-        return scalpel.keep_topk(x, K, out=out) * 2
-
-    out = torch.empty_like(x)
-    assert torch.equal(torch.compile(f, backend=backend)(x, out), torch.where(mask, 2 * x, 0))
-    assert torch.equal(out, torch.where(mask, x, 0))
-
-
 def test_errors_come_through_transforms(x: Tensor) -> None:
     with pytest.raises(ValueError, match="k is 11.*width 10"):
         jvp(lambda x: scalpel.keep_topk(x, 11), (x,), (x,))
     with pytest.raises(ValueError, match="k is 11.*width 10"):
         scalpel.keep_topk(x.requires_grad_(), 11)
-
-
-def forward_ad(x: Tensor, t: Tensor) -> Tensor:
-    with fwd.dual_level():
-        return fwd.unpack_dual(keep(fwd.make_dual(x, t)))[1]
-
-
-COMPILED = {
-    "eager": lambda x, t: keep(2 * x),
-    "vmap": lambda x, t: vmap(keep)(x),
-    "grad": lambda x, t: grad(lambda x: keep(x).pow(3).sum())(x),
-    "jvp": lambda x, t: jvp(keep, (x,), (t,))[1],
-    "vjp": lambda x, t: vjp(keep, x)[1](t)[0],
-    "vmap of jvp": lambda x, t: vmap(lambda s: jvp(keep, (x,), (s * t,))[1])(torch.ones_like(t)),
-    "vmap of vjp": lambda x, t: vmap(vjp(keep, x)[1])(torch.stack([t, 2 * t]))[0],
-    "forward AD": forward_ad,
-    "mask and indices": lambda x, t: scalpel.topk_mask(x, K) * t + scalpel.topk_indices(x, K).sum(),
-}
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize("f", COMPILED.values(), ids=COMPILED.keys())
-def test_compile_in_one_graph(f: Callable, backend: str, x: Tensor) -> None:
-    torch._dynamo.reset()
-    t = torch.randn_like(x)
-    compiled = torch.compile(f, backend=backend, fullgraph=True)
-    found, expected = compiled(x, t), f(x, t)
-    assert expected.count_nonzero() > 0
-    torch.testing.assert_close(found, expected)
-
-
-def test_compiled_backward(x: Tensor, mask: Tensor) -> None:
-    torch._dynamo.reset()
-    x.requires_grad_()
-    torch.compile(lambda x: keep(x).pow(3), backend="aot_eager", fullgraph=True)(x).sum().backward()
-    torch.testing.assert_close(x.grad, 3 * x.detach() ** 2 * mask)
 
 
 def test_what_watches_sees_the_op(x: Tensor) -> None:

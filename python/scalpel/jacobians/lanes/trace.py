@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +85,7 @@ class CircuitTrace:
             is computed after the last.
         see: Called at every hook up to the last, with its name and the value that it records.
         see_mask: Called before every AbsTopK and ReLU on the way, as :func:`scalpel.hooks.masks.watch_masks` says.
+        relevance: Whether products follow the rules of the relevance lens instead of the derivative.
 
     Attributes:
         values: The value at each of ``hooks``, (B, L, width), all tokens.
@@ -101,6 +102,7 @@ class CircuitTrace:
         hooks: Sequence[str],
         see: Callable[[str, Tensor], None] | None = None,
         see_mask: MaskWatch | None = None,
+        relevance: bool = False,
     ) -> None:
         self.run = run
         self.model = run._frozen
@@ -112,6 +114,7 @@ class CircuitTrace:
         self.pattern: Callable[[Selected], Pattern] | None = None
         self._first = self._number(hooks[0])
         self._see, self._see_mask = see, see_mask
+        self._relevance = relevance
         self._stop = Stop()
         self._layers: list[Layer] = []
         self._heads: dict[str, Tensor] = {}  # the layer's q, k and v, until its attention is kept
@@ -218,16 +221,20 @@ class CircuitTrace:
     def _norm(self, module: nn.Module, x: Tensor) -> Norm:
         """The norm of the residual stream; concatenated positions follow it as channels of gain zero."""
         norm = Norm.of(module, _tokens(x))
+        if self._relevance:  # without the component along the normed value, the rate is a constant
+            norm = replace(norm, normed=torch.zeros_like(norm.normed))
         return norm if self.config.d_pos_emb is None else norm.padded(self.config.d_in)
 
     def _slope(self, support: Tensor | None) -> Tensor:
-        """The activation's derivative at the neurons that are kept, (N, entries)."""
+        """The activation's derivative at the neurons that are kept, (N, entries); f(x) / x for the relevance lens."""
         assert self._hidden is not None
         x, self._hidden = _tokens(self._hidden), None
         x = x if support is None else x.gather(1, support)
         if self.config.activation_type == "relu":
             return (x > 0).to(x.dtype)
         normal = 0.5 * (1 + torch.erf(x * 0.5**0.5))  # the exact GELU is x times this
+        if self._relevance:
+            return normal
         return normal + x * torch.exp(-0.5 * x * x) * (2 * torch.pi) ** -0.5
 
 

@@ -42,7 +42,8 @@ class Buffers:
 class DenseLayer:
     """The rules of layer ``i`` at its primal, for tangents of the tokens ``part``.
 
-    ``pattern``: the weights of the layer's attention at chosen queries, where they are the target.
+    ``pattern``: the weights of the layer's attention at chosen queries, where they are the target. ``unseen``: nobody
+    looks at hooks within the layer, so cotangents there may stay in the dtype of the products.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class DenseLayer:
         part: slice,
         buffers: Buffers,
         pattern: Pattern | None = None,
+        unseen: bool = False,
     ) -> None:
         self.config = decoder.config
         self.i = i
@@ -64,6 +66,8 @@ class DenseLayer:
         self.part = part
         self.buffers = buffers
         self.pattern = pattern
+        self.unseen = unseen
+        self._kept_slopes: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
 
     # ---- forward -------------------------------------------------------------------------------
 
@@ -157,16 +161,17 @@ class DenseLayer:
         ``x`` is overwritten, and is what is returned where a cotangent is given; values at hooks within the layer are
         in buffers, and hold until the next layer's turn.
         """
-        prefix, layer, primal = f"{self.i}.", self.layer, self.primal
+        prefix, layer = f"{self.i}.", self.layer
         delta_out = hook(f"{prefix}mlp.resid_delta", x)
-        neurons = hook(f"{prefix}mlp.post_act", self._back([(layer.down, delta_out)], "neurons"))
+        neurons = hook(f"{prefix}mlp.post_act", self._back([(layer.down, delta_out)], "neurons", self.unseen))
         parts: list[tuple[Dense, Tensor | None]] = []
         if neurons is not None:
-            if primal.opened is not None:
+            slope, opened = self._slopes(neurons.dtype)
+            if opened is not None:
                 beside = self.buffers("beside", tuple(neurons.shape), neurons.dtype, neurons.device)
-                parts.append((layer.up[1], torch.mul(neurons, primal.opened[:, self.part], out=beside)))
-            parts.append((layer.up[0], neurons.mul_(primal.slope[:, self.part])))
-        from_mlp = hook(f"{prefix}mlp.act_in", self._back(parts, "read"))
+                parts.append((layer.up[1], torch.mul(neurons, opened, out=beside)))
+            parts.append((layer.up[0], neurons.mul_(slope)))
+        from_mlp = hook(f"{prefix}mlp.act_in", self._back(parts, "read", self.unseen))
         delta = x
         if not self.config.parallel:
             x = delta = hook(f"{prefix}resid_mid", self._unnormed("norm2", from_mlp, x))
@@ -174,7 +179,7 @@ class DenseLayer:
         y = hook(f"{prefix}attn.y", self._back([(layer.out, delta_out)], "y"))
         if self.config.parallel:  # not before, since the cotangent of attention's output is that after the layer
             x = self._unnormed("norm2", from_mlp, x)
-        normed = hook(f"{prefix}attn.act_in", self._back(self._attended_back(y, hook), "read"))
+        normed = hook(f"{prefix}attn.act_in", self._back(self._attended_back(y, hook), "read", self.unseen))
         return hook(f"{prefix}resid_in", self._unnormed("norm1", normed, x))
 
     def _unnormed(self, name: str, normed: Tensor | None, x: Tensor | None) -> Tensor | None:
@@ -182,7 +187,16 @@ class DenseLayer:
         if normed is None:
             return x
         norm: DenseNorm = getattr(self.primal, name)
+        if x is not None and normed.dtype != x.dtype:
+            normed = self.buffers("wide", tuple(normed.shape), x.dtype, x.device).copy_(normed)
         return norm.rows(self.part).add_vjp(normed, torch.zeros_like(normed) if x is None else x)
+
+    def _slopes(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """The slope of the neurons and the open gates, in the dtype of their cotangents, which all pieces share."""
+        if dtype not in self._kept_slopes:
+            slope, opened = self.primal.slope[:, self.part], self.primal.opened
+            self._kept_slopes[dtype] = slope.to(dtype), None if opened is None else opened[:, self.part].to(dtype)
+        return self._kept_slopes[dtype]
 
     def _attended_back(self, y: Tensor | None, hook: Hook) -> list[tuple[Dense, Tensor | None]]:
         heads: list[Tensor | None] = [None, None, None]
@@ -241,10 +255,10 @@ class DenseLayer:
         rows = t.reshape(-1, t.shape[-1])
         return rows if rows.dtype == dtype else self.buffers("rows", tuple(rows.shape), dtype, rows.device).copy_(rows)
 
-    def _back(self, parts: list[tuple[Dense, Tensor | None]], name: str) -> Tensor | None:
+    def _back(self, parts: list[tuple[Dense, Tensor | None]], name: str, kept: bool = False) -> Tensor | None:
         """Compute the sum of Wᵀ u over pairs of a matrix W and a cotangent u, in the buffer ``name``.
 
-        None where every cotangent is None.
+        None where every cotangent is None. ``kept``: the sum may have the dtype of the matrices.
         """
         total: Tensor | None = None
         for dense, u in parts:
@@ -255,8 +269,8 @@ class DenseLayer:
             rows = self._rows(u, weight.dtype)
             first = total is None
             if total is None:
-                total = self.buffers(name, shape, u.dtype, u.device)
-            if weight.dtype == u.dtype:
+                total = self.buffers(name, shape, weight.dtype if kept else u.dtype, u.device)
+            if weight.dtype == total.dtype:
                 into = total.view(-1, shape[-1])
                 torch.mm(rows, weight, out=into) if first else torch.addmm(into, rows, weight, out=into)
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from ...hooks.inputs import Inputs
 from ...models.decoders.decoder import Decoder, DecoderConfig, DecoderLayer, NormWeight
 from .attention import DenseAttention, Mask
-from .rules import DenseNorm, rotate, slope_of
+from .rules import DenseNorm, rotate, share_of, slope_of
 
 
 class Text(NamedTuple):
@@ -93,15 +94,24 @@ def parts_of(layer: DecoderLayer, heads: list[Tensor]) -> list[Tensor]:
 
 
 def through_layer(
-    decoder: Decoder, i: int, layer: DecoderLayer, x: Tensor, places: Places, tap: Tap, primal: DensePrimal
+    decoder: Decoder,
+    i: int,
+    layer: DecoderLayer,
+    x: Tensor,
+    places: Places,
+    tap: Tap,
+    primal: DensePrimal,
+    relevance: bool = False,
 ) -> Tensor:
     """Return the residual stream (B, L, width) after layer ``i``, and fill in ``primal``.
 
-    ``tap(hook, value)`` is called at every hook, and the pass goes on with what it returns.
+    ``tap(hook, value)`` is called at every hook, and the pass goes on with what it returns. With ``relevance`` products
+    follow the rules of the relevance lens instead of the derivative, as :mod:`scalpel.jacobian_lens.sweep` says; the
+    values are the same.
     """
     config = decoder.config
     x = tap(f"{i}.resid_in", x)
-    norm1 = primal.norm1 = DenseNorm.at(x, layer.norm1, config.eps, config.rms)
+    norm1 = primal.norm1 = replace(DenseNorm.at(x, layer.norm1, config.eps, config.rms), fixed=relevance)
     normed = tap(f"{i}.attn.act_in", norm1.value())
     q, k, v = heads_of(config, layer, [dense(normed) for dense in layer.qkv])
     k = tap(f"{i}.attn.k", k.flatten(-2)).view(k.shape)
@@ -119,15 +129,18 @@ def through_layer(
         middle, x = x, x + delta
     else:
         middle = x = tap(f"{i}.resid_mid", x + delta)
-    norm2 = primal.norm2 = DenseNorm.at(middle, layer.norm2, config.eps, config.rms)
+    norm2 = primal.norm2 = replace(DenseNorm.at(middle, layer.norm2, config.eps, config.rms), fixed=relevance)
     normed = tap(f"{i}.mlp.act_in", norm2.value())
     before_activation = layer.up[0](normed)
     neurons = decoder.activation(before_activation)
-    primal.slope, primal.opened = slope_of(decoder.activation, before_activation), None
+    primal.slope = (share_of if relevance else slope_of)(decoder.activation, before_activation)
+    primal.opened = None
     if len(layer.up) == 2:
         gated = layer.up[1](normed)
         primal.opened, neurons = neurons, neurons * gated
         primal.slope = primal.slope * gated
+        if relevance:  # each factor of the product gets half
+            primal.opened, primal.slope = 0.5 * primal.opened, 0.5 * primal.slope
     neurons = tap(f"{i}.mlp.post_act", neurons)
     return x + tap(f"{i}.mlp.resid_delta", layer.down(neurons))
 

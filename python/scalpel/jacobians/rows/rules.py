@@ -24,6 +24,7 @@ class DenseNorm:
     gain: Tensor  # (width,)
     bias: Tensor | None
     centered: bool  # whether the mean is subtracted, as LayerNorm does and RMSNorm does not
+    fixed: bool = False  # whether products take ``rate`` for a constant, as those of the relevance lens do
 
     @classmethod
     def at(cls, x: Tensor, weight: NormWeight, eps: float, rms: bool) -> DenseNorm:
@@ -40,7 +41,7 @@ class DenseNorm:
 
     def rows(self, part: slice) -> DenseNorm:
         """The same norm at the tokens ``part`` of (B, L, width)."""
-        return DenseNorm(self.normed[:, part], self.rate[:, part], self.gain, self.bias, self.centered)
+        return DenseNorm(self.normed[:, part], self.rate[:, part], self.gain, self.bias, self.centered, self.fixed)
 
     def jvp(self, t: Tensor, out: Tensor) -> Tensor:
         """Write the tangent of the output to ``out``, which may be ``t`` itself, and return it."""
@@ -57,8 +58,10 @@ class DenseNorm:
         It makes no value of the size of ``u``, and reads ``u`` twice, or three times for a LayerNorm.
         """
         width = u.shape[-1]
-        component = torch.einsum("t...w,...w->t...", u, self.normed * self.gain)[..., None].div_(width)
-        x.addcmul_(u, self.gain * self.rate).addcmul_(component, self.normed * self.rate, value=-1)
+        x.addcmul_(u, self.gain * self.rate)
+        if not self.fixed:
+            component = torch.einsum("t...w,...w->t...", u, self.normed * self.gain)[..., None].div_(width)
+            x.addcmul_(component, self.normed * self.rate, value=-1)
         if self.centered:
             x.addcmul_((u @ self.gain)[..., None], self.rate, value=-1 / width)
         return x
@@ -68,7 +71,7 @@ class DenseNorm:
 
         This map is symmetric, so jvp and vjp share it.
         """
-        component = (t * self.normed).mean(-1, keepdim=True)
+        component = t.new_zeros(()) if self.fixed else (t * self.normed).mean(-1, keepdim=True)
         if self.centered:
             torch.sub(t, t.mean(-1, keepdim=True), out=out)
             return out.addcmul_(component, self.normed, value=-1)
@@ -81,6 +84,14 @@ def slope_of(activation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         at = x.detach().requires_grad_()
         (slope,) = torch.autograd.grad(activation(at).sum(), at)
     return slope
+
+
+def share_of(activation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The activation divided by its input, f(x) / x, at each entry of ``x``: what the relevance lens takes for a slope.
+
+    At zero it is the derivative, which is its limit there.
+    """
+    return torch.where(x == 0, slope_of(activation, torch.zeros_like(x)), activation(x) / x)
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

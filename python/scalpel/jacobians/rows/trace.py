@@ -26,6 +26,7 @@ class DenseTrace:
             is computed after the last. The last may be the attention weights of a layer, which the layer's attention
             gives at chosen queries: they have no entry in ``values``.
         see: Called at every hook up to the last, with its name and the value there.
+        relevance: Whether products follow the rules of the relevance lens instead of the derivative.
 
     Made, it stands before the first layer: :meth:`run` takes it through the whole model, and :meth:`advance` through
     one layer, for a model whose layers are in memory one at a time. The residual stream is float64 in a float64 model
@@ -39,7 +40,12 @@ class DenseTrace:
     """
 
     def __init__(
-        self, decoder: Decoder, text: Text, hooks: Sequence[str], see: Callable[[str, Tensor], None] | None = None
+        self,
+        decoder: Decoder,
+        text: Text,
+        hooks: Sequence[str],
+        see: Callable[[str, Tensor], None] | None = None,
+        relevance: bool = False,
     ) -> None:
         self.decoder = decoder
         self.hooks = hooks
@@ -53,6 +59,7 @@ class DenseTrace:
         self.final: tuple[DenseNorm, Dense] | None = None
         self.neurons = 0
         self._see = see
+        self._relevance = relevance
         self._stop = Stop()
         self._first = self._number(hooks[0]) if hooks else 0
         self._primals: dict[int, DensePrimal] = {}
@@ -76,7 +83,8 @@ class DenseTrace:
         self.neurons = layer.down.weight.shape[1]
         if keep:  # before the layer, in which the last hook may lie
             self._primals[i] = primal
-        self.resid = through_layer(self.decoder, i, layer, self.resid, self.places, self._tap, primal)
+        tap, places = self._tap, self.places
+        self.resid = through_layer(self.decoder, i, layer, self.resid, places, tap, primal, self._relevance)
         return primal
 
     def has(self, source: str, target: str) -> bool:

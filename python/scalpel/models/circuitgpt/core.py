@@ -76,8 +76,13 @@ class CircuitCore(nn.Module):
         self.to(device=device, dtype=dtype)
 
     def _initialise(self) -> None:
-        """Draw normal weights of standard deviation 0.02, less in projections into the residual (GPT-2's rule)."""
+        """Draw normal weights of standard deviation 0.02, less in projections into the residual (GPT-2's rule).
+
+        Where there are only shapes, nothing is drawn, because for that torch would import its compiler.
+        """
         for name, parameter in self.named_parameters():
+            if parameter.is_meta:
+                continue
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * max(1, self.config.n_layer)))
             elif parameter.dim() == 2:

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -164,22 +164,32 @@ def check_folder(folder: Path, config: Any, architecture: str) -> set[torch.dtyp
     return {stored.dtypes[key] for key in keys}
 
 
-def streamed_layers(decoder: Decoder) -> Iterator[tuple[int, DecoderLayer]]:
-    """Yield all layers in order; each is valid until the next is asked for, which is read in the meantime."""
+def streamed_layers(decoder: Decoder, numbers: Sequence[int] | None = None) -> Iterator[tuple[int, DecoderLayer]]:
+    """Yield layers, each valid until the next is asked for, which is read in the meantime.
+
+    ``numbers``: which layers, in which order, any of them as often as it is named; all of them once by default.
+    """
     weights = decoder.weights
     assert isinstance(weights, FolderWeights)
-    names_by_layer = [_names_of(decoder, i) for i in range(decoder.config.layers)]
-    size = max((_slot_bytes(weights, names) for names in names_by_layer), default=0)
-    slots = [_aligned_memory(size) for _ in range(min(2, len(names_by_layer)))]
+    order = range(decoder.config.layers) if numbers is None else numbers
+    names_of = {i: _names_of(decoder, i) for i in set(order)}
+    size = max((_slot_bytes(weights, names) for names in names_of.values()), default=0)
+    slots = [_aligned_memory(size) for _ in range(min(2, len(order)))]
     with ThreadPoolExecutor(1, thread_name_prefix="scalpel-read-ahead") as reader:
-        pending = reader.submit(_fill, weights, names_by_layer[0], slots[0]) if names_by_layer else None
-        for i in range(len(names_by_layer)):
+        pending = reader.submit(_fill, weights, names_of[order[0]], slots[0]) if order else None
+        for place, i in enumerate(order):
             assert pending is not None
             tensors = {name: tensor.to(weights.device) for name, tensor in pending.result().items()}
             pending = None
-            if i + 1 < len(names_by_layer):
-                pending = reader.submit(_fill, weights, names_by_layer[i + 1], slots[(i + 1) % 2])
+            if place + 1 < len(order):
+                pending = reader.submit(_fill, weights, names_of[order[place + 1]], slots[(place + 1) % 2])
             yield i, decoder.family.layer(_LayerTensors(tensors, weights), i)
+
+
+def neurons_of(decoder: Decoder, i: int) -> int:
+    """How many neurons the MLP of layer ``i`` has; nothing is read."""
+    assert isinstance(decoder.weights, FolderWeights)
+    return int(decoder.family.layer(_NameRecorder(decoder.weights), i).down.weight.shape[1])
 
 
 class _LayerTensors:

@@ -1,0 +1,1 @@
+"""Whether the mean Jacobians of a model's parts compose to those of the whole."""

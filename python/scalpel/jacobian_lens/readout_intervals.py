@@ -1,0 +1,109 @@
+"""How far a readout depends on the prompts that its lens was fitted on: intervals of logits and ranks.
+
+The states of the text go through each of some prompts' own Jacobians, by tangents that go forward, without a matrix.
+How these products scatter from prompt to prompt says how far the mean over the lens's prompts may be off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .intervals import intervals
+from .matrices import Lens, matrix_of
+from .readout import Readout, transported
+from .transported import transported as pushed
+
+__all__ = ["ReadoutIntervals", "intervals_of"]
+
+
+@dataclass(frozen=True)
+class ReadoutIntervals:
+    """The 95 % intervals of what a Jacobian lens reads of one text.
+
+    Attributes:
+        n_prompts: How many prompts told the scatter.
+        logits: (layers, positions, k, 2), float64: of the logits of the tokens that the readout lists.
+        ranks: (layers, positions, 2), float64: of the rank, from 1, of the token that the model itself puts first.
+    """
+
+    n_prompts: int
+    logits: Tensor
+    ranks: Tensor
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain data; ranks are integers."""
+        return {
+            "n_prompts": self.n_prompts,
+            "logits": self.logits.tolist(),
+            "ranks": self.ranks.round().to(torch.int64).tolist(),
+        }
+
+
+def intervals_of(
+    lens: Lens,
+    readout: Readout,
+    text: Any,
+    prompts: Iterable[Any],
+    *,
+    resamples: int = 200,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> ReadoutIntervals:
+    """Compute intervals of a readout: :meth:`scalpel.JacobianLens.intervals`."""
+    about, model = lens.about, lens.attached
+    if readout.jacobian is None:
+        raise ValueError("the readout is of the logit lens alone, which no prompt decides: read with lens='both'")
+    layers = [layer for layer in readout.layers if layer in lens.J]
+    values, columns = model.values(model.text(text), layers), list(readout.positions)
+    if not columns or max(columns) >= len(values):
+        raise ValueError(f"the readout has positions up to {max(columns)}, and this text has {len(values)} tokens")
+    vectors = {layer: values.states[layer][columns] for layer in layers}
+    options = {name: about[name] for name in ("target", "skip_first", "targets", "precision") if name in about}
+    if about.get("estimator", "jacobian") != "jacobian":
+        raise ValueError(
+            "a relevance lens is no Jacobian, and only a Jacobian takes a vector forward: it has no intervals"
+        )
+    products: dict[Any, list[Tensor]] = {layer: [] for layer in layers}
+    for number, prompt in enumerate(prompts, start=1):
+        for layer, each in pushed(model.model, [prompt], vectors, **options).per_prompt.items():
+            products[layer].append(each[0].cpu())
+        if progress is not None:
+            progress(number)
+    count = len(products[layers[0]]) if layers else 0
+    if count < 2:
+        raise ValueError(f"intervals need two prompts or more, and {count} were given")
+    ids = None if values.ids is None else values.ids[columns]
+
+    def unembed(place: int) -> Callable[[Tensor], Tensor]:
+        own = None if ids is None else ids[place]
+
+        def logits(x: Tensor) -> Tensor:
+            rows = x.reshape(-1, x.shape[-1])
+            read = model.head.logits(rows, None if own is None else own.expand(len(rows)))
+            return read.reshape(*x.shape[:-1], -1).cpu()
+
+        return logits
+
+    k = readout.jacobian.tokens.shape[-1]
+    found = torch.zeros(len(readout.layers), len(columns), k, 2, dtype=torch.float64, device="cpu")
+    ranks = torch.zeros(len(readout.layers), len(columns), 2, dtype=torch.float64, device="cpu")
+    for row, layer in enumerate(readout.layers):
+        for place in range(len(columns)):
+            if layer not in products:  # the target, which is read as it is
+                found[row, place] = readout.jacobian.logits[row, place, :, None].double()
+                ranks[row, place] = readout.jacobian.ranks[row, place].double()
+                continue
+            own = transported(matrix_of(lens, layer), vectors[layer][place : place + 1]).cpu()
+            scattered = torch.stack([each[place : place + 1] for each in products[layer]])
+            listed = [*readout.jacobian.tokens[row, place].tolist(), int(readout.model.tokens[place, 0])]
+            of_cell = intervals(
+                unembed(place), scattered, listed, resamples=resamples, seed=seed, mean=own, n_prompts=lens.n_prompts
+            )
+            found[row, place] = torch.stack([of_cell.logits_low[0, :k], of_cell.logits_high[0, :k]], dim=-1)
+            ranks[row, place] = torch.stack([of_cell.ranks_low[0, k], of_cell.ranks_high[0, k]])
+    return ReadoutIntervals(count, found, ranks)
