@@ -211,16 +211,18 @@ class _Walk:
                 self._carried = None
                 start = torch.zeros(self.n, 0, dtype=torch.float64, device=chain[0].device)
             else:
-                if found.residual[-1] <= goal or not self._too_far(found, goal):
+                if not self._too_far(found, goal):
                     return self._product(chain, found, goal)
                 start = found.right.double()
         swept = sweeps.solve(goal, most, start)
         return Product(**vars(swept), depth=depth)
 
     def _too_far(self, found: Found, goal: float) -> bool:
-        """Whether values are so far apart that the rounding of products hides whether the smallest has converged."""
-        rounding = _FAR * float(torch.finfo(found.right.dtype).eps)
-        return bool(found.values[-1] * goal <= rounding * found.values[0])
+        """Whether values are so far apart that rounding hides the smallest, or whether it has converged."""
+        eps = float(torch.finfo(found.right.dtype).eps)
+        if found.residual[-1] <= goal:
+            return bool(found.values[-1] <= ROUNDING * eps * found.values[0])
+        return bool(found.values[-1] * goal <= _FAR * eps * found.values[0])
 
     def _product(self, chain: list[Jacobian], found: Found, goal: float) -> Product:
         right = found.right.T.reshape(self.T, *chain[0].source_shape)
