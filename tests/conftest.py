@@ -1,5 +1,6 @@
 """Fixtures for every test, and the distribution of tests over processes."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -25,16 +26,21 @@ FIRST = [
     "test_build.py",
     "test_shipped.py",
     "test_topk_cuda.py",
-    "test_distributed.py",
+    "test_smollm2.py",
     "test_circuits.py",
     "test_analysis_spectra.py",
-    "test_collect.py",
-    "test_lanes.py",
-    "test_cli.py",
-    "test_orbits_experiment.py",
-    "test_experiments.py",
+    "test_wrapped.py",
     "test_jacobian_decoders.py",
+    "test_experiments.py",
+    "test_extraction.py",
+    "test_topk_compiled.py",
     "test_elsewhere.py",
+    "test_analysis_kept.py",
+    "test_sweep.py",
+    "test_distributed.py",
+    "test_topk.py",
+    "test_transformers_classes.py",
+    "test_cli_errors.py",
 ]
 
 
@@ -48,6 +54,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
         if "stand_in" in fixtures:
             item.add_marker(pytest.mark.native)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Keep the million objects of imported libraries out of every later collection of garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -21,7 +21,6 @@ from scalpel.analysis.source import Source
 from scalpel.analysis.text import Choice, read_text
 from scalpel.jacobians.stream import stream_layers
 from scalpel.models.gguf import conventions
-from scalpel.models.gguf import tokenizer as gguf_tokenizer
 from scalpel.models.tokenizer import Tokenizer
 from scalpel.models.weight_files import CheckpointError
 from wrapper_cases import mapped
@@ -131,18 +130,26 @@ def test_an_analysis_takes_the_file_alone(
 LONG = TEXT + "\n\nIn 1827, it was \u201cnaïve\u201d:\n    return 日本 + x  # 3.14\n" + CAPITAL + (" " + TEXT) * 2
 
 
-@pytest.mark.parametrize("length", [32, 40])
-def test_bos_and_the_chat_template_are_those_of_transformers(length: int, smollm2_gguf: Path, tmp_path: Path) -> None:
-    """Each chunk is what transformers makes of a message with the rest of the text, up to the length."""
+@pytest.fixture(scope="module")
+def readers(smollm2_gguf: Path, smollm2_tokenizer: Tokenizer) -> tuple[Source, Any]:
+    """The file as an analysis finds it, and transformers' tokenizer of it. Each takes seconds to read."""
     transformers = pytest.importorskip("transformers")
+    agreed = conventions(smollm2_gguf)
+    found = Source("decoder", {"name": "SmolLM2"}, 8192, 49152, smollm2_tokenizer, None, conventions=lambda: agreed)
+    theirs = transformers.AutoTokenizer.from_pretrained(str(smollm2_gguf.parent), gguf_file=smollm2_gguf.name)
+    # transformers does not split off digits
+    theirs.backend_tokenizer.pre_tokenizer = smollm2_tokenizer.inner.pre_tokenizer
+    return found, theirs
+
+
+@pytest.mark.parametrize("length", [32, 40])
+def test_bos_and_the_chat_template_are_those_of_transformers(
+    length: int, readers: tuple[Source, Any], tmp_path: Path
+) -> None:
+    """Each chunk is what transformers makes of a message with the rest of the text, up to the length."""
+    found, theirs = readers
     path = tmp_path / "text.txt"
     path.write_text(LONG, encoding="utf-8")
-    ours = gguf_tokenizer(smollm2_gguf)
-    found = Source(
-        "decoder", {"name": "SmolLM2"}, 8192, 49152, ours, None, conventions=lambda: conventions(smollm2_gguf)
-    )
-    theirs = transformers.AutoTokenizer.from_pretrained(str(smollm2_gguf.parent), gguf_file=smollm2_gguf.name)
-    theirs.backend_tokenizer.pre_tokenizer = ours.inner.pre_tokenizer  # transformers does not split off digits
     encoded = theirs(LONG, return_offsets_mapping=True)
     plain = encoded.input_ids
 

@@ -33,7 +33,7 @@ from scalpel.tasks.bracket_words import BRACKET_WORDS
 
 __all__ = ["one_thread"]
 
-QUICK = Schedule(steps=60, batch=24)
+QUICK = Schedule(steps=40, batch=16)
 
 
 @pytest.fixture(scope="module")
@@ -280,10 +280,12 @@ def test_a_resumed_search_draws_what_an_unbroken_one_does(tmp_path):
     def make(*given):  # this name has no words, so the closure is not measured
         return replace(bracket_counting(*given), name="brackets")
 
-    whole = prune(model, make, seeds=2, **options)
-    prune(model, make, seeds=1, folder=tmp_path, **options)
+    whole = prune(model, make, seeds=2, folder=tmp_path, **options)
+    (tmp_path / "seed-1.json").unlink()  # as if it had been stopped before
+    first = prune(model, make, seeds=1, folder=tmp_path, **options)
     resumed = prune(model, make, seeds=2, folder=tmp_path, **options)
     assert [c.nodes for c in resumed.circuits] == [c.nodes for c in whole.circuits]
+    assert [c.nodes for c in first.circuits] == [whole.circuits[0].nodes] and (tmp_path / "seed-1.json").exists()
 
 
 def test_what_no_circuit_can_be_sought_for(model):

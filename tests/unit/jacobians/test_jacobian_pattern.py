@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from circuitgpt_cases import build, one_thread, tokens, torch_func  # noqa: F401
 from decoder_cases import MODELS, exact_norms, ids_of, model_of
+from pairs import pairs
 from scalpel import jacobian
 from scalpel.hooks.names import module_path
 from scalpel.jacobians.rows import products as row_products
@@ -72,9 +73,10 @@ def written_out(model: Any, q: Tensor, k: Tensor, mask: Tensor | None, sink: Ten
     return torch.cat(heads, -1)
 
 
-@pytest.mark.parametrize("at", POSITIONS, ids=str)
-@pytest.mark.parametrize("padding", PADDING)
-@pytest.mark.parametrize("case", ["plain", "narrow_heads", "like_csp_yolo2", "topk_everywhere_relu_residual"])
+CASES = ["plain", "narrow_heads", "like_csp_yolo2", "topk_everywhere_relu_residual"]
+
+
+@pytest.mark.parametrize(("case", "padding", "at"), pairs(CASES, PADDING, POSITIONS), ids=str)
 def test_a_circuitgpt(case: str, padding: str, at: tuple[Any, Any]) -> None:
     model = build(case)
     ids = tokens(model, 2, LENGTH)
@@ -165,9 +167,8 @@ class Eager(nn.Module):
         return weights.transpose(1, 2).flatten(2)
 
 
-@pytest.mark.parametrize("padding", PADDING)
-@pytest.mark.parametrize("name", MODELS)
-def test_decoders(name: str, padding: str, exact: None) -> None:
+@pytest.mark.parametrize(("name", "padding", "at"), pairs([*MODELS], PADDING, POSITIONS), ids=str)
+def test_decoders(name: str, padding: str, at: tuple[Any, Any], exact: None) -> None:
     model, eager = model_of(name), Eager(model_of(name), 1)
     ids = ids_of(2, LENGTH)
     inputs = inputs_of(ids, padding)
@@ -180,9 +181,8 @@ def test_decoders(name: str, padding: str, exact: None) -> None:
         finally:
             moved.remove()
 
-    for at in POSITIONS:
-        J = jacobian(model, ids, "0.resid_in", "1.attn.pattern", at, **inputs)
-        check(J, weights, at, inputs.get("attention_mask"))
+    J = jacobian(model, ids, "0.resid_in", "1.attn.pattern", at, **inputs)
+    check(J, weights, at, inputs.get("attention_mask"))
     J = jacobian(model, ids, "0.resid_in", "blocks.1.attn.hook_pattern", **inputs)
     heads = J.primal.unflatten(-1, (-1, LENGTH))
     if padding == "left":  # a query that may read no key

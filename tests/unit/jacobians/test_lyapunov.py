@@ -25,6 +25,7 @@ from depth_cases import (
     orthogonal,
     random,
 )
+from pairs import pairs
 from scalpel import jacobian, lyapunov
 from scalpel.jacobians.depth.graded import GradedProduct
 from scalpel.jacobians.depth.sweeps import Sweeps, frame_growth
@@ -36,9 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:scalpel.jacobian differentiates"
 CASES = ["plain", "like_csp_yolo2", "topk_resid_post_mlp", "relu_residual", "positions_concatenated"]
 
 
-@pytest.mark.parametrize("identity", [True, False])
-@pytest.mark.parametrize("positions", [None, -1, slice(1, 4)])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "positions", "identity"), pairs(CASES, [None, -1, slice(1, 4)], [True, False]))
 def test_a_circuitgpt_against_its_dense_product(case: str, positions, identity: bool) -> None:
     model, T = build(case), 3
     ids = tokens(model, 2, 5)
