@@ -107,7 +107,8 @@ def layer_triples(J: Jacobian, T: int, seed: int, goal: float) -> Triples:
         return Triples(*J.svd(T, seed=seed), 0.0, True)
     A = _Through([J], None)
     start = random_start(J.shape[1], T, seed, J.primal)
-    found = Search(A, T, goal, ROUNDING * A.eps, _STEPS).run(start, A.push(start), torch.ones(start.shape[1]).double())
+    scale = torch.ones(start.shape[1], dtype=torch.float64, device="cpu")
+    found = Search(A, T, goal, ROUNDING * A.eps, _STEPS).run(start, A.push(start), scale)
     values = found.values.to(start)
     return Triples(found.left, values, found.right.T, float(found.residual[-1]), found.converged)
 
