@@ -21,8 +21,8 @@ from torch import Tensor
 
 from measure import commit, in_a_process, medians, peak_beyond, where_measured
 from scalpel.cli import bench
-from scalpel.jacobian_lens.positions import valid_tokens
-from scalpel.jacobian_lens.sweep import lens_of_sweep
+from scalpel.jacobian_lens.sweeps.positions import valid_tokens
+from scalpel.jacobian_lens.sweeps.sweep import lens_of_sweep
 from scalpel.jacobians.choosing import pass_between
 from scalpel.jacobians.sweep import Sweep, sweep_of
 

@@ -21,7 +21,7 @@ from scalpel.experiments.composition.defect import Products, exchanged, measure,
 from scalpel.experiments.composition.experiment import _pairs, _verdict, run
 from scalpel.experiments.composition.prompts import Prompts
 from scalpel.experiments.composition.summary import Summary, summarise
-from scalpel.jacobian_lens.sweep import lens_matrices
+from scalpel.jacobian_lens.sweeps.sweep import lens_matrices
 
 WIDTH, POSITIONS = 5, 3
 
@@ -132,9 +132,13 @@ def test_what_resampled_products_are() -> None:
     halves = split_halves(products, np.random.default_rng(5), 400)
     assert abs(halves.mean()) < 4 * halves.std() / 20
     shown = exchanged(products, np.random.default_rng(5), 400)
-    swap = np.where(np.isin(np.arange(6), [0, 1, 2]), 1, -1)
-    expected = (np.einsum("kij,i,j->", gram[0], swap, swap) - np.einsum("kii->", gram[0])) / 3 / 30 / moved
-    assert np.abs(shown[:, 0] - expected).min() < 1e-12
+    assert abs(shown.mean()) < 4 * shown.std() / 20  # at 0, though z has a mean of its own
+    one, other = z[:3], z[3:]
+    expected = 0.0
+    for half in (one, other):
+        expected += sum((half[i] * half[j]).sum() for i in range(3) for j in range(3) if i != j) / 6
+    expected -= 2 * (one.mean(0) * other.mean(0)).sum()
+    assert np.abs(shown[:, 0] - expected / 3 / 4 / moved).min() < 1e-12
 
 
 # ---- frozen attention --------------------------------------------------------------------------------------------
@@ -235,6 +239,9 @@ def test_frozen_attention_of_a_circuitgpt() -> None:
 def test_the_rule() -> None:
     each = Summary([], 0.1, (0.05, 0.2), 0.15, 0.3, 0.12, (0.1, 0.2), None, 0.5, (0.1, 0.8))
     worse = replace(each, defect=0.4, interval=(0.3, 0.5))
+    less_than_frozen = replace(worse, frozen_interval=(0.4, 0.6), edges=0.2)
+    assert less_than_frozen.beyond and less_than_frozen.beyond_frozen is False and worse.beyond_frozen
+    assert not replace(less_than_frozen, edges=0.35).beyond and not replace(less_than_frozen, edges=None).beyond
     unsure = replace(each, defect=0.18)
     assert each.zero and each.beyond is False and worse.beyond and not worse.zero
     assert _verdict([each, each]) == "reproduced"

@@ -190,9 +190,9 @@ def test_the_readme_example_runs():
 
 
 def test_the_readme_example_of_the_algebra_runs():
-    """Run the fifth block."""
+    """Run the sixth block."""
     names = {"scalpel": scalpel, "m": scalpel.CircuitGPT.from_pretrained("bracket-mini")}
-    exec(readme_blocks()[4], names)
+    exec(readme_blocks()[5], names)
     assert names["S"].size == 3 and names["holes"].tolist() == [3]
     assert names["found"].verdict == "finite" and names["found"].semigroup().groups()[0].name == "Z_3"
     card = scalpel.CircuitGPT.from_pretrained("mod3-mini").card["machine"]
@@ -212,6 +212,23 @@ def test_the_readme_example_of_a_decoder_runs(tmp_path: Path):
     exec(block, names)
     assert torch.allclose(names["V"], expected, atol=1e-4)
     assert names["J"].source_shape == (1, 5, 12)
+
+
+def test_the_readme_example_of_a_lens_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Run the fifth block unchanged."""
+    monkeypatch.chdir(tmp_path)
+    names = {"scalpel": scalpel, "m": scalpel.CircuitGPT.from_pretrained("bracket-mini")}
+    exec(readme_blocks()[4], names)
+    assert names["lens"].n_prompts == 2 and 0 < names["lens"].error[0] < 1
+    stored = scalpel.JacobianLens.load(tmp_path / "bracket-mini_jacobian_lens.pt")
+    assert torch.equal(stored.J[0], names["lens"].J[0].half().float())
+
+
+def test_the_example_of_the_guide_to_the_lens_runs():
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "jacobian_lens.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(block, names)
+    assert names["read"].top(0, -1) != names["without"].top(0, -1)
 
 
 def test_the_readme_example_of_transformers_classes_runs():

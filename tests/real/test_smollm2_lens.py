@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from scalpel.jacobian_lens.positions import valid_tokens
-from scalpel.jacobian_lens.sweep import lens_of_sweep
+from scalpel.jacobian_lens.sweeps.positions import valid_tokens
+from scalpel.jacobian_lens.sweeps.sweep import lens_of_sweep
 from scalpel.jacobians.choosing import pass_between
 from scalpel.jacobians.sweep import sweep_of
 from scalpel.models.tokenizer import Tokenizer

@@ -30,8 +30,8 @@ from scalpel.circuits.closure import closes_over
 from scalpel.circuits.task import answer_logits
 from scalpel.cli import bench
 from scalpel.covariance import DebiasedCKA, leave_one_out
-from scalpel.jacobian_lens.intervals import intervals
-from scalpel.jacobian_lens.transported import transported
+from scalpel.jacobian_lens.reading.intervals import intervals
+from scalpel.jacobian_lens.reading.transported import transported
 from scalpel.jacobians.stream import stream_layers
 from scalpel.models.circuitgpt.ablation import hook_means
 from scalpel.models.circuitgpt.config import CircuitGPTConfig

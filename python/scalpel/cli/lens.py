@@ -106,7 +106,7 @@ def fit(
         import itertools
 
         from ..jacobian_lens import fit as fit_lens
-        from ..jacobian_lens.prompts import read_prompts
+        from ..jacobian_lens.fits.prompts import read_prompts
         from ..jacobian_lens.words import words_of
 
         subject, own = _model(model, device, stream)
@@ -173,7 +173,7 @@ def show(
         steps.stage("loading the model", 0.0)
         import itertools
 
-        from ..jacobian_lens.prompts import read_prompts
+        from ..jacobian_lens.fits.prompts import read_prompts
         from ..jacobian_lens.words import words_of
         from ..report.lens import write_lens
 

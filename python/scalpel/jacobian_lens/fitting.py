@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from .._integers import integer
 from .._resume import WayOut, Work
 from ..jacobians.precision import plain_tensors
-from .bar import Bar
-from .folder import FILE, PIECES, stored_width
-from .hooks import Layer
+from .fits.bar import Bar
+from .fits.folder import FILE, PIECES, stored_width
+from .fits.prompts import length_of, mark_of, read_prompts
+from .fits.share import Share
+from .fits.subject import Subject
+from .fits.sums import Adding, Sums
 from .lens import JacobianLens
-from .prompts import length_of, mark_of, read_prompts
 from .provenance import about_of, key_of
-from .share import Share
-from .subject import Subject
-from .sums import Adding, Sums
+from .sweeps.hooks import Layer
 from .words import words_of
 
 __all__ = ["fit"]

@@ -13,10 +13,12 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from ..models.marks import model_mark
-from . import evaluation, interventions, readout, readout_intervals, vectors
+from . import interventions
 from .attached.model import AttachedModel
+from .evaluating import evaluation
 from .matrices import Layer
-from .readout import Readout
+from .reading import readout, readout_intervals, vectors
+from .reading.readout import Readout
 
 __all__ = ["LensInUse"]
 
@@ -329,10 +331,10 @@ class LensInUse:
     ) -> evaluation.Evaluation:
         """Count how often the lens shows what the model should think of, beside the logit lens and controls.
 
-        The rules and intervals are defined in :mod:`scalpel.jacobian_lens.evaluation`, and what is read of an item in
-        :func:`scalpel.jacobian_lens.items.read_items`. The model runs once for each item; all else reads its states.
-        With derangements each layer is read with the matrices of the others, up to layers² readouts for each item,
-        which is most of the work: name fewer layers where that is too much.
+        The rules and intervals are defined in :mod:`scalpel.jacobian_lens.evaluating.evaluation`, and what is read of
+        an item in :func:`scalpel.jacobian_lens.evaluating.items.read_items`. The model runs once for each item; all
+        else reads its states. With derangements each layer is read with the matrices of the others, up to layers²
+        readouts for each item, which is most of the work: name fewer layers where that is too much.
 
         Args:
             items: The path of a published file of items, or a list of mappings with prompt, intermediates and,

@@ -21,7 +21,7 @@ from ..hooks.running import eager
 from ..models.circuitgpt.model import CircuitGPT
 from .attached.model import AttachedModel
 from .matrices import Lens, chosen_layers
-from .vectors import directions
+from .reading.vectors import directions
 
 __all__ = ["Intervention", "ablate", "steer", "swap"]
 

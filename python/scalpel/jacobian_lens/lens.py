@@ -14,12 +14,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from . import controls, file, hub
-from .folder import sums_in
+from .evaluating import controls
+from .files import file, hub
+from .files.merging import check_mergeable, merged_about, merged_means
+from .fits.folder import sums_in
+from .fits.sums import Means
 from .in_use import LensInUse
 from .matrices import Layer, widened
-from .merging import check_mergeable, merged_about, merged_means
-from .sums import Means
 
 __all__ = ["JacobianLens"]
 
@@ -205,7 +206,7 @@ class JacobianLens(LensInUse):
             The lens, whose matrices are computed from the sums when they are asked for.
 
         Example:
-            >>> from scalpel.jacobian_lens.sums import Sums
+            >>> from scalpel.jacobian_lens.fits.sums import Sums
             >>> sums = Sums([0], 2)
             >>> with sums.adding() as prompt:
             ...     prompt.add(0, 0, torch.eye(2))

@@ -13,7 +13,7 @@ from ..models.decoders.folder import FolderWeights, decoder_in
 from ..models.decoders.marks import sampled_mark
 from ..models.marks import model_mark
 from ..models.weight_files import read_json
-from .subject import Subject
+from .fits.subject import Subject
 
 __all__ = ["SAME", "about_of", "key_of"]
 

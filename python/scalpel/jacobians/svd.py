@@ -33,7 +33,7 @@ def truncated_svd(J: LinearMap, k: Any, *, seed: int, tol: float | None) -> tupl
         no_values = torch.zeros(0, dtype=work, device=J.device)
         return no_values.new_zeros(m, 0), no_values, no_values.new_zeros(0, n)
     if is_small((m, n), k):
-        U, S, Vh = torch.linalg.svd(_finite(J.to_dense().to(work)), full_matrices=False)
+        U, S, Vh = torch.linalg.svd(finite(J.to_dense().to(work)), full_matrices=False)
         return U[:, :k], S[:k], Vh[:k]
     return _Bidiagonalisation(J, k, width, work, seed).solve(tol)
 
@@ -55,7 +55,7 @@ class NotFinite(ValueError):
     """Products with a Jacobian hold NaN or infinity."""
 
 
-def _finite(products: Tensor) -> Tensor:
+def finite(products: Tensor) -> Tensor:
     """Return the products, or raise NotFinite where they hold NaN or infinity."""
     if not bool(products.isfinite().all()):
         raise NotFinite(
@@ -120,7 +120,7 @@ class _Bidiagonalisation:
 
     def _product(self, J: LinearMap, block: Tensor) -> Tensor:
         """Multiply J by a block; an error where the product is not finite."""
-        product = _finite((J @ block.to(J.dtype)).to(self.work))
+        product = finite((J @ block.to(J.dtype)).to(self.work))
         self.scale = max(self.scale, float(torch.linalg.vector_norm(product, dim=0).max()))
         return product
 

@@ -90,7 +90,8 @@ def sweep_of(run: Pass, hooks: Sequence[str], tokens: slice, relevance: bool = F
     of ``tokens`` is zero at every hook; and what arrives at one of ``tokens`` never comes from a token before the first
     of them, so it doesn't matter what is there.
 
-    With ``relevance`` cotangents go back by the rules of the relevance lens; see :mod:`scalpel.jacobian_lens.sweep`.
+    With ``relevance`` cotangents go back by the rules of the relevance lens; see
+    :mod:`scalpel.jacobian_lens.sweeps.sweep`.
 
     Raises:
         ValueError: Where the primal holds NaN.

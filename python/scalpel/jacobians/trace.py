@@ -85,7 +85,7 @@ def trace_of(
     ``see(hook, value)`` is called at every hook from the embedding to the last of ``hooks``, with the value that the
     hook records for all tokens; ``see_mask`` is called at every mask of a CircuitGPT on the way, as
     :func:`scalpel.hooks.masks.watch_masks` says. Both must leave what they see as it is. With ``relevance`` products
-    follow the rules of the relevance lens instead of the derivative, as :mod:`scalpel.jacobian_lens.sweep` says.
+    follow the rules of the relevance lens instead of the derivative, as :mod:`scalpel.jacobian_lens.sweeps.sweep` says.
     """
     with torch.no_grad(), no_autocast(), explained(run):
         if isinstance(run, DecoderPass):

@@ -17,7 +17,7 @@ from .templating import environment_and_style, text_of
 
 if TYPE_CHECKING:
     from ..jacobian_lens.lens import JacobianLens
-    from ..jacobian_lens.readout import Readout
+    from ..jacobian_lens.reading.readout import Readout
 
 __all__ = ["render_lens", "write_lens"]
 

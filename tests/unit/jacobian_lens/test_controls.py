@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lens_cases import lens_model, random_lens
-from scalpel.jacobian_lens.controls import derangement
+from scalpel.jacobian_lens.evaluating.controls import derangement
 
 
 def test_permuted_rows() -> None:

@@ -13,8 +13,8 @@ import torch
 
 import scalpel
 from lens_cases import lens_model, random_lens
-from scalpel.jacobian_lens.controls import derangement
-from scalpel.jacobian_lens.items import read_items
+from scalpel.jacobian_lens.evaluating.controls import derangement
+from scalpel.jacobian_lens.evaluating.items import read_items
 
 # one token a letter; the last intermediate of the second item is two tokens, and a list is a set of spellings
 ITEMS: list[dict[str, Any]] = [

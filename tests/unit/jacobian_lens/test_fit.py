@@ -19,10 +19,10 @@ from torch import Tensor
 
 from decoder_cases import exact_norms, model_of
 from lens_oracle import block_jacobian, blocks_of, lens_matrix
+from scalpel.jacobian_lens.fits.sums import Sums
 from scalpel.jacobian_lens.fitting import fit
 from scalpel.jacobian_lens.lens import JacobianLens
-from scalpel.jacobian_lens.sums import Sums
-from scalpel.jacobian_lens.sweep import lens_matrices, lens_rows
+from scalpel.jacobian_lens.sweeps.sweep import lens_matrices, lens_rows
 
 pytest.importorskip("transformers")
 SKIP = 2
@@ -176,7 +176,7 @@ def test_a_fit_that_was_stopped_goes_on(model: Any, tmp_path: Path, monkeypatch:
         computed.append(1)
         return lens_rows(*arguments, **options)
 
-    monkeypatch.setattr("scalpel.jacobian_lens.subject.lens_rows", counted)
+    monkeypatch.setattr("scalpel.jacobian_lens.fits.subject.lens_rows", counted)
     with pytest.warns(UserWarning, match="1 of 7"):
         resumed = fitted(model, given, folder=tmp_path)
     assert len(computed) == 3

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import scalpel
 from decoder_cases import exact_norms, model_of
 from scalpel.jacobian_lens.fitting import fit
-from scalpel.jacobian_lens.sweep import lens_matrices
+from scalpel.jacobian_lens.sweeps.sweep import lens_matrices
 
 pytest.importorskip("transformers")
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from decoder_cases import MODELS, exact_norms, ids_of, model_of
 from lens_oracle import block_jacobian, blocks_of, lens_matrix
-from scalpel.jacobian_lens import folder_sweep
-from scalpel.jacobian_lens.folder_sweep import layers_in_folder, lens_matrices_of_folder, lens_rows_of_folder
-from scalpel.jacobian_lens.sweep import lens_matrices
+from scalpel.jacobian_lens.sweeps import folder_sweep
+from scalpel.jacobian_lens.sweeps.folder_sweep import layers_in_folder, lens_matrices_of_folder, lens_rows_of_folder
+from scalpel.jacobian_lens.sweeps.sweep import lens_matrices
 from scalpel.jacobians import streamed_sweep
 
 pytest.importorskip("transformers")

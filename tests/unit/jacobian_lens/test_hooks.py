@@ -10,9 +10,9 @@ from torch import nn
 
 from circuitgpt_cases import build
 from decoder_cases import ids_of, model_of
-from scalpel.jacobian_lens.autograd_sweep import AutogradSweep
-from scalpel.jacobian_lens.hooks import all_layers, blocks_in, ends_of, layers_of
-from scalpel.jacobian_lens.sweep import lens_matrices
+from scalpel.jacobian_lens.sweeps.autograd_sweep import AutogradSweep
+from scalpel.jacobian_lens.sweeps.hooks import all_layers, blocks_in, ends_of, layers_of
+from scalpel.jacobian_lens.sweeps.sweep import lens_matrices
 
 
 def blocks(count: int, kind: Any = nn.Linear) -> nn.ModuleList:

@@ -11,7 +11,7 @@ import tokenizers
 import torch
 
 import scalpel
-from scalpel.jacobian_lens.prompts import read_prompts
+from scalpel.jacobian_lens.fits.prompts import read_prompts
 from scalpel.jacobian_lens.words import Words, words_of
 
 A, B = [3, 4, 5, 6], [7, 8, 9]

@@ -14,7 +14,7 @@ from decoder_cases import MODELS, exact_norms, ids_of, model_of
 from lens_oracle import block_jacobian, blocks_of, lens_matrix
 from relevance_oracle import relevance
 from scalpel import CircuitGPT
-from scalpel.jacobian_lens.sweep import lens_matrices
+from scalpel.jacobian_lens.sweeps.sweep import lens_matrices
 from scalpel.jacobians.choosing import pass_between
 from scalpel.jacobians.trace import trace_of
 

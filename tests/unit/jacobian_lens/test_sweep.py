@@ -12,9 +12,9 @@ from torch import Tensor
 
 from decoder_cases import MODELS, exact_norms, ids_of, model_of
 from lens_oracle import block_jacobian, blocks_of, lens_matrix
-from scalpel.jacobian_lens.autograd_sweep import AutogradSweep
-from scalpel.jacobian_lens.cotangents import signs_of
-from scalpel.jacobian_lens.sweep import lens_matrices
+from scalpel.jacobian_lens.sweeps.autograd_sweep import AutogradSweep
+from scalpel.jacobian_lens.sweeps.cotangents import signs_of
+from scalpel.jacobian_lens.sweeps.sweep import lens_matrices
 
 pytest.importorskip("transformers")
 EXACT = {"rtol": 1e-9, "atol": 1e-11}

@@ -14,7 +14,7 @@ from circuitgpt_cases import CASES, build, one_thread, tokens, torch_func  # noq
 from decoder_cases import exact_norms, ids_of, model_of
 from lens_oracle import block_jacobian, blocks_of, lens_matrix
 from scalpel import CircuitGPT
-from scalpel.jacobian_lens.sweep import lens_matrices
+from scalpel.jacobian_lens.sweeps.sweep import lens_matrices
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 

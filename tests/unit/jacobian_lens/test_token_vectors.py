@@ -11,7 +11,7 @@ import scalpel
 from analysis_cases import letters
 from lens_cases import lens_model
 from scalpel.jacobian_lens import token_vectors
-from scalpel.jacobian_lens.sweep import lens_matrices
+from scalpel.jacobian_lens.sweeps.sweep import lens_matrices
 
 PROMPTS = ["abcdefg", torch.tensor([5, 4, 3, 2, 1, 0]), [7, 8, 1, 2, 3]]
 IDS = [[0, 1, 2, 3, 4, 5, 6], [5, 4, 3, 2, 1, 0], [7, 8, 1, 2, 3]]

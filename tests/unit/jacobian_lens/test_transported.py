@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from circuitgpt_cases import build, tokens, torch_func
 from decoder_cases import MODELS, exact_norms, ids_of, model_of
 from lens_oracle import block_jacobian, blocks_of, lens_matrix
-from scalpel.jacobian_lens.intervals import intervals
-from scalpel.jacobian_lens.sweep import lens_matrices
-from scalpel.jacobian_lens.transported import Transported, transported
+from scalpel.jacobian_lens.reading.intervals import intervals
+from scalpel.jacobian_lens.reading.transported import Transported, transported
+from scalpel.jacobian_lens.sweeps.sweep import lens_matrices
 
 pytest.importorskip("transformers")
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
@@ -126,7 +126,7 @@ def test_intervals_of_logits_follow_students_t_and_ranks_are_counted() -> None:
     np.testing.assert_allclose((found.logits_high - found.logits_low).numpy() / 2, half, rtol=0.06)
     for row in range(2):
         order = sorted(range(vocab), key=lambda token: (-mean[row, token], token))
-        assert found.ranks[row].tolist() == [order.index(3), order.index(7)]
+        assert found.ranks[row].tolist() == [order.index(3) + 1, order.index(7) + 1]
     assert bool((found.ranks_low <= found.ranks).all()) and bool((found.ranks <= found.ranks_high).all())
     assert bool((found.ranks_low < found.ranks_high).any())
 

@@ -146,20 +146,14 @@ def relative(products: Products, units: np.ndarray, probes: np.ndarray) -> np.nd
 
 
 def exchanged(products: Products, rng: np.random.Generator, draws: int) -> np.ndarray:
-    """The null of split halves: the same estimate with left and right exchanged in a random half of the units.
+    """The null of split halves: the estimate with the left and the right side exchanged in a random half of the units.
 
-    This compares z of one half with z of the other, whose truth is 0, and has the noise that the defect has.
+    That is half the difference between z of one half and z of the other: its truth is 0, and its noise is that of z.
 
     Returns:
         Squares relative to ‖J̄_{l→D} − I‖², (draws, pairs).
     """
-    _, probes, count, _ = products.defect.shape
-    moved = squares(products.moved, np.ones((1, count)), np.ones((1, probes)))
-    gram = products.defect.mean(1)
-    signs = np.where(_halves(count, rng, draws), 1.0, -1.0)
-    found = np.einsum("pij,di,dj->dp", gram, signs, signs, optimize=True) - np.einsum("pii->p", gram)
-    result: np.ndarray = found / (count * (count - 1)) / np.where(moved > 0, moved, np.nan)
-    return result
+    return _between_halves(products.defect, products.moved, rng, draws) / 4
 
 
 def split_halves(products: Products, rng: np.random.Generator, draws: int) -> np.ndarray:
@@ -171,18 +165,23 @@ def split_halves(products: Products, rng: np.random.Generator, draws: int) -> np
     Returns:
         Squares relative to ‖J̄_{l→D} − I‖², (draws, pairs).
     """
-    pairs, probes, count, _ = products.left.shape
-    moved = squares(products.moved, np.ones((1, count)), np.ones((1, probes)))
-    gram = products.left.mean(1)
+    return _between_halves(products.left, products.moved, rng, draws)
+
+
+def _between_halves(gram: np.ndarray, moved: np.ndarray, rng: np.random.Generator, draws: int) -> np.ndarray:
+    """The squared difference between means of random halves, unbiased and relative to ``moved``, (draws, pairs)."""
+    pairs, probes, count, _ = gram.shape
+    scale = squares(moved, np.ones((1, count)), np.ones((1, probes)))
+    mean = gram.mean(1)
     one = _halves(count, rng, draws).astype(float)
     found = np.zeros((draws, pairs))
     for half in (one, 1 - one):
         size = half.sum(1, keepdims=True)
-        own = np.einsum("pij,di,dj->dp", gram, half, half, optimize=True) - np.einsum("pii,di->dp", gram, half)
+        own = np.einsum("pij,di,dj->dp", mean, half, half, optimize=True) - np.einsum("pii,di->dp", mean, half)
         found += own / (size * (size - 1))
-    between = np.einsum("pij,di,dj->dp", gram, one, 1 - one, optimize=True)
+    between = np.einsum("pij,di,dj->dp", mean, one, 1 - one, optimize=True)
     found -= 2 * between / (one.sum(1) * (1 - one).sum(1))[:, None]
-    result: np.ndarray = found / np.where(moved > 0, moved, np.nan)
+    result: np.ndarray = found / np.where(scale > 0, scale, np.nan)
     return result
 
 

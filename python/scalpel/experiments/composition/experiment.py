@@ -12,8 +12,13 @@ Nulls: "split" exchanges the two sides in a random half of the prompts, which co
 as its truth. J̄_{l→D} of one half against that of the other is shown, too. It decides nothing, since it is noisier than
 the defect, whose two sides share their prompts' scatter: a real defect would hide in it. "frozen" is the same model
 with its attention fixed at the mean weights over the prompts. Positions at the edges of the window have fewer
-neighbours, so that averages don't quite compose even in a linear model with fixed attention: the decoder made linear in
-that way is shown beside them ("edges").
+neighbours, so that averages don't quite compose even in a linear model with fixed attention: the decoder made linear
+in that way ("edges") is what a defect has to exceed.
+
+The first form of the rule asked for more: a defect above that with frozen attention. It proved wrong in practice.
+Freezing attention leaves all that MLPs and norms vary with, and takes a model to states that it was never trained on,
+where averages may compose worse than in the model itself. Then even a large defect would pass for indistinguishable
+from zero. The comparison stays in the result as "beyond_frozen_attention".
 """
 
 from __future__ import annotations
@@ -45,10 +50,10 @@ RULE = (
     "make negative. Zero stands for it if it is not above the 95 % of both nulls: the 97.5 % point of the same figure "
     "with both sides exchanged in a random half of the prompts, and the upper end of the interval of the same figure "
     "with frozen attention. Reproduced iff zero stands for both kinds. Not reproduced iff for one of them the 95 % "
-    "interval lies above both of these ends. Indistinguishable otherwise: then averages compose no worse than those of "
-    "a model with fixed attention, or the interval is too wide to tell. Growth is the rival's prediction: Spearman's "
-    "correlation of the defect with D − l over (l, m) has a 95 % interval above 0. Not testable if a null was not "
-    "asked for."
+    "interval lies above the former and above the figure of the linear model with fixed attention, which the edges of "
+    "the window make; where there is no such model, above the latter. Indistinguishable otherwise. Growth is the "
+    "rival's prediction: Spearman's correlation of the defect with D − l over (l, m) has a 95 % interval above 0. Not "
+    "testable if a null was not asked for."
 )
 opened = asked  # a user may name a model of any kind that has rules
 

@@ -55,10 +55,18 @@ class Summary:
 
     @property
     def beyond(self) -> bool | None:
-        """Whether the interval lies above both nulls; None where one is missing."""
+        """Whether the interval lies above what noise and the window's edges show; None where a null is missing.
+
+        The edges are those of the linear model; where there is none, the model with frozen attention stands for it.
+        """
         if self.split is None or self.frozen_interval is None or np.isnan(self.defect):
             return None
-        return self.interval[0] > max(self.split, self.frozen_interval[1])
+        return self.interval[0] > max(self.split, self.frozen_interval[1] if self.edges is None else self.edges)
+
+    @property
+    def beyond_frozen(self) -> bool | None:
+        """Whether the interval lies above that with frozen attention; None where it is missing."""
+        return None if self.frozen_interval is None else self.interval[0] > self.frozen_interval[1]
 
     def words(self) -> str:
         """The measurement in words."""
@@ -87,7 +95,8 @@ class Summary:
             "pairs": self.pairs,
             "spearman_with_distance": self.growth,
             "zero_stands": self.zero,
-            "beyond_both_nulls": self.beyond,
+            "beyond_noise_and_edges": self.beyond,
+            "beyond_frozen_attention": self.beyond_frozen,
             "grows": bool(self.growth_interval[0] > 0),
         }
 

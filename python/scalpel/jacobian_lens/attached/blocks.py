@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ...models.decoders.families import decoder_inside
-from ..hooks import blocks_in
+from ..sweeps.hooks import blocks_in
 
 __all__ = ["Blocks", "blocks_of"]
 
@@ -38,8 +38,8 @@ def blocks_of(model: nn.Module) -> Blocks | None:
     """Find the layers of a model that :func:`scalpel.hooks.standing.as_analysed` gave; None where they are not known.
 
     A model of a family that has rules is known by its family. In others the layers are the blocks that
-    :func:`scalpel.jacobian_lens.hooks.blocks_in` finds, and in another language model of transformers the last norm is
-    the one beside them.
+    :func:`scalpel.jacobian_lens.sweeps.hooks.blocks_in` finds, and in another language model of transformers the last
+    norm is the one beside them.
 
     Raises:
         ValueError: The model puts virtual tokens before each text.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..positions import text_alone
+from ..sweeps.positions import text_alone
 from ..words import Words
 
 __all__ = ["Text", "text_of", "token_id"]

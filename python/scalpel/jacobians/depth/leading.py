@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..svd import NotFinite
+from ..svd import NotFinite, finite
 
 __all__ = ["OVERSAMPLE", "Found", "Map", "Search", "random_start"]
 
@@ -27,6 +27,7 @@ _BLOCK = 12  # the most directions by which a step extends the basis
 _WIDEST = 8  # times T + OVERSAMPLE: the columns of W at which it is cut to the leading ones
 _KEPT = 3  # times T + OVERSAMPLE: how many are kept then, and for the next search
 _PATIENCE = 12  # steps in which the residual must halve, or it counts as stuck
+_RANGE = 1e150  # beyond which the squares of singular values might leave the range of float64
 _SMALL = 0.1  # the share of the goal below which a direction or a residual is left alone
 
 
@@ -122,12 +123,16 @@ class Search:
         self._begin(images, scale)
         halved, since_halved = math.inf, 0
         for taken in range(1, self.most + 1):
+            largest = float(self.R.abs().max())
+            if not largest < _RANGE or 0 < largest < 1 / _RANGE:
+                raise NotFinite("the products of a search for singular values leave the range of numbers")
             u, sigma, vh = torch.linalg.svd(self.R)
             T = min(self.T, len(sigma))
             left = self.Q @ self._working(u[:, :T])
             zero = sigma[:T] <= self.floor * sigma[0]
             over = torch.where(zero, math.inf, sigma[:T])
-            missed = self._pull_gained(left, float(sigma[0]), float(sigma[:T][~zero].min()) if not zero.all() else 1.0)
+            gap = 1.0 if bool(zero.all()) else float(sigma[:T][~zero].min() / sigma[0])
+            missed = self._pull_gained(left, gap)
             outside = self.D @ (self.P.T @ left).cpu().double() / over
             each = torch.linalg.vector_norm(outside, dim=0) + missed * sigma[0] / over
             residual = each.square().cumsum(0).sqrt()
@@ -153,23 +158,26 @@ class Search:
         """Take the images of the basis, and forget what was carried back."""
         self.images = images
         self.scale = scale
-        Q, R = torch.linalg.qr(_finite(self.A.read(images)))
+        Q, R = torch.linalg.qr(finite(self.A.read(images)))
         self.Q, self.R = Q, R.cpu().double() * scale
         # P: the left vectors that were carried back. Their images are a part in W, and N D outside it.
         self.P, self.N = Q[:, :0], self.W[:, :0]
         self.D = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
 
-    def _pull_gained(self, left: Tensor, largest: float, smallest: float) -> float:
-        """Carry back what ``left`` has outside P. Returns how much of a vector of ``left`` is still outside."""
+    def _pull_gained(self, left: Tensor, gap: float) -> float:
+        """Carry back what ``left`` has outside P. Returns how much of a vector of ``left`` is still outside.
+
+        ``gap`` is the smallest wanted value over the largest one.
+        """
         gained = left - self.P @ (self.P.T @ left)
         gained = gained - self.P @ (self.P.T @ gained)
         q, r = torch.linalg.qr(gained)
         rotation, sizes, _ = torch.linalg.svd(r.cpu().double())
-        enough = _SMALL * max(self.goal, self.A.eps) * smallest / largest
+        enough = _SMALL * max(self.goal, self.A.eps) * gap
         count = int((sizes > enough).sum())
         if count:
             new = q @ self._working(rotation[:, :count])
-            pulled = _finite(self.A.pull(new))
+            pulled = finite(self.A.pull(new))
             for _ in range(2):
                 pulled = pulled - self.W @ (self.W.T @ pulled)
             overlap, N, R = _orthonormal(pulled, self.N)
@@ -191,7 +199,7 @@ class Search:
         self.N, self.D = remaining @ self._working(rotation[:, :rank]), sizes[:rank, None] * right[:rank]
         _, new, _ = _orthonormal(new, self.W)
         images = self.A.push(new)
-        overlap, Q, R = _orthonormal(_finite(self.A.read(images)), self.Q)
+        overlap, Q, R = _orthonormal(finite(self.A.read(images)), self.Q)
         above = torch.cat([self.R, overlap], dim=1)
         below = torch.cat([torch.zeros(len(R), self.R.shape[1], dtype=torch.float64, device="cpu"), R], dim=1)
         self.R = torch.cat([above, below])
@@ -229,10 +237,3 @@ def _orthonormal(X: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # where little was left of a column, its direction is rounding, and not yet orthogonal to the basis
     Q, triangle = torch.linalg.qr(Q - basis @ (basis.T @ Q))
     return (C + correction).cpu().double(), Q, triangle.cpu().double() @ R.cpu().double()
-
-
-def _finite(products: Tensor) -> Tensor:
-    """Return the products, or raise NotFinite where they hold NaN or infinity."""
-    if not bool(products.isfinite().all()):
-        raise NotFinite("the products of a search for singular values hold NaN or infinity")
-    return products

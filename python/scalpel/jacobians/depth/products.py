@@ -107,7 +107,8 @@ def layer_triples(J: Jacobian, T: int, seed: int, goal: float) -> Triples:
         return Triples(*J.svd(T, seed=seed), 0.0, True)
     A = _Through([J], None)
     start = random_start(J.shape[1], T, seed, J.primal)
-    found = Search(A, T, goal, ROUNDING * A.eps, _STEPS).run(start, A.push(start), torch.ones(start.shape[1]).double())
+    scale = torch.ones(start.shape[1], dtype=torch.float64, device="cpu")
+    found = Search(A, T, goal, ROUNDING * A.eps, _STEPS).run(start, A.push(start), scale)
     values = found.values.to(start)
     return Triples(found.left, values, found.right.T, float(found.residual[-1]), found.converged)
 
@@ -210,16 +211,18 @@ class _Walk:
                 self._carried = None
                 start = torch.zeros(self.n, 0, dtype=torch.float64, device=chain[0].device)
             else:
-                if found.residual[-1] <= goal or not self._too_far(found, goal):
+                if not self._too_far(found, goal):
                     return self._product(chain, found, goal)
                 start = found.right.double()
         swept = sweeps.solve(goal, most, start)
         return Product(**vars(swept), depth=depth)
 
     def _too_far(self, found: Found, goal: float) -> bool:
-        """Whether values are so far apart that the rounding of products hides whether the smallest has converged."""
-        rounding = _FAR * float(torch.finfo(found.right.dtype).eps)
-        return bool(found.values[-1] * goal <= rounding * found.values[0])
+        """Whether values are so far apart that rounding hides the smallest, or whether it has converged."""
+        eps = float(torch.finfo(found.right.dtype).eps)
+        if found.residual[-1] <= goal:
+            return bool(found.values[-1] <= ROUNDING * eps * found.values[0])
+        return bool(found.values[-1] * goal <= _FAR * eps * found.values[0])
 
     def _product(self, chain: list[Jacobian], found: Found, goal: float) -> Product:
         right = found.right.T.reshape(self.T, *chain[0].source_shape)

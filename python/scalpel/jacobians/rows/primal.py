@@ -106,8 +106,8 @@ def through_layer(
     """Return the residual stream (B, L, width) after layer ``i``, and fill in ``primal``.
 
     ``tap(hook, value)`` is called at every hook, and the pass goes on with what it returns. With ``relevance`` products
-    follow the rules of the relevance lens instead of the derivative, as :mod:`scalpel.jacobian_lens.sweep` says; the
-    values are the same.
+    follow the rules of the relevance lens instead of the derivative, as :mod:`scalpel.jacobian_lens.sweeps.sweep` says;
+    the values are the same.
     """
     config = decoder.config
     x = tap(f"{i}.resid_in", x)

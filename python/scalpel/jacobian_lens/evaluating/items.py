@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .attached.model import AttachedModel
-from .attached.text import Text
-from .words import Words
+from ..attached.model import AttachedModel
+from ..attached.text import Text
+from ..words import Words
 
 __all__ = ["Item", "read_items"]
 

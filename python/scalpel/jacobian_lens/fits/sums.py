@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._resume import Work
+from ..._resume import Work
 
 __all__ = ["FILES", "Adding", "Means", "Sums", "relative_errors"]
 
@@ -57,7 +57,7 @@ class Sums:
 
     Example:
         >>> import torch
-        >>> from scalpel.jacobian_lens.sums import Sums
+        >>> from scalpel.jacobian_lens.fits.sums import Sums
         >>> sums = Sums([0], 2)
         >>> for scale in (1.0, 3.0):
         ...     with sums.adding() as prompt:

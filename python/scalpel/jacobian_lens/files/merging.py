@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .matrices import Lens
-from .provenance import SAME
+from ..matrices import Lens
+from ..provenance import SAME
 
 __all__ = ["check_mergeable", "merged_about", "merged_means"]
 

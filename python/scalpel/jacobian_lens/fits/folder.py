@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .._resume import WayOut, Work
+from ..._resume import WayOut, Work
 from .sums import FILES, Sums
 
 __all__ = ["FILE", "PIECES", "stored_width", "sums_in"]

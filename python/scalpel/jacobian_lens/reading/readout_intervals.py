@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..matrices import Lens, matrix_of
 from .intervals import intervals
-from .matrices import Lens, matrix_of
 from .readout import Readout, transported
 from .transported import transported as pushed
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..hooks.standing import as_analysed
-from .cotangents import check_options
-from .folder_sweep import layers_in_folder, lens_rows_of_folder
-from .hooks import Layer, all_layers, ends_of, layers_of
-from .sweep import lens_rows
+from ...hooks.standing import as_analysed
+from ..sweeps.cotangents import check_options
+from ..sweeps.folder_sweep import layers_in_folder, lens_rows_of_folder
+from ..sweeps.hooks import Layer, all_layers, ends_of, layers_of
+from ..sweeps.sweep import lens_rows
 
 __all__ = ["Subject"]
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hooks.positions import select
-from .attached.model import AttachedModel, Values
-from .attached.scores import Scores, of_logits, score
-from .matrices import Lens, check_width, chosen_layers, matrix_of
+from ...hooks.positions import select
+from ..attached.model import AttachedModel, Values
+from ..attached.scores import Scores, of_logits, score
+from ..matrices import Lens, check_width, chosen_layers, matrix_of
 
 __all__ = ["SKIPPED", "Readout", "ranks", "readout", "transported"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..models.decoders.decoder import Decoder
+from ...models.decoders.decoder import Decoder
 
 __all__ = ["ESTIMATORS", "check_activation", "check_estimator"]
 

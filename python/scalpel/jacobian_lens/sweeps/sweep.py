@@ -35,19 +35,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..hooks.inputs import holds_ids
-from ..hooks.modules import module_hooks
-from ..hooks.names import known_hook
-from ..hooks.standing import as_analysed
-from ..jacobians.choosing import pass_between
-from ..jacobians.module_pass import ModulePass
-from ..jacobians.passes import CircuitPass
-from ..jacobians.precision import plain_tensors
-from ..jacobians.rows.decoder_pass import DecoderPass
-from ..jacobians.sweep import Seen, Sweep, sweep_of
-from ..jacobians.trace import has_rules
-from ..models.circuitgpt.model import CircuitGPT
-from ..models.decoders.families import decoder_inside, decoder_or_reason
+from ...hooks.inputs import holds_ids
+from ...hooks.modules import module_hooks
+from ...hooks.names import known_hook
+from ...hooks.standing import as_analysed
+from ...jacobians.choosing import pass_between
+from ...jacobians.module_pass import ModulePass
+from ...jacobians.passes import CircuitPass
+from ...jacobians.precision import plain_tensors
+from ...jacobians.rows.decoder_pass import DecoderPass
+from ...jacobians.sweep import Seen, Sweep, sweep_of
+from ...jacobians.trace import has_rules
+from ...models.circuitgpt.model import CircuitGPT
+from ...models.decoders.families import decoder_inside, decoder_or_reason
 from .autograd_sweep import COPIES, AutogradSweep, repeated
 from .cotangents import check_options, ones_at, signs_of
 from .estimators import check_activation
@@ -81,7 +81,7 @@ def lens_matrices(
         model: As :func:`scalpel.jacobian` takes it.
         input_ids: (1, S) integers, or a batch of one text, whose attention mask may say that it is padded.
         layers: Numbers of layers, from 0, whose outputs are the sources; or paths of modules. In a model of no family
-            the layers are the blocks that :func:`scalpel.jacobian_lens.hooks.blocks_in` finds.
+            the layers are the blocks that :func:`scalpel.jacobian_lens.sweeps.hooks.blocks_in` finds.
         target: The layer whose output is the target, before the final norm; by default the last one.
         skip_first: How many real tokens at the beginning don't count.
         targets: ``"after"`` or ``"same"``.

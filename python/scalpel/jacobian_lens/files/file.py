@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._files import check_folder, replace_text, replacing
-from .._json import plain
+from ..._files import check_folder, replace_text, replacing
+from ..._json import plain
 
 __all__ = ["BESIDE", "Stored", "read", "write"]
 

@@ -65,7 +65,7 @@ def intervals(
 
     Example:
         >>> import torch
-        >>> from scalpel.jacobian_lens.intervals import intervals
+        >>> from scalpel.jacobian_lens.reading.intervals import intervals
         >>> values = torch.tensor([[[1.0, 0.0]], [[1.2, 0.1]], [[0.8, -0.1]]])
         >>> found = intervals(lambda x: x @ torch.eye(2), values, [0])
         >>> float(found.ranks), bool(found.logits_low < 1 < found.logits_high)

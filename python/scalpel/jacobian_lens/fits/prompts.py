@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .positions import text_alone
-from .words import Words
+from ..sweeps.positions import text_alone
+from ..words import Words
 
 __all__ = ["length_of", "mark_of", "read_prompts"]
 
@@ -109,7 +109,7 @@ def _of_batch(batch: Mapping[str, Any], max_tokens: int) -> Iterator[Tensor]:
     if not isinstance(ids, Tensor) or ids.dim() not in (1, 2):
         raise TypeError("a batch needs 'input_ids', a tensor (S,) or (N, S) of token ids")
     mask = batch.get("attention_mask")
-    mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask, device=ids.device)
+    mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask, dtype=torch.int64, device=ids.device)
     ids, mask = (value if value.dim() == 2 else value[None] for value in (ids, mask))
     for row, real in zip(ids, mask, strict=True):
         alone = text_alone({"input_ids": row[None], "attention_mask": real[None]})

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hooks.modules import first_tensor, with_first_tensor
-from ..hooks.running import eager
-from ..hooks.stopping import Stop
-from ..jacobians.ends import check_floating, check_numbers
-from ..jacobians.errors import explained
-from ..jacobians.module_pass import ModulePass
-from ..jacobians.passes import CircuitPass, Pass
-from ..jacobians.precision import no_autocast, plain_tensors
-from ..jacobians.sweep import Seen
+from ...hooks.modules import first_tensor, with_first_tensor
+from ...hooks.running import eager
+from ...hooks.stopping import Stop
+from ...jacobians.ends import check_floating, check_numbers
+from ...jacobians.errors import explained
+from ...jacobians.module_pass import ModulePass
+from ...jacobians.passes import CircuitPass, Pass
+from ...jacobians.precision import no_autocast, plain_tensors
+from ...jacobians.sweep import Seen
 from .positions import valid_tokens
 
 __all__ = ["COPIES", "AutogradSweep", "repeated"]

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..jacobians.precision import plain_tensors
-from . import sweep as sweeps
-from .attached.model import AttachedModel
-from .cotangents import check_options
-from .hooks import all_layers, ends_of
-from .matrices import Lens, chosen_layers, matrix_of
-from .positions import text_alone
+from ...jacobians.precision import plain_tensors
+from ..attached.model import AttachedModel
+from ..matrices import Lens, chosen_layers, matrix_of
+from ..sweeps import sweep as sweeps
+from ..sweeps.cotangents import check_options
+from ..sweeps.hooks import all_layers, ends_of
+from ..sweeps.positions import text_alone
 
 __all__ = ["directions", "token_vectors", "vector"]
 

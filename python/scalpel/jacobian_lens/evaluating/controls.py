@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .matrices import Made
+from ..matrices import Made
 
 __all__ = ["deranged", "derangement", "permuted", "random"]
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from ..hooks.names import hook_named
-from ..hooks.standing import as_analysed, as_named
-from ..models.circuitgpt.core import MODULE_PATHS
-from ..models.circuitgpt.model import CircuitGPT
-from ..models.decoders.families import decoder_inside
+from ...hooks.names import hook_named
+from ...hooks.standing import as_analysed, as_named
+from ...models.circuitgpt.core import MODULE_PATHS
+from ...models.circuitgpt.model import CircuitGPT
+from ...models.decoders.families import decoder_inside
 
 __all__ = ["Ends", "all_layers", "blocks_in", "ends_of", "is_residual", "layers_of"]
 
@@ -34,7 +34,7 @@ def all_layers(model: nn.Module, target: Layer | None = None) -> list[int]:
     """List the numbers of all layers before the target, which is the last layer by default.
 
     Args:
-        model: As :func:`scalpel.jacobian_lens.sweep.lens_matrices` takes it.
+        model: As :func:`scalpel.jacobian_lens.sweeps.sweep.lens_matrices` takes it.
         target: A layer's number, from 0; or the path of a block in a model of no family.
 
     Raises:

@@ -3,7 +3,8 @@
 Reading a large model takes longer than a prompt's forward pass, so prompts share the readings: a group of them goes
 forward together, and as many of their cotangents go back together as ``memory`` holds. What doesn't fit goes back in
 another pass, for which the layers are read again; :mod:`scalpel.jacobians.streamed_sweep` says why. The matrices have
-the bits of those that :func:`.sweep.lens_matrices` gives of the same model in memory, whatever ``memory`` is.
+the bits of those that :func:`scalpel.jacobian_lens.sweeps.sweep.lens_matrices` gives of the same model in memory,
+whatever ``memory`` is.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..jacobians.precision import plain_tensors
-from ..jacobians.rows.primal import Text
-from ..jacobians.stream import inputs_for
-from ..jacobians.streamed_sweep import Share, StreamedSweep
-from ..models.decoders.decoder import Decoder
-from ..models.decoders.folder import decoder_in
+from ...jacobians.precision import plain_tensors
+from ...jacobians.rows.primal import Text
+from ...jacobians.stream import inputs_for
+from ...jacobians.streamed_sweep import Share, StreamedSweep
+from ...models.decoders.decoder import Decoder
+from ...models.decoders.folder import decoder_in
 from .cotangents import check_options, ones_at, signs_of
 from .estimators import check_activation
 from .positions import text_alone, valid_tokens
@@ -60,11 +61,11 @@ def lens_matrices_of_folder(
 
     Args:
         folder: As :func:`scalpel.jacobians.stream.stream_layers` takes it.
-        prompts: Each as :func:`.sweep.lens_matrices` takes it; all on one device, where the layers compute. They are
-            taken from the iterable group by group.
+        prompts: Each as :func:`scalpel.jacobian_lens.sweeps.sweep.lens_matrices` takes it; all on one device, where the
+            layers compute. They are taken from the iterable group by group.
         layers: Numbers of layers, from 0, whose outputs are the sources.
         target: The layer whose output is the target, before the final norm; by default the last one.
-        skip_first: As :func:`.sweep.lens_matrices` takes it, like the options that follow.
+        skip_first: As :func:`scalpel.jacobian_lens.sweeps.sweep.lens_matrices` takes it, like the options that follow.
         targets: As there.
         groups: As there.
         seed: As there.
@@ -79,7 +80,7 @@ def lens_matrices_of_folder(
 
     Raises:
         CheckpointError: (a ValueError) For a folder that can't be read or has no rules.
-        ValueError: As for :func:`.sweep.lens_matrices`.
+        ValueError: As for :func:`scalpel.jacobian_lens.sweeps.sweep.lens_matrices`.
     """
     job = _Job.of(folder, layers, target, (skip_first, targets, groups, seed, precision, estimator), memory)
     of_one = len(job.layers) * job.decoder.config.width**2 * 4
@@ -138,7 +139,7 @@ def lens_rows_of_folder(
 
     Raises:
         CheckpointError: (a ValueError) For a folder that can't be read or has no rules.
-        ValueError: As for :func:`.sweep.lens_matrices`.
+        ValueError: As for :func:`scalpel.jacobian_lens.sweeps.sweep.lens_matrices`.
     """
     job = _Job.of(folder, layers, target, (skip_first, targets, groups, seed, precision, estimator), memory)
     return job.run(prompts, see, None, dimensions)

@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..attached.scores import score
+from ..matrices import Lens, Made, check_width, chosen_layers
+from ..reading.readout import SKIPPED, transported
 from . import controls
-from .attached.scores import score
 from .items import Item, read_items
-from .matrices import Lens, Made, check_width, chosen_layers
-from .readout import SKIPPED, transported
 
 __all__ = ["RULES", "Evaluation", "PassRate", "evaluate"]
 

@@ -1,0 +1,1 @@
+"""How well a lens reads, beside controls."""

@@ -1,0 +1,1 @@
+"""Lenses in files, on the hub, and merged."""

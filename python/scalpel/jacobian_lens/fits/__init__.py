@@ -1,0 +1,1 @@
+"""What a fit is made of: the prompts, the model, the sums, and the processes that share them."""

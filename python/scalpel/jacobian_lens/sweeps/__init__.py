@@ -1,0 +1,1 @@
+"""One prompt's matrices: cotangents that go back through all layers at once."""
