@@ -33,7 +33,7 @@ def fit(
     model: nn.Module | str | Path,
     prompts: Any,
     *,
-    layers: Iterable[Layer] | str = "all",
+    layers: Iterable[Layer] | Layer = "all",
     target: Layer | None = None,
     skip_first: int = 16,
     max_tokens: int = 128,
@@ -62,8 +62,8 @@ def fit(
         prompts: Strings, token ids, the path of a file, or an iterable of these. A text file is cut into stretches of
             ``max_tokens`` tokens; a .jsonl file has a prompt in each line. Prompts of fewer than ``skip_first`` + 2
             tokens are left out, with a warning.
-        layers: The layers whose outputs are the sources: "all" for each layer before the target, numbers from 0, or
-            paths of modules.
+        layers: The layers whose outputs are the sources: "all" for each layer before the target, a number from 0 or
+            several, or paths of modules.
         target: The layer whose output is the target, before the final norm; None for the last one.
         skip_first: How many tokens at the beginning of each prompt don't count, from the first real token.
         max_tokens: The most tokens of a prompt; what is longer is cut.

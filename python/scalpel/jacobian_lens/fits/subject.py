@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +37,7 @@ class Subject:
     def __init__(
         self,
         model: nn.Module | str | Path,
-        layers: Iterable[Layer] | str,
+        layers: Iterable[Layer] | Layer,
         *,
         target: Layer | None,
         skip_first: int,
@@ -47,6 +48,11 @@ class Subject:
         check_options(targets, precision, skip_first, 1, estimator)
         if isinstance(layers, str) and layers != "all":
             raise ValueError(f"layers is {layers!r}; allowed: 'all', or a list of numbers or of paths of modules")
+        if isinstance(layers, int | np.integer):
+            layers = [layers]
+        if not isinstance(layers, str):
+            layers = [int(layer) if isinstance(layer, np.integer) else layer for layer in layers]
+        target = int(target) if isinstance(target, np.integer) else target
         self.options: dict[str, Any] = {
             "skip_first": skip_first,
             "targets": targets,
