@@ -241,7 +241,8 @@ def _tell(lens: JacobianLens, path: Path, as_json: bool) -> None:
     facts: dict[str, Any] = {"prompts": lens.n_prompts, "layers": _spans(lens.source_layers), "width": lens.d_model}
     if known:
         worst = max(known, key=lambda layer: known[layer])
-        facts["relative error"] = f"{min(known.values()):.1%} to {known[worst]:.1%}, the largest at layer {worst}"
+        span = f"{min(known.values()):.1%} to {known[worst]:.1%}, the largest at layer {worst}"
+        facts["relative error"] = span if len(known) > 1 else f"{known[worst]:.1%}"
     stopped = lens.about.get("stopped")
     if stopped:
         facts["stopped"] = (
@@ -282,5 +283,5 @@ def _numbers(text: str) -> list[int] | str:
 def _spans(layers: list[Any]) -> str:
     """Layers in words: the first and the last of a run of numbers."""
     if all(isinstance(layer, int) for layer in layers) and layers == list(range(layers[0], layers[-1] + 1)):
-        return f"{layers[0]} to {layers[-1]}"
+        return f"{layers[0]} to {layers[-1]}" if len(layers) > 1 else str(layers[0])
     return ", ".join(map(str, layers))

@@ -30,6 +30,7 @@ def fitted(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lens")
     done = invoke("lens", "fit", "bracket-mini", "--text", str(text), *OPTIONS, "--out", str(folder))
     assert done.exit_code == 0, done.stderr
+    assert " to " not in done.stdout.partition("Lens:")[0]  # one layer is no range
     assert "prompts" in done.stdout and f"Lens: {folder / 'lens.pt'}" in done.stdout
     assert "prompt 3 of 3" in done.stderr
     return folder
