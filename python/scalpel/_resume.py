@@ -212,6 +212,11 @@ class Work(Pieces):
         self.notes |= changes
         self._write()
 
+    def stored_notes(self) -> dict[str, Any]:
+        """The notes as they stand on the disk now, where another process may have changed them."""
+        notes: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8"))
+        return notes
+
     def begin(self, **piece: Any) -> None:
         """Note that work on ``piece``, described by plain data, begins."""
         self.note(**{_BEGUN: {**piece, "times": self.cut_off(**piece) + 1}})

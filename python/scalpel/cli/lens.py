@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -105,6 +104,7 @@ def fit(
         steps.stage("loading the model", 0.0)
         import itertools
 
+        from ..analysis.job import job_of_environment
         from ..jacobian_lens import fit as fit_lens
         from ..jacobian_lens.fits.prompts import read_prompts
         from ..jacobian_lens.words import words_of
@@ -116,24 +116,25 @@ def fit(
         def step(done: int) -> None:
             steps.stage(f"prompt {done} of {len(given)}", done / len(given))
 
-        lens = fit_lens(
-            subject,
-            given,
-            layers=_numbers(layers),
-            target=target,
-            skip_first=skip_first,
-            max_tokens=max_tokens,
-            targets=targets.value,
-            estimator=estimator.value,
-            precision=precision,
-            tolerance=tolerance,
-            folder=out,
-            shard="RANK" in os.environ,
-            progress=step,
-            tokenizer=words,
-            fresh=fresh,
-        )
-        if os.environ.get("RANK", "0") != "0":  # under torchrun, the first process writes for all
+        with job_of_environment() as job:
+            lens = fit_lens(
+                subject,
+                given,
+                layers=_numbers(layers),
+                target=target,
+                skip_first=skip_first,
+                max_tokens=max_tokens,
+                targets=targets.value,
+                estimator=estimator.value,
+                precision=precision,
+                tolerance=tolerance,
+                folder=out,
+                shard=job.world > 1,
+                progress=step,
+                tokenizer=words,
+                fresh=fresh,
+            )
+        if job.rank:  # under torchrun, the first process writes for all
             return
         steps.stage("writing the lens", 1.0)
         lens.save(out / _FILE)
@@ -240,7 +241,8 @@ def _tell(lens: JacobianLens, path: Path, as_json: bool) -> None:
     facts: dict[str, Any] = {"prompts": lens.n_prompts, "layers": _spans(lens.source_layers), "width": lens.d_model}
     if known:
         worst = max(known, key=lambda layer: known[layer])
-        facts["relative error"] = f"{min(known.values()):.1%} to {known[worst]:.1%}, the largest at layer {worst}"
+        span = f"{min(known.values()):.1%} to {known[worst]:.1%}, the largest at layer {worst}"
+        facts["relative error"] = span if len(known) > 1 else f"{known[worst]:.1%}"
     stopped = lens.about.get("stopped")
     if stopped:
         facts["stopped"] = (
@@ -281,5 +283,5 @@ def _numbers(text: str) -> list[int] | str:
 def _spans(layers: list[Any]) -> str:
     """Layers in words: the first and the last of a run of numbers."""
     if all(isinstance(layer, int) for layer in layers) and layers == list(range(layers[0], layers[-1] + 1)):
-        return f"{layers[0]} to {layers[-1]}"
+        return f"{layers[0]} to {layers[-1]}" if len(layers) > 1 else str(layers[0])
     return ", ".join(map(str, layers))

@@ -14,7 +14,7 @@ from .._integers import integer
 from .._resume import WayOut, Work
 from ..jacobians.precision import plain_tensors
 from .fits.bar import Bar
-from .fits.folder import FILE, PIECES, stored_width
+from .fits.folder import FILE, PIECES, alone_in, stored_width
 from .fits.prompts import length_of, mark_of, read_prompts
 from .fits.share import Share
 from .fits.subject import Subject
@@ -22,7 +22,7 @@ from .fits.sums import Adding, Sums
 from .lens import JacobianLens
 from .provenance import about_of, key_of
 from .sweeps.hooks import Layer
-from .words import words_of
+from .words import Words, words_of
 
 __all__ = ["fit"]
 
@@ -33,7 +33,7 @@ def fit(
     model: nn.Module | str | Path,
     prompts: Any,
     *,
-    layers: Iterable[Layer] | str = "all",
+    layers: Iterable[Layer] | Layer = "all",
     target: Layer | None = None,
     skip_first: int = 16,
     max_tokens: int = 128,
@@ -62,8 +62,8 @@ def fit(
         prompts: Strings, token ids, the path of a file, or an iterable of these. A text file is cut into stretches of
             ``max_tokens`` tokens; a .jsonl file has a prompt in each line. Prompts of fewer than ``skip_first`` + 2
             tokens are left out, with a warning.
-        layers: The layers whose outputs are the sources: "all" for each layer before the target, numbers from 0, or
-            paths of modules.
+        layers: The layers whose outputs are the sources: "all" for each layer before the target, a number from 0 or
+            several, or paths of modules.
         target: The layer whose output is the target, before the final norm; None for the last one.
         skip_first: How many tokens at the beginning of each prompt don't count, from the first real token.
         max_tokens: The most tokens of a prompt; what is longer is cut.
@@ -88,8 +88,9 @@ def fit(
         The lens, with the model attached to it.
 
     Raises:
-        ValueError: An option or a layer is unknown, no prompt is long enough, or ``folder`` holds another lens.
-        RuntimeError: ``shard`` is set, and there is no torch.distributed job.
+        ValueError: An option or a layer is unknown, no prompt is long enough, a matrix isn't finite, or ``folder``
+            holds another lens.
+        RuntimeError: ``shard`` is set, and there is no torch.distributed job; or another fit is adding to ``folder``.
 
     Example:
         >>> import scalpel, torch
@@ -125,11 +126,30 @@ def fit(
     )
     words = words_of(model, tokenizer)
     about = about_of(subject, max_tokens)
-    work = None
-    if folder is not None:
+    if folder is None:
+        return _fitted(subject, share, None, prompts, words, about, max_tokens, tolerance, progress, probes)
+    own = share.folder(Path(folder).expanduser())
+    with alone_in(own):
         key = {**key_of(about), "layers": list(subject.layers), "share": [share.rank, share.world]}
         key |= {} if probes is None else {"probes": mark_of(probes).hex()}
-        work = Work(share.folder(Path(folder)), FILE, key, _WAY_OUT, pieces=PIECES, fresh=fresh)
+        work = Work(own, FILE, key, _WAY_OUT, pieces=PIECES, fresh=fresh)
+        return _fitted(subject, share, work, prompts, words, about, max_tokens, tolerance, progress, probes)
+
+
+def _fitted(
+    subject: Subject,
+    share: Share,
+    work: Work | None,
+    prompts: Any,
+    words: Words | None,
+    about: dict[str, Any],
+    max_tokens: int,
+    tolerance: float | None,
+    progress: bool | Callable[[int], None],
+    probes: Tensor | None,
+) -> JacobianLens:
+    """Read the prompts, and make a lens of what was summed."""
+    skip_first = subject.options["skip_first"]
     with plain_tensors(), Bar(progress, prompts) as bar:
         fitting = _Fitting(subject, share, work, probes, tolerance, bar)
         fitting.read(read_prompts(prompts, words, max_tokens))
@@ -143,7 +163,7 @@ def fit(
     if skipped:
         warnings.warn(
             f"{skipped} of {fitting.count} prompts have fewer than {skip_first + 2} tokens, and were left out",
-            stacklevel=2,
+            stacklevel=3,
         )
     about |= {
         "corpus_sha256": fitting.digest.hexdigest(),
@@ -172,6 +192,7 @@ class _Fitting:
         self._probes, self._tolerance, self._bar = probes, tolerance, bar
         self.count, self.skipped, self.digest = 0, 0, hashlib.sha256()
         self._digests: dict[int, str] = {}  # of all prompts up to that one
+        self._ahead: set[int] = set()  # the prompts that were read and aren't in the sums yet
         self._shortest = subject.options["skip_first"] + 2
         self.stopped: dict[str, Any] | None = None
         self.sums: Sums | None = None
@@ -196,6 +217,7 @@ class _Fitting:
                 continue
             assert self.sums is not None
             self.sums.commit(adding, self._digests[max(waiting)])
+            self._ahead -= set(waiting)
             self._bar.errors(self.sums.errors())
             adding, waiting = None, []
             if self._share.world == 1 and self._precise():
@@ -210,8 +232,9 @@ class _Fitting:
                 number = self._note(prompt, begun)
                 if number >= begun and self._share.mine(number):
                     if length_of(prompt) >= self._shortest:
+                        self._ahead.add(number)
                         yield number, prompt
-                    elif self.sums is not None:
+                    elif self.sums is not None and not self._ahead:  # else a run that goes on would leave these out
                         self.sums.pass_over(self.count, self._digests[number])
                 self._bar.step()
             if (rounds == begin or (self._share.world > 1 and rounds > begin)) and self._precise():

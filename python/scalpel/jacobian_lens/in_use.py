@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -128,7 +128,7 @@ class LensInUse:
         self,
         read: Readout,
         text: Any,
-        prompts: Iterable[Any],
+        prompts: Any,
         *,
         resamples: int = 200,
         seed: int = 0,
@@ -143,7 +143,8 @@ class LensInUse:
         Args:
             read: What :meth:`readout` gave.
             text: The same text.
-            prompts: Token ids (1, S), of the kind that the lens was fitted on; two or more.
+            prompts: As :func:`scalpel.jacobian_lens.fit` takes them, of the kind that the lens was fitted on; two or
+                more that are long enough.
             resamples: How often prompts are drawn.
             seed: Of the draws.
             progress: Called with the number of prompts done.
@@ -152,7 +153,8 @@ class LensInUse:
             95 % intervals of the listed logits, and of the rank of the model's own first choice.
 
         Raises:
-            ValueError: Fewer than two prompts are long enough, the lens is a relevance lens, or the text is another.
+            ValueError: Fewer than two prompts are long enough, the lens is a relevance lens or doesn't say its number
+                of prompts, or the text is another.
 
         Example:
             >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")

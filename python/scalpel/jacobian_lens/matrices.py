@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,10 +99,11 @@ def chosen_layers(lens: Lens, layers: Any, *, end: bool = False) -> list[Any]:
         return list(lens.source_layers)
     if isinstance(layers, slice):
         chosen = lens.source_layers[layers]
-    elif isinstance(layers, int | str):
+    elif isinstance(layers, int | str | np.integer):
         chosen = [layers]
     else:
         chosen = list(dict.fromkeys(layers))
+    chosen = [int(layer) if isinstance(layer, np.integer) else layer for layer in chosen]
     if not chosen:
         raise ValueError(f"layers={layers!r} names no layer; the lens has {_listed(lens.source_layers)}")
     for layer in chosen:

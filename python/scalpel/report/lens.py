@@ -45,6 +45,7 @@ def write_lens(
 
     Raises:
         OSError: The folder can't be written.
+        ValueError: The readout is of one lens alone.
     """
     folder = Path(folder)
     check_folder(folder)
@@ -62,6 +63,8 @@ def render_lens(
     name: str | None = None,
 ) -> str:
     """The page as text; see :func:`write_lens`. The same arguments give the same text."""
+    if readout.jacobian is None or readout.logit is None:
+        raise ValueError("the page shows both lenses, and the readout is of one: read with lens='both'")
     environment, style = environment_and_style()
     style += text_of(environment, "lens.css")
     script = text_of(environment, "lens.js")
@@ -106,7 +109,7 @@ def render_lens(
         heads=[{"text": text, "skipped": skipped} for text, skipped in pairs],
         rows=rows,
         outside=any(found["skipped"]),
-        fitted_from=about.get("skip_first", 16) + 1,
+        fitted_from=about.get("skip_first", 16),
         errors=[(layer, "unknown" if error is None else f"{error:.1%}") for layer, error in _errors(lens)],
         provenance={key: value for key, value in about.items() if value is not None},
         data=Markup(_escaped(found)),
@@ -133,7 +136,7 @@ def _visible(found: dict[str, Any]) -> dict[str, Any]:
 def _lead(lens: JacobianLens, readout: Readout, found: Mapping[str, Any]) -> list[str]:
     """What was found, in sentences."""
     tokens, layers = len(found["positions"]), found["layers"]
-    prompts = f"{lens.n_prompts} prompt{'' if lens.n_prompts == 1 else 's'}"
+    prompts = f"{lens.n_prompts or 'an unknown number of'} prompt{'' if lens.n_prompts == 1 else 's'}"
     known = [error for _, error in _errors(lens) if error is not None]
     of_error = ", of unknown error"
     if known:

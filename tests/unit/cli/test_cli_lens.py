@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +30,7 @@ def fitted(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lens")
     done = invoke("lens", "fit", "bracket-mini", "--text", str(text), *OPTIONS, "--out", str(folder))
     assert done.exit_code == 0, done.stderr
+    assert " to " not in done.stdout.partition("Lens:")[0]  # one layer is no range
     assert "prompts" in done.stdout and f"Lens: {folder / 'lens.pt'}" in done.stdout
     assert "prompt 3 of 3" in done.stderr
     return folder
@@ -48,6 +51,28 @@ assert not heavy, heavy
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("--json") == 3
+
+
+def test_processes_of_torchrun_share_the_prompts(text: Path, fitted: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    children = []
+    for rank in ("0", "1"):
+        if (child := os.fork()) == 0:  # starting a new process is slow
+            try:
+                os.environ |= {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                torch.set_num_threads(1)
+                done = invoke("lens", "fit", "bracket-mini", "--text", str(text), *OPTIONS, "--out", str(tmp_path))
+                (tmp_path / f"{rank}.txt").write_text(done.stderr)
+                os._exit(done.exit_code)
+            finally:
+                os._exit(99)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == [0, 0], [path.read_text() for path in tmp_path.glob("*.txt")]
+    parts, whole = (scalpel.JacobianLens.from_folder(folder) for folder in (tmp_path, fitted))
+    assert torch.equal(parts.J[0], whole.J[0]) and parts.n_prompts == 3 and (tmp_path / "lens.pt").is_file()
 
 
 def test_fit_is_the_librarys(text: Path, fitted: Path) -> None:

@@ -103,6 +103,9 @@ def test_intervals_are_those_of_items() -> None:
     assert np.quantile(means, [0.025, 0.975]) == pytest.approx([share.low, share.high], abs=0.1)
     assert math.isnan(found.beaten["band"][3]) and found.to_json()["beaten"]["band"]["3"] is None
     assert "pass@3" in repr(found) and json.dumps(found.to_json())
+    alone = deep_lens().evaluate(ITEMS[:1], k=3, derangements=0)
+    assert math.isnan(alone.passed["jacobian"]["band"][3].low) and math.isnan(alone.over_logit["band"][3].high)
+    assert json.dumps(alone.to_json(), allow_nan=False)
 
 
 def test_where_an_item_is_read() -> None:

@@ -237,6 +237,15 @@ def test_probes_are_each_prompts_matrix_times_a_vector(model: Any, tmp_path: Pat
         fitted(model, given, probes=probes[:, 1:])
 
 
+def test_layers_in_any_order_and_form(model: Any) -> None:
+    both = fitted(model, prompts(2))
+    for layers in ([1, 0, 1], np.array([1, 0]), range(2)):
+        found = fitted(model, prompts(2), layers=layers)
+        assert found.source_layers == [0, 1] and all(type(layer) is int for layer in found.source_layers)
+        assert same_bits(found, both)
+    assert fitted(model, prompts(2), layers=1).source_layers == [1]
+
+
 def test_what_is_refused(model: Any) -> None:
     with pytest.raises(ValueError, match="no prompt counts: 2 were read"):
         fitted(model, [[1, 2], [1, 2, 3]])

@@ -67,6 +67,14 @@ def test_their_file_is_read(tmp_path: Path) -> None:
     }
 
 
+def test_what_a_file_leaves_open_is_taken_from_the_matrices(tmp_path: Path) -> None:
+    content = {"J": {1: torch.ones(4, 4), 0: torch.ones(4, 4)}, "n_prompts": None, "source_layers": None}
+    torch.save(content, tmp_path / "x.pt")
+    found = JacobianLens.load(tmp_path / "x.pt")
+    assert found.source_layers == [0, 1] and found.n_prompts == 0 and found.d_model == 4
+    assert JacobianLens.load(theirs(tmp_path / "x.pt", source_layers=torch.tensor([0, 1]))).source_layers == [0, 1]
+
+
 def test_a_checkpoint_of_a_fit_is_read_as_its_mean(tmp_path: Path) -> None:
     sums = {layer: 3 * matrix for layer, matrix in matrices().items()}
     content = {"jacobian_sum": sums, "n_done": 3, "next_idx": 5, "source_layers": [0, 1], "skip_first": 4}
@@ -91,6 +99,7 @@ def test_an_identity_at_the_end_is_the_target(tmp_path: Path) -> None:
         ({"J": {0: torch.ones(4, 16), 1: torch.ones(4, 16)}, "d_source": 16}, "is 4 × 16: it reads several streams"),
         ({"J": {0: torch.ones(4, 4), 1: torch.full((4, 4), torch.inf)}}, "layer 1 .*NaN or an infinity"),
         ({"J": {0: torch.ones(4, 4), 1: torch.ones(4, 4).long()}}, "dtype torch.int64"),
+        ({"J": {0: torch.ones(()), 1: torch.ones(())}, "d_model": None}, r"has shape \(\)"),
         ({"provenance": Path("code")}, "could run code when it is loaded.*weights_only=False, in a sandbox"),
     ],
 )
@@ -105,12 +114,14 @@ def test_no_code_of_a_file_runs(tmp_path: Path) -> None:
             return Path.touch, (tmp_path / "ran",)
 
     theirs(tmp_path / "x.pt", provenance=Trap())
-    with pytest.raises(ValueError, match="could run code"):
+    with pytest.raises(ValueError, match="could run code") as refused:
         JacobianLens.load(tmp_path / "x.pt")
+    assert "will likely succeed" not in str(refused.value)  # what torch says of the same file without protection
     assert not (tmp_path / "ran").exists()
-    (tmp_path / "junk.pt").write_bytes(b"not a file of torch")
-    with pytest.raises(ValueError, match=r"junk\.pt"):
-        JacobianLens.load(tmp_path / "junk.pt")
+    for junk in (b"", b"\x80", b"hello world", b"not a file of torch", b"PK\x03\x04" + bytes(99), b"\x80\x02}q\x00."):
+        (tmp_path / "junk.pt").write_bytes(junk)
+        with pytest.raises(ValueError, match=r"junk\.pt"):
+            JacobianLens.load(tmp_path / "junk.pt")
     with pytest.raises(FileNotFoundError, match=r"there is no file .*absent\.pt"):
         JacobianLens.load(tmp_path / "absent.pt")
 
@@ -256,6 +267,13 @@ def test_lenses_of_different_things_are_not_merged(name: str) -> None:
     one, two = fitted([matrices()[0]]), fitted([matrices()[1]], **{name: "other"})
     with pytest.raises(ValueError, match=rf"differ in {name} \({SAID[name]!r} and 'other'\)"):
         one.merge(two)
+
+
+def test_a_control_is_never_part_of_a_merger() -> None:
+    one, two = fitted([matrices()[0]]), fitted([matrices()[1]])
+    for lenses in ((one, two.permuted()), (one.random(), two), (one.permuted(), two.permuted())):
+        with pytest.raises(ValueError, match="include a control"):
+            lenses[0].merge(*lenses[1:])
 
 
 def test_what_cant_be_compared_warns_or_is_refused() -> None:

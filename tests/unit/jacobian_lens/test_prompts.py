@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -43,6 +44,11 @@ FORMS = {
     "batches": [{"input_ids": padded.flip(0), "attention_mask": (padded.flip(0) > 0).long()}],
     "one batch": {"input_ids": padded.flip(0), "attention_mask": (padded.flip(0) > 0).long()},
     "a generator": (ids for ids in (A, B)),
+    "arrays": [np.array(A), np.array([B], dtype=np.uint16)],
+    "lists of numpy's integers": [list(np.array(A)), tuple(np.array(B))],
+    "what a tokenizer gives of texts of two lengths": {"input_ids": [A, B], "attention_mask": [[1] * 4, [1] * 3]},
+    "the same without a mask": {"input_ids": [A, B]},
+    "rows of a data set": [{"text": "bcde", "title": "b"}, {"text": "fgh", "title": "f"}],
     "texts": ["bcde", "fgh"],
     "texts and ids": ["bcde", B],
 }
@@ -54,8 +60,8 @@ def test_every_form(form: str) -> None:
 
 
 def test_one_prompt_alone() -> None:
-    assert read(A) == read(torch.tensor(A)) == read([A]) == [A[:3]]
-    assert read(torch.tensor([A, A])) == [A[:3]] * 2
+    assert read(A) == read(torch.tensor(A)) == read([A]) == read(np.array(A)) == [A[:3]]
+    assert read(torch.tensor([A, A])) == read(np.array([A, A])) == [A[:3]] * 2
 
 
 def test_files(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -86,10 +87,25 @@ def test_texts_ids_and_padded_batches_are_one() -> None:
     assert text.stripped and not by_ids.stripped and "spaces at the end" in repr(text)
     assert text.tokens == ("a", "c", "b")
     padded = {"input_ids": torch.tensor([[7, 7, 0, 2, 1]]), "attention_mask": torch.tensor([[0, 0, 1, 1, 1]])}
-    for other in (text, lens.readout(torch.tensor([0, 2, 1]), k=3), lens.readout(padded, k=3)):
+    of_numpy = np.array([0, 2, 1])
+    others = [
+        lens.readout(ids, k=3) for ids in (torch.tensor([0, 2, 1]), padded, of_numpy, list(of_numpy), [[0, 2, 1]])
+    ]
+    for other in (text, *others):
         assert other.positions == (0, 1, 2)
         assert torch.equal(other.jacobian.tokens, by_ids.jacobian.tokens)
         assert torch.equal(other.jacobian.logits, by_ids.jacobian.logits)
+
+
+def test_numbers_may_be_those_of_numpy_and_torch() -> None:
+    lens = random_lens(lens_model("llama"))
+    last = lens.source_layers[-1]
+    found = lens.readout([0, 2, 1], layers=np.int64(last), positions=np.int64(-1))
+    assert found.layers == (last,) and found.positions == (2,) and type(found.layers[0]) is int
+    assert torch.equal(lens.vector(np.int64(5), np.int64(last)), lens.vector(5, last))
+    assert torch.equal(lens.ranks([0, 2, 1], torch.tensor([5, 6])), lens.ranks([0, 2, 1], [5, 6]))
+    with pytest.raises(TypeError, match="a token is tensor"):
+        lens.vector(torch.tensor(0.5), last)
 
 
 def test_positions_below_skip_first_are_marked() -> None:

@@ -87,6 +87,16 @@ def test_a_token_cannot_end_the_script(reading: Reading) -> None:
     assert page.count("</script>") == 2 and "<b>" not in page and "<i>" not in page
 
 
+def test_a_readout_of_one_lens_has_no_page_and_unknown_numbers_are_called_so(reading: Reading) -> None:
+    for kind in ("jacobian", "logit"):
+        with pytest.raises(ValueError, match="read with lens='both'"):
+            render_lens(reading.lens, reading.lens.readout(TEXT, lens=kind))
+    unknown = scalpel.JacobianLens({0: torch.eye(128)}, 0, model=reading.model)
+    page = render_lens(unknown, unknown.readout(TEXT))
+    assert "fitted on an unknown number of prompts, of unknown error" in page
+    assert "positions below 16, counted from 0" in page  # as others' fits leave out
+
+
 def test_the_numbers_are_beside_the_page(reading: Reading, tmp_path: Path) -> None:
     page = write_lens(tmp_path / "out", reading.lens, reading.readout, reading.intervals)
     stored = json.loads((page.parent / "readout.json").read_text())
@@ -128,7 +138,7 @@ def test_in_a_browser(browser: Any, reading: Reading, tmp_path: Path) -> None:
     rank = int(reading.readout.jacobian.ranks[0, -1, 0])
     assert f"has rank {rank} (95 %: {low_rank} to {high_rank})" in detail.inner_text()
     page.keyboard.press("ArrowLeft")
-    assert f"at token {reading.readout.positions[-2]}" in detail.inner_text()
+    assert f"at position {reading.readout.positions[-2]}" in detail.inner_text()
     assert page.evaluate("document.activeElement.dataset.column") == str(last - 1)
     page.get_by_label("the logit lens").check()
     for column, position in enumerate(reading.readout.positions):

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,8 +39,8 @@ def text_of(text: Any, words: Words | None) -> Text:
     """Read one text.
 
     Args:
-        text: A string; ids, (S,) or (1, S), as a list or a tensor; a batch of one text, whose attention mask may say
-            that it is padded; or a tensor of another dtype, for models that take no ids.
+        text: A string; ids, (S,) or (1, S), as a list, a tensor or an array; a batch of one text, whose attention mask
+            may say that it is padded; or a tensor of another dtype, for models that take no ids.
         words: The tokenizer, for strings.
 
     Raises:
@@ -62,8 +63,14 @@ def text_of(text: Any, words: Words | None) -> Text:
         if not isinstance(ids, Tensor) or ids.dim() != 2 or len(ids) != 1:
             raise ValueError(f"a batch for a readout holds one text, input_ids (1, S); it has the keys {sorted(text)}")
         return Text(batch, tuple(ids[0].tolist()), stripped)
-    if isinstance(text, list | tuple) and all(type(token) is int for token in text):
-        text = torch.tensor(text, dtype=torch.int64, device="cpu")
+    if isinstance(text, np.ndarray):
+        text = torch.from_numpy(text)
+    if isinstance(text, list | tuple) and len(text) == 1 and isinstance(text[0], list | tuple):
+        text = text[0]  # (1, S)
+    if isinstance(text, list | tuple) and all(
+        isinstance(token, int | np.integer) and not isinstance(token, bool) for token in text
+    ):
+        text = torch.tensor([int(token) for token in text], dtype=torch.int64, device="cpu")
     if not isinstance(text, Tensor):
         raise TypeError(f"text is {type(text).__name__}; give a string, token ids, or a batch of one text")
     if text.dtype.is_floating_point:
@@ -82,8 +89,10 @@ def token_id(token: Any, words: Words | None) -> int:
             tokenizer.
         TypeError: For anything else.
     """
-    if isinstance(token, int) and not isinstance(token, bool):
-        return token
+    if isinstance(token, int | np.integer) and not isinstance(token, bool):
+        return int(token)
+    if isinstance(token, Tensor) and not token.dim() and not token.dtype.is_floating_point:
+        return int(token)
     if not isinstance(token, str):
         raise TypeError(f"a token is {token!r}; give its id, or its text with the space before it if it has one")
     if words is None:

@@ -10,7 +10,9 @@ of all layers:
   those that are read (of n layers, numbers ⌊n/4⌋ … ⌈3n/4⌉ - 1 in their order).
 
 An item's score at k is the share of its intermediates whose rank by the rule is at most k, and pass@k the mean over
-items. Intervals are those of a bootstrap over items: 2.5 and 97.5 percent of the means of resampled items.
+items. Intervals are those of a bootstrap over items: 2.5 and 97.5 percent of the means of resampled items. A single
+item has none. Where all items score alike, the interval has no width: no item that differs was seen, which is no proof
+that there is none.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class PassRate:
 
     Attributes:
         value: The mean.
-        low: The lower end of the bootstrap's 95 percent.
+        low: The lower end of the bootstrap's 95 percent; NaN, as the upper one, for a single item.
         high: The upper end.
     """
 
@@ -273,6 +275,8 @@ def _against_derangements(
 
 
 def _interval(values: np.ndarray, drawn: np.ndarray) -> PassRate:
+    if len(values) < 2:
+        return PassRate(float(values.mean()), math.nan, math.nan)
     low, high = np.quantile(values[drawn].mean(1), [0.025, 0.975])
     return PassRate(float(values.mean()), float(low), float(high))
 
@@ -283,7 +287,7 @@ def _shown(share: PassRate) -> str:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, PassRate):
-        return {"value": value.value, "low": value.low, "high": value.high}
+        return {"value": value.value, "low": _plain(value.low), "high": _plain(value.high)}
     if isinstance(value, dict):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

@@ -102,7 +102,7 @@ def read(path: Path, beside: Path | None = None) -> Stored:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}; a lens is a dict with J, n_prompts and source_layers")
     if "J" in content:
-        stored, n_prompts = content["J"], int(content.get("n_prompts", 0))
+        stored, n_prompts = content["J"], int(content.get("n_prompts") or 0)
     elif "jacobian_sum" in content and int(content.get("n_done", 0)) > 0:
         n_prompts = int(content["n_done"])
         stored = {layer: total.double().div(n_prompts).float() for layer, total in content["jacobian_sum"].items()}
@@ -127,27 +127,35 @@ def _loaded(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        # the sentences of torch that advise to load the file without this protection stay out
+        lines = [line.rpartition("WeightsUnpickler error: ")[2].strip() for line in str(error).splitlines()]
+        reason = next((line for line in lines if line and "weights_only" not in line), type(error).__name__)
         raise ValueError(
             f"{path} can't be read as tensors and plain data alone, and anything else in it could run code when it is "
             f"loaded, so it isn't ({reason}). If you trust its author, load it yourself with weights_only=False, in a "
             "sandbox, and save a dict of J, n_prompts, source_layers and d_model"
         ) from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is no file of torch.save, or is damaged: {str(error).splitlines()[0]}") from error
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # of a file of another kind torch reads bytes as instructions, which fail in many ways
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is no file of torch.save, or is damaged: {reason}") from error
 
 
 def _checked(path: Path, stored: Any, content: Mapping[str, Any]) -> dict[Any, Tensor]:
     """The matrices of a file in the order of its layers."""
     if not isinstance(stored, Mapping) or not stored or not all(isinstance(each, Tensor) for each in stored.values()):
         raise ValueError(f"J in {path} is no mapping from layers to matrices")
-    layers = list(content.get("source_layers", sorted(stored, key=lambda layer: (isinstance(layer, str), layer))))
+    given = content.get("source_layers")
+    if given is None:
+        given = sorted(stored, key=lambda layer: (isinstance(layer, str), layer))
+    layers = given.tolist() if isinstance(given, Tensor) else list(given)
     if set(layers) != set(stored) or len(layers) != len(stored):
         raise ValueError(f"{path} names the layers {layers} and has matrices of {list(stored)}; they must be the same")
     wrong = next((layer for layer in layers if isinstance(layer, bool) or not isinstance(layer, int | str)), None)
     if wrong is not None:
         raise ValueError(f"{path} has a layer {wrong!r}; a layer is a number or the path of a module")
-    width = int(content.get("d_model", len(stored[layers[0]])))
+    width = int(content.get("d_model") or (*stored[layers[0]].shape, 0)[0])
     for layer in layers:
         matrix = stored[layer]
         shape = tuple(matrix.shape)

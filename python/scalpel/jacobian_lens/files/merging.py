@@ -30,6 +30,12 @@ def check_mergeable(lenses: Sequence[Lens]) -> None:
                 f"{first.d_model} and {other.source_layers} of width {other.d_model}; they must be the same"
             )
         one, two = first.about, other.about
+        kinds = [about.get("control", "the lens itself") for about in (one, two)]
+        if kinds != ["the lens itself"] * 2:
+            raise ValueError(
+                f"the lens and number {number} of the others include a control ({' and '.join(kinds)}), which is no "
+                "mean over prompts: merge the lenses, then make the control"
+            )
         known = [name for name in SAME if name in one and name in two]
         differing = [name for name in known if one[name] != two[name]]
         if differing:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,10 +24,11 @@ def read_prompts(prompts: Any, words: Words | None, max_tokens: int) -> Iterator
     """Read prompts one by one, each cut to its first ``max_tokens`` tokens.
 
     Args:
-        prompts: Strings; ids, (S,) or (N, S), as lists or tensors; batches with an attention mask; or the path of a
-            file. A .jsonl file has a prompt in each line, a string or an object with "text" or "input_ids"; a .json
-            file has a list of them. Any other file is one text: it is cut into stretches of ``max_tokens`` tokens, each
-            of which is a prompt, and each begins with what the tokenizer puts before a text, such as BOS.
+        prompts: Strings; ids, (S,) or (N, S), as lists, tensors or arrays; batches with an attention mask; mappings
+            with "text"; or the path of a file. A .jsonl file has a prompt in each line, a string or an object with
+            "text" or "input_ids"; a .json file has a list of them. Any other file is one text: it is cut into stretches
+            of ``max_tokens`` tokens, each of which is a prompt, and each begins with what the tokenizer puts before a
+            text, such as BOS.
         words: The tokenizer, for strings.
         max_tokens: The most tokens of a prompt.
 
@@ -46,6 +48,8 @@ def read_prompts(prompts: Any, words: Words | None, max_tokens: int) -> Iterator
     if isinstance(prompts, Path):
         yield from _of_file(prompts.expanduser(), words, max_tokens)
         return
+    if isinstance(prompts, np.ndarray):
+        prompts = torch.from_numpy(prompts) if prompts.dtype.kind in "iu" else list(prompts)
     if isinstance(prompts, Mapping):
         prompts = [prompts]
     if not isinstance(prompts, Iterable):
@@ -71,11 +75,19 @@ def _is_one(prompts: Iterable[Any]) -> bool:
     """Whether the ids of a single prompt were given, rather than several prompts."""
     if isinstance(prompts, Tensor):
         return prompts.dim() == 1
-    return isinstance(prompts, list | tuple) and bool(prompts) and all(type(entry) is int for entry in prompts)
+    return isinstance(prompts, list | tuple) and bool(prompts) and all(map(_is_id, prompts))
+
+
+def _is_id(entry: Any) -> bool:
+    return isinstance(entry, int | np.integer) and not isinstance(entry, bool)
 
 
 def _of_one(prompt: Any, words: Words | None, max_tokens: int) -> Iterator[Any]:
     """The prompt or prompts that one entry holds."""
+    if isinstance(prompt, np.ndarray):
+        prompt = torch.from_numpy(prompt)
+    if isinstance(prompt, Mapping) and "input_ids" not in prompt and isinstance(prompt.get("text"), str):
+        prompt = prompt["text"]
     if isinstance(prompt, str):
         if not prompt.strip():
             yield torch.zeros(1, 0, dtype=torch.int64, device="cpu")  # it is counted as too short
@@ -94,9 +106,9 @@ def _of_one(prompt: Any, words: Words | None, max_tokens: int) -> Iterator[Any]:
         yield from (row[None, :max_tokens].to(torch.int64) for row in prompt)
     elif isinstance(prompt, Iterable):
         ids = list(prompt)
-        if not all(type(token) is int for token in ids):
+        if not all(map(_is_id, ids)):
             raise TypeError(f"a prompt is a list with entries that are no integers; allowed: {_ALLOWED}")
-        yield _ids(ids[:max_tokens])
+        yield _ids([int(token) for token in ids[:max_tokens]])
     else:
         raise TypeError(f"a prompt is {type(prompt).__name__}; allowed: {_ALLOWED}")
 
@@ -104,8 +116,13 @@ def _of_one(prompt: Any, words: Words | None, max_tokens: int) -> Iterator[Any]:
 def _of_batch(batch: Mapping[str, Any], max_tokens: int) -> Iterator[Tensor]:
     """The texts of a batch, without their padding."""
     ids = batch.get("input_ids")
-    if isinstance(ids, list):
-        ids = torch.tensor(ids, dtype=torch.int64, device="cpu")
+    if isinstance(ids, list) and ids and isinstance(ids[0], list):  # a tokenizer's texts of several lengths
+        masks = batch.get("attention_mask") or [[1] * len(row) for row in ids]
+        for row, real in zip(ids, masks, strict=True):
+            yield from _of_batch({"input_ids": _ids(row), "attention_mask": _ids(list(real))}, max_tokens)
+        return
+    if isinstance(ids, list | np.ndarray):
+        ids = torch.as_tensor(ids, dtype=torch.int64, device="cpu")
     if not isinstance(ids, Tensor) or ids.dim() not in (1, 2):
         raise TypeError("a batch needs 'input_ids', a tensor (S,) or (N, S) of token ids")
     mask = batch.get("attention_mask")

@@ -32,7 +32,8 @@ class Share:
 
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError(
-                "shard=True needs a torch.distributed job: call init_process_group first, or use torchrun"
+                "shard=True needs a torch.distributed job: start the program with torchrun, and call "
+                "torch.distributed.init_process_group() in it before fit"
             )
         return cls(dist.get_rank(), dist.get_world_size())
 

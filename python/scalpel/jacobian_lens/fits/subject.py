@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +37,7 @@ class Subject:
     def __init__(
         self,
         model: nn.Module | str | Path,
-        layers: Iterable[Layer] | str,
+        layers: Iterable[Layer] | Layer,
         *,
         target: Layer | None,
         skip_first: int,
@@ -47,6 +48,10 @@ class Subject:
         check_options(targets, precision, skip_first, 1, estimator)
         if isinstance(layers, str) and layers != "all":
             raise ValueError(f"layers is {layers!r}; allowed: 'all', or a list of numbers or of paths of modules")
+        given: Any = _plain(layers)
+        given = [given] if isinstance(given, int) else given
+        layers = given if isinstance(given, str) else [_plain(layer) for layer in given]
+        target = None if target is None else _plain(target)
         self.options: dict[str, Any] = {
             "skip_first": skip_first,
             "targets": targets,
@@ -114,3 +119,8 @@ class Subject:
         options: dict[str, Any] = {"layers": layers, "target": target, **self.options}
         for finished in lens_rows_of_folder(self.folder, given(), see_rows, **options):
             yield [numbers[place] for place in finished]
+
+
+def _plain(number: Any) -> Any:
+    """A number of numpy as an int; anything else as it is."""
+    return int(number) if isinstance(number, np.integer) else number

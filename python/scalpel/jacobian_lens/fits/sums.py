@@ -11,7 +11,8 @@ within that range don't depend on the order of prompts, nor on how they were sha
 
 In a folder the sums lie in two files that are mapped into memory, and used in turn: a prompt is added to what one of
 them holds, the result is written to the other, and only when it is on the disk does the folder say that the other one
-counts. A run that is killed at any moment leaves one of them whole.
+counts. A run that is killed at any moment leaves one of them whole. A run that goes on from a folder writes to files
+of its own from the start: lenses that were made of the sums before keep theirs, which no longer have a name.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..._files import flush
 from ..._resume import Work
 
 __all__ = ["FILES", "Adding", "Means", "Sums", "relative_errors"]
@@ -46,6 +48,7 @@ class Sums:
         width: The width of the residual stream.
         work: The folder; None keeps everything in memory.
         probes: How many vectors are followed through each prompt's matrices.
+        reading: Whether the folder is only read, while another process may be adding to it.
 
     Attributes:
         n: The number of prompts that count.
@@ -67,7 +70,9 @@ class Sums:
                 [0., 2.]]), 0.5)
     """
 
-    def __init__(self, layers: Sequence[Any], width: int, work: Work | None = None, probes: int = 0) -> None:
+    def __init__(
+        self, layers: Sequence[Any], width: int, work: Work | None = None, probes: int = 0, *, reading: bool = False
+    ) -> None:
         self.layers, self.width = tuple(layers), width
         self.n, self.read, self.digest = 0, 0, ""
         self.probes = probes
@@ -78,11 +83,17 @@ class Sums:
         self.probed = np.zeros((0, len(self.layers), probes, width), dtype=np.float32)
         self._files: list[np.ndarray]
         self._current = 0
+        self._reading = reading
+        self._own: set[int] = set()  # the files that no earlier lens has mapped
         if work is None:
             self._files = [np.zeros(shape)]
         else:
-            self._files = [_mapped(work.path(name), shape) for name in _FILES]
+            if work.notes.get("n"):
+                self._current = _FILES.index(work.notes["current"])
+                _check_whole(work.path(_FILES[self._current]), 8 * math.prod(shape), work)
+            self._files = [_mapped(work.path(name), shape, reading) for name in _FILES]
             self._restore(work)
+            self._inode = work.path(_FILES[self._current]).stat().st_ino
         self._squares = self._squared()
 
     # ---- adding prompts --------------------------------------------------------------------------
@@ -107,7 +118,14 @@ class Sums:
         if self._work is None:
             into = self._files[0]
         else:
-            into = self._files[1 - self._current]
+            other = 1 - self._current
+            if other not in self._own:
+                path = self._work.path(_FILES[other])
+                path.unlink(missing_ok=True)
+                self._files[other] = _mapped(path, self._files[other].shape)
+                flush(path.parent)
+                self._own.add(other)
+            into = self._files[other]
             np.copyto(into, self._files[self._current])
         return Adding(self, into, number)
 
@@ -117,9 +135,19 @@ class Sums:
         Args:
             adding: What :meth:`begin` gave.
             digest: The digest of all prompts of the corpus up to the last of them.
+
+        Raises:
+            ValueError: A matrix holds NaN or an infinity. In a folder nothing is lost then.
         """
         numbers = sorted(adding.norms)
         norms = np.stack([adding.norms[number].sum(1) for number in numbers])
+        if not np.isfinite(norms).all():
+            row, place = np.argwhere(~np.isfinite(norms))[0]
+            raise ValueError(
+                f"the matrix of prompt {numbers[row]} (counted from 0) at layer {self.layers[place]!r} holds NaN or an "
+                "infinity, which would be in the mean for good: leave that prompt out, or give the model in float32 if "
+                "it is in float16, which overflows"
+            )
         probed = np.stack([adding.probed[number] for number in numbers])
         read = max(self.read, numbers[-1] + 1)
         if self._work is not None:
@@ -150,11 +178,10 @@ class Sums:
         if not work.notes.get("n"):
             return
         self.n, self.read, self.digest = (work.notes[name] for name in ("n", "read", "digest"))
-        self._current = _FILES.index(work.notes["current"])
-        records = _stored(work.path(_NORMS), np.float64, (self.n, 1 + len(self.layers)))
+        records = _stored(work, _NORMS, np.float64, (self.n, 1 + len(self.layers)))
         self.numbers, self.norms = records[:, 0].astype(np.int64), records[:, 1:]
         shape = (self.n, len(self.layers), self.probes, self.width)
-        self.probed = _stored(work.path(_PROBED), np.float32, shape) if self.probes else np.zeros(shape, np.float32)
+        self.probed = _stored(work, _PROBED, np.float32, shape) if self.probes else np.zeros(shape, np.float32)
 
     # ---- what they say ---------------------------------------------------------------------------
 
@@ -164,8 +191,30 @@ class Sums:
         return found
 
     def mean(self, layer: Any) -> Tensor:
-        """The mean of a layer's matrices, (width, width), float32."""
-        return torch.from_numpy((self.total(layer) / self.n).astype(np.float32))
+        """The mean of a layer's matrices, (width, width), float32.
+
+        Raises:
+            RuntimeError: Another process has added prompts since the folder was read.
+        """
+        mean = torch.from_numpy((self.total(layer) / self.n).astype(np.float32))
+        self._check_kept()
+        return mean
+
+    def _check_kept(self) -> None:
+        """Check that a file that is only read is still the one that counts, so that nobody has written to it."""
+        if self._work is None or not self._reading:
+            return
+        work = self._work
+        path, file = work.path(_FILES[self._current]), self._files[self._current]
+        if not path.is_file() or path.stat().st_ino != self._inode:
+            return  # nobody writes to a file that has lost its name
+        assert isinstance(file, np.memmap)
+        now = work.stored_notes().get("n")
+        if now != self.n:
+            raise RuntimeError(
+                f"a fit has gone on in {work.folder} since this lens was read from it ({self.n} prompts then, {now} "
+                "now), and writes where these sums were: read the folder again, or copy it first"
+            )
 
     def errors(self) -> dict[Any, float]:
         """The relative error of each layer's mean; NaN for fewer than two prompts, 0 where all matrices are zero."""
@@ -198,6 +247,8 @@ class Sums:
         totals = np.array(self._files[self._current])
         for each in all_of[1:]:
             totals += each._files[each._current]
+        for each in all_of:
+            each._check_kept()
         # prompts are counted on from one lens to the next
         offsets = np.cumsum([0, *(0 if shared else each.read for each in all_of)])
         result = Sums(self.layers, self.width, probes=self.probes)
@@ -297,10 +348,13 @@ def relative_errors(n: int, squared_norms: np.ndarray, squares: np.ndarray) -> l
     return found
 
 
-def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """A file of float64 mapped into memory, of zeros where it is new or was cut short."""
+def _mapped(path: Path, shape: tuple[int, ...], reading: bool = False) -> np.ndarray:
+    """A file of float64 mapped into memory, of zeros where it is new or was cut short; without a file if it isn't."""
     size = 8 * math.prod(shape)
-    if not path.is_file() or path.stat().st_size != size:
+    whole = path.is_file() and path.stat().st_size == size
+    if reading:
+        return np.memmap(path, np.float64, "r", shape=shape) if whole else np.zeros(0)
+    if not whole:
         with path.open("wb") as file:
             file.truncate(size)
     return np.memmap(path, np.float64, "r+", shape=shape)
@@ -316,6 +370,22 @@ def _append(path: Path, at: int, values: np.ndarray) -> None:
         os.fsync(file.fileno())
 
 
-def _stored(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+def _stored(work: Work, name: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
     """The values that :func:`_append` wrote."""
+    path = work.path(name)
+    _check_whole(path, np.dtype(dtype).itemsize * math.prod(shape), work, longer=True)
     return np.fromfile(path, dtype, math.prod(shape)).reshape(shape)
+
+
+def _check_whole(path: Path, size: int, work: Work, longer: bool = False) -> None:
+    """Check that a file that counts is there, as long as it was when it was written.
+
+    Raises:
+        ValueError: It isn't.
+    """
+    found = path.stat().st_size if path.is_file() else 0
+    if found < size or (found > size and not longer):
+        raise ValueError(
+            f"{path} has {found} bytes, and the {work.notes['n']} prompts of this folder's lens need {size}: it was "
+            f"cut short, or not copied as a whole; {work.way_out}"
+        )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -236,7 +237,7 @@ def ranks(lens: Lens, text: Any, tokens: Sequence[Any], layers: Any, positions: 
     if kind not in _KINDS[1:]:
         raise ValueError(f"lens is {kind!r}; allowed: {', '.join(map(repr, _KINDS[1:]))}")
     model, chosen = lens.attached, chosen_layers(lens, layers, end=True)
-    listed = [tokens] if isinstance(tokens, int | str) else list(tokens)
+    listed = [tokens] if isinstance(tokens, int | str | np.integer) else list(tokens)
     wanted = torch.tensor([model.token(token) for token in listed], dtype=torch.int64, device="cpu")
     if (wanted < 0).any():
         raise ValueError(f"tokens holds {int(wanted.min())}; ids are 0 or more")

@@ -6,16 +6,18 @@ How these products scatter from prompt to prompt says how far the mean over the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..fits.prompts import length_of, read_prompts
 from ..matrices import Lens, matrix_of
 from .intervals import intervals
-from .readout import Readout, transported
+from .readout import SKIPPED, Readout, transported
 from .transported import transported as pushed
 
 __all__ = ["ReadoutIntervals", "intervals_of"]
@@ -48,7 +50,7 @@ def intervals_of(
     lens: Lens,
     readout: Readout,
     text: Any,
-    prompts: Iterable[Any],
+    prompts: Any,
     *,
     resamples: int = 200,
     seed: int = 0,
@@ -60,8 +62,12 @@ def intervals_of(
         raise ValueError("the readout is of the logit lens alone, which no prompt decides: read with lens='both'")
     layers = [layer for layer in readout.layers if layer in lens.J]
     values, columns = model.values(model.text(text), layers), list(readout.positions)
-    if not columns or max(columns) >= len(values):
+    if max(columns) >= len(values):
         raise ValueError(f"the readout has positions up to {max(columns)}, and this text has {len(values)} tokens")
+    if values.ids is not None and readout.tokens != tuple(map(model.piece, values.ids[columns].tolist())):
+        raise ValueError("the readout is of another text, whose tokens are others: give the text that was read")
+    if lens.n_prompts < 1:
+        raise ValueError("this lens doesn't say how many prompts it is the mean of, so its scatter isn't known")
     vectors = {layer: values.states[layer][columns] for layer in layers}
     options = {name: about[name] for name in ("target", "skip_first", "targets", "precision") if name in about}
     if about.get("estimator", "jacobian") != "jacobian":
@@ -69,14 +75,26 @@ def intervals_of(
             "a relevance lens is no Jacobian, and only a Jacobian takes a vector forward: it has no intervals"
         )
     products: dict[Any, list[Tensor]] = {layer: [] for layer in layers}
-    for number, prompt in enumerate(prompts, start=1):
-        for layer, each in pushed(model.model, [prompt], vectors, **options).per_prompt.items():
-            products[layer].append(each[0].cpu())
+    shortest = int(options.get("skip_first", SKIPPED)) + 2
+    place = next((weight.device for weight in model.inside.parameters()), torch.device("cpu"))
+    short = 0
+    for number, prompt in enumerate(read_prompts(prompts, model.words, int(about.get("max_tokens", 128))), start=1):
+        if length_of(prompt) < shortest:
+            short += 1
+        else:
+            given = prompt if place.type == "meta" else prompt.to(place)
+            for layer, each in pushed(model.model, [given], vectors, **options).per_prompt.items():
+                products[layer].append(each[0].cpu())
         if progress is not None:
             progress(number)
     count = len(products[layers[0]]) if layers else 0
+    if short:
+        warnings.warn(f"{short} prompts have fewer than {shortest} tokens and don't count", stacklevel=3)
     if count < 2:
-        raise ValueError(f"intervals need two prompts or more, and {count} were given")
+        raise ValueError(
+            f"intervals need two prompts or more of at least {shortest} tokens, and {count} were given: give more "
+            "prompts, or longer ones"
+        )
     ids = None if values.ids is None else values.ids[columns]
 
     def unembed(place: int) -> Callable[[Tensor], Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ __all__ = ["directions", "token_vectors", "vector"]
 
 def vector(lens: Lens, token: Any, layer: Any, norm_gain: bool) -> Tensor:
     """The direction of a token at a layer: :meth:`scalpel.JacobianLens.vector`."""
-    if not isinstance(layer, int | str):
+    if not isinstance(layer, int | str | np.integer):
         raise ValueError(f"layer is {layer!r}; give one of the lens's layers")
     (layer,) = chosen_layers(lens, layer, end=True)
     return _pulled(matrix_of(lens, layer), rows_of(lens.attached, [token], norm_gain))[0]
@@ -52,7 +53,7 @@ def directions(lens: Lens, given: Any, layers: Sequence[Any]) -> dict[Any, Tenso
     if isinstance(given, Tensor) and given.dtype.is_floating_point:
         same = _checked(given, lens.d_model)
         return dict.fromkeys(layers, same)
-    tokens = [given] if isinstance(given, int | str) else list(given)
+    tokens = [given] if isinstance(given, int | str | np.integer) else list(given)
     rows = rows_of(lens.attached, tokens, False)
     return {layer: _pulled(matrix_of(lens, layer), rows) for layer in layers}
 

@@ -58,7 +58,7 @@ function show(button) {
   const row = Number(button.dataset.row), column = Number(button.dataset.column);
   detail.replaceChildren();
   const where = isModel(row) ? "The model itself" : "After layer " + data.layers[row];
-  detail.append(element("h2", where + ", at token " + data.positions[column]));
+  detail.append(element("h2", where + ", at position " + data.positions[column]));
   const place = element("p");
   place.append("What follows “", element("span", data.tokens[column], { class: "token" }), "”");
   if (data.skipped[column]) place.append("; the lens was not fitted at tokens this early");
