@@ -224,6 +224,13 @@ def test_the_readme_example_of_a_lens_runs(tmp_path: Path, monkeypatch: pytest.M
     assert torch.equal(stored.J[0], names["lens"].J[0].half().float())
 
 
+def test_the_example_of_the_guide_to_the_lens_runs():
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "jacobian_lens.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(block, names)
+    assert names["read"].top(0, -1) != names["without"].top(0, -1)
+
+
 def test_the_readme_example_of_transformers_classes_runs():
     """Run the third block unchanged."""
     pytest.importorskip("transformers")

@@ -119,7 +119,6 @@ def experiment(
 ) -> None:
     """Run one experiment and print its row of the table."""
     from .. import experiments
-    from ..report import write_report
 
     options = _options(option or [])
     if "model" in options:
@@ -142,6 +141,8 @@ def experiment(
     for note in left_out(suite):
         show.err().print(f"left out: {note}", soft_wrap=True)
     if out is not None:
+        from ..report import write_report  # matplotlib is slow to import
+
         page = write_report(out, suite)
         show.err().print(f"Report: {page}", soft_wrap=True)
 

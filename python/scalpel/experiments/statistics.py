@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
-from scipy import stats
 from scipy.special import stdtrit
 
 from ..covariance.intervals import jackknife
@@ -120,6 +119,8 @@ def discoveries(p: np.ndarray, q: float = 0.05) -> np.ndarray:
     p = np.asarray(p, dtype=float)
     if p.size == 0:
         return np.zeros(p.shape, dtype=bool)
+    from scipy import stats  # slow to import
+
     adjusted: np.ndarray = stats.false_discovery_control(p.ravel()).reshape(p.shape) <= q
     return adjusted
 
@@ -139,6 +140,8 @@ def auroc(score: np.ndarray, failed: np.ndarray) -> float:
 
 def aurocs(scores: np.ndarray, failed: np.ndarray) -> np.ndarray:
     """`auroc` of several scores of the same prompts at once: (scores, prompts) and (prompts,) to (scores,)."""
+    from scipy import stats  # slow to import
+
     scores, failed = np.asarray(scores, dtype=float), np.asarray(failed, dtype=bool)
     failures, successes = int(failed.sum()), int((~failed).sum())
     if not failures or not successes:

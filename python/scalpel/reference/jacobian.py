@@ -61,10 +61,11 @@ def jacobian_dense(
         if function is not None:
             value = function(value)
         rows = [torch.zeros_like(seen["delta"]).flatten() for _ in range(value.numel())]
-        for i, entry in enumerate(value.flatten()):
-            if entry.requires_grad:
-                (row,) = torch.autograd.grad(entry, seen["delta"], retain_graph=True, allow_unused=True)
-                rows[i] = rows[i] if row is None else row.flatten()
+        unit = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+        for i in range(value.numel() if value.requires_grad else 0):
+            unit.view(-1).zero_()[i] = 1
+            (row,) = torch.autograd.grad(value, seen["delta"], unit, retain_graph=True, allow_unused=True)
+            rows[i] = rows[i] if row is None else row.flatten()
     return torch.stack(rows).detach()
 
 

@@ -36,7 +36,9 @@ def _target_of(model: nn.Module, given: Mapping[str, Any], block: nn.Module, end
 def block_jacobian(model: nn.Module, given: Mapping[str, Any], block: nn.Module, end: nn.Module, width: int) -> Tensor:
     """The derivative (L, width, L, width) of the output of ``end`` by that of ``block``, for a batch of one text."""
     zero = torch.zeros(1, given["input_ids"].shape[1], width, dtype=torch.float64)
-    full = torch.autograd.functional.jacobian(lambda delta: _target_of(model, given, block, end, delta), zero)
+    full = torch.autograd.functional.jacobian(
+        lambda delta: _target_of(model, given, block, end, delta), zero, vectorize=True
+    )
     return full[0, :, :, 0]
 
 

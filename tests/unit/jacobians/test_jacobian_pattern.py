@@ -44,7 +44,7 @@ def check(J: Any, weights: Callable[[Tensor], Tensor], at: tuple[Any, Any], real
     zero = torch.zeros(batch, LENGTH, width, dtype=torch.float64)
     rows = torch.ones(J.target_shape[:2], dtype=torch.bool) if real is None else real.bool()[:, target]
     torch.testing.assert_close(J.primal[rows], weights(zero)[:, target][rows], **EXACT)
-    expected = torch.autograd.functional.jacobian(lambda delta: weights(delta)[:, target][rows], zero)
+    expected = torch.autograd.functional.jacobian(lambda delta: weights(delta)[:, target][rows], zero, vectorize=True)
     expected = expected[..., source, :].reshape(-1, J.shape[1])
     assert bool(expected.any())
     V = torch.eye(J.shape[1], dtype=torch.float64).view(-1, *J.source_shape)

@@ -38,6 +38,7 @@ DEFAULTS: dict[str, tuple[str | None, torch.dtype]] = {
 # The slow operations run only once, with both defaults changed.
 SLOW = {
     "analyze",
+    "analyze, tokens that count",
     "analyze, transformers",
     "circuits.ablation_effects",
     "circuits.ablation_effects, zero",

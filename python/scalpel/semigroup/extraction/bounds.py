@@ -1,7 +1,5 @@
 """Exact bounds on a share (C. Clopper and E. Pearson, 1934)."""
 
-from scipy.stats import binomtest
-
 __all__ = ["clopper_pearson"]
 
 
@@ -33,5 +31,7 @@ def clopper_pearson(hits: int, trials: int, alpha: float = 0.05) -> tuple[float,
         raise ValueError(f"alpha is {alpha}; it must be between 0 and 1")
     if trials == 0:
         return 0.0, 1.0
+    from scipy.stats import binomtest  # slow to import
+
     interval = binomtest(hits, trials).proportion_ci(confidence_level=1 - alpha, method="exact")
     return float(interval.low), float(interval.high)
