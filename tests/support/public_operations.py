@@ -30,8 +30,8 @@ from scalpel.circuits.closure import closes_over
 from scalpel.circuits.task import answer_logits
 from scalpel.cli import bench
 from scalpel.covariance import DebiasedCKA, leave_one_out
+from scalpel.jacobian_lens import transported
 from scalpel.jacobian_lens.reading.intervals import intervals
-from scalpel.jacobian_lens.reading.transported import transported
 from scalpel.jacobians.stream import stream_layers
 from scalpel.models.circuitgpt.ablation import hook_means
 from scalpel.models.circuitgpt.config import CircuitGPTConfig
@@ -462,7 +462,7 @@ OPERATIONS: dict[str, Callable[[Given], Any]] = {
     "anchors": anchors,
     "greedy_orbits": lambda g: greedy_orbits(g.brackets, [[1, 2, 3], [4]], window=6, steps=6),
     # lenses
-    "transported": of_a_lens,
+    "jacobian_lens.transported": of_a_lens,
     # everything that builds on the above
     "train": trained,
     "analyze": lambda g: analysis(g, g.checkpoint),

@@ -117,23 +117,29 @@ def fit(
             steps.stage(f"prompt {done} of {len(given)}", done / len(given))
 
         with job_of_environment() as job:
-            lens = fit_lens(
-                subject,
-                given,
-                layers=_numbers(layers),
-                target=target,
-                skip_first=skip_first,
-                max_tokens=max_tokens,
-                targets=targets.value,
-                estimator=estimator.value,
-                precision=precision,
-                tolerance=tolerance,
-                folder=out,
-                shard=job.world > 1,
-                progress=step,
-                tokenizer=words,
-                fresh=fresh,
-            )
+            try:
+                lens = fit_lens(
+                    subject,
+                    given,
+                    layers=_numbers(layers),
+                    target=target,
+                    skip_first=skip_first,
+                    max_tokens=max_tokens,
+                    targets=targets.value,
+                    estimator=estimator.value,
+                    precision=precision,
+                    tolerance=tolerance,
+                    folder=out,
+                    shard=job.world > 1,
+                    progress=step,
+                    tokenizer=words,
+                    fresh=fresh,
+                )
+            except ValueError as error:
+                if "fresh=True" not in str(error):
+                    raise
+                words_here = str(error).replace("another folder", "another --out").replace("fresh=True", "--fresh")
+                raise ValueError(words_here) from error
         if job.rank:  # under torchrun, the first process writes for all
             return
         steps.stage("writing the lens", 1.0)

@@ -5,6 +5,16 @@ from .fitting import fit
 from .interventions import Intervention
 from .lens import JacobianLens
 from .reading.readout import Readout
+from .reading.transported import Transported, transported
 from .reading.vectors import token_vectors
 
-__all__ = ["Evaluation", "Intervention", "JacobianLens", "Readout", "fit", "token_vectors"]
+__all__ = [
+    "Evaluation",
+    "Intervention",
+    "JacobianLens",
+    "Readout",
+    "Transported",
+    "fit",
+    "token_vectors",
+    "transported",
+]

@@ -154,20 +154,20 @@ def _fitted(
         fitting = _Fitting(subject, share, work, probes, tolerance, bar)
         fitting.read(read_prompts(prompts, words, max_tokens))
         sums = share.merged(fitting.sums)
-    skipped = fitting.skipped
+    count, digest, skipped = fitting.corpus()
     if sums is None or not sums.n:
         raise ValueError(
-            f"no prompt counts: {fitting.count} were read, and {skipped} had fewer than {skip_first + 2} tokens, which "
+            f"no prompt counts: {count} were read, and {skipped} had fewer than {skip_first + 2} tokens, which "
             f"skip_first={skip_first} asks for; give longer prompts, or a smaller skip_first"
         )
     if skipped:
         warnings.warn(
-            f"{skipped} of {fitting.count} prompts have fewer than {skip_first + 2} tokens, and were left out",
+            f"{skipped} of {count} prompts have fewer than {skip_first + 2} tokens, and were left out",
             stacklevel=3,
         )
     about |= {
-        "corpus_sha256": fitting.digest.hexdigest(),
-        "prompts_read": fitting.count,
+        "corpus_sha256": digest,
+        "prompts_read": count,
         "prompts_left_out": skipped,
         "stopped": fitting.stopped,
     }
@@ -190,7 +190,8 @@ class _Fitting:
     ) -> None:
         self._subject, self._share, self._work = subject, share, work
         self._probes, self._tolerance, self._bar = probes, tolerance, bar
-        self.count, self.skipped, self.digest = 0, 0, hashlib.sha256()
+        self.count, self.digest = 0, hashlib.sha256()
+        self._short: list[int] = []  # the prompts that don't count
         self._digests: dict[int, str] = {}  # of all prompts up to that one
         self._ahead: set[int] = set()  # the prompts that were read and aren't in the sums yet
         self._shortest = subject.options["skip_first"] + 2
@@ -250,13 +251,24 @@ class _Fitting:
         number, self.count = self.count, self.count + 1
         self.digest.update(mark_of(prompt))
         self._digests[number] = self.digest.hexdigest()
-        self.skipped += length_of(prompt) < self._shortest
+        if length_of(prompt) < self._shortest:
+            self._short.append(number)
         if self.count == begun and self.sums is not None and self._digests[number] != self.sums.digest:
             raise ValueError(
                 f"the first {begun} prompts are not those that the folder's lens was made of: give the same prompts, "
                 "another folder, or fresh=True"
             )
         return number
+
+    def corpus(self) -> tuple[int, str, int]:
+        """How many prompts the lens is of, their digest, and how many of them don't count.
+
+        A fit that stops at its tolerance has read prompts of a streamed model ahead, which are none of them.
+        """
+        count, digest = self.count, self.digest.hexdigest()
+        if self.stopped is not None and self.sums is not None and self._share.world == 1:
+            count, digest = self.sums.read, self.sums.digest
+        return count, digest, sum(number < count for number in self._short)
 
     def _probes_of(self, layer: Any) -> Tensor | None:
         if self._probes is None or self._probes.dim() == 2:

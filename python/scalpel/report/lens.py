@@ -126,7 +126,8 @@ def _visible(found: dict[str, Any]) -> dict[str, Any]:
 
     def listed(top: Any) -> Any:
         if top and isinstance(top[0], int):
-            return [top[0], text(top[1]), *top[2:]]
+            number, token, logit, share = top  # all digits stand in readout.json
+            return [number, text(token), round(logit, 4), float(f"{share:.4g}")]
         return [listed(part) for part in top]
 
     lenses = {name: {**found[name], "top": listed(found[name]["top"])} for name in ("model", "jacobian", "logit")}

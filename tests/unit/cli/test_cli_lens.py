@@ -53,6 +53,11 @@ assert not heavy, heavy
     assert done.stdout.count("--json") == 3
 
 
+def test_another_fit_in_the_folder_is_refused_in_the_words_of_the_command(text: Path, fitted: Path) -> None:
+    done = invoke("lens", "fit", "bracket-mini", "--text", str(text), "--skip-first", "3", "--out", str(fitted))
+    assert done.exit_code == 2 and "another --out, or --fresh" in done.stderr and "fresh=True" not in done.stderr
+
+
 def test_processes_of_torchrun_share_the_prompts(text: Path, fitted: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

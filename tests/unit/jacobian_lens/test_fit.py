@@ -189,19 +189,21 @@ def test_a_fit_that_was_stopped_goes_on(model: Any, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_fit_that_is_killed_at_any_moment_ends_with_the_same_bits(model: Any, tmp_path: Path, seed: int) -> None:
     given, draw = prompts(8), random.Random(seed)
-    whole = fitted(model, given)
-    kills = 0
+    fitted(model, given, folder=tmp_path / "warm")
+    started = time.perf_counter()
+    whole = fitted(model, given, folder=tmp_path / "whole")
+    takes, kills = time.perf_counter() - started, 0
     for _ in range(4):
         if (child := os.fork()) == 0:  # starting a new process is slow
             try:
-                fitted(model, given, folder=tmp_path)
+                fitted(model, given, folder=tmp_path / "killed")
             finally:
                 os._exit(0)
-        time.sleep(draw.uniform(0.0, 0.15))
+        time.sleep(draw.uniform(0.0, 0.8) * takes)
         os.kill(child, signal.SIGKILL)
         kills += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert kills
-    assert same_bits(fitted(model, given, folder=tmp_path), whole)
+    assert same_bits(fitted(model, given, folder=tmp_path / "killed"), whole)
 
 
 def test_a_folder_of_another_lens_is_refused(model: Any, tmp_path: Path) -> None:

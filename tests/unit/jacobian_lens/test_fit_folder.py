@@ -143,3 +143,7 @@ def test_a_streamed_fit_that_is_stopped_behind_a_short_prompt_loses_none(
     with pytest.warns(UserWarning, match="1 of 8"):
         again = fitted(tmp_path / "model", given, folder=tmp_path / "lens")
     assert same(again, right) and right.n_prompts == 7
+    # prompts that were read ahead when a fit stops are none of the lens's
+    streamed, whole = (fitted(source, given, tolerance=9.0) for source in (tmp_path / "model", model))
+    said = ("corpus_sha256", "prompts_read", "prompts_left_out")
+    assert [streamed.about[name] for name in said] == [whole.about[name] for name in said] and streamed.n_prompts == 2

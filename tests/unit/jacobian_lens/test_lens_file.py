@@ -178,10 +178,18 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return str(tmp_path / filename)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo, revision=None: names)
+
+    def listed(repo: str, revision: str | None = None, **access: Any) -> list[str]:
+        assert "cache_dir" not in access  # which lists don't take
+        asked.append(access)
+        return names
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", listed)
     lens = JacobianLens.from_pretrained("some/lenses", revision="abc", cache_dir="there")
     assert lens.about == {"from": {"repo": "some/lenses", "filename": "a_jacobian_lens.pt", "revision": "abc"}}
-    assert asked[0] == ("some/lenses", "a_jacobian_lens.pt", "abc", {"cache_dir": "there"})
+    assert asked[:2] == [{}, ("some/lenses", "a_jacobian_lens.pt", "abc", {"cache_dir": "there"})]
+    JacobianLens.from_pretrained("some/lenses", token="of a private one")
+    assert {"token": "of a private one"} in asked
     names.append("b/b_jacobian_lens_n1000.pt")
     with pytest.raises(ValueError, match=r"has 2 files .*a_jacobian_lens\.pt, b/b_jacobian_lens_n1000\.pt"):
         JacobianLens.from_pretrained("some/lenses")

@@ -168,6 +168,10 @@ WORKS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "JacobianLens": (lens, of_lens),
     "Readout": (lambda: lens().readout(ids()[:1], k=2), lambda one: (shown(one), repr(one), one.to_json())),
     "Evaluation": (lambda: lens().evaluate(ITEMS, derangements=0), lambda one: (one.to_json(), repr(one))),
+    "Transported": (
+        lambda: jacobian_lens.transported(model(), [ids()[:1], ids()[1:2]], {0: rows(2, 12).float()}, skip_first=1),
+        lambda one: (shown(one), shown(one.mean), shown(one.error)),
+    ),
     "EdgeTable": (lambda: model().edges(), shown),
     "Ablation": (lambda: model().ablate("0.attn.v:1", "mean", reference=ids()), of_ablated),
     "Ablation, resampled": (lambda: model().ablate("0.attn.v", "resample", reference=ids()), of_ablated),

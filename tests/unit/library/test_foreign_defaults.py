@@ -74,6 +74,7 @@ NO_OPERATION = {
     "covariance.StreamingCovariance": "stands in the flat list",
     "JacobianLens.from_pretrained": "downloads, and then does what load does",
     "jacobian_lens.Evaluation": "what evaluate gives",
+    "jacobian_lens.Transported": "what transported gives",
     "jacobian_lens.Intervention": "what steer gives",
     "jacobian_lens.JacobianLens": "stands in the flat list",
     "jacobian_lens.Readout": "what readout gives",

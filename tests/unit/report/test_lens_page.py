@@ -79,6 +79,15 @@ def test_cells_are_the_readouts_first_tokens(reading: Reading) -> None:
     assert "http" not in re.sub(r"http-equiv", "", page)  # no request leaves the page
 
 
+def test_a_long_text_makes_no_page_of_full_digits(reading: Reading) -> None:
+    page = render_lens(reading.lens, reading.readout)
+    data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    _, _, logit, share = data["jacobian"]["top"][0][-1][0]
+    exact = reading.readout.to_json()["jacobian"]["top"][0][-1][0]
+    assert logit == pytest.approx(exact[2], abs=1e-4) and share == pytest.approx(exact[3], rel=1e-3)
+    assert len(str(logit)) <= 9 and len(str(share)) <= 9 < len(str(exact[2]))
+
+
 def test_a_token_cannot_end_the_script(reading: Reading) -> None:
     found = reading.readout
     pieces = dict.fromkeys(found.pieces, "</script><b>")

@@ -32,7 +32,8 @@ def fetched(repo: str, filename: str | None, revision: str | None, **options: An
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     if filename is None:
-        names = huggingface_hub.list_repo_files(repo, revision=revision)
+        access = {name: options[name] for name in ("token", "repo_type") if name in options}
+        names = huggingface_hub.list_repo_files(repo, revision=revision, **access)
         found = fnmatch.filter(names, _PATTERN)
         if len(found) != 1:
             listed = ", ".join(found[:40]) + (", and others" if len(found) > 40 else "")

@@ -118,8 +118,7 @@ def transported(
         ValueError: For an unknown layer or option, a vector of another width, or if no prompt is long enough.
 
     Example:
-        >>> import torch
-        >>> from scalpel.jacobian_lens.reading.transported import transported
+        >>> from scalpel.jacobian_lens import transported
         >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
         >>> prompts = [torch.tensor([model.tokenizer.encode(text)]) for text in ("[[1, 2], [3", "[4, [5, 6]")]
         >>> found = transported(model, prompts, {0: torch.eye(128)[:3]}, skip_first=2)
