@@ -1,18 +1,16 @@
-"""One process of the torch.distributed tests: ``python distributed_worker.py RANK WORLD FOLDER TASK...``.
+"""One process of the torch.distributed tests, which :func:`work` runs.
 
-Starting processes is slow, so one job runs several tasks, each in a folder of its own name below FOLDER.
+Starting processes is slow, so one job runs several tasks, each in a folder of its own name below the job's. And they
+are forked from a process that has imported this module and does nothing else.
 """
 
 import datetime
 import os
 import signal
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-
-sys.path.append(str(Path(__file__).with_name("tables")))
 
 import scalpel
 from circuitgpt_cases import build, tokens
@@ -78,8 +76,10 @@ def done(task: str, rank: int, world: int, folder: Path) -> dict[str, StreamingC
     return collected(folder / "states", rank, task == "die", "60KiB" if task == "groups" else "1GiB")
 
 
-def main() -> None:
-    rank, world, whole, *tasks = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:]
+def work(rank: int, world: int, whole: Path, tasks: tuple[str, ...], stderr: Path) -> None:
+    """Do the tasks as one of ``world`` processes; what goes to the standard error stream goes to a file."""
+    with stderr.open("wb") as file:
+        os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
     # The processes meet through a file, because a port that was free a moment ago may be taken.
     dist.init_process_group(
@@ -93,7 +93,3 @@ def main() -> None:
             state.save(folder / f"{name}-{rank}")
         dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

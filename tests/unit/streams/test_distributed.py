@@ -1,46 +1,62 @@
 """States of several processes on this machine are merged through torch.distributed."""
 
+import multiprocessing
 import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
+import distributed_worker
 import scalpel
 from circuitgpt_cases import build, one_thread, tokens  # noqa: F401
 from covariance_states import assert_close, same_bits
 from distributed_worker import states
-from places import SUPPORT
+from places import SUPPORT, TABLES
 from scalpel import StreamingCovariance
 
-WORKER = SUPPORT / "distributed_worker.py"
+PROCESSES = multiprocessing.get_context("forkserver")
 pytestmark = pytest.mark.slow
+
+
+class Ended(NamedTuple):
+    """How a process ended, and what it wrote to its standard error stream."""
+
+    returncode: int | None
+    stderr: str
+
+
 TASKS = {
     2: ("merge", "again", "differ", "collect", "groups", "rows"),
     4: ("merge", "again", "pair", "collect", "groups"),
 }
 
 
-def run(world: int, folder: Path, *tasks: str) -> list[subprocess.CompletedProcess[str]]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+@pytest.fixture(scope="module", autouse=True)
+def _imports() -> Iterator[None]:
+    """What the process that others are forked from is told when the first of them starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(SUPPORT), str(TABLES), os.environ.get("PYTHONPATH", "")]))
+        PROCESSES.set_forkserver_preload([distributed_worker.__name__])
+        yield
+
+
+def run(world: int, folder: Path, *tasks: str) -> list[Ended]:
     (folder / "met").unlink(missing_ok=True)
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(world), str(folder), *tasks],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(world)
-    ]
-    done = []
-    for process in started:
-        out, err = process.communicate(timeout=240)
-        done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
-    return done
+    started = []
+    for rank in range(world):
+        stderr = folder / f"stderr-{rank}"
+        process = PROCESSES.Process(target=distributed_worker.work, args=(rank, world, folder, tasks, stderr))
+        process.start()
+        started.append((process, stderr))
+    ended = []
+    for process, stderr in started:
+        process.join(timeout=240)
+        ended.append(Ended(process.exitcode, stderr.read_text()))
+    return ended
 
 
 def succeed(world: int, folder: Path, *tasks: str) -> None:
