@@ -15,8 +15,11 @@ from decoder_cases import ids_of, model_of
 from places import ROOT
 from scalpel.experiments import suite
 from scalpel.experiments.abilities import accuracies
+from scalpel.experiments.brackets import critical
+from scalpel.experiments.collapse import measure
 from scalpel.experiments.controls import Controls, untrained
 from scalpel.experiments.provenance import fingerprint
+from scalpel.experiments.statistics import redraw
 from scalpel.jacobians.stream import stream_layers
 from scalpel.tasks import held_out, literals
 from scalpel.tasks.brackets import answer
@@ -165,7 +168,13 @@ def test_the_whole_suite_in_short(monkeypatch):
     def short(name, model, **options):
         return scalpel.experiments.run(name, model, **options, **SHORT[name])
 
+    def few(statistic, count, rng, resamples):
+        return redraw(statistic, count, rng, 8)
+
     monkeypatch.setattr(suite, "run", short)
+    # What decides a verdict is tested with each experiment, so the suite needs no narrow intervals.
+    monkeypatch.setattr(critical, "redraw", few)
+    monkeypatch.setattr(measure, "DRAWS", 1)
     seen = []
     found = suite.run_suite("bracket-mini", progress=lambda what, done: seen.append((what, done)))
     assert not found.refused
