@@ -109,6 +109,12 @@ def fitted(g: Given, seed: int = 6, **options: Any) -> scalpel.JacobianLens:
     return scalpel.jacobian_lens.fit(g.model, ids, skip_first=2, progress=False, **options)
 
 
+def with_probes(g: Given) -> Any:
+    width = g.model.config.d_model
+    probes = torch.randn(2, width, generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float32)
+    return vars(fitted(g, probes=probes).probe_intervals(0, ["a", 3], after=[1, "b"], resamples=20))
+
+
 def fitted_folder(g: Given) -> Path:
     fitted(g, folder=(folder := g.new("fit")))
     return folder
@@ -362,6 +368,7 @@ OPERATIONS: dict[str, Callable[[Given], Any]] = {
     "JacobianLens.readout, llama": lambda g: llama_lens(g).readout(g.decoder_ids[:1], k=3),
     "JacobianLens.ranks": lambda g: g.lens.ranks(g.ids[:1], [1, "c"]),
     "JacobianLens.intervals": with_intervals,
+    "JacobianLens.probe_intervals": with_probes,
     "JacobianLens.vector": lambda g: [g.lens.vector("a", 0), g.lens.vector(2, 0, norm_gain=True)],
     "JacobianLens.steer": lambda g: changed(g, g.lens.steer("a", 2.0, 0)),
     "JacobianLens.steer, llama": lambda g: generated(g, llama_lens(g).steer(3, 2.0, [0, 1], [1, -1], norm=3.0)),

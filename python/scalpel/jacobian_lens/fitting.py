@@ -64,7 +64,8 @@ def fit(
             tokens are left out, with a warning.
         layers: The layers whose outputs are the sources: "all" for each layer before the target, a number from 0 or
             several, or paths of modules.
-        target: The layer whose output is the target, before the final norm; None for the last one.
+        target: The layer whose output is the target, before the final norm; None for the last one. Negative numbers
+            count from the last.
         skip_first: How many tokens at the beginning of each prompt don't count, from the first real token.
         max_tokens: The most tokens of a prompt; what is longer is cut.
         targets: "after" sums over a token's own position and all later ones of the target, as published. "same" takes
@@ -81,7 +82,7 @@ def fit(
         tokenizer: The tokenizer for strings, where the model has none of its own: one of transformers or of
             tokenizers, or a path.
         probes: (probes, width) vectors h, or (layers, probes, width), whose J_p h is kept for each prompt, so that
-            readouts of these have intervals.
+            :meth:`scalpel.JacobianLens.probe_intervals` needs no prompt again.
         fresh: Whether to remove what an earlier fit left in ``folder``, and to begin again.
 
     Returns:

@@ -18,6 +18,7 @@ from .attached.model import AttachedModel
 from .evaluating import evaluation
 from .matrices import Layer
 from .reading import readout, readout_intervals, vectors
+from .reading.intervals import Intervals
 from .reading.readout import Readout
 
 __all__ = ["LensInUse"]
@@ -167,6 +168,35 @@ class LensInUse:
         return readout_intervals.intervals_of(
             self, read, text, prompts, resamples=resamples, seed=seed, progress=progress
         )
+
+    def probe_intervals(
+        self, layer: Layer, tokens: Any, *, after: Any = None, resamples: int = 400, seed: int = 0
+    ) -> Intervals:
+        """Compute logits and ranks of tokens in the readouts of the vectors that a fit was given as ``probes=``.
+
+        Args:
+            layer: A layer of the lens.
+            tokens: Ids, or texts that are one token each.
+            after: For a model with a table of bigrams: the token at which each probe stands.
+            resamples: How often prompts are drawn.
+            seed: Of the draws.
+
+        Returns:
+            The logits and ranks of the mean over prompts with their 95 % intervals, each (probes, tokens). Ranks count
+            from 1.
+
+        Raises:
+            ValueError: The lens comes from no fit with probes, or the layer or a token is unknown.
+
+        Example:
+            >>> model = scalpel.CircuitGPT.from_pretrained("bracket-mini")
+            >>> prompts = [torch.arange(i, i + 20)[None] for i in range(4)]
+            >>> h = torch.randn(2, 128)
+            >>> lens = scalpel.jacobian_lens.fit(model, prompts, skip_first=2, probes=h, progress=False)
+            >>> lens.probe_intervals(0, ["]", ","], after=["1", "["]).logits_low.shape  # probes, tokens
+            torch.Size([2, 2])
+        """
+        return readout_intervals.intervals_of_probes(self, layer, tokens, after, resamples=resamples, seed=seed)
 
     def ranks(
         self, text: Any, tokens: Any, layers: Any = None, positions: Any = None, *, lens: str = "jacobian"

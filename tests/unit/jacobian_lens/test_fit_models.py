@@ -118,3 +118,14 @@ def test_text_and_a_shipped_model(tmp_path: Path) -> None:
     each = [lens_matrices(model, prompt, layers=[0], skip_first=2)[0] for prompt in ids]
     torch.testing.assert_close(lens.J[0], torch.stack(each).mean(0), rtol=1e-5, atol=1e-6)
     assert lens.about["model_name"] == "bracket-mini" and not math.isnan(lens.error[0])
+
+
+def test_a_negative_target_counts_from_the_last_layer(tmp_path: Path) -> None:
+    model, given = model_of("llama").float(), prompts(2)
+    model.save_pretrained(tmp_path)
+    before_last = fit(model, given, target=1, skip_first=2, progress=False)
+    for each in (model, tmp_path):
+        lens = fit(each, given, target=-2, skip_first=2, progress=False)
+        assert lens.about["target"] == 1 and lens.source_layers == [0] and same_bits(lens, before_last)
+        with pytest.raises(ValueError, match="target is -4; the model has 3 layers"):
+            fit(each, given, target=-4, skip_first=2, progress=False)

@@ -88,3 +88,32 @@ def test_what_is_refused(lens: JacobianLens, prompts: list[list[int]]) -> None:
     unknown = JacobianLens(dict(lens.J), 0, about=lens.about, model=lens.attached.model)
     with pytest.raises(ValueError, match="doesn't say how many prompts"):
         unknown.intervals(read, TEXT, prompts)
+
+
+def test_probes_have_the_intervals_of_each_prompts_products(prompts: list[list[int]]) -> None:
+    model = build("plain")
+    width = model.config.d_model
+    probes = torch.randn(2, width, generator=torch.Generator().manual_seed(0))
+    lens = fit(model, prompts, skip_first=2, max_tokens=8, probes=probes, progress=False)
+    each = [
+        lens_matrices(model, torch.tensor([ids[:8]]), layers=lens.source_layers, skip_first=2)[lens.source_layers[-1]]
+        for ids in prompts
+    ]
+    products = torch.stack([probes.to(matrix) @ matrix.T for matrix in each]).float()
+
+    def unembed(x: Tensor) -> Tensor:
+        rows = x.reshape(-1, width).to(lens.attached.head.dtype)
+        ids = torch.tensor([2, 5]).repeat(len(rows) // 2) if len(rows) > 1 else torch.tensor([2])
+        return lens.attached.head.logits(rows, ids).reshape(*x.shape[:-1], -1)
+
+    right = intervals(unembed, products, [3, 1], resamples=50)
+    found = lens.probe_intervals(lens.source_layers[-1], [3, 1], after=[2, 5], resamples=50)
+    for name in vars(right):
+        torch.testing.assert_close(getattr(found, name), getattr(right, name), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="one for each of the 2 probes"):
+        lens.probe_intervals(lens.source_layers[-1], [3], after=[1])
+    with pytest.raises(ValueError, match="layer 99"):
+        lens.probe_intervals(99, [3])
+    without = fit(model, prompts, skip_first=2, max_tokens=8, progress=False)
+    with pytest.raises(ValueError, match="no probes"):
+        without.probe_intervals(lens.source_layers[-1], [3])

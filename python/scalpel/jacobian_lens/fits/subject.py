@@ -61,15 +61,16 @@ class Subject:
         self.folder = Path(model).expanduser() if isinstance(model, str | Path) else None
         self.model: Any = model if self.folder is None else self.folder
         if self.folder is not None:
-            count = layers_in_folder(self.folder)
-            self.target: Layer = count - 1 if target is None else target
+            self.target: Layer = _counted(-1 if target is None else target, layers_in_folder(self.folder))
             chosen = list(range(int(self.target))) if isinstance(layers, str) else list(layers)
             self.layers: tuple[Layer, ...] = tuple(sorted(dict.fromkeys(chosen), key=int))
             return
         known: Any = self.model
         by_path = target is None and not isinstance(layers, str) and any(isinstance(layer, str) for layer in layers)
         if target is None and not by_path:
-            target = layers_of(known) - 1
+            target = -1
+        if isinstance(target, int) and target < 0:
+            target = _counted(target, layers_of(known))
         chosen = list(all_layers(known, target)) if isinstance(layers, str) else list(layers)
         self.layers = tuple(ends_of(known, chosen, target)[0])
         assert target is not None  # else the line above has raised an error
@@ -124,3 +125,12 @@ class Subject:
 def _plain(number: Any) -> Any:
     """A number of numpy as an int; anything else as it is."""
     return int(number) if isinstance(number, np.integer) else number
+
+
+def _counted(layer: Any, count: int) -> Any:
+    """A layer's number from 0; a negative one counts from the last, as the published code allows for the target."""
+    if not isinstance(layer, int) or layer >= 0:
+        return layer
+    if layer < -count:
+        raise ValueError(f"target is {layer}; the model has {count} layers, so the least is {-count}")
+    return count + layer

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ..fits.prompts import length_of, read_prompts
 from ..matrices import Lens, matrix_of
-from .intervals import intervals
+from .intervals import Intervals, intervals
 from .readout import SKIPPED, Readout, transported
 from .transported import transported as pushed
 
-__all__ = ["ReadoutIntervals", "intervals_of"]
+__all__ = ["ReadoutIntervals", "intervals_of", "intervals_of_probes"]
 
 
 @dataclass(frozen=True)
@@ -125,3 +125,32 @@ def intervals_of(
             found[row, place] = torch.stack([of_cell.logits_low[0, :k], of_cell.logits_high[0, :k]], dim=-1)
             ranks[row, place] = torch.stack([of_cell.ranks_low[0, k], of_cell.ranks_high[0, k]])
     return ReadoutIntervals(count, found, ranks)
+
+
+def intervals_of_probes(lens: Any, layer: Any, tokens: Any, after: Any, *, resamples: int, seed: int) -> Intervals:
+    """Compute intervals of the probes of a fit: :meth:`scalpel.JacobianLens.probe_intervals`."""
+    sums = lens.sums
+    if sums is None or not sums.probes:
+        raise ValueError("this lens has no probes: give probes= to scalpel.jacobian_lens.fit, or use lens.intervals")
+    if layer not in sums.layers:
+        raise ValueError(f"layer {layer!r} isn't among the lens's layers, {list(sums.layers)}")
+    model = lens.attached
+    listed, before = (
+        _tokens(model, tokens),
+        None if after is None else torch.tensor(_tokens(model, after), dtype=torch.int64, device="cpu"),
+    )
+    if before is not None and len(before) != sums.probes:
+        raise ValueError(f"after has {len(before)} tokens; give one for each of the {sums.probes} probes")
+    products = torch.from_numpy(sums.probed[:, sums.layers.index(layer)])
+
+    def unembed(x: Tensor) -> Tensor:
+        ids = None if before is None else before[: x.shape[-2]].expand(x.shape[:-1]).reshape(-1)
+        logits: Tensor = model.head.logits(x.reshape(-1, x.shape[-1]).to(model.head.dtype), ids)
+        return logits.reshape(*x.shape[:-1], -1).cpu()
+
+    return intervals(unembed, products, listed, resamples=resamples, seed=seed)
+
+
+def _tokens(model: Any, tokens: Any) -> list[int]:
+    """The ids of one token or several, given as ids or texts."""
+    return [model.token(token) for token in ([tokens] if isinstance(tokens, int | str) else list(tokens))]
