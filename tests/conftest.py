@@ -3,6 +3,7 @@
 import gc
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # with several processes, more threads only compete
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it once, when it is imported
@@ -13,6 +14,9 @@ import torch  # before the core, so that both share one OpenMP
 
 from cases import SUPPORTED
 from scalpel import _core
+
+with suppress(ImportError):  # once and here, since its extension can't be initialised twice in a process
+    import libsemigroups_pybind11  # noqa: F401
 
 pytest_plugins = ["analysis_cases", "cuda_stand_in", "smollm2"]
 

@@ -10,7 +10,7 @@ __all__ = ["FroidurePin", "images_of", "word_graph"]
 def _library() -> Any:
     try:
         import libsemigroups_pybind11
-    except ImportError as missing:
+    except ModuleNotFoundError as missing:  # any other failure to import it says what it is
         raise ImportError(
             "finite semigroups are enumerated by libsemigroups, which is not installed: "
             "pip install libsemigroups_pybind11, or pip install 'semigroup-scalpel[algebra]'. "
