@@ -15,6 +15,7 @@ PAGES = {
     "evidence": ("evidence", "page"),
     "generation": ("bench_generation", "table"),
     "jacobian": ("bench_jacobian", "table"),
+    "lens": ("bench_lens", "table"),
     "stream": ("bench_stream", "table"),
     "topk": ("bench_topk", "table"),
 }
