@@ -11,7 +11,6 @@ exists, which is wherever the k-th and the (k+1)-th ranked values differ.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
@@ -392,12 +391,10 @@ def _keep_dispatch(x: torch.Tensor, k: int, by: str) -> torch.Tensor:
 _DISPATCH = {"topk_mask": _mask_dispatch, "keep_topk": _keep_dispatch, "topk_indices": _indices_dispatch}
 
 
-def stay_whole(dynamo: ModuleType) -> None:
+def stay_whole(dynamo: Any) -> None:
     """Let torch.compile put each function of ``_DISPATCH`` into its graph as one node, without looking inside.
 
-    ``import scalpel`` arranges that this is called with ``torch._dynamo`` when somebody imports it, which
-    torch.compile does. As a decorator, ``torch.compiler.allow_in_graph`` would import it at once, and that takes about
-    as long as the import of torch itself.
+    It is called when ``torch._dynamo`` is imported, which a decorator would do at once.
     """
     for function in _DISPATCH.values():
         dynamo.allow_in_graph(function)

@@ -75,7 +75,7 @@ def lens_matrices(
     """Compute the matrices of one prompt, as the docstring of this file defines them.
 
     A model that has rules runs once, and its cotangents go back once, whatever the number of layers. Any other model
-    goes through autograd, {COPIES} copies of the prompt at a time.
+    goes through autograd, sixteen copies of the prompt at a time.
 
     Args:
         model: As :func:`scalpel.jacobian` takes it.
